@@ -1,0 +1,1 @@
+"""Workflows of several turns, tools, and the endpoint for existing agents."""

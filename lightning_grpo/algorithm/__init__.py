@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: batch records, packing, advantages, losses, corrections, KL, metrics."""

@@ -1,0 +1,1 @@
+"""Lightning callbacks: weight sync, signals, progress, health, trajectories."""

@@ -1,0 +1,1 @@
+"""The command line; the entry point imports the standard library only."""

@@ -1,0 +1,1 @@
+"""The embedded CPU inference engine, behind SGLang's HTTP API."""

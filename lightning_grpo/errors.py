@@ -1,0 +1,55 @@
+"""One tree of errors, named for the boundary that was crossed.
+
+Each leaf also inherits the matching built-in type. A message states the parameter, the rule, the
+value and the way out.
+"""
+
+from __future__ import annotations
+
+
+class GRPOError(Exception):
+    """Everything that this package raises on purpose."""
+
+
+class ConfigError(GRPOError, ValueError):
+    """A setting can't work; raised before anything is started or downloaded."""
+
+
+class ServerError(GRPOError, RuntimeError):
+    """An inference server failed, by name, with the end of its log where there is one."""
+
+
+class ServerStartError(ServerError):
+    """A server did not become healthy."""
+
+
+class RequestError(ServerError):
+    """A server refused one request (a 4xx answer): sending it again can't help."""
+
+
+class RolloutError(GRPOError, RuntimeError):
+    """An episode could not be completed."""
+
+
+class RewardError(RolloutError):
+    """A reward function raised, timed out or returned no finite number."""
+
+
+class FailureBudgetError(RolloutError):
+    """Too many groups failed; carries the first failure's traceback in its message."""
+
+
+class WeightSyncError(GRPOError, RuntimeError):
+    """New weights could not be brought to, or proved on, the servers."""
+
+
+class RankError(GRPOError, RuntimeError):
+    """Another rank failed or fell silent; names it."""
+
+
+class CheckpointError(GRPOError, RuntimeError):
+    """A checkpoint can't be written, read or used with this run."""
+
+
+class StopRun(GRPOError):  # noqa: N818 - control flow, not a fault
+    """A signal asked the run to end at the next safe point."""

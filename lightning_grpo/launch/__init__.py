@@ -1,0 +1,1 @@
+"""GPU placement and job scripts for Slurm and Ray."""

@@ -1,0 +1,1 @@
+"""The language model itself: loading, the packed forward pass to logprobs, export."""

@@ -1,0 +1,1 @@
+"""Reward functions: plain functions from text to a number."""

@@ -1,0 +1,1 @@
+"""Prompts in, groups of trajectories out: torch-free asyncio around inference servers."""

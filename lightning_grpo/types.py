@@ -1,0 +1,168 @@
+"""The records that cross a boundary: prompts in, completions and trajectories out.
+
+Plain data without torch, so that rollout code runs where torch is not installed. All token-level
+lists of one record have the same length and the same alignment: entry `t` is about token `t`, and
+`logprobs[t]` is `log p(token_t | tokens before t)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+PromptKey = tuple[int, int]
+"""(pass over the prompts, row of the prompt): names one prompt of the endless stream."""
+
+NO_VERSION = -1
+"""The weight version of a token that no policy sampled (prompt, tool result)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are sampled.
+
+    Training refuses `top_p`, `top_k` other than "off": they change the distribution that the
+    tokens came from, which biases the importance ratio.
+
+    Args:
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Divides the logits; 0 is greedy. The trainer divides by the same number.
+        top_p: Nucleus mass kept; 1 keeps all.
+        top_k: Number of tokens kept; -1 keeps all.
+        min_new_tokens: Tokens before which the end of the sequence can't be sampled.
+        stop: Strings that end a completion.
+        stop_token_ids: Further token ids that end a completion (the model's own end is implied).
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the dataset, rendered and tokenized once; its ids are never made again.
+
+    Attributes:
+        input_ids: Token ids that the server continues, `[prompt tokens]`.
+        text: The rendered text (after the chat template) that `input_ids` encode.
+        messages: The chat messages before the template.
+        columns: Every column of the row; rewards receive those that they name.
+        row: Position of the row in the dataset.
+        pass_index: Which pass over the prompts this is.
+    """
+
+    input_ids: tuple[int, ...]
+    text: str
+    messages: tuple[Mapping[str, Any], ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    row: int = 0
+    pass_index: int = 0
+
+    @property
+    def key(self) -> PromptKey:
+        """The name of this prompt in the stream, the ledger and the trajectory files."""
+        return (self.pass_index, self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation, also when it was interrupted and resumed on the way.
+
+    Attributes:
+        token_ids: Sampled ids, the end token included where one was sampled, `[tokens]`.
+        logprobs: Log-probabilities under the temperature-scaled policy that sampled, `[tokens]`.
+        versions: Weight version that sampled each token, `[tokens]`.
+        text: Decoded text without special tokens.
+        finish_reason: `stop`, `length` or `abort`.
+        num_interruptions: How often it was aborted and resubmitted.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    text: str
+    finish_reason: str
+    num_interruptions: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the length limit, not the model, ended it."""
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One episode: every token in order, and which of them the policy sampled.
+
+    Attributes:
+        input_ids: Prompt, completions and whatever an environment put between, `[tokens]`.
+        response_mask: True where the policy sampled the token, `[tokens]`.
+        logprobs: Behavior logprobs; 0 where `response_mask` is false, `[tokens]`.
+        versions: Weight versions; `NO_VERSION` where `response_mask` is false, `[tokens]`.
+        reward: The scalar that is trained on (the weighted sum of `rewards`).
+        rewards: Every reward under its name, before weighting.
+        text: The sampled text (of the last turn, if there are several).
+        truncated: Whether the length limit ended the last completion.
+        temperature: The temperature that the tokens were sampled at.
+        num_turns: How many completions it holds.
+    """
+
+    input_ids: tuple[int, ...]
+    response_mask: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    reward: float
+    rewards: Mapping[str, float]
+    text: str
+    truncated: bool
+    temperature: float = 1.0
+    num_turns: int = 1
+
+    @property
+    def num_response_tokens(self) -> int:
+        """How many tokens the policy sampled."""
+        return sum(self.response_mask)
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights that sampled a token of it (`NO_VERSION` if none was sampled)."""
+        sampled = [v for v, m in zip(self.versions, self.response_mask, strict=True) if m]
+        return min(sampled, default=NO_VERSION)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All trajectories of one prompt; advantages are computed within it.
+
+    Attributes:
+        prompt: What was asked.
+        trajectories: `group_size` episodes.
+        admitted_version: The weight version when the group was let in; no token is older.
+        attempts: How many attempts it took, failed ones included.
+    """
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+    admitted_version: int
+    attempts: int = 1
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest weights that sampled a token of the group: its version for staleness."""
+        return min(t.oldest_version for t in self.trajectories)
+
+
+class Outcome(StrEnum):
+    """How a (pass, prompt) ended; every one that was started ends in exactly one of these."""
+
+    TRAINED = "trained"
+    FILTERED = "filtered"
+    FAILED = "failed"
+    EXPIRED = "expired"

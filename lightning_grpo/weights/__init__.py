@@ -1,0 +1,1 @@
+"""New weights from the trainer's (sharded) parameters to every server, verified."""
