@@ -1,0 +1,311 @@
+"""The records of a batch: scalars of all of it, this rank's tokens, and what a loss receives.
+
+One layout: packed `[tokens]` with `cu_seqlens [sequences + 1]`. Entry t of every per-token tensor
+is about token t: `logprobs[t] = log p(token_t | tokens before t)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grpo.algorithm.layout import expand, packed_rows
+from lightning_grpo.types import NO_VERSION, Group, PromptKey, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """What a minibatch's loss is divided by, counted over all ranks.
+
+    Args:
+        tokens: Tokens in `loss_mask`.
+        sequences: Trajectories, those without a token in `loss_mask` included.
+        groups: Prompts.
+    """
+
+    tokens: int
+    sequences: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """The scalars of a whole rollout batch; the same on each rank, whole groups in order.
+
+    Attributes:
+        group_ids: Which group a trajectory belongs to, 0 .. groups - 1, int64 `[trajectories]`.
+        rewards: What is trained on, fp32 `[trajectories]`.
+        rewards_by_name: Each reward before weighting, fp32 `[trajectories]`; NaN where a
+            trajectory has none of that name.
+        response_lengths: Sampled tokens, int64 `[trajectories]`.
+        loss_lengths: Those of them in `loss_mask`, int64 `[trajectories]`.
+        sequence_lengths: All tokens, int64 `[trajectories]`.
+        truncated: Whether the length limit ended it, bool `[trajectories]`.
+        oldest_versions: Oldest weights that sampled a token of it, int64 `[trajectories]`.
+        newest_versions: Newest such weights, int64 `[trajectories]`.
+        temperatures: What the logits were divided by, fp32 `[trajectories]`.
+        keys: The prompt of each trajectory, `[trajectories]`.
+        columns: The columns of that prompt's row, `[trajectories]`.
+        version: The weight version that will train on the batch.
+        batch_index: How many rollout batches were taken before this one.
+    """
+
+    group_ids: Tensor
+    rewards: Tensor
+    rewards_by_name: dict[str, Tensor]
+    response_lengths: Tensor
+    loss_lengths: Tensor
+    sequence_lengths: Tensor
+    truncated: Tensor
+    oldest_versions: Tensor
+    newest_versions: Tensor
+    temperatures: Tensor
+    keys: list[PromptKey]
+    columns: list[Mapping[str, Any]]
+    version: int
+    batch_index: int = 0
+
+    def __len__(self) -> int:
+        """Number of trajectories."""
+        return len(self.keys)
+
+    @property
+    def num_groups(self) -> int:
+        """Number of prompts."""
+        return len(set(self.group_ids.tolist()))
+
+    @classmethod
+    def from_groups(
+        cls, groups: Sequence[Group], version: int, batch_index: int = 0
+    ) -> RolloutBatch:
+        """Collects the scalars of whole groups, in the order given."""
+        pairs = [(g, i, t) for i, g in enumerate(groups) for t in g.trajectories]
+        trajectories = [t for _, _, t in pairs]
+        names = sorted({name for t in trajectories for name in t.rewards})
+        lengths = torch.tensor([t.num_response_tokens for t in trajectories], dtype=torch.int64)
+        return cls(
+            group_ids=torch.tensor([i for _, i, _ in pairs], dtype=torch.int64),
+            rewards=_floats(trajectories, lambda t: t.reward),
+            rewards_by_name={
+                name: _floats(trajectories, lambda t, n=name: t.rewards.get(n, float("nan")))  # type: ignore[misc]
+                for name in names
+            },
+            response_lengths=lengths,
+            loss_lengths=torch.tensor(
+                [sum(t.response_mask[1:]) for t in trajectories], dtype=torch.int64
+            ),
+            sequence_lengths=torch.tensor(
+                [len(t.input_ids) for t in trajectories], dtype=torch.int64
+            ),
+            truncated=torch.tensor([t.truncated for t in trajectories], dtype=torch.bool),
+            oldest_versions=torch.tensor(
+                [t.oldest_version for t in trajectories], dtype=torch.int64
+            ),
+            newest_versions=torch.tensor(
+                [max(t.versions, default=NO_VERSION) for t in trajectories], dtype=torch.int64
+            ),
+            temperatures=_floats(trajectories, lambda t: t.temperature),
+            keys=[g.prompt.key for g, _, _ in pairs],
+            columns=[g.prompt.columns for g, _, _ in pairs],
+            version=version,
+            batch_index=batch_index,
+        )
+
+    def denominators(self, rows: Sequence[int] | None = None) -> Denominators:
+        """Counts over the minibatch that consists of `rows` on all ranks (None: all rows)."""
+        index = torch.arange(len(self)) if rows is None else torch.tensor(list(rows)).long()
+        return Denominators(
+            tokens=int(self.loss_lengths[index].sum()),
+            sequences=len(index),
+            groups=len(set(self.group_ids[index].tolist())),
+        )
+
+
+def _floats(trajectories: Sequence[Trajectory], read: Callable[[Trajectory], float]) -> Tensor:
+    return torch.tensor([read(t) for t in trajectories], dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokens of some trajectories, packed end to end without padding.
+
+    Attributes:
+        input_ids: int64 `[tokens]`.
+        cu_seqlens: Where each sequence starts, and the end, int64 `[sequences + 1]`.
+        response_mask: The policy sampled this token, bool `[tokens]`.
+        loss_mask: It enters the loss, bool `[tokens]`; a subset of `response_mask`.
+        behavior_logprobs: Under the policy that sampled; 0 outside, fp32 `[tokens]`.
+        weight_versions: Weights that sampled the token, int64 `[tokens]`.
+        trajectory_index: Row in the `RolloutBatch`, int64 `[sequences]`.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    response_mask: Tensor
+    loss_mask: Tensor
+    behavior_logprobs: Tensor
+    weight_versions: Tensor
+    trajectory_index: Tensor
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.trajectory_index)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, int64 `[sequences]`."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @classmethod
+    def from_trajectories(
+        cls, trajectories: Sequence[Trajectory], index: Sequence[int]
+    ) -> Sequences:
+        """Packs trajectories; `index` holds the row of each in the `RolloutBatch`."""
+        lengths = [0, *(len(t.input_ids) for t in trajectories)]
+        mask = _pack([t.response_mask for t in trajectories], torch.bool)
+        # The first token of a sequence has no probability, so it can't enter the loss.
+        loss_mask = mask.clone()
+        starts = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        loss_mask[starts[:-1][starts.diff() > 0]] = False
+        return cls(
+            input_ids=_pack([t.input_ids for t in trajectories], torch.int64),
+            cu_seqlens=starts,
+            response_mask=mask,
+            loss_mask=loss_mask,
+            behavior_logprobs=_pack([t.logprobs for t in trajectories], torch.float32),
+            weight_versions=_pack([t.versions for t in trajectories], torch.int64),
+            trajectory_index=torch.tensor(list(index), dtype=torch.int64),
+        )
+
+    @classmethod
+    def filler(cls) -> Sequences:
+        """One sequence that adds nothing: for a rank that has fewer micro-batches than others."""
+        nothing = torch.zeros(2, dtype=torch.bool)
+        return cls(
+            input_ids=torch.zeros(2, dtype=torch.int64),
+            cu_seqlens=torch.tensor([0, 2]),
+            response_mask=nothing,
+            loss_mask=nothing.clone(),
+            behavior_logprobs=torch.zeros(2),
+            weight_versions=torch.full((2,), NO_VERSION),
+            trajectory_index=torch.zeros(1, dtype=torch.int64),
+        )
+
+    def select(self, rows: Sequence[int]) -> Sequences:
+        """The sequences at positions `rows`, in that order, as tensors of their own.
+
+        Copies, so that what is pickled to another rank is only as large as the selection. No
+        rows at all give `filler()`.
+        """
+        if len(rows) == 0:
+            return self.filler().to(self.input_ids.device)
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.cu_seqlens.device)
+        tokens = packed_rows(self.cu_seqlens, index)
+        starts = torch.zeros(len(index) + 1, dtype=torch.int64, device=index.device)
+        starts[1:] = self.lengths[index].cumsum(0)
+        return Sequences(
+            input_ids=self.input_ids[tokens],
+            cu_seqlens=starts,
+            response_mask=self.response_mask[tokens],
+            loss_mask=self.loss_mask[tokens],
+            behavior_logprobs=self.behavior_logprobs[tokens],
+            weight_versions=self.weight_versions[tokens],
+            trajectory_index=self.trajectory_index[index],
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
+        """The same on another device."""
+        return Sequences(
+            **{
+                f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+                for f in fields(self)
+            }
+        )
+
+
+def _pack(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=dtype)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a loss receives; all per-token tensors are `[tokens]`.
+
+    Attributes:
+        input_ids: int64.
+        cu_seqlens: int64 `[sequences + 1]`.
+        response_mask: The policy sampled this token, bool.
+        loss_mask: It enters the loss, bool.
+        behavior_logprobs: Under the policy that sampled the token.
+        weight_versions: Weights that sampled the token, int64.
+        advantages: Per token.
+        temperature: What the logits are divided by.
+        trajectory_index: Row in the `RolloutBatch`, int64 `[sequences]`.
+        denominators: Global counts of the minibatch.
+        proximal_logprobs: The anchor of the clip. None means the policy itself, detached (one
+            optimizer step on the batch); `minibatch_loss` fills it in before a loss sees it.
+        reference_logprobs: Under the reference policy, where a KL penalty asks for them.
+        entropy: Of the policy at each token, where asked for.
+        policy_logprobs: The policy being trained, detached; `minibatch_loss` fills it in.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    response_mask: Tensor
+    loss_mask: Tensor
+    behavior_logprobs: Tensor
+    weight_versions: Tensor
+    advantages: Tensor
+    temperature: Tensor
+    trajectory_index: Tensor
+    denominators: Denominators
+    proximal_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    policy_logprobs: Tensor | None = None
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequences,
+        advantages: Tensor,
+        temperatures: Tensor,
+        denominators: Denominators,
+    ) -> MicroBatch:
+        """Adds to packed tokens what was computed on the whole rollout batch.
+
+        Args:
+            sequences: The tokens.
+            advantages: `[trajectories]` of the whole rollout batch.
+            temperatures: `[trajectories]` of the whole rollout batch.
+            denominators: Global counts of the minibatch.
+        """
+        index = sequences.trajectory_index
+        device = index.device
+        return cls(
+            input_ids=sequences.input_ids,
+            cu_seqlens=sequences.cu_seqlens,
+            response_mask=sequences.response_mask,
+            loss_mask=sequences.loss_mask,
+            behavior_logprobs=sequences.behavior_logprobs,
+            weight_versions=sequences.weight_versions,
+            advantages=expand(advantages.to(device)[index], sequences.cu_seqlens),
+            temperature=expand(temperatures.to(device)[index], sequences.cu_seqlens),
+            trajectory_index=index,
+            denominators=denominators,
+        )
+
+    def with_proximal(self, policy_logprobs: Tensor) -> MicroBatch:
+        """Fills in the policy, and the anchor of the clip where there is none yet."""
+        policy = policy_logprobs.detach()
+        proximal = policy if self.proximal_logprobs is None else self.proximal_logprobs
+        return replace(self, proximal_logprobs=proximal, policy_logprobs=policy)

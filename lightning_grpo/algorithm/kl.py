@@ -1,0 +1,124 @@
+"""Penalties for leaving a reference policy.
+
+With l = log(pi / ref) per token: k1 = l, k2 = l^2 / 2, k3 = exp(-l) + l - 1 (Schulman,
+"Approximating KL divergence", 2020). What the gradient of each expects to on samples of the policy:
+
+| in the loss | expected gradient |
+|---|---|
+| k1 | 0: useless |
+| k2 | of KL(pi || ref) |
+| k3 | of KL(ref || pi), the other direction |
+| ratio-weighted k3, gradient through the ratio | of KL(pi || ref), on samples of any policy |
+
+The last is DeepSeek-V3.2's (arXiv 2512.02556, section 3.1) and the default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_grpo.algorithm.batch import MicroBatch
+from lightning_grpo.algorithm.layout import log_ratio
+from lightning_grpo.algorithm.metrics import Metrics, masked_mean
+from lightning_grpo.errors import ConfigError
+
+
+@runtime_checkable
+class KLEstimator(Protocol):
+    """Anything that estimates the divergence from the reference at each token."""
+
+    def __call__(
+        self, policy_logprobs: Tensor, reference_logprobs: Tensor, batch: MicroBatch
+    ) -> Tensor:
+        """`[tokens]`, with gradient; 0 outside `loss_mask`."""
+
+
+@dataclass(frozen=True)
+class K1:
+    """log(pi / ref). A value to log or to subtract from a reward; as a loss it does nothing."""
+
+    def __call__(
+        self, policy_logprobs: Tensor, reference_logprobs: Tensor, batch: MicroBatch
+    ) -> Tensor:
+        """`[tokens]`, with gradient; 0 outside `loss_mask`."""
+        return log_ratio(policy_logprobs, reference_logprobs, batch.loss_mask)
+
+
+@dataclass(frozen=True)
+class K2:
+    """log(pi / ref)^2 / 2. On-policy its gradient is that of KL(pi || ref)."""
+
+    def __call__(
+        self, policy_logprobs: Tensor, reference_logprobs: Tensor, batch: MicroBatch
+    ) -> Tensor:
+        """`[tokens]`, with gradient; 0 outside `loss_mask`."""
+        return log_ratio(policy_logprobs, reference_logprobs, batch.loss_mask).square() / 2
+
+
+@dataclass(frozen=True)
+class K3:
+    """ref / pi - log(ref / pi) - 1, GRPO's. On-policy its gradient is that of KL(ref || pi).
+
+    Source: GRPO, arXiv 2402.03300, equation 4.
+    """
+
+    def __call__(
+        self, policy_logprobs: Tensor, reference_logprobs: Tensor, batch: MicroBatch
+    ) -> Tensor:
+        """`[tokens]`, with gradient; 0 outside `loss_mask`."""
+        difference = log_ratio(policy_logprobs, reference_logprobs, batch.loss_mask)
+        return (-difference).exp() + difference - 1
+
+
+@dataclass(frozen=True)
+class WeightedK3:
+    """k3 times pi / behavior, with gradient through the ratio too: unbiased off-policy.
+
+    Source: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.
+    """
+
+    def __call__(
+        self, policy_logprobs: Tensor, reference_logprobs: Tensor, batch: MicroBatch
+    ) -> Tensor:
+        """`[tokens]`, with gradient; 0 outside `loss_mask`."""
+        ratio = log_ratio(policy_logprobs, batch.behavior_logprobs, batch.loss_mask).exp()
+        return ratio * K3()(policy_logprobs, reference_logprobs, batch)
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """Adds coefficient * KL to each token's loss.
+
+    Args:
+        coefficient: How much.
+        estimator: Which estimate.
+        reference: Hub id or folder of the reference model; None is the model at the start.
+    """
+
+    coefficient: float
+    estimator: KLEstimator = field(default_factory=WeightedK3)
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        if self.coefficient <= 0:
+            raise ConfigError(
+                f"`coefficient` must be > 0, got {self.coefficient}. "
+                "Way out: `kl: null` for no penalty; then no reference model is loaded."
+            )
+        if isinstance(self.estimator, K1):
+            raise ConfigError(
+                "`estimator` must have a gradient, got K1 (its expected gradient is 0). "
+                "Way out: WeightedK3."
+            )
+
+    def __call__(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        """The penalty `[tokens]`, and `policy/kl_reference` (without the coefficient)."""
+        if batch.reference_logprobs is None:
+            raise ValueError("`batch.reference_logprobs` must be set for a KL penalty, got None.")
+        estimate = self.estimator(policy_logprobs, batch.reference_logprobs.detach(), batch)
+        metrics: Metrics = {"policy/kl_reference": masked_mean(estimate, batch.loss_mask)}
+        return self.coefficient * estimate, metrics
