@@ -1,0 +1,69 @@
+# Every target is a few plain commands; without make, run them by hand (make -n TARGET prints them).
+#
+# A CPU-only machine can save gigabytes by taking torch from PyTorch's own CPU index:
+#   make quickstart PIP_TORCH_ARGS="--index-url <the CPU index named on pytorch.org>"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_TORCH_ARGS ?=
+PYTEST_ARGS ?=
+ELSEWHERE = not gpu and not ray and not sglang and not slurm
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+export OMP_NUM_THREADS = 1
+
+.PHONY: help install quickstart test lint format test-gpu test-ray test-sglang test-slurm base bench wheel clean
+
+help:
+	@echo "make quickstart   install into $(VENV) and train the small model on this CPU"
+	@echo "make test         unit and integration tests"
+	@echo "make lint         ruff, mypy, import-linter"
+	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
+	@echo "make base         make the quickstart's model and data again, from nothing"
+	@echo "make bench        the benchmarks;  make wheel: build the package"
+
+install: $(VENV)/.installed
+
+quickstart: $(VENV)/.installed
+	$(BIN)/lightning-grpo fit --config quickstart.yaml
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "$(ELSEWHERE)" $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
+
+test-sglang test-slurm test-ray: $(VENV)/.test
+	$(BIN)/python -m pytest -m $(subst test-,,$@) $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+base: $(VENV)/.installed
+	$(BIN)/python examples/quickstart/make_base.py --out examples/quickstart
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist
+
+# Stamps: a second run installs nothing unless what is to be installed changed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e ".[$*]"
+	@touch $@

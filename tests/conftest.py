@@ -1,0 +1,88 @@
+"""Leak checks around every test: threads, child processes, environment variables."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+GRACE_S = 5.0
+"""What a test started may take this long to end by itself."""
+
+LONG_LIVED_THREADS = ("QueueFeederThread", "TMonitor", "ExecutorManagerThread", "pymp-")
+"""Name parts of threads that a library keeps for the whole process."""
+
+LONG_LIVED_CHILDREN = ("resource_tracker", "forkserver")
+"""Parts of the command line of helpers that multiprocessing and loky keep for the process."""
+
+SET_BY_LIGHTNING = {
+    "CUDA_MODULE_LOADING", "GROUP_RANK", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED",
+    "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST", "RANK", "TOKENIZERS_PARALLELISM", "WORLD_SIZE",
+}  # fmt: skip
+"""Restored after each test like the rest, but no fault of the test."""
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_environment() -> Iterator[None]:
+    """A test that sets a variable and leaves it fails; the environment is put back either way."""
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(before)
+    changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
+    leaked = sorted(changed - SET_BY_LIGHTNING)
+    assert not leaked, f"environment variables changed and not put back: {leaked}"
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_threads() -> Iterator[None]:
+    """A test that leaves a thread running fails."""
+    before = {thread.ident for thread in threading.enumerate()}
+    yield
+    leaked = _left_after_grace(
+        lambda: [
+            thread.name
+            for thread in threading.enumerate()
+            if thread.ident not in before
+            and not any(part in thread.name for part in LONG_LIVED_THREADS)
+        ]
+    )
+    assert not leaked, f"threads still running: {leaked}"
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_processes() -> Iterator[None]:
+    """A test that leaves a child process running fails; the child is killed."""
+    me = psutil.Process()
+    before = {child.pid for child in me.children(recursive=True)}
+    yield
+    leaked = _left_after_grace(
+        lambda: [c for c in me.children(recursive=True) if c.pid not in before and _is_ours(c)]
+    )
+    for child in leaked:
+        child.kill()
+    assert not leaked, f"child processes still running (now killed): {leaked}"
+
+
+def _is_ours(child: psutil.Process) -> bool:
+    try:
+        command = " ".join(child.cmdline())
+        return child.status() != psutil.STATUS_ZOMBIE and not any(
+            part in command for part in LONG_LIVED_CHILDREN
+        )
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _left_after_grace(find):
+    """What `find` still finds once the grace time is over; returns early when it finds nothing."""
+    deadline = time.monotonic() + GRACE_S
+    while (left := find()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left

@@ -1,0 +1,87 @@
+"""What imports where torch is not installed, and what an import may do."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "lightning_grpo"
+TORCH_FREE = ("types", "errors", "rewards", "rollout", "servers", "shipped")
+MAX_LINES = 300
+
+BLOCKED_IMPORT = """
+import importlib, sys
+
+class Blocker:
+    blocked = {"torch", "lightning", "pytorch_lightning", "transformers", "torchmetrics"}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.blocked:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+leaked = Blocker.blocked & {name.partition(".")[0] for name in sys.modules}
+assert not leaked, leaked
+"""
+
+
+def modules_of(name: str) -> list[str]:
+    folder = PACKAGE / name
+    full = f"lightning_grpo.{name}"
+    if not folder.is_dir():
+        return [full]
+    found = pkgutil.walk_packages([str(folder)], prefix=f"{full}.")
+    return [full, *(module.name for module in found)]
+
+
+def python_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_it_imports_where_torch_and_lightning_are_not_installed(name):
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED_IMPORT, "lightning_grpo", *modules_of(name)],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_blocker_of_the_test_above_does_block():
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED_IMPORT, "torch"], capture_output=True, text=True, check=False
+    )
+    assert "torch is blocked" in done.stderr
+
+
+@pytest.mark.parametrize("path", python_files(), ids=named)
+def test_a_module_is_ascii_and_stays_readable_in_one_go(path):
+    text = path.read_text(encoding="ascii")
+    assert len(text.splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in python_files() if p.name == "__init__.py" and p.parent.parent == PACKAGE],
+    ids=named,
+)
+def test_the_init_of_a_folder_is_a_docstring_and_nothing_else(path):
+    if path.parent.name == "shipped":
+        pytest.skip("the folder has no other module")
+    body = ast.parse(path.read_text()).body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+    assert isinstance(body[0].value, ast.Constant)

@@ -1,0 +1,117 @@
+"""The package as it is installed: what the wheel carries, and that an empty folder suffices."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+MAX_WHEEL_BYTES = 4_000_000
+
+
+def project() -> dict:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("needs hatchling, the build backend")
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", out],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+    )
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The python of an empty environment in which only the wheel is installed."""
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin/python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", wheel],
+        check=True,
+        capture_output=True,
+    )
+    return python
+
+
+def run(python: Path, code: str, cwd: Path) -> str:
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [python, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_is_small_and_carries_the_quickstart_the_configs_and_the_type_marker(wheel):
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
+    names = set(zipfile.ZipFile(wheel).namelist())
+    shipped = "lightning_grpo/shipped"
+    assert {
+        "lightning_grpo/py.typed",
+        f"{shipped}/configs/quickstart.yaml",
+        f"{shipped}/configs/gsm8k.yaml",
+        f"{shipped}/examples/quickstart/data/train.jsonl",
+        f"{shipped}/examples/quickstart/data/test.jsonl",
+        f"{shipped}/examples/quickstart/model/config.json",
+        f"{shipped}/examples/quickstart/model/model.safetensors",
+        f"{shipped}/examples/quickstart/model/tokenizer.json",
+        "lightning_grpo-0.1.0.dist-info/licenses/LICENSE",
+    } <= names
+    assert {name.partition("/")[0] for name in names} == {
+        "lightning_grpo",
+        "lightning_grpo-0.1.0.dist-info",
+    }
+
+
+def test_shipped_names_resolve_from_an_empty_folder_with_the_wheel_alone(installed, tmp_path):
+    code = """
+import json
+from lightning_grpo.shipped import resolve_config, resolve_path, shipped_configs, shipped_names
+print(json.dumps({name: resolve_path(name) for name in shipped_names()}
+      | {name: resolve_config(name) for name in shipped_configs()}))
+"""
+    resolved = json.loads(run(installed, code, tmp_path))
+    assert {"shipped:quickstart", "shipped:quickstart/train.jsonl", "quickstart.yaml"} <= set(
+        resolved
+    )
+    for path in resolved.values():
+        assert "site-packages/lightning_grpo/shipped/" in path
+        assert Path(path).exists()
+
+
+def test_the_console_script_is_installed(installed):
+    assert (installed.parent / "lightning-grpo").is_file()
+
+
+def test_the_constraints_pin_every_requirement_within_its_range():
+    packaging = pytest.importorskip("packaging.requirements")
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for text in project()["dependencies"]:
+        requirement = packaging.Requirement(text)
+        name = requirement.name.lower()
+        assert name in pins, f"{name} is not pinned in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{text}: {pins[name]}"
+
+
+def test_nothing_in_the_build_files_names_an_index_host():
+    for name in ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run"):
+        assert "://" not in (REPOSITORY / name).read_text(), name
