@@ -63,7 +63,7 @@ def shipped_configs() -> list[str]:
 
 
 def _paths() -> dict[str, Path]:
-    """An example is a folder `NAME` with `model/` and `data/`, in the wheel as in the repository."""
+    """An example is a folder `NAME` of `model/` and `data/`, in the wheel as in the repository."""
     out: dict[str, Path] = {}
     for example in _existing(_HERE / "examples", _REPOSITORY / "examples"):
         if (example / "model").is_dir():
