@@ -232,6 +232,21 @@ class Sequences:
         )
 
 
+def _per_token(values: Tensor, rollout: RolloutBatch, sequences: Sequences) -> Tensor:
+    index = sequences.trajectory_index
+    values = values.to(index.device)
+    if len(values) == len(rollout):
+        return expand(values[index], sequences.cu_seqlens)
+    bounds = torch.zeros(len(rollout) + 1, dtype=torch.int64)
+    bounds[1:] = rollout.sequence_lengths.cpu().cumsum(0)
+    if len(values) != int(bounds[-1]):
+        raise ValueError(
+            f"`advantages` must be [trajectories] = {len(rollout)} or [tokens] = {int(bounds[-1])}"
+            f" of the rollout batch, got {len(values)}."
+        )
+    return values[packed_rows(bounds.to(index.device), index)]
+
+
 def _pack(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
     return torch.tensor([value for row in rows for value in row], dtype=dtype)
 
@@ -277,20 +292,20 @@ class MicroBatch:
     def from_sequences(
         cls,
         sequences: Sequences,
+        rollout: RolloutBatch,
         advantages: Tensor,
-        temperatures: Tensor,
         denominators: Denominators,
     ) -> MicroBatch:
         """Adds to packed tokens what was computed on the whole rollout batch.
 
         Args:
             sequences: The tokens.
-            advantages: `[trajectories]` of the whole rollout batch.
-            temperatures: `[trajectories]` of the whole rollout batch.
+            rollout: The rollout batch.
+            advantages: Of the whole rollout batch, `[trajectories]`, or `[tokens]` of all its
+                trajectories end to end.
             denominators: Global counts of the minibatch.
         """
         index = sequences.trajectory_index
-        device = index.device
         return cls(
             input_ids=sequences.input_ids,
             cu_seqlens=sequences.cu_seqlens,
@@ -298,8 +313,8 @@ class MicroBatch:
             loss_mask=sequences.loss_mask,
             behavior_logprobs=sequences.behavior_logprobs,
             weight_versions=sequences.weight_versions,
-            advantages=expand(advantages.to(device)[index], sequences.cu_seqlens),
-            temperature=expand(temperatures.to(device)[index], sequences.cu_seqlens),
+            advantages=_per_token(advantages, rollout, sequences),
+            temperature=_per_token(rollout.temperatures, rollout, sequences),
             trajectory_index=index,
             denominators=denominators,
         )

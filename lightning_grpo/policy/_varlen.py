@@ -1,0 +1,54 @@
+"""torch's attention over packed sequences, where this torch and this device have it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:  # Prototype in torch, seen in 2.11 to 2.13; without it the padded form serves.
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+except ImportError:  # pragma: no cover - depends on the torch installed
+    _varlen_attn = None  # type: ignore[assignment]
+
+
+def is_available(query: Tensor) -> bool:
+    """Whether the kernel exists and takes this tensor: CUDA, half precision."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return _varlen_attn is not None and query.is_cuda and half
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Causal attention within each sequence; all `[tokens, heads, head_dim]`.
+
+    Args:
+        query: `[tokens, heads, head_dim]`.
+        key: `[tokens, key heads, head_dim]`.
+        value: As `key`.
+        cu_seqlens: int32 `[sequences + 1]`.
+        max_length: Tokens of the longest sequence.
+        scale: Of the scores; None is 1 / sqrt(head_dim).
+        window: Tokens that one can see, itself included; None for all before it.
+    """
+    assert _varlen_attn is not None
+    known = inspect.signature(_varlen_attn).parameters
+    options: dict[str, Any] = {"scale": scale}
+    options["window_size"] = (-1 if window is None else window - 1, 0)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in known:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_length, max_length, **options)
+    assert isinstance(out, Tensor)
+    return out

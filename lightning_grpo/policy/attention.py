@@ -1,0 +1,246 @@
+"""Causal attention on packed sequences, as an attention implementation of transformers.
+
+Each token sees its own sequence only. On GPUs in half precision torch's variable-length kernel
+does it; elsewhere sequences of similar length are padded together, which a causal mask makes
+free of masks: padding stands at the right, where no real token looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from lightning_grpo.policy import _varlen
+
+PACKED = "packed"
+"""The name under which transformers knows the implementation."""
+
+_MAX_STRETCH = 1.3
+"""Longest over shortest sequence that are padded together."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences that are padded together.
+
+    Attributes:
+        index: Which token stands where, int64 `[sequences * length]`; padding repeats a token.
+        num_sequences: How many.
+        length: Of the longest.
+    """
+
+    index: Tensor
+    num_sequences: int
+    length: int
+
+
+class PackedLayout:
+    """Where sequences start and end, and which tokens need computing, once per forward.
+
+    Tokens that begin a sequence just as they began the one before (the prompt of a group) have
+    the same hidden states, so the trunk runs on *unique* tokens only and attention reads shared
+    ones from each sequence that they begin.
+
+    Args:
+        cu_seqlens: `[sequences + 1]`, on the device of the tokens.
+        input_ids: int64 `[tokens]`; None shares nothing.
+
+    Attributes:
+        cu_seqlens: int32 `[sequences + 1]`.
+        max_length: Tokens of the longest sequence.
+        unique: Positions of the unique tokens, int64 `[unique]`.
+        unique_of: Which unique token each token is, int64 `[tokens]`.
+        positions: Of each unique token within its sequences, int64 `[unique]`.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, input_ids: Tensor | None = None) -> None:
+        self.cu_seqlens = cu_seqlens.to(torch.int32)
+        bounds = cu_seqlens.tolist()
+        self._starts = bounds[:-1]
+        self._lengths = [end - start for start, end in pairwise(bounds)]
+        self.max_length = max(self._lengths, default=0)
+        positions = token_positions(cu_seqlens)
+        if input_ids is None:
+            source = torch.arange(len(positions), device=cu_seqlens.device)
+        else:
+            source = shared_prefixes(input_ids, cu_seqlens)
+        self.unique, self.unique_of = torch.unique(source, return_inverse=True)
+        self.positions = positions[self.unique]
+        self._padded: tuple[list[Bucket], Tensor] | None = None
+
+    def padded(self) -> tuple[list[Bucket], Tensor]:
+        """Buckets of unique tokens, and for each unique token its row in them laid end to end."""
+        if self._padded is None:
+            self._padded = self._build()
+        return self._padded
+
+    def _build(self) -> tuple[list[Bucket], Tensor]:
+        unique_of = self.unique_of.cpu()
+        buckets, rows = [], torch.zeros(len(self.unique), dtype=torch.int64)
+        offset = 0
+        for members in _similar(self._lengths):
+            length = max(self._lengths[i] for i in members)
+            starts = torch.tensor([self._starts[i] for i in members]).unsqueeze(1)
+            lengths = torch.tensor([self._lengths[i] for i in members]).unsqueeze(1)
+            steps = torch.arange(length).unsqueeze(0)
+            index = unique_of[starts + torch.minimum(steps, lengths - 1)]
+            real = steps < lengths
+            rows[index[real]] = offset + torch.arange(index.numel()).view_as(index)[real]
+            device = self.cu_seqlens.device
+            buckets.append(Bucket(index.flatten().to(device), len(members), length))
+            offset += index.numel()
+        return buckets, rows.to(self.cu_seqlens.device)
+
+
+def token_positions(cu_seqlens: Tensor) -> Tensor:
+    """Positions that restart in each sequence, int64 `[tokens]`."""
+    cu_seqlens = cu_seqlens.long()
+    tokens = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    return tokens - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+
+
+def shared_prefixes(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """For each token the first one with the same past, among sequences that stand in a row.
+
+    Token p of sequence i stands for token p of sequence i - 1 if both begin with the same p + 1
+    tokens, and so on backward. int64 `[tokens]`.
+    """
+    lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1].long()
+    positions = token_positions(cu_seqlens)
+    tokens = torch.arange(len(positions), device=positions.device)
+    before = torch.cat([starts[:1], starts[:-1]])
+    known = torch.cat([lengths.new_zeros(1), lengths[:-1]])
+    twin = (torch.repeat_interleave(before, lengths) + positions).clamp_max(len(tokens) - 1)
+    differs = (input_ids != input_ids[twin]) | (
+        positions >= torch.repeat_interleave(known, lengths)
+    )
+    # Differences so far in this sequence: the running count minus what it was before its start.
+    count = differs.long().cumsum(0)
+    before_start = torch.cat([count.new_zeros(1), count])[starts]
+    at_start = torch.repeat_interleave(before_start, lengths)
+    twin = torch.where(count == at_start, twin, tokens)
+    return _roots(twin)
+
+
+def _roots(parent: Tensor) -> Tensor:
+    """Follows each chain to its end; a chain's length halves with every round."""
+    while True:
+        grandparent = parent[parent]
+        if torch.equal(grandparent, parent):
+            return parent
+        parent = grandparent
+
+
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
+    buckets: list[list[int]] = []
+    for i in sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: -lengths[i]):
+        if buckets and lengths[buckets[-1][0]] <= _MAX_STRETCH * lengths[i]:
+            buckets[-1].append(i)
+        else:
+            buckets.append([i])
+    return [sorted(bucket) for bucket in buckets]
+
+
+def register_packed_attention() -> None:
+    """Makes `attn_implementation="packed"` known to transformers; more than once does no harm.
+
+    No mask function is registered: then transformers builds no mask.
+    """
+    AttentionInterface.register(PACKED, packed_attention_forward)
+
+
+def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers calls
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    packing: PackedLayout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The form that transformers calls: `[1, heads, unique, head_dim]` in.
+
+    Dropout is ignored: a ratio of two policies has no room for it.
+
+    Returns:
+        `[1, unique, heads, head_dim]`, and no attention weights.
+    """
+    if packing is None or attention_mask is not None:
+        raise ValueError(
+            'attn_implementation="packed" needs the sequences\' bounds: call the model through '
+            'PackedPolicy, or load it with attn_implementation="sdpa".'
+        )
+    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    if _varlen.is_available(query):
+        out = varlen_attention(query, key, value, packing, scaling, sliding_window)
+    else:
+        out = padded_attention(query, key, value, packing, scaling, sliding_window)
+    return out.unsqueeze(0), None
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: PackedLayout,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention within each sequence by torch's kernel; as `padded_attention`."""
+    shares = len(packing.unique) < len(packing.unique_of)
+    if shares:
+        query, key, value = (t.index_select(0, packing.unique_of) for t in (query, key, value))
+    out = _varlen.causal_attention(
+        query, key, value, packing.cu_seqlens, packing.max_length, scale, window
+    )
+    return out.index_select(0, packing.unique) if shares else out
+
+
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: PackedLayout,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention within each sequence by way of padding; all `[unique, heads, head_dim]`."""
+    buckets, rows = packing.padded()
+    outs = [_bucket_attention(query, key, value, b, scale, window) for b in buckets]
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, rows)
+
+
+def _bucket_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bucket: Bucket,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    def pad(tokens: Tensor) -> Tensor:
+        rows = tokens.index_select(0, bucket.index)
+        return rows.view(bucket.num_sequences, bucket.length, *tokens.shape[1:]).transpose(1, 2)
+
+    mask = None
+    if window is not None and bucket.length > window:
+        distance = torch.arange(bucket.length, device=query.device)
+        distance = distance.unsqueeze(1) - distance.unsqueeze(0)
+        mask = (distance >= 0) & (distance < window)
+    groups = query.shape[1] // key.shape[1]
+    keys, values = pad(key), pad(value)
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    out = scaled_dot_product_attention(
+        pad(query), keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return out.transpose(1, 2).flatten(0, 1)

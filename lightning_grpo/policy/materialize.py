@@ -1,0 +1,93 @@
+"""Values for a policy that was built on the meta device, sharded or not.
+
+`to_empty` leaves garbage in buffers that checkpoints don't hold (the rotary embedding's
+frequencies): the model would run and be wrong, so they are made again here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_grpo.errors import ConfigError
+
+
+def materialize_from_folder(
+    model: PreTrainedModel,
+    folder: str,
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+) -> None:
+    """Fills a meta model (after `fully_shard`, if it is sharded) with a checkpoint's values.
+
+    With several ranks it is a collective: rank 0 reads, the others receive their shards.
+
+    Args:
+        model: Built by `load_policy(..., meta=True)`.
+        folder: Hub id or folder of the checkpoint.
+        device: Where this rank computes.
+        revision: Of the hub's repository.
+
+    Raises:
+        ConfigError: The checkpoint lacks a parameter, or a buffer can't be made again.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    many = distributed.is_initialized() and distributed.get_world_size() > 1
+    reads = not many or distributed.get_rank() == 0
+    values: dict[str, Any] = _read(model, folder, revision) if reads else {}
+        {} if many and distributed.get_rank() else _read(model, folder, revision)
+    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
+    set_model_state_dict(model, values, options=options)
+    rebuild_buffers(model)
+
+
+def rebuild_buffers(model: PreTrainedModel) -> None:
+    """Makes the buffers that no checkpoint holds again, in place.
+
+    Raises:
+        ConfigError: A module has such buffers and isn't built from the config alone.
+    """
+    for name, module in model.named_modules():
+        names = module._non_persistent_buffers_set
+        if not names:
+            continue
+        fresh = _fresh(name, module)
+        for buffer in names:
+            value: Tensor | None = fresh.get_buffer(buffer)
+            current = module.get_buffer(buffer)
+            if value is not None:
+                with torch.no_grad():
+                    current.copy_(value.to(current.dtype))
+
+
+def _fresh(name: str, module: nn.Module) -> nn.Module:
+    parameters = inspect.signature(type(module)).parameters
+    config = module.__dict__.get("config")
+    if config is None or "config" not in parameters:
+        raise ConfigError(
+            f"`model` has buffers in `{name}` ({type(module).__name__}) that its checkpoint lacks "
+            "and that can't be made again. Way out: load it without the meta device."
+        )
+    with torch.device("cpu"):
+        return type(module)(config=config)
+
+
+def _read(model: PreTrainedModel, folder: str, revision: str | None) -> dict[str, Tensor]:
+    options = {} if revision is None else {"revision": revision}
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **options)
+    values: dict[str, Tensor] = source.state_dict()
+    missing = sorted(set(model.state_dict()) - set(values))
+    if missing:
+        raise ConfigError(
+            f"`model` must hold every parameter, {folder!r} lacks {missing[0]} and "
+            f"{len(missing) - 1} more. Way out: a complete checkpoint of the same architecture."
+        )
+    return values

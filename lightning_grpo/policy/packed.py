@@ -1,0 +1,138 @@
+"""The policy as the trainer sees it: packed tokens in, logprobs and entropies out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.attention import PACKED, PackedLayout, register_packed_attention
+from lightning_grpo.policy.head import MAX_CHUNK_LOGITS, head_logprobs
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class PackedPolicy(nn.Module):
+    """A causal language model of transformers on packed sequences.
+
+    All parameters are used from inside `forward`, so it is the right root for `fully_shard`. Give
+    that root `MixedPrecisionPolicy(cast_forward_inputs=False)`: temperatures are no activations.
+
+    Args:
+        model: The model; its attention implementation is set to the packed one.
+        max_logits: Largest number of logits held at once.
+        share_prefixes: Computes a prompt once for sequences in a row that begin with it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_logits: int = MAX_CHUNK_LOGITS,
+        share_prefixes: bool = True,
+    ) -> None:
+        super().__init__()
+        _check(model)
+        register_packed_attention()
+        model.set_attn_implementation(PACKED)
+        model.config.use_cache = False
+        self.model = model
+        self.max_logits = max_logits
+        self.share_prefixes = share_prefixes
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        temperature: Tensor | float = 1.0,
+        with_entropy: bool = False,
+        positions_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logprobs under softmax(logits / temperature), as the servers report them.
+
+        Args:
+            input_ids: int64 `[tokens]`.
+            cu_seqlens: `[sequences + 1]`.
+            temperature: One for all, or fp32 `[tokens]`.
+            with_entropy: Whether to compute entropies too.
+            positions_mask: Tokens whose logprobs are wanted (most often `response_mask`), bool
+                `[tokens]`; the others get 0 and cost no logits. None: all.
+
+        Returns:
+            Logprobs `[tokens]`: entry t is log p(token t | tokens before t), 0 for the first
+            token of each sequence. Entropies `[tokens]` of the distributions that the tokens were
+            drawn from, laid out alike, or None. Both at least fp32.
+        """
+        layout = PackedLayout(cu_seqlens, input_ids if self.share_prefixes else None)
+        output = self.model.get_decoder()(
+            input_ids=input_ids[layout.unique].unsqueeze(0),
+            position_ids=layout.positions.unsqueeze(0),
+            use_cache=False,
+            packing=layout,
+        )
+        hidden = output.last_hidden_state.squeeze(0)
+        predicted = predicted_positions(cu_seqlens, positions_mask)
+        logprobs, entropy = head_logprobs(
+            hidden.index_select(0, layout.unique_of[predicted - 1]),
+            self.model.get_output_embeddings().weight,
+            input_ids[predicted],
+            _per_row(temperature, predicted, hidden),
+            with_entropy,
+            self.max_logits,
+        )
+        empty = logprobs.new_zeros(len(input_ids))
+        logprobs = empty.index_copy(0, predicted, logprobs)
+        return logprobs, None if entropy is None else empty.index_copy(0, predicted, entropy)
+
+
+def predicted_positions(cu_seqlens: Tensor, positions_mask: Tensor | None = None) -> Tensor:
+    """Positions t whose token is predicted from t - 1: the one place that knows the shift.
+
+    The first token of a sequence has nothing before it and is never among them. int64.
+    """
+    num_tokens = int(cu_seqlens[-1])
+    wanted = torch.ones(num_tokens, dtype=torch.bool, device=cu_seqlens.device)
+    if positions_mask is not None:
+        wanted &= positions_mask
+    starts = cu_seqlens[:-1].long()
+    wanted[starts[starts < num_tokens]] = False
+    return wanted.nonzero().squeeze(1)
+
+
+def _per_row(temperature: Tensor | float, positions: Tensor, hidden: Tensor) -> Tensor:
+    if not isinstance(temperature, Tensor):
+        return torch.full((len(positions),), float(temperature), device=hidden.device)
+    if temperature.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"`temperature` must be fp32 (0.7 is no bf16 number), got {temperature.dtype}. Under "
+            "fully_shard give the root MixedPrecisionPolicy(cast_forward_inputs=False)."
+        )
+    return temperature[positions] if temperature.ndim else temperature.expand(len(positions))
+
+
+def _check(model: PreTrainedModel) -> None:
+    name, config = type(model).__name__, model.config.to_dict()
+    if not model._supports_attention_backend:
+        raise ConfigError(
+            f"`model` must let transformers choose its attention, {name} doesn't. Way out: a "
+            "model with `_supports_attention_backend`, such as Qwen3 or Llama."
+        )
+    other = set(config.get("layer_types") or ()) - _LAYER_TYPES
+    if other:
+        raise ConfigError(
+            f"`model` must consist of attention layers, {name} has {sorted(other)}, which would "
+            "run across the sequences of a packed row. Way out: a model without them."
+        )
+    transforms = [key for key in _LOGIT_TRANSFORMS if config.get(key) not in (None, 1, 1.0)]
+    if transforms:
+        raise ConfigError(
+            f"`model` must use its head's logits as they are, {name} sets {transforms}. "
+            "Way out: a model without it."
+        )
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ConfigError(
+            f"`model` must end in a linear head without bias, got {type(head).__name__}. "
+            "Way out: a causal language model such as Qwen3 or Llama."
+        )
