@@ -15,6 +15,13 @@ def sequence_ids(cu_seqlens: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
+def token_positions(cu_seqlens: Tensor) -> Tensor:
+    """Positions that restart in each sequence, int64 `[tokens]`."""
+    cu_seqlens = cu_seqlens.long()
+    tokens = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    return tokens - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+
+
 def expand(per_sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Repeats `per_sequence [sequences]` for each of its tokens: `[tokens]`."""
     return torch.repeat_interleave(per_sequence, cu_seqlens.diff())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from lightning_grpo.algorithm.layout import token_positions
 from lightning_grpo.policy import _varlen
 
 PACKED = "packed"
@@ -97,13 +98,6 @@ class PackedLayout:
             buckets.append(Bucket(index.flatten().to(device), len(members), length))
             offset += index.numel()
         return buckets, rows.to(self.cu_seqlens.device)
-
-
-def token_positions(cu_seqlens: Tensor) -> Tensor:
-    """Positions that restart in each sequence, int64 `[tokens]`."""
-    cu_seqlens = cu_seqlens.long()
-    tokens = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-    return tokens - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
 
 
 def shared_prefixes(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

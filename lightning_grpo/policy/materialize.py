@@ -42,8 +42,6 @@ def materialize_from_folder(
     many = distributed.is_initialized() and distributed.get_world_size() > 1
     reads = not many or distributed.get_rank() == 0
     values: dict[str, Any] = _read(model, folder, revision) if reads else {}
-        {} if many and distributed.get_rank() else _read(model, folder, revision)
-    )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     set_model_state_dict(model, values, options=options)
     rebuild_buffers(model)
