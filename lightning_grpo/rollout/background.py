@@ -1,0 +1,78 @@
+"""Tasks in the background of an object, whose failure reaches whoever waits on the object."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import anyio.abc
+
+from lightning_grpo.errors import RolloutError
+
+
+class Background:
+    """A task group that fails in `check` and `wait`, not in the task that entered it.
+
+    Those who wait are no children of the group: they come from other threads, one call each. So
+    the first error is kept, every task is cancelled, and every waiter raises that error at once.
+    """
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self._changed = anyio.Event()
+        self._tasks: anyio.abc.TaskGroup | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether tasks can be spawned."""
+        return self._tasks is not None
+
+    async def __aenter__(self) -> Self:
+        self._tasks = await anyio.create_task_group().__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        self.fail(RolloutError("the rollouts were closed."))
+        tasks, self._tasks = self._tasks, None
+        return await tasks.__aexit__(kind, error, trace) if tasks else None
+
+    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run a coroutine function in the background."""
+        if self._tasks is None:
+            raise RolloutError("the rollouts are not running.")
+        self._tasks.start_soon(self._guard, function, *arguments)
+
+    def check(self) -> None:
+        """Raise what ended the background, if it has ended."""
+        if self.failure is not None:
+            raise self.failure
+
+    def notify(self) -> None:
+        """Something changed that somebody may wait for."""
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    @property
+    def next_change(self) -> anyio.Event:
+        """Set at the next `notify`; to be read before what is waited for is looked at."""
+        return self._changed
+
+    def fail(self, error: BaseException) -> None:
+        """End every task; the first error given stays."""
+        self.failure = self.failure or error
+        if self._tasks is not None:
+            self._tasks.cancel_scope.cancel()
+        self.notify()
+
+    async def _guard(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        try:
+            await function(*arguments)
+        except Exception as error:  # noqa: BLE001 - kept for everybody who waits
+            self.fail(error)

@@ -1,0 +1,107 @@
+"""Which arguments a reward function gets: the ones that it names."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.protocols import Reward
+from lightning_grpo.types import Prompt
+
+RESERVED = (
+    "prompt",
+    "messages",
+    "completion",
+    "completions",
+    "prompt_ids",
+    "completion_ids",
+)
+"""Arguments that are no column. `completions` is AReaL's name of `completion`."""
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class BoundReward:
+    """A reward function and the names that it asks for.
+
+    Args:
+        reward: Any callable; its parameters are reserved names or columns, each by its name.
+            `**kwargs` receives all columns.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        if not callable(reward):
+            raise ConfigError(f"a reward must be callable, got {reward!r}.")
+        self.reward = reward
+        self.name = reward_name(reward)
+        self._required: list[str] = []
+        self._names: set[str] = set()
+        self._takes_all = False
+        for parameter in self._signature().parameters.values():
+            self._add(parameter)
+
+    def _add(self, parameter: inspect.Parameter) -> None:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            self._takes_all = True
+        elif parameter.kind in _NAMED:
+            self._names.add(parameter.name)
+            if parameter.default is inspect.Parameter.empty:
+                self._required.append(parameter.name)
+        elif parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise ConfigError(
+                f"reward {self.name!r} has a positional-only argument {parameter.name!r}: "
+                "rewards are called by name. Remove the `/`."
+            )
+
+    def _signature(self) -> inspect.Signature:
+        try:
+            return inspect.signature(self.reward)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"reward {self.name!r} has no readable signature ({error}). "
+                "Wrap it in a function that names its arguments."
+            ) from error
+
+    def validate(self, columns: Collection[str]) -> None:
+        """Refuse an argument that nothing provides, and a column that hides a reserved name."""
+        hidden = sorted(set(columns) & set(RESERVED))
+        if hidden:
+            raise ConfigError(
+                f"column {hidden[0]!r} hides an argument of that name which rewards receive. "
+                "Rename it with `transform`."
+            )
+        missing = [name for name in self._required if name not in {*columns, *RESERVED}]
+        if missing:
+            raise ConfigError(
+                f"reward {self.name!r} asks for {missing[0]!r}, which is no column. "
+                f"Columns: {sorted(columns)}; always there: {sorted(RESERVED)}."
+            )
+
+    def arguments(
+        self, prompt: Prompt, completion: str, completion_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """The arguments to call the reward with."""
+        offered: Mapping[str, Any] = {
+            **prompt.columns,
+            "prompt": prompt.text,
+            "messages": [dict(message) for message in prompt.messages],
+            "completion": completion,
+            "completions": completion,
+            "prompt_ids": list(prompt.input_ids),
+            "completion_ids": list(completion_ids),
+        }
+        wanted = set(self._names)
+        if self._takes_all:
+            wanted |= set(prompt.columns)
+        return {name: offered[name] for name in offered if name in wanted}
+
+
+def reward_name(reward: Reward) -> str:
+    """The name that a reward is logged under: the function's, or the class's of an object."""
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
+    named = inspect.isroutine(reward) or inspect.isclass(reward)
+    return str(reward.__name__ if named else type(reward).__name__)

@@ -1,0 +1,53 @@
+"""What the producer counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lightning_grpo.types import Group
+
+
+@dataclass
+class Counters:
+    """Totals since the start of the run; they go on after a resume.
+
+    Attributes:
+        taken: Groups handed to the trainer.
+        tokens: Tokens sampled by groups that completed, filtered ones included.
+        filtered: Groups that `keep_group` turned down and that were replaced.
+        filled: Groups that `keep_group` didn't want but that filled a batch.
+        retried: Attempts that failed and were tried again.
+        failed: Prompts that failed for good.
+        expired: Prompts that a batch waited too long for.
+        dropped_groups: Groups that became too old; their prompts were asked again.
+        dropped_tokens: Tokens of their completed requests.
+        max_staleness_seen: Largest staleness of a group that was taken.
+    """
+
+    taken: int = 0
+    tokens: int = 0
+    filtered: int = 0
+    filled: int = 0
+    retried: int = 0
+    failed: int = 0
+    expired: int = 0
+    dropped_groups: int = 0
+    dropped_tokens: int = 0
+    max_staleness_seen: int = 0
+
+    def took(self, groups: Sequence[Group], version: int) -> None:
+        """Count a batch that is trained at `version`."""
+        self.taken += len(groups)
+        oldest = min(group.oldest_version for group in groups)
+        self.max_staleness_seen = max(self.max_staleness_seen, version - oldest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        for each in fields(self):
+            setattr(self, each.name, int(state[each.name]))

@@ -1,0 +1,314 @@
+"""The producer: lets groups in, runs them, and hands the trainer exactly one batch at a time.
+
+One task admits, one task runs each group, `take` waits. All of them live on one event loop and
+share plain fields between awaits. A prompt's way: admitted -> running (attempts) -> finished ->
+taken, or filtered, failed, expired; a dropped one goes back to the front of the stream. A task that
+raises ends the producer, and every `take` raises what it raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import anyio.lowlevel
+
+from lightning_grpo.errors import ConfigError, FailureBudgetError, RolloutError, ServersLostError
+from lightning_grpo.rollout.background import Background
+from lightning_grpo.rollout.counters import Counters
+from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request, first_line
+from lightning_grpo.rollout.evaluate import evaluate
+from lightning_grpo.rollout.filters import GroupFilter
+from lightning_grpo.rollout.gate import StalenessGate
+from lightning_grpo.rollout.ledger import Ledger
+from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.prompts import PromptStream
+from lightning_grpo.rollout.runs import Backlog, GroupRun
+from lightning_grpo.types import Group, Outcome, Prompt, Sampling
+
+logger = logging.getLogger(__name__)
+
+_FATAL = (ConfigError, FailureBudgetError, ServersLostError)
+
+
+class RolloutProducer:
+    """Keeps as many groups running as the gate allows; an async context manager.
+
+    Args:
+        stream: Where prompts come from.
+        runner: Runs the episodes of a prompt.
+        gate: Who may start, what may be taken.
+        ledger: How each prompt ended.
+        limits: Of time, failures and requests in flight.
+        keep_group: Turns groups down (dynamic sampling); the next prompts replace them until
+            `max_filtered_batches` are used up, then such groups fill the batch.
+        on_event: Called with a name and data, in the order in which things happen.
+    """
+
+    def __init__(
+        self,
+        stream: PromptStream,
+        runner: EpisodeRunner,
+        gate: StalenessGate,
+        ledger: Ledger,
+        limits: RolloutLimits | None = None,
+        keep_group: Callable[[Group], bool] | None = None,
+        on_event: Callable[..., None] | None = None,
+    ) -> None:
+        self.runner = runner
+        self.gate = gate
+        self.ledger = ledger
+        self.limits = limits or RolloutLimits()
+        self.counters = Counters()
+        self._filter = GroupFilter(keep_group, self.limits.max_filtered_batches * gate.batch_size)
+        self._emit = on_event or _ignore
+        all_groups = (gate.max_staleness + 1) * gate.batch_size
+        in_flight = self.limits.max_in_flight or all_groups * runner.group_size
+        self._max_running = max(1, in_flight // runner.group_size)
+        self._backlog = Backlog(stream)
+        self._errors: deque[str] = deque(maxlen=3)
+        self._accepted_at = 0.0
+        self._background = Background()
+
+    async def __aenter__(self) -> Self:
+        """Start to admit."""
+        await self._background.__aenter__()
+        self._accepted_at = anyio.current_time()
+        self._background.spawn(self._admit_forever)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        """Cancel every episode."""
+        return await self._background.__aexit__(kind, error, trace)
+
+    # ---- for the trainer -------------------------------------------------------------------
+
+    async def take(self, num_groups: int | None = None) -> list[Group]:
+        """Wait for one rollout batch: exactly `batch_size` groups, oldest version first.
+
+        Args:
+            num_groups: If given, must be the batch size: the staleness rule counts in batches.
+
+        Raises:
+            FailureBudgetError: Too many groups failed.
+            RolloutError: The producer ended, or there is nothing left to take.
+        """
+        if num_groups not in (None, self.gate.batch_size):
+            raise ConfigError(f"take() gives {self.gate.batch_size} groups, not {num_groups}.")
+        while True:
+            changed = self._background.next_change
+            left_s = self._expire_stragglers()
+            self._background.check()
+            if self.gate.is_exhausted:
+                raise RolloutError(f"all {self.gate.max_groups} groups of the run were taken.")
+            if self.gate.policy == "strict" and self.gate.num_running == 0:
+                self._filter_in_order()
+            version = self.gate.batch_version
+            tickets = self.gate.take()
+            if tickets is not None:
+                return self._hand_over(tickets, version)
+            with anyio.move_on_after(left_s):
+                await changed.wait()
+
+    def advance(self, version: int) -> None:
+        """The servers have new weights: slots of the batches trained on become free."""
+        self.gate.advance(version)
+        self._emit("advance", version=version)
+        self._drop_overdue()
+        self._background.notify()
+
+    def set_remaining_batches(self, num_batches: int | None) -> None:
+        """Admit no more than the trainer will still take; None: no limit."""
+        taken, size = self.gate.num_taken, self.gate.batch_size
+        self.gate.max_groups = None if num_batches is None else taken + num_batches * size
+        self._background.notify()
+
+    async def evaluate(
+        self, prompts: Iterable[Prompt], sampling: Sampling | None = None, num_samples: int = 1
+    ) -> list[Group]:
+        """Groups for each prompt, past the gate and before all other requests."""
+        max_running = max(1, self._max_running * self.runner.group_size // max(1, num_samples))
+        return await evaluate(
+            self.runner,
+            prompts,
+            sampling,
+            num_samples,
+            max_attempts=self.limits.max_attempts,
+            max_running=max_running,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """Where the producer stands, for one line that explains a wait."""
+        return {
+            "version": self.gate.version,
+            "running": self.gate.num_running,
+            "in_flight": self.gate.num_running * self.runner.group_size,
+            "queued": self.gate.num_finished,
+            "unpublished_batches": self.gate.num_pending_batches,
+            "ask_again": self._backlog.num_put_back,
+            "pass": self._backlog.cursor // self._backlog.stream.num_rows,
+            "idle_s": anyio.current_time() - self._accepted_at,
+            "last_errors": list(self._errors),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from, as plain data; made without an await, so it is one moment."""
+        return {
+            "backlog": self._backlog.state_dict(),
+            "num_filtered": self._filter.num_filtered,
+            "gate": self.gate.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "counters": self.counters.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`; before the producer is entered."""
+        if self._background.is_running:
+            raise RolloutError("load_state_dict() must come before the producer starts.")
+        self.gate.load_state_dict(state["gate"])
+        self.ledger.load_state_dict(state["ledger"])
+        self.counters.load_state_dict(state["counters"])
+        self._filter.num_filtered = int(state["num_filtered"])
+        self._backlog.load_state_dict(state["backlog"], self.gate)
+
+    # ---- one group -------------------------------------------------------------------------
+
+    async def _admit_forever(self) -> None:
+        while True:
+            changed = self._background.next_change
+            while self.gate.may_admit() and self.gate.num_running < self._max_running:
+                self._admit()
+                await anyio.lowlevel.checkpoint()
+            await changed.wait()
+
+    def _admit(self) -> None:
+        prompt, attempts = self._backlog.next()
+        run = GroupRun(self.gate.admit(), prompt, attempts, anyio.current_time())
+        self._backlog.runs[run.ticket] = run
+        self._emit("admit", key=run.key, version=self.gate.version, ticket=run.ticket)
+        self._background.spawn(self._run, run)
+
+    async def _run(self, run: GroupRun) -> None:
+        with run.scope:
+            while run.group is None and run.ticket in self._backlog.runs:
+                await self._try_once(run)
+
+    async def _try_once(self, run: GroupRun) -> None:
+        version = self.gate.admitted_version(run.ticket)
+        run.attempt = Attempt()
+        request = Request(run.attempts, version, group_key=run.key)
+        try:
+            trajectories = await self.runner.run(run.prompt, request, run.attempt)
+            group = Group(run.prompt, trajectories, version, run.attempts)
+            run.wanted = self._filter.wants(group)
+        except _FATAL:
+            raise
+        except Exception as error:  # noqa: BLE001 - counted, named, and tried again
+            if not run.scope.cancel_called:
+                self._attempt_failed(run, error)
+            return
+        if not run.scope.cancel_called:
+            self._finish(run, group)
+
+    def _finish(self, run: GroupRun, group: Group) -> None:
+        run.group = group
+        self._accepted_at = anyio.current_time()
+        self.counters.tokens += run.attempt.num_tokens
+        if self.gate.policy != "strict" and self._turn_down(run):
+            return
+        self.gate.finish(run.ticket)
+        self._emit("finish", key=run.key, ticket=run.ticket)
+        self._background.notify()
+
+    def _turn_down(self, run: GroupRun) -> bool:
+        if run.wanted:
+            return False
+        if not self._filter.may_turn_down():
+            return False
+        self.counters.filtered += 1
+        self._end(run, Outcome.FILTERED)
+        return True
+
+    def _filter_in_order(self) -> None:
+        # Everything has finished: decided in the order of admission, so that who fills the batch
+        # doesn't depend on who finished first.
+        for ticket in sorted(self._backlog.runs)[: self.gate.batch_size]:
+            self._turn_down(self._backlog.runs[ticket])
+
+    def _attempt_failed(self, run: GroupRun, error: Exception) -> None:
+        self._errors.append(f"prompt {run.key}: {first_line(error)}")
+        if run.attempts < self.limits.max_attempts:
+            run.attempts += 1
+            run.started_at = anyio.current_time()
+            self.counters.retried += 1
+            self.gate.retry(run.ticket)
+            self._emit("retry", key=run.key, attempt=run.attempts)
+            self._background.notify()
+            return
+        self.counters.failed += 1
+        text = first_line(error)
+        logger.warning("prompt %s failed after %d attempts: %s", run.key, run.attempts, text)
+        self._end(run, Outcome.FAILED, "".join(traceback.format_exception(error)))
+
+    def _end(self, run: GroupRun, outcome: Outcome, error: str | None = None) -> None:
+        self._emit(str(outcome), key=run.key)
+        self._forget(run)
+        self.ledger.record(run.key, outcome, error)
+
+    def _forget(self, run: GroupRun) -> None:
+        del self._backlog.runs[run.ticket]
+        self.gate.release(run.ticket)
+        run.scope.cancel()
+        self._background.notify()
+
+    # ---- batches ---------------------------------------------------------------------------
+
+    def _hand_over(self, tickets: list[int], version: int) -> list[Group]:
+        runs = [self._backlog.runs.pop(ticket) for ticket in tickets]
+        groups = [run.group for run in runs if run.group is not None]
+        for group in groups:
+            self.ledger.record(group.prompt.key, Outcome.TRAINED)
+        self.counters.filled += sum(not run.wanted for run in runs)
+        self._filter.start_batch()
+        self.counters.took(groups, version)
+        self._emit("take", version=version, keys=[group.prompt.key for group in groups])
+        self._drop_overdue()
+        self._background.notify()
+        return groups
+
+    def _drop_overdue(self) -> None:
+        for ticket in reversed(self.gate.overdue()):
+            run = self._backlog.runs[ticket]
+            self.counters.dropped_groups += 1
+            self.counters.dropped_tokens += run.attempt.num_tokens
+            self._backlog.put_back(run)
+            self._emit("drop", key=run.key)
+            self._forget(run)
+
+    def _expire_stragglers(self) -> float | None:
+        """End the groups that the batch has waited too long for; seconds to the next such."""
+        timeout = self.limits.straggler_timeout_s
+        if timeout is None:
+            return None
+        now = anyio.current_time()
+        left = []
+        for run in [self._backlog.runs[ticket] for ticket in self.gate.awaited()]:
+            left.append(run.started_at + timeout - now)
+            if left[-1] <= 0:
+                self.counters.expired += 1
+                self._end(run, Outcome.EXPIRED)
+        return min(left, default=None)
+
+
+def _ignore(name: str, **data: Any) -> None:
+    """No one listens."""

@@ -1,0 +1,86 @@
+"""What the parts of the rollout expect of each other and of the user's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lightning_grpo.types import Completion, Prompt, Sampling, Trajectory
+
+Reward = Callable[..., Any]
+"""`reward(prompt, completion, **columns) -> float | dict[str, float]`; sync or async."""
+
+RewardValue = float | dict[str, float]
+"""What a reward comes to: one number, or several under their names."""
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that rollouts use."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Render messages, to text or to token ids."""
+        ...
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        """Turn text into token ids."""
+        ...
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> str:
+        """Turn token ids into text."""
+        ...
+
+
+class Generator(Protocol):
+    """Samples continuations: the server pool, or a fake."""
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        group_key: Hashable | None = None,
+        priority: bool = False,
+        seed: int | None = None,
+    ) -> Completion:
+        """Sample one continuation of `input_ids`.
+
+        Args:
+            input_ids: What to continue.
+            sampling: How to sample.
+            group_key: Requests of one key share a prompt, so one server's prefix cache serves all.
+            priority: Goes before requests without it.
+            seed: Makes the sample repeatable where the server can.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """Runs reward functions, under a time limit."""
+
+    async def score(self, reward: Reward, arguments: Mapping[str, Any]) -> RewardValue:
+        """Call `reward(**arguments)`; raises `RewardError`, never answers a silent 0."""
+        ...
+
+
+class EpisodeContext(Protocol):
+    """What a workflow may use, and nothing else."""
+
+    tokenizer: Tokenizer
+
+    async def generate(self, input_ids: list[int], sampling: Sampling | None = None) -> Completion:
+        """Sample one continuation; the seed, the group and the priority are the context's."""
+        ...
+
+    async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:
+        """Call `reward(**arguments)` in a process that can be killed."""
+        ...
+
+
+class RolloutWorkflow(Protocol):
+    """One episode: from a prompt to a trajectory."""
+
+    async def run(self, prompt: Prompt, context: EpisodeContext) -> Trajectory | None:
+        """Run one episode; `None` or a raise fails the group's attempt."""
+        ...

@@ -1,0 +1,133 @@
+"""Workflows: one episode each, from a prompt to a trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from lightning_grpo.errors import ConfigError, RewardError, RolloutError
+from lightning_grpo.rollout.binding import BoundReward
+from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue
+from lightning_grpo.rollout.protocols import RolloutWorkflow as RolloutWorkflow
+from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
+
+_DEFAULT_SAMPLING = Sampling()
+
+
+class RLVRWorkflow:
+    """One completion, scored by one or several verifiable rewards.
+
+    Args:
+        reward: A function, or several. Each gets the arguments that it names.
+        sampling: How completions are sampled in training.
+        reward_weights: A weight for each function; None: all 1.
+    """
+
+    def __init__(
+        self,
+        reward: list[Callable[..., Any]] | Callable[..., Any],
+        sampling: Sampling = _DEFAULT_SAMPLING,
+        reward_weights: list[float] | None = None,
+    ) -> None:
+        functions = list(reward) if isinstance(reward, list | tuple) else [reward]
+        if not functions:
+            raise ConfigError("`reward` must name at least one function, got an empty list.")
+        self.rewards = [BoundReward(function) for function in functions]
+        self.sampling = sampling
+        self.weights = [1.0] * len(functions) if reward_weights is None else list(reward_weights)
+        if len(self.weights) != len(functions):
+            raise ConfigError(
+                f"`reward_weights` must have one weight for each of the {len(functions)} rewards, "
+                f"got {len(self.weights)}."
+            )
+        names = Counter(bound.name for bound in self.rewards)
+        twice = [name for name, count in names.items() if count > 1]
+        if twice:
+            raise ConfigError(
+                f"two rewards are named {twice[0]!r}, so their logs would be one. Rename one."
+            )
+
+    @property
+    def reward_functions(self) -> list[Callable[..., Any]]:
+        """The functions, to be shipped to the reward processes when they start."""
+        return [bound.reward for bound in self.rewards]
+
+    def validate(self, columns: Collection[str]) -> None:
+        """Refuse rewards that ask for what the prompts don't have; called at setup."""
+        for bound in self.rewards:
+            bound.validate(columns)
+
+    async def run(self, prompt: Prompt, context: EpisodeContext) -> Trajectory:
+        """Sample one completion and score it."""
+        completion = await context.generate(list(prompt.input_ids), self.sampling)
+        total = 0.0
+        rewards: dict[str, float] = {}
+        for bound, weight in zip(self.rewards, self.weights, strict=True):
+            arguments = bound.arguments(prompt, completion.text, completion.token_ids)
+            value = await context.score(bound.reward, **arguments)
+            named = named_rewards(bound.name, value)
+            twice = rewards.keys() & named.keys()
+            if twice:
+                raise RewardError(f"two rewards are named {sorted(twice)[0]!r}. Rename one.")
+            rewards.update(named)
+            total += weight * sum(named.values())
+        return single_turn(prompt, completion, total, rewards, self.sampling.temperature)
+
+
+def named_rewards(name: str, value: RewardValue) -> dict[str, float]:
+    """A reward's value as rewards under their names."""
+    return dict(value) if isinstance(value, Mapping) else {name: value}
+
+
+def single_turn(
+    prompt: Prompt,
+    completion: Completion,
+    reward: float,
+    rewards: Mapping[str, float],
+    temperature: float = 1.0,
+) -> Trajectory:
+    """The trajectory of one prompt and one completion; token ids are joined, never made again."""
+    num_prompt, num_sampled = len(prompt.input_ids), len(completion.token_ids)
+    return Trajectory(
+        input_ids=(*prompt.input_ids, *completion.token_ids),
+        response_mask=(False,) * num_prompt + (True,) * num_sampled,
+        logprobs=(0.0,) * num_prompt + tuple(completion.logprobs),
+        versions=(NO_VERSION,) * num_prompt + tuple(completion.versions),
+        reward=reward,
+        rewards=rewards,
+        text=completion.text,
+        truncated=completion.truncated,
+        temperature=temperature,
+    )
+
+
+def check_trajectory(trajectory: Trajectory | None, admitted_version: int) -> Trajectory:
+    """What every workflow's result must be.
+
+    Raises:
+        RolloutError: It isn't, and how.
+    """
+    if not isinstance(trajectory, Trajectory):
+        raise RolloutError(f"the workflow returned {trajectory!r} instead of a trajectory.")
+    mask = trajectory.response_mask
+    lengths = {len(trajectory.input_ids), len(mask), len(trajectory.logprobs)}
+    if len(lengths | {len(trajectory.versions)}) > 1:
+        raise RolloutError(
+            "a trajectory's input_ids, response_mask, logprobs and versions differ in length: "
+            f"{len(trajectory.input_ids)}, {len(mask)}, {len(trajectory.logprobs)}, "
+            f"{len(trajectory.versions)}."
+        )
+    if not any(mask):
+        raise RolloutError("a trajectory has no sampled token.")
+    if not math.isfinite(trajectory.reward):
+        raise RewardError(f"a trajectory's reward is {trajectory.reward}.")
+    if not all(map(math.isfinite, trajectory.logprobs)):
+        raise RolloutError("a trajectory has a log-probability that is not finite.")
+    if trajectory.oldest_version < admitted_version:
+        raise RolloutError(
+            f"a token was sampled by version {trajectory.oldest_version}, older than version "
+            f"{admitted_version} at which its group was let in: a server has old weights."
+        )
+    return trajectory
