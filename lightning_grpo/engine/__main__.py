@@ -1,0 +1,155 @@
+"""`python -m lightning_grpo.engine --model DIR`: serve a model on this CPU behind SGLang's API.
+
+Prints `READY http://HOST:PORT` on standard output once it answers, and nothing else there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+import torch
+from aiohttp import web
+from transformers.utils import logging as transformers_logging
+
+from lightning_grpo.engine.intake import Intake
+from lightning_grpo.engine.loop import EngineThread
+from lightning_grpo.engine.model import ModelRunner, end_token_ids, load_model, load_tokenizer
+from lightning_grpo.engine.scheduler import Limits, Scheduler
+from lightning_grpo.engine.server import EngineServer, ServerInfo
+from lightning_grpo.engine.stopping import StopStrings
+from lightning_grpo.engine.updates import WeightUpdates
+from lightning_grpo.engine.weights import ModelWeights
+
+_SHUTDOWN_S = 2.0
+_GIL_INTERVAL_S = 0.0005
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_grpo.engine", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="Hugging Face folder (or hub id)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--api-key", help="ask for `Authorization: Bearer KEY`")
+    parser.add_argument(
+        "--max-running-requests", type=int, default=64, help="requests decoded together"
+    )
+    parser.add_argument(
+        "--kv-memory-mb", type=int, default=2048, help="most memory for keys and values"
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="repeat bit for bit what is submitted while paused",
+    )
+    parser.add_argument("--weight-version", default="default", help="name of the first weights")
+    parser.add_argument("--log-level", default="warning", help="debug, info, warning or error")
+    parser.add_argument(
+        "--exit-with-stdin", action="store_true", help="end when standard input is closed"
+    )
+    options = parser.parse_args(arguments)
+    if options.max_running_requests < 1:
+        parser.error(f"--max-running-requests must be >= 1, got {options.max_running_requests}")
+    if options.log_level.upper() not in logging.getLevelNamesMapping():
+        parser.error(f"--log-level must be a logging level, got {options.log_level!r}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until a signal, or the end of standard input, says stop."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr)
+    transformers_logging.disable_progress_bar()
+    # Kernels this small lose more to a second thread than they gain, and the trainer needs it.
+    torch.set_num_threads(1)
+    sys.setswitchinterval(_GIL_INTERVAL_S)
+    asyncio.run(serve(options))
+    # A thread may still wait in a collective that nobody will complete.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+async def serve(options: argparse.Namespace) -> None:
+    """Load, listen, say so, and wait for the end."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    if options.exit_with_stdin:
+        _watch_stdin(loop, stop)
+    engine, server = build(options, loop)
+    engine.start()
+    runner = web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S)
+    await runner.setup()
+    site = web.TCPSite(runner, options.host, options.port, backlog=1024)
+    await site.start()
+    port = runner.addresses[0][1]
+    print(f"READY http://{options.host}:{port}", flush=True)
+    await stop.wait()
+    # Whoever still waits gets what there is.
+    await engine.call(lambda s: s.abort(None))
+    await runner.cleanup()
+    engine.stop()
+
+
+def build(
+    options: argparse.Namespace, loop: asyncio.AbstractEventLoop
+) -> tuple[EngineThread, EngineServer]:
+    """Load the model and wire the parts."""
+    model = load_model(options.model)
+    tokenizer = load_tokenizer(options.model)
+    runner = ModelRunner(model)
+    # One prompt through: shows what can't be served before anyone is told that this is ready.
+    state = runner.prefill([[0, 0]])[0]
+    token_bytes = state.kv[..., 0, :].numel() * state.kv.element_size()
+    limits = Limits(
+        max_running=options.max_running_requests,
+        max_total_tokens=max(
+            runner.context_length,
+            min(
+                (options.kv_memory_mb << 20) // token_bytes,
+                options.max_running_requests * runner.context_length,
+            ),
+        ),
+        deterministic=options.deterministic,
+    )
+    scheduler = Scheduler(runner, StopStrings(tokenizer), limits, options.weight_version)
+    engine = EngineThread(scheduler, loop)
+    intake = Intake(
+        vocab_size=runner.vocab_size,
+        context_length=runner.context_length,
+        end_ids=end_token_ids(model, tokenizer),
+        tokenizer=tokenizer,
+        deterministic=options.deterministic,
+    )
+    info = ServerInfo(
+        tokenizer_path=options.model,
+        model_type=model.config.model_type,
+        architectures=list(model.config.architectures or [type(model).__name__]),
+        max_running_requests=limits.max_running,
+        max_total_tokens=limits.max_total_tokens,
+        deterministic=options.deterministic,
+    )
+    updates = WeightUpdates(engine, ModelWeights(model), options.model)
+    return engine, EngineServer(engine, updates, intake, info, options.api_key)
+
+
+def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    def wait() -> None:
+        while sys.stdin.buffer.read(1 << 16):
+            pass
+        loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The forward pass: transformers' own model over the engine's slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_grpo.engine.kv import PrefillCapture, PromptState, SlotCache
+
+ATTENTION_NAME = "lightning_grpo_slots"
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention for transformers' interface: causal over whole prompts, masked over slots.
+
+    A decode step lays the query heads that share a key-value head out as queries of it, so that
+    keys and values are read where they lie and never repeated.
+    """
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"the embedded engine has no `{name}` attention ({type(module).__name__} uses it); "
+                "serve this model with SGLang"
+            )
+    batch, heads, queries, dim = query.shape
+    kv_heads = key.shape[1]
+    if queries == 1:
+        packed = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+        mixed = functional.scaled_dot_product_attention(
+            packed, key, value, attn_mask=attention_mask, scale=scaling
+        )
+        return mixed.reshape(batch, 1, heads, -1), None
+    if heads != kv_heads:
+        key = key.repeat_interleave(heads // kv_heads, dim=1)
+        value = value.repeat_interleave(heads // kv_heads, dim=1)
+    mixed = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling
+    )
+    return mixed.transpose(1, 2), None
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """Load a causal language model in fp32 for the engine."""
+    AttentionInterface.register(ATTENTION_NAME, slot_attention)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+    )
+    model.eval()
+    return model.requires_grad_(False)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer beside the model; None where the folder has none."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    return tokenizer
+
+
+def end_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> frozenset[int]:
+    """Every id that ends a completion: the config's, the generation config's, the tokenizer's."""
+    generation = model.generation_config
+    sources: list[Any] = [
+        model.config.eos_token_id,
+        None if generation is None else generation.eos_token_id,
+        None if tokenizer is None else tokenizer.eos_token_id,
+    ]
+    ids: set[int] = set()
+    for source in sources:
+        ids.update(source if isinstance(source, list) else [] if source is None else [source])
+    return frozenset(ids)
+
+
+def context_length(path: str) -> int:
+    """The longest sequence that the model at `path` takes."""
+    return int(AutoConfig.from_pretrained(path).max_position_embeddings)
+
+
+class ModelRunner:
+    """Runs prompts and decode steps.
+
+    Args:
+        model: A causal language model from `load_model`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.vocab_size = int(model.config.get_text_config().vocab_size)
+        self.context_length = int(model.config.get_text_config().max_position_embeddings)
+        self._positions = torch.arange(self.context_length + 1)
+        self._pick: tuple[Tensor, Tensor] | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._pick_positions)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptState]:
+        """Read prompts, padded on the right to the longest."""
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : lengths[row]] = torch.tensor(prompt)
+        # The padding is behind each prompt, where causal attention never looks back from.
+        last = torch.tensor(lengths) - 1
+        capture = PrefillCapture()
+        logits = self._forward(ids, capture, pick=(torch.arange(len(prompts)), last))
+        return [
+            PromptState(capture.prompt(row, lengths[row]), logits[row].clone())
+            for row in range(len(prompts))
+        ]
+
+    @torch.inference_mode()
+    def score(self, prompt: Sequence[int], start: int) -> tuple[PromptState, Tensor]:
+        """Read one prompt and score its tokens after `start`.
+
+        Returns:
+            The state, and unscaled logprobs of tokens `start + 1` and on, `[tokens - start - 1]`.
+        """
+        ids = torch.tensor(prompt)[None]
+        rows = torch.arange(start, len(prompt))
+        capture = PrefillCapture()
+        logits = self._forward(ids, capture, pick=(torch.zeros_like(rows), rows))
+        targets = ids[0, start + 1 :, None]
+        scores = logits[:-1].log_softmax(-1).gather(-1, targets)[:, 0]
+        return PromptState(capture.prompt(0, len(prompt)), logits[-1].clone()), scores
+
+    @torch.inference_mode()
+    def decode(self, slots: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Append one token to each of the first slots and return the next logits.
+
+        Args:
+            slots: Where keys and values lie.
+            tokens: The newest token of each, not yet in its slot, `[running]`.
+            lengths: Tokens already in each slot, `[running]`.
+
+        Returns:
+            fp32 logits `[running, vocab]`.
+        """
+        max_length = int(lengths.max()) + 1
+        slots.grow(max_length)
+        mask = torch.zeros(len(tokens), max_length)
+        mask.masked_fill_(self._positions[:max_length] > lengths[:, None], float("-inf"))
+        return self._forward(
+            tokens[:, None],
+            slots.step(lengths, max_length),
+            positions=lengths[:, None],
+            mask=mask[:, None, None],
+        )
+
+    def _forward(
+        self,
+        ids: Tensor,
+        cache: Any,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        pick: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if positions is None:
+            positions = self._positions[None, : ids.shape[1]]
+        self._pick = pick
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits[:, 0].float()
+
+    def _pick_positions(self, _: torch.nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:
+        """Give the head only the positions whose logits are wanted: the rest are never made."""
+        if self._pick is None:
+            return None
+        hidden = args[0][self._pick]
+        return hidden[:, None]
