@@ -7,8 +7,8 @@ smallest reward of the group is subtracted first, so no rounding of a mean can l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,16 +16,16 @@ from torch import Tensor
 from lightning_grpo.errors import ConfigError
 
 
-@runtime_checkable
-class Advantage(Protocol):
-    """Anything that turns the rewards of whole groups into advantages."""
+class Advantage(ABC):
+    """Turns the rewards of whole groups into advantages."""
 
+    @abstractmethod
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """`[trajectories]` from `[trajectories]`."""
 
 
 @dataclass(frozen=True)
-class GroupAdvantage:
+class GroupAdvantage(Advantage):
     """Reward minus the mean of its group, divided by the group's standard deviation.
 
     `divide_by_std=False` is the advantage of Dr.GRPO.
@@ -61,7 +61,7 @@ class GroupAdvantage:
 
 
 @dataclass(frozen=True)
-class LeaveOneOutAdvantage:
+class LeaveOneOutAdvantage(Advantage):
     """Reward minus the mean of the group's other rewards; 0 in a group of one.
 
     Source: RLOO, arXiv 2402.14740, section 2.3 (equation 6), after Kool et al. 2019.
@@ -76,7 +76,7 @@ class LeaveOneOutAdvantage:
 
 
 @dataclass(frozen=True)
-class ReinforceAdvantage:
+class ReinforceAdvantage(Advantage):
     """The reward itself: no baseline, so an all-equal group is not zeroed.
 
     Source: Williams 1992, equation 1 with b = 0.

@@ -7,8 +7,8 @@ caller multiplies by the number of ranks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,16 +17,16 @@ from lightning_grpo.algorithm.layout import expand, sequence_sum
 from lightning_grpo.errors import ConfigError
 
 
-@runtime_checkable
-class Aggregation(Protocol):
-    """Anything that weights the tokens of a micro-batch."""
+class Aggregation(ABC):
+    """Weights the tokens of a micro-batch."""
 
+    @abstractmethod
     def weights(self, batch: MicroBatch) -> Tensor:
         """`[tokens]`; 0 outside `loss_mask`."""
 
 
 @dataclass(frozen=True)
-class TokenMean:
+class TokenMean(Aggregation):
     """Mean over all tokens of the global minibatch. Source: DAPO, arXiv 2503.14476, equation 8."""
 
     def weights(self, batch: MicroBatch) -> Tensor:
@@ -36,7 +36,7 @@ class TokenMean:
 
 
 @dataclass(frozen=True)
-class SequenceMean:
+class SequenceMean(Aggregation):
     """Mean over the tokens of each sequence, then over sequences.
 
     Source: GRPO, arXiv 2402.03300, equation 3.
@@ -50,7 +50,7 @@ class SequenceMean:
 
 
 @dataclass(frozen=True)
-class ConstantLength:
+class ConstantLength(Aggregation):
     """Sum over the tokens of each sequence divided by a constant, then mean over sequences.
 
     Source: Dr.GRPO, arXiv 2503.20783, section 3.2.

@@ -7,9 +7,9 @@ denominators stay as they are, so a dropped token counts as a loss of 0.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ from lightning_grpo.algorithm.metrics import Metrics, masked_mean
 from lightning_grpo.errors import ConfigError
 
 
-@runtime_checkable
-class Correction(Protocol):
-    """Anything that weights the token losses of samples from another policy."""
+class Correction(ABC):
+    """Weights the token losses of samples from another policy."""
 
+    @abstractmethod
     def __call__(self, proximal_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Detached weights `[tokens]`, and metrics by name."""
 
@@ -71,7 +71,7 @@ def _logged(weights: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
 
 
 @dataclass(frozen=True)
-class TokenTIS:
+class TokenTIS(Correction):
     """Truncated importance sampling per token: min(rho, cap).
 
     Source: Espeholt et al., arXiv 1802.01561, section 4.1, as used in decoupled PPO, arXiv
@@ -93,7 +93,7 @@ class TokenTIS:
 
 
 @dataclass(frozen=True)
-class SequenceTIS:
+class SequenceTIS(Correction):
     """Truncated importance sampling per sequence: min(product of rho, cap).
 
     Args:
@@ -112,7 +112,7 @@ class SequenceTIS:
 
 
 @dataclass(frozen=True)
-class IcePop:
+class IcePop(Correction):
     """rho inside the band, 0 outside. Source: arXiv 2510.18855, equation 3.
 
     Watch `correction/dropped_fraction`: a mask that drops ever more tokens ends the learning.
@@ -136,7 +136,7 @@ class IcePop:
 
 
 @dataclass(frozen=True)
-class TokenMask:
+class TokenMask(Correction):
     """1 for tokens with rho inside the band, 0 outside.
 
     Args:
@@ -158,7 +158,7 @@ class TokenMask:
 
 
 @dataclass(frozen=True)
-class SequenceMask:
+class SequenceMask(Correction):
     """1 for sequences whose product of rho is inside the band, 0 outside.
 
     Args:
@@ -180,7 +180,7 @@ class SequenceMask:
 
 
 @dataclass(frozen=True)
-class GeometricMask:
+class GeometricMask(Correction):
     """1 for sequences whose geometric mean of rho is inside the band, 0 outside.
 
     Unlike the product it doesn't grow with the length, so it suits long answers.
@@ -204,7 +204,7 @@ class GeometricMask:
 
 
 @dataclass(frozen=True)
-class OPSM:
+class OPSM(Correction):
     """Off-policy sequence mask: drops bad sequences that the policy has moved away from.
 
     0 where A < 0 and the sequence's mean of log(behavior / policy) exceeds delta, else 1. Uses
@@ -235,7 +235,7 @@ class OPSM:
 
 
 @dataclass(frozen=True)
-class CombinedCorrection:
+class CombinedCorrection(Correction):
     """The product of several corrections, such as GeometricMask and TokenTIS.
 
     Args:

@@ -15,8 +15,8 @@ The last is DeepSeek-V3.2's (arXiv 2512.02556, section 3.1) and the default.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,10 +26,10 @@ from lightning_grpo.algorithm.metrics import Metrics, masked_mean
 from lightning_grpo.errors import ConfigError
 
 
-@runtime_checkable
-class KLEstimator(Protocol):
-    """Anything that estimates the divergence from the reference at each token."""
+class KLEstimator(ABC):
+    """Estimates the divergence from the reference at each token."""
 
+    @abstractmethod
     def __call__(
         self, policy_logprobs: Tensor, reference_logprobs: Tensor, batch: MicroBatch
     ) -> Tensor:
@@ -37,7 +37,7 @@ class KLEstimator(Protocol):
 
 
 @dataclass(frozen=True)
-class K1:
+class K1(KLEstimator):
     """log(pi / ref). A value to log or to subtract from a reward; as a loss it does nothing."""
 
     def __call__(
@@ -48,7 +48,7 @@ class K1:
 
 
 @dataclass(frozen=True)
-class K2:
+class K2(KLEstimator):
     """log(pi / ref)^2 / 2. On-policy its gradient is that of KL(pi || ref)."""
 
     def __call__(
@@ -59,7 +59,7 @@ class K2:
 
 
 @dataclass(frozen=True)
-class K3:
+class K3(KLEstimator):
     """ref / pi - log(ref / pi) - 1, GRPO's. On-policy its gradient is that of KL(ref || pi).
 
     Source: GRPO, arXiv 2402.03300, equation 4.
@@ -74,7 +74,7 @@ class K3:
 
 
 @dataclass(frozen=True)
-class WeightedK3:
+class WeightedK3(KLEstimator):
     """k3 times pi / behavior, with gradient through the ratio too: unbiased off-policy.
 
     Source: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.

@@ -7,8 +7,8 @@ correction, else the trainer's own policy before the step. Losses are minimized,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,14 +22,16 @@ from lightning_grpo.algorithm.ratio import anchored_log_ratio, ratio_metrics
 from lightning_grpo.errors import ConfigError
 
 
-@runtime_checkable
-class PolicyLoss(Protocol):
-    """A policy loss: any callable of this form, with the aggregation that it is meant for."""
+class PolicyLoss(ABC):
+    """A policy loss: a callable of this form, with the aggregation that it is meant for.
 
-    @property
-    def aggregation(self) -> Aggregation:
-        """How its token losses become one number."""
+    Attributes:
+        aggregation: How its token losses become one number.
+    """
 
+    aggregation: Aggregation
+
+    @abstractmethod
     def __call__(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Unreduced loss `[tokens]`, and metrics by name."""
 
@@ -71,7 +73,7 @@ def weighted_log_likelihood(policy_logprobs: Tensor, advantages: Tensor, weights
 
 
 @dataclass(frozen=True)
-class GRPOLoss:
+class GRPOLoss(PolicyLoss):
     """The clipped surrogate of GRPO and DAPO.
 
     Args:
@@ -108,7 +110,7 @@ class GRPOLoss:
 
 
 @dataclass(frozen=True)
-class GSPOLoss:
+class GSPOLoss(PolicyLoss):
     """The clipped surrogate on the sequence's length-normalized ratio.
 
     Args:
@@ -133,7 +135,7 @@ class GSPOLoss:
 
 
 @dataclass(frozen=True)
-class CISPOLoss:
+class CISPOLoss(PolicyLoss):
     """Policy gradient weighted by the clipped ratio: no token loses its gradient.
 
     The bounds are relative to 1, as in the paper; `CappedCISPOLoss` takes an absolute cap.
@@ -159,7 +161,7 @@ class CISPOLoss:
 
 
 @dataclass(frozen=True)
-class CappedCISPOLoss:
+class CappedCISPOLoss(PolicyLoss):
     """CISPO with an absolute upper cap and no lower bound. Source: ScaleRL, arXiv 2510.13786.
 
     Args:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_grpo.algorithm.aggregation import Aggregation, SequenceMean, TokenMean
 from lightning_grpo.algorithm.batch import MicroBatch
 from lightning_grpo.algorithm.checks import require_positive
+from lightning_grpo.algorithm.losses import PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
 from lightning_grpo.algorithm.ratio import anchor, anchored_log_ratio, ratio_metrics
 
@@ -60,7 +61,7 @@ def second_moment_keep(log_ratio: Tensor, mask: Tensor, threshold: float) -> Ten
 
 
 @dataclass(frozen=True)
-class SAPOLoss:
+class SAPOLoss(PolicyLoss):
     """A smooth gate in the place of the clip: the gradient fades as the ratio leaves 1.
 
     Args:
@@ -86,7 +87,7 @@ class SAPOLoss:
 
 
 @dataclass(frozen=True)
-class DPPOLoss:
+class DPPOLoss(PolicyLoss):
     """The plain ratio loss without the tokens whose probability moved too far.
 
     Args:
@@ -114,7 +115,7 @@ class DPPOLoss:
 
 
 @dataclass(frozen=True)
-class M2POLoss:
+class M2POLoss(PolicyLoss):
     """The plain ratio loss under a bound on the second moment of the log-ratios.
 
     Tokens are ranked within the micro-batch, so unlike every other loss this one depends (a
