@@ -1,0 +1,164 @@
+"""One completion in the making: what its interrupted pieces gave so far, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lightning_grpo.errors import ServerError
+from lightning_grpo.rollout import wire
+from lightning_grpo.rollout.member import Member
+from lightning_grpo.types import Completion, Sampling
+
+Decode = Callable[[Sequence[int]], str]
+MAX_IDLE_ABORTS = 50
+"""Aborts in a row without one new token, after which a server is at fault."""
+
+
+class Partial:
+    """Collects tokens, logprobs and versions over interruptions.
+
+    Args:
+        input_ids: The prompt.
+        sampling: The whole budget; what is left of it goes into each next request.
+        seed: Goes unchanged into every piece: the server's noise depends on the position.
+    """
+
+    def __init__(self, input_ids: Sequence[int], sampling: Sampling, seed: int | None) -> None:
+        self._prompt = list(input_ids)
+        self._sampling = sampling
+        self._seed = seed
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+        self._finish: str | None = None
+        self._num_interruptions = 0
+        self._num_idle_aborts = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to ask for."""
+        return self._finish is not None
+
+    @property
+    def started(self) -> bool:
+        """Whether it holds tokens or was interrupted: then it goes before fresh requests."""
+        return bool(self._ids) or self._num_interruptions > 0
+
+    def request(self, rid: str, extra_key: str, *, with_seed: bool) -> wire.GenerateRequest:
+        """The next piece: prompt and tokens so far, with the budget that is left."""
+        params = wire.sampling_params(
+            self._sampling,
+            max_new_tokens=self._sampling.max_new_tokens - len(self._ids),
+            min_new_tokens=max(0, self._sampling.min_new_tokens - len(self._ids)),
+            seed=self._seed if with_seed else None,
+        )
+        return wire.GenerateRequest(
+            input_ids=self._prompt + self._ids,
+            sampling_params=params,
+            return_logprob=True,
+            rid=rid,
+            extra_key=extra_key,
+        )
+
+    def add(self, reply: wire.GenerateReply, member: Member, pinned_version: int) -> None:
+        """Takes one reply in.
+
+        Raises:
+            ServerError: The reply contradicts itself, or names weights that are not ours.
+        """
+        finish = reply.meta_info.finish_reason
+        reason = finish.type if finish is not None else "abort"
+        entries = reply.meta_info.output_token_logprobs or []
+        ids, logprobs = self._matched(reply.output_ids, entries, reason, member.url)
+        versions = token_versions(reply.meta_info, len(reply.output_ids), member, pinned_version)
+        self._ids += ids
+        self._logprobs += logprobs
+        self._versions += versions[: len(ids)]
+        if reason != "abort":
+            self._finish = reason
+            return
+        self._num_interruptions += 1
+        self._num_idle_aborts = 0 if ids else self._num_idle_aborts + 1
+        if len(self._ids) >= self._sampling.max_new_tokens:
+            self._finish = "length"
+        elif self._num_idle_aborts > MAX_IDLE_ABORTS:
+            raise ServerError(
+                f"{member.url} aborted a request {self._num_idle_aborts} times without a new token"
+            )
+
+    def completion(self, decode: Decode) -> Completion:
+        """The finished record."""
+        assert self._finish is not None, "the completion is not finished"
+        self._end_at_stop_string(decode)
+        return Completion(
+            token_ids=tuple(self._ids),
+            logprobs=tuple(self._logprobs),
+            versions=tuple(self._versions),
+            text=decode(self._ids),
+            finish_reason=self._finish,
+            num_interruptions=self._num_interruptions,
+        )
+
+    @staticmethod
+    def _matched(
+        ids: list[int], entries: list[wire.LogprobEntry], reason: str, url: str
+    ) -> tuple[list[int], list[float]]:
+        """Ids with their logprobs; an aborted reply is cut where the two stop agreeing."""
+        logprobs: list[float] = []
+        for token_id, (logprob, entry_id, *_) in zip(ids, entries, strict=False):
+            if logprob is None or entry_id != token_id:
+                break
+            logprobs.append(logprob)
+        if len(logprobs) == len(ids) == len(entries) or reason == "abort":
+            return ids[: len(logprobs)], logprobs
+        raise ServerError(
+            f"{url} sent {len(ids)} token ids with {len(entries)} logprobs, of which"
+            f" {len(logprobs)} belong together"
+        )
+
+    def _end_at_stop_string(self, decode: Decode) -> None:
+        """Ends where an uninterrupted request would have: a server sees only its own piece.
+
+        A stop string that began before an interruption and ended after it is found here.
+        """
+        if not (self._num_interruptions and self._sampling.stop):
+            return
+        if not any(stop in decode(self._ids) for stop in self._sampling.stop):
+            return
+        low, high = 1, len(self._ids)
+        while low < high:
+            middle = (low + high) // 2
+            text = decode(self._ids[:middle])
+            if any(stop in text for stop in self._sampling.stop):
+                high = middle
+            else:
+                low = middle + 1
+        if low < len(self._ids):
+            del self._ids[low:], self._logprobs[low:], self._versions[low:]
+            self._finish = "stop"
+
+
+def token_versions(
+    meta: wire.MetaInfo, num_tokens: int, member: Member, pinned_version: int
+) -> list[int]:
+    """The version of the weights that sampled each token.
+
+    From the spans where the server reports them. Elsewhere the version at submission is exact,
+    because every update aborts and drains first; that the server still names the same weights at
+    the end is checked.
+    """
+    spans = meta.weight_versions
+    if spans:
+        versions = [member.version_of(s.version) for s in spans for _ in range(s.start, s.end)]
+        if len(versions) != num_tokens:
+            raise ServerError(
+                f"{member.url} reports versions for {len(versions)} of {num_tokens} tokens"
+            )
+        return versions
+    if meta.weight_version is not None and num_tokens:
+        at_finish = member.version_of(meta.weight_version)
+        if at_finish != pinned_version:
+            raise ServerError(
+                f"{member.url} went from version {pinned_version} to {at_finish} during a request"
+            )
+    return [pinned_version] * num_tokens

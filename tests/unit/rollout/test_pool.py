@@ -1,0 +1,438 @@
+import asyncio
+import itertools
+from contextlib import asynccontextmanager
+
+import pytest
+
+from lightning_grpo.errors import ConfigError, RequestError, ServerError, ServersLostError
+from lightning_grpo.rollout.member import MemberState
+from lightning_grpo.rollout.monitor import HealthPolicy
+from lightning_grpo.rollout.pool import PoolLimits, ServerPool
+from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.types import Sampling
+from tests.fakes.server import FakeServer, Fault, log_softmax, make_table
+
+pytestmark = pytest.mark.anyio
+FAST = HealthPolicy(interval_s=0.02, check_timeout_s=2.0, failed_checks=2)
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+def decode(ids):
+    return " ".join(map(str, ids))
+
+
+@asynccontextmanager
+async def pool_of(*servers, **options):
+    async with asyncio.timeout(30):
+        for server in servers:
+            await server.start()
+        options = {"health": FAST, **options}
+        pool = ServerPool(servers, Requirements("run"), decode, **options)
+        await pool.start()
+        try:
+            yield pool
+        finally:
+            await pool.close()
+            for server in servers:
+                await server.kill()
+
+
+async def until(condition):
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - any condition at all
+            await asyncio.sleep(0.005)
+
+
+async def publish(pool, servers, version, table=None):
+    """What a publisher does, reduced to its effect."""
+    await pool.interrupt()
+    for member, server in zip(pool.members, servers, strict=True):
+        assert not server.running
+        member.mark_updating()
+        server.table = table or server.table
+        server.label = f"run:{version}"
+        await member.unpause()
+        member.mark_clean(version, server.label)
+    await pool.resume()
+
+
+def expected_logprobs(prompt, completion, table_of):
+    ids = [*prompt, *completion.token_ids]
+    pairs = list(itertools.pairwise(ids))[len(prompt) - 1 :]
+    return [
+        log_softmax(table_of[version][a])[b]
+        for (a, b), version in zip(pairs, completion.versions, strict=True)
+    ]
+
+
+async def test_a_completion_carries_ids_logprobs_versions_and_text():
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        completion = await pool.generate([1, 2, 3], Sampling(max_new_tokens=8))
+    assert len(completion.token_ids) == len(completion.logprobs) == 8
+    assert completion.versions == (0,) * 8
+    assert completion.finish_reason == "length"
+    assert completion.text == decode(completion.token_ids)
+    assert completion.logprobs == pytest.approx(
+        expected_logprobs([1, 2, 3], completion, {0: server.table})
+    )
+    assert server.requests[0]["extra_key"] == "run:0"
+
+
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.19"])
+async def test_an_interrupted_completion_goes_on_with_exact_versions_and_logprobs(version):
+    server = FakeServer(version=version, token_delay_s=0.002)
+    tables = {n: make_table(n) for n in range(4)}
+    async with pool_of(server) as pool:
+        generating = [
+            asyncio.create_task(pool.generate([1, n], Sampling(max_new_tokens=60)))
+            for n in range(4)
+        ]
+        for n in range(1, 4):
+            await until(lambda: len(server.running) == 4)
+            await asyncio.sleep(0.02)
+            await publish(pool, [server], n, tables[n])
+        completions = await asyncio.gather(*generating)
+    for n, completion in enumerate(completions):
+        assert len(completion.token_ids) == 60
+        assert completion.num_interruptions >= 1
+        assert list(completion.versions) == sorted(completion.versions)
+        assert len(set(completion.versions)) >= 2
+        assert completion.logprobs == pytest.approx(expected_logprobs([1, n], completion, tables))
+    keys = {r["extra_key"] for r in server.requests}
+    assert {"run:0", "run:1"} <= keys
+
+
+async def test_nothing_is_in_flight_after_an_interruption_and_nothing_is_sent_until_resume():
+    server = FakeServer(token_delay_s=0.005)
+    async with pool_of(server) as pool:
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=40)))
+        await until(lambda: server.running)
+        await pool.interrupt()
+        assert not server.running
+        assert server.paused
+        num_requests = len(server.requests)
+        late = asyncio.create_task(pool.generate([2], Sampling(max_new_tokens=2)))
+        await asyncio.sleep(0.05)
+        assert len(server.requests) == num_requests
+        await pool.resume()
+        await asyncio.gather(generating, late)
+
+
+async def test_an_abort_that_takes_the_last_token_finishes_for_length():
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        await pool.interrupt()
+        await pool.resume()
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=3)))
+        completion = await generating
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == 3
+
+
+async def test_a_partial_reply_with_a_logprob_missing_is_cut_where_both_agree():
+    server = FakeServer(token_delay_s=0.005, drop_last_logprob_of_aborted=True)
+    async with pool_of(server) as pool:
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=30)))
+        await until(lambda: server.running)
+        await asyncio.sleep(0.03)
+        await publish(pool, [server], 1)
+        completion = await generating
+    assert len(completion.token_ids) == len(completion.logprobs) == 30
+    assert completion.logprobs == pytest.approx(
+        expected_logprobs([1], completion, {0: server.table, 1: server.table})
+    )
+
+
+async def test_min_new_tokens_and_the_budget_shrink_by_what_is_there():
+    server = FakeServer(token_delay_s=0.005)
+    async with pool_of(server) as pool:
+        sampling = Sampling(max_new_tokens=30, min_new_tokens=30)
+        generating = asyncio.create_task(pool.generate([1], sampling))
+        await until(lambda: server.running)
+        await asyncio.sleep(0.03)
+        await publish(pool, [server], 1)
+        await generating
+    second = server.requests[1]
+    done = len(second["input_ids"]) - 1
+    assert done > 0
+    assert second["sampling_params"]["max_new_tokens"] == 30 - done
+    assert second["sampling_params"]["min_new_tokens"] == 30 - done
+
+
+async def test_a_stop_string_across_an_interruption_ends_the_completion_where_it_ends():
+    server = FakeServer(token_delay_s=0.002, table=cycle_table())
+    async with pool_of(server) as pool:
+        sampling = Sampling(max_new_tokens=60, stop=("9 10 11 12 13 14 15 0 1 2 3 4 5 6 7 8 9",))
+        generating = asyncio.create_task(pool.generate([0], sampling))
+        await until(lambda: server.running)
+        await asyncio.sleep(0.03)
+        await publish(pool, [server], 1)
+        completion = await generating
+    assert completion.finish_reason == "stop"
+    assert completion.text.endswith(sampling.stop[0])
+    assert completion.text.count(sampling.stop[0]) == 1
+    assert len(completion.token_ids) == len(completion.versions) == len(completion.logprobs)
+
+
+def cycle_table():
+    return [[100.0 if b == (a + 1) % 16 else 0.0 for b in range(16)] for a in range(16)]
+
+
+async def test_a_group_stays_on_one_server_unless_that_is_overloaded():
+    servers = [FakeServer(token_delay_s=0.002), FakeServer(token_delay_s=0.002)]
+    async with pool_of(*servers) as pool:
+        await asyncio.gather(
+            *(
+                pool.generate([g], Sampling(max_new_tokens=5), group_key=g)
+                for g in (0, 1)
+                for _ in range(4)
+            )
+        )
+        by_prompt = [{r["input_ids"][0] for r in s.requests} for s in servers]
+        assert by_prompt == [{0}, {1}]
+        await asyncio.gather(
+            *(pool.generate([3], Sampling(max_new_tokens=20), group_key=3) for _ in range(40))
+        )
+    spread = [sum(r["input_ids"][0] == 3 for r in s.requests) for s in servers]
+    assert min(spread) >= 10
+
+
+async def test_a_server_holds_no_more_requests_than_its_bound_and_evaluation_goes_first():
+    server = FakeServer(token_delay_s=0.002)
+    most = 0
+    async with pool_of(server, limits=PoolLimits(requests_per_server=2)) as pool:
+        fresh = [
+            asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=5))) for _ in range(6)
+        ]
+        await until(lambda: len(server.running) == 2)
+        urgent = asyncio.create_task(pool.generate([9], Sampling(max_new_tokens=5), priority=True))
+        while not all(t.done() for t in [*fresh, urgent]):
+            most = max(most, len(server.running))
+            await asyncio.sleep(0)
+    order = [r["input_ids"][0] for r in server.requests]
+    assert order.index(9) == 2
+    assert most == 2
+
+
+async def test_the_bound_comes_from_what_the_server_says():
+    async with pool_of(FakeServer(info={"max_running_requests": 7})) as pool:
+        assert pool.members[0].bound == 7
+
+
+@pytest.mark.parametrize("kind", ["error", "drop"])
+async def test_a_failed_request_goes_to_another_server(kind):
+    servers = [FakeServer(faults=[Fault("/generate", kind)]), FakeServer(seed=1)]
+    async with pool_of(*servers) as pool:
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert len(completion.token_ids) == 4
+        assert len(servers[1].requests) == 1
+        await until(lambda: pool.members[0].routable)
+
+
+async def test_a_server_that_dies_hands_its_request_with_its_tokens_to_another():
+    servers = [FakeServer(token_delay_s=0.005), FakeServer(token_delay_s=0.005)]
+    async with pool_of(*servers) as pool:
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=40)))
+        await until(lambda: servers[0].running)
+        await asyncio.sleep(0.03)
+        await publish(pool, servers, 1)
+        holder = servers[0] if servers[0].running else servers[1]
+        await until(lambda: any(s.running for s in servers))
+        holder = next(s for s in servers if s.running)
+        await holder.kill()
+        completion = await generating
+        other = next(s for s in servers if s is not holder)
+    assert len(completion.token_ids) == 40
+    assert len(other.requests[-1]["input_ids"]) > 1
+    assert completion.versions[0] == 0
+    assert completion.versions[-1] == 1
+
+
+async def test_a_refused_request_raises_with_the_servers_words():
+    async with pool_of(FakeServer()) as pool:
+        with pytest.raises(RequestError, match="id out of range"):
+            await pool.generate([99], Sampling(max_new_tokens=4))
+
+
+async def test_a_request_that_always_fails_ends_with_the_servers_name():
+    server = FakeServer(faults=[Fault("/generate", "error", times=99)])
+    async with pool_of(server) as pool:
+        with pytest.raises(ServerError, match=f"{server.url}/generate answered 500"):
+            await pool.generate([1], Sampling(max_new_tokens=4))
+
+
+async def test_weights_of_another_run_make_the_server_dirty():
+    servers = [FakeServer(), FakeServer()]
+    async with pool_of(*servers) as pool:
+        servers[0].label = "other:4"
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert completion.versions == (0,) * 4
+        assert pool.members[0].state is MemberState.DIRTY
+        assert "other:4" in pool.members[0].reason
+        for _ in range(4):
+            await pool.generate([1], Sampling(max_new_tokens=2))
+        assert len(servers[0].requests) == 1
+
+
+async def test_a_dirty_server_is_never_routed_to_and_loses_its_requests():
+    servers = [FakeServer(token_delay_s=0.005), FakeServer()]
+    async with pool_of(*servers) as pool:
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=500)))
+        await until(lambda: servers[0].running)
+        pool.members[0].mark_dirty("for the test")
+        completion = await generating
+    assert len(completion.token_ids) == 500
+    assert len(servers[1].requests) == 1
+
+
+async def test_a_server_that_keeps_its_requests_is_given_up_by_the_interruption():
+    servers = [FakeServer(faults=[Fault("/generate", "hang")]), FakeServer()]
+    async with pool_of(*servers) as pool:
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=5)))
+        await until(lambda: "/generate" in servers[0].calls)
+        await pool.interrupt(timeout_s=0.2)
+        assert pool.members[0].state is MemberState.DIRTY
+        await pool.resume()
+        completion = await generating
+    assert len(completion.token_ids) == 5
+    assert len(servers[1].requests) == 1
+
+
+async def test_a_dead_server_is_restarted_once_with_the_current_weights():
+    server = FakeServer(token_delay_s=0.005, tail="its last words")
+    restored = []
+
+    async def restart(url):
+        assert url == server.url
+        server.port = 0
+        await server.start()
+        return server
+
+    async def restore(member):
+        restored.append(member.slot)
+        member.mark_clean(5, "default")
+
+    async with pool_of(server, restart=restart) as pool:
+        pool.on_restart(restore)
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=30)))
+        await until(lambda: server.running)
+        await server.kill()
+        completion = await generating
+        assert set(completion.versions) == {5}
+        assert restored == [0]
+        again = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=3000)))
+        await until(lambda: server.running)
+        await server.kill()
+        with pytest.raises(ServersLostError, match="died again") as error:
+            await again
+        assert server.url in str(error.value)
+        assert "its last words" in str(error.value)
+        with pytest.raises(ServersLostError):
+            await pool.generate([1], Sampling())
+        assert isinstance(pool.failure, ServersLostError)
+
+
+async def test_without_a_restart_the_run_goes_on_with_the_servers_that_are_left():
+    servers = [FakeServer(), FakeServer()]
+    async with pool_of(*servers) as pool:
+        await servers[0].kill()
+        for _ in range(3):
+            await pool.generate([1], Sampling(max_new_tokens=2))
+        await until(lambda: not pool.members[0].alive)
+        assert pool.failure is None
+
+
+async def test_fewer_servers_than_the_least_end_the_run():
+    servers = [FakeServer(), FakeServer()]
+    policy = HealthPolicy(interval_s=0.02, failed_checks=2, min_servers=2)
+    async with pool_of(*servers, health=policy) as pool:
+        await servers[0].kill()
+        await until(lambda: pool.failure is not None)
+        assert servers[0].url in str(pool.failure)
+        assert "1 of 2 servers are left, at least 2 needed" in str(pool.failure)
+
+
+async def test_a_process_that_is_gone_is_noticed_without_a_request():
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    server = FakeServer(pid=process.pid)
+    async with pool_of(server) as pool:
+        process.kill()
+        await process.wait()
+        await until(lambda: pool.failure is not None)
+        assert f"process {process.pid} is gone" in str(pool.failure)
+
+
+async def test_requests_wait_only_so_long_when_no_server_is_usable():
+    server = FakeServer(tail="log of the server")
+    policy = HealthPolicy(interval_s=0.02, unavailable_timeout_s=0.1)
+    async with pool_of(server, health=policy) as pool:
+        pool.members[0].mark_dirty("for the test")
+        with pytest.raises(ServersLostError, match="for the test") as error:
+            await pool.generate([1], Sampling())
+    assert "log of the server" in str(error.value)
+
+
+async def test_a_cancelled_request_frees_its_place():
+    server = FakeServer(token_delay_s=0.005)
+    async with pool_of(server, limits=PoolLimits(requests_per_server=1)) as pool:
+        first = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=3000)))
+        await until(lambda: server.running)
+        waiting = asyncio.create_task(pool.generate([2], Sampling(max_new_tokens=2)))
+        await until(lambda: pool.num_waiting == 1)
+        waiting.cancel()
+        first.cancel()
+        await asyncio.gather(first, waiting, return_exceptions=True)
+        assert pool.num_in_flight == 0
+        assert pool.num_waiting == 0
+        await pool.generate([3], Sampling(max_new_tokens=2))
+
+
+async def test_the_seed_goes_only_to_servers_that_know_it():
+    servers = [FakeServer(info={"enable_deterministic_inference": True})]
+    async with pool_of(*servers) as pool:
+        await pool.generate([1], Sampling(max_new_tokens=2), seed=7)
+    assert servers[0].requests[0]["sampling_params"]["sampling_seed"] == 7
+    plain = FakeServer()
+    async with pool_of(plain) as pool:
+        await pool.generate([1], Sampling(max_new_tokens=2), seed=7)
+    assert "sampling_seed" not in plain.requests[0]["sampling_params"]
+
+
+@pytest.mark.parametrize(
+    ("server", "requirements", "message"),
+    [
+        ({"version": "0.5.3"}, {}, "runs SGLang 0.5.3"),
+        ({"label": "other:3"}, {}, "weights 'other:3' of another run"),
+        ({"info": {"context_length": 100}}, {"max_tokens": 200}, "takes at most 100 tokens"),
+        ({"info": {"vocab_size": 16}}, {"vocab_size": 17}, "vocabulary of 16, the trainer's"),
+        ({"api_key": "secret"}, {}, "wants another API key"),
+    ],
+)
+async def test_an_unfit_server_is_refused_at_the_start_by_name(server, requirements, message):
+    async with FakeServer(**server) as fake:
+        pool = ServerPool([fake], Requirements("run", **requirements), decode)
+        with pytest.raises(ConfigError, match=message) as error:
+            await pool.start()
+    assert fake.url in str(error.value)
+
+
+async def test_a_url_where_nothing_listens_is_named():
+    fake = FakeServer()
+    await fake.start()
+    await fake.kill()
+    pool = ServerPool([fake], Requirements("run"), decode)
+    with pytest.raises(ServerError, match=f"No inference server answers at {fake.url}"):
+        await pool.start()
+
+
+async def test_the_api_key_is_sent_and_stays_out_of_messages():
+    server = FakeServer(api_key="hush", faults=[Fault("/generate", "error", times=99)])
+    async with pool_of(server, api_key="hush") as pool:
+        with pytest.raises(ServerError) as error:
+            await pool.generate([1], Sampling())
+    assert "hush" not in str(error.value)
