@@ -23,6 +23,10 @@ class ServerStartError(ServerError):
     """A server did not become healthy."""
 
 
+class ServersLostError(ServerError):
+    """Too few servers are left: ends the run, whatever the budget for failed episodes."""
+
+
 class RequestError(ServerError):
     """A server refused one request (a 4xx answer): sending it again can't help."""
 
