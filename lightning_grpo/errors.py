@@ -55,5 +55,25 @@ class CheckpointError(GRPOError, RuntimeError):
     """A checkpoint can't be written, read or used with this run."""
 
 
-class StopRun(GRPOError):  # noqa: N818 - control flow, not a fault
-    """A signal asked the run to end at the next safe point."""
+class StopRun(GRPOError, SystemExit):  # noqa: N818 - control flow, not a fault
+    """A signal asked the run to end at the next safe point.
+
+    It is a `SystemExit` too: a script that doesn't catch it ends without a traceback, with a
+    status that tells. Never raise it inside the event loop (asyncio would leave the loop).
+
+    Args:
+        message: What was done with the request.
+        signal: The number of the signal; the command line exits with 128 + it.
+        exit_code: The process's exit status instead of 128 + signal. Ranks above 0 end with 0:
+            Lightning's launcher takes anything else for a crash and kills rank 0.
+    """
+
+    def __init__(
+        self,
+        message: str = "stopped by a signal",
+        signal: int = 15,
+        exit_code: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.code = 128 + signal if exit_code is None else exit_code

@@ -1,0 +1,299 @@
+"""RankChannel: ranks wait on messages, never inside a collective.
+
+A gloo collective that timed out can't be retried, and no signal interrupts one. So whatever only
+rank 0 does (a rollout batch, a weight sync, an evaluation) ends with `wait` on every rank: rank 0
+waits for the work in short polls and publishes READY, ERROR or STOP under a sequence number; the
+others poll for that. Only then does anybody enter a collective.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any, TypeVar
+
+from lightning_grpo.distributed.exchange import Alone, Exchange, GlooExchange
+from lightning_grpo.distributed.heart import Heart, Store, open_store
+from lightning_grpo.distributed.messenger import Messenger
+from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, RunningClock
+from lightning_grpo.distributed.verdict import Judge, ProcessLike, is_echo
+from lightning_grpo.errors import RankError, StopRun
+
+T = TypeVar("T")
+
+
+class RankChannel:
+    """Waiting, agreeing and handing out shares between the ranks of one run.
+
+    Every method that waits must be called by all ranks, at the same point, from the main thread.
+    Made by `single()` or `connect()`.
+
+    Attributes:
+        rank: This process.
+        world_size: All of them.
+        stop_source: Returns the name of the signal that asked this rank to stop, or an empty
+            string; called at every poll and every beat, from two threads.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        store: Store | None = None,
+        exchange: Exchange | None = None,
+        rank_timeout_s: float = 60.0,
+        poll_s: float = 0.05,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.rank_timeout_s = rank_timeout_s
+        self.stop_source: Callable[[], str] = str
+        self._poll_s = poll_s
+        self._exchange: Exchange = exchange or Alone()
+        self._sequence = 0
+        self._store = store  # rank 0's object is the server: it must outlive the run
+        self._closed = False
+        clock = RunningClock(gap_s=max(rank_timeout_s / 2, 4 * poll_s))
+        name = f"pid {os.getpid()} on {platform.node()}"
+        self._ledger = Ledger(rank, world_size, name, clock)
+        self._judge = Judge(self._ledger, rank_timeout_s)
+        heart = None
+        if store is not None:
+            heart = Heart(self._ledger, store, rank_timeout_s, self._current_stop)
+            heart.start()
+            atexit.register(self.close)
+        self._messenger = Messenger(self._ledger, heart, rank_timeout_s)
+
+    @classmethod
+    def single(cls, poll_s: float = 0.05) -> RankChannel:
+        """The channel of a run of one process: no store, no group, no thread."""
+        return cls(poll_s=poll_s)
+
+    @classmethod
+    def connect(
+        cls,
+        rank: int,
+        world_size: int,
+        *,
+        host: str,
+        rank_timeout_s: float = 60.0,
+        poll_s: float = 0.05,
+        group_timeout_s: float = 1800.0,
+    ) -> RankChannel:
+        """Join the other ranks; a collective over the default process group.
+
+        Args:
+            rank: This process in the default group.
+            world_size: The size of the default group; 1 gives `single()`.
+            host: Where the other ranks reach rank 0 (the cluster environment's main address).
+            rank_timeout_s: Silence after which a rank counts as lost.
+            poll_s: Longest time between two looks at signals and messages while waiting.
+            group_timeout_s: Limit of one collective on the channel's own gloo group.
+        """
+        if world_size == 1:
+            return cls.single(poll_s)
+        exchange = GlooExchange(group_timeout_s)
+        store = open_store(rank, world_size, host, exchange, max(rank_timeout_s, 10.0))
+        return cls(rank, world_size, store, exchange, rank_timeout_s, poll_s)
+
+    # ---- waiting ---------------------------------------------------------------------------
+
+    def wait(
+        self,
+        future: futures.Future[T] | None,
+        *,
+        what: str,
+        deadline_s: float | None = None,
+        stoppable: bool = True,
+    ) -> T | None:
+        """Wait until rank 0's future is done.
+
+        Args:
+            future: Rank 0's work; ignored elsewhere. None: nothing to wait for.
+            what: What is waited for, in words; the same on every rank.
+            deadline_s: Longer than this is an error; None waits for ever.
+            stoppable: Whether a signal may end the wait (not in the middle of a weight sync).
+
+        Returns:
+            The result on rank 0, None elsewhere.
+
+        Raises:
+            StopRun: A rank was asked to stop; on every rank.
+            RankError: Another rank failed or is gone; elsewhere than on rank 0 also when the
+                future failed, with its traceback. Rank 0 raises the future's own exception.
+        """
+        self._sequence += 1
+        with self._messenger.quickened():
+            if self.rank != 0:
+                self._follow(what)
+                return None
+            self._ledger.advance(what, deadline_s or 0.0)
+            with self._messenger.publishing(self._sequence, what):
+                self._poll_future(future, what, deadline_s, stoppable)
+                return future.result() if future is not None else None
+
+    def on_rank_zero(
+        self, function: Callable[[], T], *, what: str, deadline_s: float = 0.0
+    ) -> T | None:
+        """Run something in rank 0's main thread while the others wait for its end.
+
+        Args:
+            function: Called on rank 0 only; must not enter a collective.
+            what: What it does, in words; the same on every rank.
+            deadline_s: How long rank 0 may be silent, beyond `rank_timeout_s`.
+
+        Returns:
+            Its result on rank 0, None elsewhere. Raises as `wait` does.
+        """
+        self._sequence += 1
+        with self._messenger.quickened():
+            if self.rank != 0:
+                self._follow(what)
+                return None
+            self._ledger.advance(what, deadline_s)
+            with self._messenger.publishing(self._sequence, what):
+                return function()
+
+    def beat(self, what: str | None = None, deadline_s: float = 0.0) -> None:
+        """Tell the others that the main thread moves on, and how long it will now be busy."""
+        self._ledger.advance(what, deadline_s)
+
+    # ---- exchanging (collectives: enter them after a wait) ----------------------------------
+
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's object on every rank."""
+        return self._exchange.broadcast(value)
+
+    def scatter(self, values: Sequence[T] | None) -> T:
+        """Entry r of rank 0's list on rank r; the other ranks pass None."""
+        return self._exchange.scatter(values)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return bool(self._exchange.largest(int(flag)))
+
+    def agree_on_stop(self) -> str:
+        """The name of a signal that reached any rank, the same on every rank; empty if none."""
+        name = self.stop_source()
+        number = self._exchange.largest(signal.Signals[name].value if name else 0)
+        return signal.Signals(number).name if number else ""
+
+    def stop_run(self, signal_name: str, message: str) -> StopRun:
+        """The error that ends a run on request, with this rank's exit status."""
+        number = signal.Signals[signal_name].value
+        return StopRun(message, number, exit_code=None if self.rank == 0 else 0)
+
+    # ---- failing and leaving ----------------------------------------------------------------
+
+    def start_watchdog(self, grace_s: float = 5.0) -> None:
+        """End this process `grace_s` after another rank is lost, even from inside a collective.
+
+        The exit status is then `heart.EXIT_RANK_LOST` (75), the reason is on standard error.
+        """
+        self._messenger.start_watchdog(self._judge.verdict, grace_s, self._poll_s)
+
+    def watch_processes(self, processes: dict[int, ProcessLike]) -> None:
+        """Rank 0: processes that it started itself, by rank; their end is noticed at once."""
+        self._judge.processes.update(processes)
+
+    def report_failure(self, error: BaseException) -> RankError | None:
+        """Tell the others that this rank fails; they end, naming it.
+
+        A collective's own error is mostly the echo of another rank's end: then this waits for the
+        culprit to show itself, up to `rank_timeout_s`.
+
+        Returns:
+            What is wrong with another rank, if that is why this one fails.
+        """
+        if isinstance(error, RankError):
+            return error  # everybody who can be reached knows
+        if self.world_size == 1 or self._closed or isinstance(error, StopRun):
+            return None
+        cause = self._judge.verdict()
+        if cause is None and is_echo(error):
+            cause = self._judge.verdict_within(self.rank_timeout_s + 1.0, self._poll_s)
+        text = "".join(traceback.format_exception(error))
+        self._messenger.tell(cause or Failure(self.rank, text))
+        return None if cause is None else self._messenger.error_for(cause)
+
+    def close(self, linger_s: float = 5.0) -> None:
+        """Leave in good order; idempotent.
+
+        The last words are read by the others first. Ranks above 0 leave after rank 0, because
+        Lightning's launcher kills rank 0 when a child ends with an error.
+
+        Args:
+            linger_s: Longest time for that.
+        """
+        if self.world_size == 1 or self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        tick = self._ledger.say(closed=True)
+        if self.rank == 0:
+            self._messenger.until(lambda: self._ledger.all_have_seen(tick), linger_s)
+        else:
+            self._messenger.until(self._ledger.rank_zero_left, linger_s)
+        self._messenger.stop()
+
+    # ---- private ----------------------------------------------------------------------------
+
+    def _current_stop(self) -> str:
+        return self.stop_source()
+
+    def _poll_future(
+        self,
+        future: futures.Future[Any] | None,
+        what: str,
+        deadline_s: float | None,
+        stoppable: bool,
+    ) -> None:
+        started = time.monotonic()
+        while future is not None and not future.done():
+            futures.wait([future], timeout=self._poll_s)
+            self._ledger.advance(None, deadline_s or 0.0)
+            name = self._any_stop()
+            if name and stoppable:
+                raise self._stop(name, what)
+            self._messenger.raise_for(self._judge.verdict())
+            if deadline_s is not None and time.monotonic() - started > deadline_s:
+                msg = f"{what} took longer than {deadline_s:g} s."
+                raise RankError(msg)
+
+    def _any_stop(self) -> str:
+        heard = [p.pulse.stop for p in self._ledger.peers.values()]
+        return next((name for name in (self.stop_source(), *heard) if name), "")
+
+    def _follow(self, what: str) -> None:
+        since = self._ledger.clock.now()
+        while True:
+            outcome = self._ledger.outcome(self._sequence)
+            if outcome is not None and outcome.what != what:
+                self._out_of_step(outcome.what, what)
+            if outcome is not None and outcome.kind is Kind.READY:
+                return
+            self._messenger.raise_for(self._judge.heard())
+            if outcome is not None and outcome.kind is Kind.STOP:
+                raise self._stop(outcome.text, what)
+            if outcome is not None:
+                self._messenger.raise_for(
+                    Failure(0, f"while the ranks waited for {what}:\n{outcome.text}")
+                )
+            self._messenger.raise_for(self._judge.verdict() or self._judge.stalled(since))
+            self._ledger.advance(what, 0.0)
+            with self._ledger.changed:
+                self._ledger.changed.wait(self._poll_s)
+
+    def _out_of_step(self, theirs: str, ours: str) -> None:
+        msg = f"ranks are out of step: rank 0 waited for {theirs!r}, rank {self.rank} for {ours!r}."
+        self._messenger.tell(Failure(self.rank, msg))
+        raise RankError(msg)
+
+    def _stop(self, name: str, what: str) -> StopRun:
+        return self.stop_run(name, f"{name} while waiting for {what}")

@@ -1,0 +1,184 @@
+"""The channel of one process, and the parts of the channel that need no second process."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import pytest
+import torch.distributed as dist
+
+from lightning_grpo.distributed import RankChannel
+from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, Outcome, Pulse, RunningClock
+from lightning_grpo.distributed.verdict import Judge, is_echo
+from lightning_grpo.errors import RankError, StopRun
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def ledger(rank: int = 1, world_size: int = 2) -> tuple[Ledger, Time]:
+    time = Time()
+    return Ledger(rank, world_size, "pid 1 on here", RunningClock(5.0, time)), time
+
+
+def done(value: object = None, error: Exception | None = None) -> Future:
+    future: Future = Future()
+    future.set_result(value) if error is None else future.set_exception(error)
+    return future
+
+
+def pass_time(clock: RunningClock, time: Time, seconds: float) -> None:
+    for _ in range(int(seconds)):
+        time.now += 1.0
+        clock.now()
+
+
+def test_one_process_waits_without_store_or_group():
+    channel = RankChannel.single()
+    assert channel.wait(done("batch"), what="a batch") == "batch"
+    assert channel.wait(None, what="nothing") is None
+    assert channel.on_rank_zero(lambda: 3, what="three") == 3
+    assert channel.broadcast([1]) == [1]
+    assert channel.scatter(["mine"]) == "mine"
+    assert (channel.agree(True), channel.agree(False)) == (True, False)
+    channel.start_watchdog()
+    channel.close()
+    assert not dist.is_initialized()
+
+
+def test_the_error_of_the_work_is_raised_as_it_is():
+    error = ZeroDivisionError("by hand")
+    with pytest.raises(ZeroDivisionError) as caught:
+        RankChannel.single().wait(done(error=error), what="a batch")
+    assert caught.value is error
+
+
+def test_a_signal_ends_the_wait_of_one_process_with_the_shell_status():
+    channel = RankChannel.single(poll_s=0.001)
+    channel.stop_source = lambda: "SIGINT"
+    with pytest.raises(StopRun, match="SIGINT while waiting for a batch") as caught:
+        channel.wait(Future(), what="a batch")
+    assert (caught.value.signal, caught.value.code) == (2, 130)
+    assert channel.agree_on_stop() == "SIGINT"
+
+
+def test_a_wait_that_may_not_be_stopped_runs_to_its_end():
+    channel = RankChannel.single(poll_s=0.001)
+    future: Future = Future()
+    polls = iter(range(5))
+
+    def signal_source() -> str:
+        if next(polls) == 4:
+            future.set_result("synced")
+        return "SIGTERM"
+
+    channel.stop_source = signal_source
+    assert channel.wait(future, what="a weight sync", stoppable=False) == "synced"
+
+
+def test_a_wait_past_its_deadline_says_what_took_too_long():
+    with pytest.raises(RankError, match=r"a sync took longer than 0\.01 s"):
+        RankChannel.single(poll_s=0.001).wait(Future(), what="a sync", deadline_s=0.01)
+
+
+def test_a_pulse_survives_the_store():
+    pulse = Pulse(3, 4, "pid", "x", 5.0, "SIGTERM", 6, True, Failure(1, "tb\n"))
+    pulse = Pulse(outcomes=(Outcome(1, Kind.STOP, "w", "SIGTERM", 9),), failure=pulse.failure)
+    assert Pulse.decode(pulse.encode().encode()) == pulse
+
+
+def test_a_rank_that_beats_is_not_silent_and_one_that_stops_is_named():
+    book, time = ledger()
+    judge = Judge(book, rank_timeout_s=10.0)
+    for tick in range(1, 30):
+        pass_time(book.clock, time, 5)
+        book.hear({0: Pulse(tick, what="training", name="pid 7 on there")})
+        assert judge.verdict() is None
+    pass_time(book.clock, time, 11)
+    failure = judge.verdict()
+    assert failure is not None
+    assert failure.rank == 0
+    assert "pid 7 on there" in failure.text
+    assert "training" in failure.text
+
+
+def test_the_time_this_process_stood_still_is_not_held_against_others():
+    book, time = ledger()
+    judge = Judge(book, rank_timeout_s=10.0)
+    book.hear({0: Pulse(1)})
+    time.now += 3600.0  # SIGSTOP, or the lid of a laptop
+    assert judge.verdict() is None
+
+
+def test_a_main_thread_may_be_busy_for_as_long_as_it_declared():
+    book, time = ledger()
+    judge = Judge(book, rank_timeout_s=10.0)
+    book.hear({0: Pulse(1, 1, what="export", allowance_s=20.0)})
+    since = book.clock.now()
+    pass_time(book.clock, time, 29)
+    assert judge.stalled(since) is None
+    pass_time(book.clock, time, 2)
+    stalled = judge.stalled(since)
+    assert stalled is not None
+    assert "last known in: export" in stalled.text
+
+
+def test_a_rank_that_left_in_good_order_is_not_missed():
+    book, time = ledger(rank=0, world_size=3)
+    judge = Judge(book, rank_timeout_s=10.0)
+    book.hear({1: Pulse(1, closed=True), 2: Pulse(1)})
+    pass_time(book.clock, time, 11)
+    failure = judge.verdict()
+    assert failure is not None
+    assert failure.rank == 2
+    assert book.mine.failure == failure  # rank 0 passes it on
+
+
+def test_outcomes_are_kept_until_every_rank_has_read_them():
+    book, _ = ledger(rank=0, world_size=3)
+    tick = book.publish(Outcome(1, Kind.READY, "a batch"))
+    assert book.next_beat().tick == tick
+    book.hear({1: Pulse(1, seen=tick), 2: Pulse(1, seen=tick - 1)})
+    assert [o.sequence for o in book.next_beat().outcomes] == [1]
+    assert not book.all_have_seen(tick)
+    book.hear({2: Pulse(2, seen=tick)})
+    assert book.all_have_seen(tick)
+    assert book.next_beat().outcomes == ()
+
+
+def test_the_first_failure_wins():
+    book, _ = ledger(rank=0, world_size=3)
+    book.hear({2: Pulse(1, failure=Failure(2, "first"))})
+    book.hear({1: Pulse(1, failure=Failure(1, "second"))})
+    assert book.failure == Failure(2, "first")
+    assert book.mine.failure == Failure(2, "first")
+
+
+class Ended:
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(None, None), (0, None), (-9, "SIGKILL"), (3, "exit status 3")]
+)
+def test_a_child_that_ended_badly_is_noticed_at_once(code, expected):
+    book, _ = ledger(rank=0)
+    judge = Judge(book, rank_timeout_s=10.0)
+    judge.processes[1] = Ended(code)
+    failure = judge.verdict()
+    assert (failure is None) if expected is None else (expected in failure.text)
+
+
+def test_errors_of_broken_collectives_are_known_as_echoes():
+    assert is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert not is_echo(RuntimeError("shapes do not match"))
+    assert not is_echo(ValueError("gloo"))
