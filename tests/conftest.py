@@ -19,10 +19,11 @@ LONG_LIVED_THREADS = ("QueueFeederThread", "TMonitor", "ExecutorManagerThread", 
 LONG_LIVED_CHILDREN = ("resource_tracker", "forkserver")
 """Parts of the command line of helpers that multiprocessing and loky keep for the process."""
 
-SET_BY_LIGHTNING = {
+SET_BY_LIBRARIES = {
     "CUDA_MODULE_LOADING", "GROUP_RANK", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "LOCAL_RANK",
     "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED",
-    "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST", "RANK", "TOKENIZERS_PARALLELISM", "WORLD_SIZE",
+    "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST", "RANK", "TOKENIZERS_PARALLELISM",
+    "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "WORLD_SIZE",
 }  # fmt: skip
 """Restored after each test like the rest, but no fault of the test."""
 
@@ -36,7 +37,7 @@ def no_leaked_environment() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
-    leaked = sorted(changed - SET_BY_LIGHTNING)
+    leaked = sorted(changed - SET_BY_LIBRARIES)
     assert not leaked, f"environment variables changed and not put back: {leaked}"
 
 
