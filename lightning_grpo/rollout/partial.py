@@ -44,13 +44,13 @@ class Partial:
         """Whether it holds tokens or was interrupted: then it goes before fresh requests."""
         return bool(self._ids) or self._num_interruptions > 0
 
-    def request(self, rid: str, extra_key: str, *, with_seed: bool) -> wire.GenerateRequest:
+    def request(self, rid: str, extra_key: str) -> wire.GenerateRequest:
         """The next piece: prompt and tokens so far, with the budget that is left."""
         params = wire.sampling_params(
             self._sampling,
             max_new_tokens=self._sampling.max_new_tokens - len(self._ids),
             min_new_tokens=max(0, self._sampling.min_new_tokens - len(self._ids)),
-            seed=self._seed if with_seed else None,
+            seed=self._seed,
         )
         return wire.GenerateRequest(
             input_ids=self._prompt + self._ids,

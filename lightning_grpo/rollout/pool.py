@@ -256,11 +256,7 @@ class ServerPool:
             raise ServerError(f"{member.describe()}: given up before the request was sent")
         version = member.version
         run_id = self._requirements.run_id
-        request = partial.request(
-            f"{run_id}-{next(self._rids)}",
-            f"{run_id}:{version}",
-            with_seed=bool(member.facts.info.enable_deterministic_inference),
-        )
+        request = partial.request(f"{run_id}-{next(self._rids)}", f"{run_id}:{version}")
         scope = member.request_scope()
         try:
             with scope:

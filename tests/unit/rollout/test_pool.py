@@ -392,15 +392,17 @@ async def test_a_cancelled_request_frees_its_place():
         await pool.generate([3], Sampling(max_new_tokens=2))
 
 
-async def test_the_seed_goes_only_to_servers_that_know_it():
-    servers = [FakeServer(info={"enable_deterministic_inference": True})]
-    async with pool_of(*servers) as pool:
-        await pool.generate([1], Sampling(max_new_tokens=2), seed=7)
-    assert servers[0].requests[0]["sampling_params"]["sampling_seed"] == 7
-    plain = FakeServer()
-    async with pool_of(plain) as pool:
-        await pool.generate([1], Sampling(max_new_tokens=2), seed=7)
-    assert "sampling_seed" not in plain.requests[0]["sampling_params"]
+async def test_the_seed_goes_with_every_piece_of_a_completion():
+    server = FakeServer(token_delay_s=0.005)
+    async with pool_of(server) as pool:
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=20), seed=7))
+        await until(lambda: server.running)
+        await publish(pool, [server], 1)
+        await generating
+        await pool.generate([1], Sampling(max_new_tokens=2))
+    *seeded, plain = [r["sampling_params"] for r in server.requests]
+    assert [params["sampling_seed"] for params in seeded] == [7, 7]
+    assert "sampling_seed" not in plain
 
 
 @pytest.mark.parametrize(

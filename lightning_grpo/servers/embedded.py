@@ -1,0 +1,54 @@
+"""The engine that comes with the package, on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.servers.environment import own_package_first
+from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.process import Launch
+
+
+class EmbeddedServers(OwnedServers):
+    """Starts the package's own CPU engine, which speaks SGLang's HTTP API.
+
+    Args:
+        num_servers: How many processes.
+        max_running_requests: Requests that one process runs at once.
+        start_timeout_s: How long all of them together may take to answer.
+    """
+
+    def __init__(
+        self,
+        num_servers: int = 1,
+        max_running_requests: int = 64,
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_servers", num_servers),
+            ("max_running_requests", max_running_requests),
+        ):
+            if value < 1:
+                raise ConfigError(f"`{name}` must be >= 1, got {value}.")
+        if start_timeout_s <= 0:
+            raise ConfigError(f"`start_timeout_s` must be > 0, got {start_timeout_s}.")
+        self.num_servers = num_servers
+        self.max_running_requests = max_running_requests
+        self.start_timeout_s = start_timeout_s
+
+    def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
+        """The engine's command, once for each server."""
+        command = [
+            *(sys.executable, "-m", "lightning_grpo.engine"),
+            *("--model", model_path, "--port", "0", "--exit-with-stdin"),
+            *("--max-running-requests", str(self.max_running_requests)),
+        ]
+        environment = {"OMP_NUM_THREADS": "1", **own_package_first()}
+        return [
+            Launch(command, run_dir / "servers" / f"embedded-{slot}.log", environment)
+            for slot in range(self.num_servers)
+        ]

@@ -1,0 +1,81 @@
+"""Servers that the run starts itself: all at once, restarted one by one, ended together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_grpo.errors import ServerError
+from lightning_grpo.servers.base import ServerHandle, Servers
+from lightning_grpo.servers.process import Launch, ServerProcess
+
+
+class OwnedServers(Servers):
+    """What EmbeddedServers and SGLangServers share; they differ in the command only."""
+
+    start_timeout_s: float
+
+    def __init__(self) -> None:
+        self._launches: list[Launch] = []
+        self._processes: list[ServerProcess] = []
+        self._handles: list[ServerHandle] = []
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
+        """One command for each server.
+
+        Raises:
+            ConfigError: They can't run here.
+        """
+
+    @property
+    def can_restart(self) -> bool:
+        """Always: the run owns them."""
+        return True
+
+    def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
+        """Starts all servers at once and waits for each; a failure ends the others."""
+        self.stop()
+        with self._lock:
+            self._launches = list(self.launches(model_path, run_dir))
+            deadline = time.monotonic() + self.start_timeout_s
+            try:
+                for launch in self._launches:
+                    self._processes.append(ServerProcess(launch))
+                self._handles = [p.wait_until_ready(deadline) for p in self._processes]
+            except BaseException:
+                self._end_all()
+                raise
+            return list(self._handles)
+
+    def restart(self, url: str) -> ServerHandle:
+        """Ends what is left of the server at `url` and starts it anew; its URL may change."""
+        with self._lock:
+            slot = next((i for i, h in enumerate(self._handles) if h.url == url), None)
+            if slot is None:
+                raise ServerError(f"{url} is none of this run's servers:\n{self.describe()}")
+            self._processes[slot].end()
+            self._processes[slot] = ServerProcess(self._launches[slot])
+            deadline = time.monotonic() + self.start_timeout_s
+            self._handles[slot] = self._processes[slot].wait_until_ready(deadline)
+            return self._handles[slot]
+
+    def stop(self) -> None:
+        """Ends every server; returns when all are gone."""
+        with self._lock:
+            self._end_all()
+
+    def describe(self) -> str:
+        """One line a server."""
+        return "\n".join(handle.describe() for handle in self._handles)
+
+    def _end_all(self) -> None:
+        for process in self._processes:
+            process.ask_to_end()
+        for process in self._processes:
+            process.end()
+        self._processes, self._handles = [], []

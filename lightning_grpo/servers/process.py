@@ -1,0 +1,133 @@
+"""One server process under a supervisor: started, awaited, watched, ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_grpo.errors import ServerStartError
+from lightning_grpo.servers import supervisor
+from lightning_grpo.servers.base import ServerHandle, read_tail
+from lightning_grpo.servers.environment import child_environment
+from lightning_grpo.servers.waiting import start_error, wait_until_healthy
+
+POLL_S = 0.05
+SIGNAL_BASE = 128
+READY = "READY "
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start one server.
+
+    Attributes:
+        command: The program and its arguments.
+        log_path: Where its output goes; written anew.
+        environment: On top of this process's.
+        url: Where it will listen; None: it prints `READY <url>`.
+        devices: The GPUs that it uses.
+    """
+
+    command: Sequence[str]
+    log_path: Path
+    environment: Mapping[str, str]
+    url: str | None = None
+    devices: tuple[int, ...] = ()
+
+
+class ServerProcess:
+    """A server that this process owns; ends with it, however it ends."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        launch.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = 0
+        with launch.log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", supervisor.__file__, "--", *launch.command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=child_environment(launch.environment),
+                start_new_session=True,
+            )
+        self._pid: int | None = None
+
+    def wait_until_ready(self, deadline: float) -> ServerHandle:
+        """Waits until the server answers.
+
+        Args:
+            deadline: By `time.monotonic`.
+
+        Raises:
+            ServerStartError: It ended, or did not answer in time; it is ended then.
+        """
+        try:
+            self._pid = self._read_pid()
+            url = self.launch.url or self._await_ready_line(deadline)
+            wait_until_healthy(url, max(0.1, deadline - time.monotonic()), check=self._check_alive)
+        except ServerStartError as error:
+            self.end()
+            log = self._own_log()
+            raise (error if log in str(error) else start_error(str(error), log)) from None
+        except BaseException:
+            self.end()
+            raise
+        return ServerHandle(url, self._pid, self.launch.log_path, self.launch.devices)
+
+    def ask_to_end(self) -> None:
+        """Has the supervisor end the server and all that it started."""
+        assert self._supervisor.stdin is not None
+        assert self._supervisor.stdout is not None
+        self._supervisor.stdin.close()
+        self._supervisor.stdout.close()
+
+    def end(self) -> None:
+        """Ends the server and all that it started; returns when they are gone."""
+        self.ask_to_end()
+        try:
+            self._supervisor.wait(supervisor.GRACE_S + 10.0)
+        except subprocess.TimeoutExpired:
+            self._supervisor.kill()
+            self._supervisor.wait()
+
+    def _read_pid(self) -> int:
+        assert self._supervisor.stdout is not None
+        line = self._supervisor.stdout.readline().decode()
+        if not line.startswith("PID "):
+            self._supervisor.wait()
+            raise start_error(f"{self.launch.command[0]} could not be started", self._own_log())
+        return int(line.split()[1])
+
+    def _await_ready_line(self, deadline: float) -> str:
+        while True:
+            for line in self._own_log(num_lines=None).splitlines():
+                if line.startswith(READY):
+                    return line.removeprefix(READY).strip()
+            self._check_alive()
+            if time.monotonic() > deadline:
+                raise ServerStartError("The server was not ready in time")
+            time.sleep(POLL_S)
+
+    def _check_alive(self) -> None:
+        returncode = self._supervisor.poll()
+        if returncode is not None:
+            raise start_error(
+                f"The server ended with status {returncode} while it started",
+                self._own_log(),
+                # The supervisor reports a signal as a shell does.
+                SIGNAL_BASE - returncode if returncode > SIGNAL_BASE else returncode,
+            )
+
+    def _own_log(self, num_lines: int | None = 25) -> str:
+        """The part of the log that this process wrote (a restart appends to the same file)."""
+        if num_lines is not None:
+            return read_tail(self.launch.log_path, num_lines)
+        with self.launch.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode("utf-8", "replace")

@@ -1,0 +1,77 @@
+"""Servers that somebody else started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.servers.base import ServerHandle, Servers
+from lightning_grpo.servers.environment import ADDRESSES_VARIABLE, server_addresses
+from lightning_grpo.servers.waiting import wait_until_healthy
+
+
+class RunningServers(Servers):
+    """Uses servers that run already; they are neither started, restarted nor stopped.
+
+    Args:
+        urls: `http://host:port` (or `host:port`) of each; None: what the environment variable
+            `AREAL_LLM_SERVER_ADDRS` lists.
+        connect_timeout_s: How long a server may take to answer.
+        api_key: Of the servers, if they want one.
+    """
+
+    def __init__(
+        self,
+        urls: list[str] | None = None,
+        connect_timeout_s: float = 60.0,
+        api_key: str | None = None,
+    ) -> None:
+        if urls is not None and not urls:
+            raise ConfigError("`urls` must name at least one server, got an empty list.")
+        if connect_timeout_s <= 0:
+            raise ConfigError(f"`connect_timeout_s` must be > 0, got {connect_timeout_s}.")
+        self.urls = urls
+        self.connect_timeout_s = connect_timeout_s
+        self.api_key = api_key
+        self._handles: list[ServerHandle] = []
+
+    def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
+        """Waits until every server answers."""
+        urls = [normal_url(url) for url in self.urls or server_addresses()]
+        if not urls:
+            raise ConfigError(
+                f"`urls` names no server and {ADDRESSES_VARIABLE} is not set. Give the URLs, or"
+                " let the run start servers: EmbeddedServers (CPU) or SGLangServers (GPU)."
+            )
+        repeated = {url for url in urls if urls.count(url) > 1}
+        if repeated:
+            raise ConfigError(f"`urls` names {', '.join(sorted(repeated))} more than once.")
+        for url in urls:
+            wait_until_healthy(url, self.connect_timeout_s, self.api_key)
+        self._handles = [ServerHandle(url) for url in urls]
+        return list(self._handles)
+
+    def stop(self) -> None:
+        """Leaves the servers running."""
+        self._handles = []
+
+    def describe(self) -> str:
+        """One line a server."""
+        return "\n".join(handle.describe() for handle in self._handles)
+
+
+def normal_url(address: str) -> str:
+    """`http://host:port` of an address with or without scheme and slash.
+
+    Raises:
+        ConfigError: There is no port.
+    """
+    url = address.strip().rstrip("/")
+    if "://" not in url:
+        url = f"http://{url}"
+    scheme, _, rest = url.partition("://")
+    if scheme not in ("http", "https"):
+        raise ConfigError(f"`urls` must begin with http:// or https://, got {address!r}.")
+    if scheme == "http" and not rest.rpartition(":")[2].isdigit():
+        raise ConfigError(f"`urls` must carry a port (http://host:30000), got {address!r}.")
+    return url

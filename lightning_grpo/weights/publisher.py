@@ -1,0 +1,369 @@
+"""Brings new weights to every server and proves it: a state machine with deadlines.
+
+One publish: prepare -> interrupt -> flush -> [begin] -> update -> [end] -> continue -> probe.
+Each server goes through it on its own, `updating` all the while; any failure makes that one `dirty`
+and leaves the others alone. A server is routed to again only after its probe agreed. It is
+continued before the probe, because SGLang holds every request back while it is paused; the pool
+sends it nothing until it is clean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import anyio
+import anyio.to_thread
+
+from lightning_grpo.errors import ServerError, WeightSyncError
+from lightning_grpo.weights.probe import Probe, ProbeRecord, Reading, Scores
+from lightning_grpo.weights.transport import (
+    Snapshot,
+    Target,
+    Transport,
+    UpdateClient,
+    UpdateRefusedError,
+    require_success,
+)
+
+logger = logging.getLogger(__name__)
+
+FLUSH_WAIT_S = 0.02
+ATTEMPTS = 2
+"""A server that fails an update is tried once more, from the start, before it is given up."""
+
+
+class Fleet(Protocol):
+    """The servers together, as the pool has them."""
+
+    @property
+    def members(self) -> Sequence[Target]:
+        """All servers."""
+        ...
+
+    async def interrupt(self, timeout_s: float = 30.0) -> None:
+        """Takes every request back and pauses the servers."""
+        ...
+
+    async def resume(self) -> None:
+        """Uses clean servers again."""
+        ...
+
+    async def wait_until_clean(self, timeout_s: float) -> None:
+        """Waits for a server that is on its way back; raises when none is."""
+        ...
+
+    def give_up(self, target: Target) -> None:
+        """A live server can't be updated: replace it, where that is possible."""
+        ...
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """How weights travel, and how long each part may take.
+
+    Attributes:
+        transport: None chooses by what is there.
+        bucket_bytes: Size of flat buckets.
+        gather_timeout_s: Deadline of gathering the shards.
+        request_timeout_s: Deadline of each phase at a server.
+        verify: Whether a probe must agree after each publish.
+        recovery_timeout_s: Deadline for a server to come back when none is left.
+    """
+
+    transport: Transport | None = None
+    bucket_bytes: int = 512 << 20
+    gather_timeout_s: float = 60.0
+    request_timeout_s: float = 60.0
+    verify: bool = True
+    recovery_timeout_s: float = 300.0
+
+
+@dataclass
+class PublishReport:
+    """What one publish did.
+
+    Attributes:
+        version: Of the weights.
+        num_bytes: Of weights, for one server.
+        paused_s: From the interruption until the last server worked again.
+        seconds: By phase; of the slowest server where each has its own.
+        readings: The probe of each server that is clean now.
+        failures: Why the others are not.
+    """
+
+    version: int
+    num_bytes: int = 0
+    paused_s: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def probe_diff(self) -> float | None:
+        """The largest difference of a server from the trainer, mean |dlogprob|."""
+        return max((r.diff for r in self.readings.values()), default=None)
+
+    @property
+    def probe_change(self) -> float | None:
+        """How far the trainer moved since the previous version, mean |dlogprob|."""
+        changes = [r.change for r in self.readings.values() if r.change is not None]
+        return max(changes, default=None)
+
+    @asynccontextmanager
+    async def phase(self, name: str, timeout_s: float) -> AsyncIterator[None]:
+        """Times a phase and ends it at its deadline, by name."""
+        started = time.monotonic()
+        try:
+            with anyio.fail_after(timeout_s):
+                yield
+        except TimeoutError as error:
+            raise WeightSyncError(
+                f"`{name}` of version {self.version} took longer than {timeout_s:g} s"
+            ) from error
+        finally:
+            elapsed = time.monotonic() - started
+            self.seconds[name] = max(self.seconds.get(name, 0.0), elapsed)
+
+
+class WeightPublisher:
+    """Publishes versions to a fleet; lives on the fleet's event loop.
+
+    Args:
+        fleet: The servers.
+        transport: Moves the weights; bound already.
+        run_id: Versions are called `"{run_id}:{version}"` on servers.
+        probe: What servers are checked with; None where `settings.verify` is false.
+        settings: Deadlines.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        transport: Transport,
+        run_id: str,
+        probe: Probe | None,
+        settings: SyncSettings | None = None,
+    ) -> None:
+        self._fleet = fleet
+        self._transport = transport
+        self._run_id = run_id
+        self._settings = settings or SyncSettings()
+        self._record = ProbeRecord(probe) if probe is not None and self._settings.verify else None
+        self._lock = asyncio.Lock()
+        self._current: tuple[int, Scores] | None = None
+        self._prepared = False
+
+    async def adopt(self, version: int, expected: Scores) -> bool:
+        """Names what the servers loaded at their start `version`, if a probe says it is that.
+
+        Spares the first publish, where trainer and servers began from the same folder.
+
+        Returns:
+            Whether every server holds the weights; if not, `publish` is due.
+        """
+        if self._record is None:
+            return False
+        async with self._lock:
+            for target in self._fleet.members:
+                scores = await self._score(target.client, f"{self._run_id}:adopt")
+                if not self._record.agrees(expected, scores):
+                    return False
+            self._current = (version, expected)
+            for target in self._fleet.members:
+                await self._adopt(target, PublishReport(version))
+        await self._fleet.resume()
+        return True
+
+    async def publish(self, snapshot: Snapshot, version: int, expected: Scores) -> PublishReport:
+        """Brings `snapshot` to every server that lives, dirty ones included.
+
+        Args:
+            snapshot: Whole weights by checkpoint name; not written to afterwards.
+            version: Of these weights.
+            expected: The trainer's own scores of the probe under them (unused without a probe).
+
+        Returns:
+            What happened; `failures` names servers that are left behind.
+
+        Raises:
+            WeightSyncError: No server could be brought to the version.
+            ServersLostError: Too few servers are left.
+        """
+        report = PublishReport(version)
+        async with self._lock:
+            started = time.monotonic()
+            report.num_bytes = await anyio.to_thread.run_sync(
+                self._transport.prepare, snapshot, version
+            )
+            report.seconds["prepare"] = time.monotonic() - started
+            self._current, self._prepared = (version, expected), True
+            await self._interrupt(report)
+            async with anyio.create_task_group() as tasks:
+                for target in self._fleet.members:
+                    if target.alive:
+                        target.mark_updating()
+                        tasks.start_soon(self._bring, target, report)
+            report.paused_s = time.monotonic() - started - report.seconds["prepare"]
+        await self._fleet.resume()
+        if not report.readings:
+            await self._recover(report)
+        return report
+
+    async def restore(self, target: Target) -> None:
+        """Brings a restarted server to the current version.
+
+        Raises:
+            WeightSyncError: It could not be proved to hold it.
+            ServerError: It failed again.
+        """
+        async with self._lock:
+            if self._record is not None:
+                self._record.forget(target.url)
+            await self._transport.abandon(target)
+            if self._current is None:
+                return
+            report = PublishReport(self._current[0])
+            target.mark_updating()
+            if self._prepared:
+                await self._update(target, target.client, report)
+            else:
+                await self._adopt(target, report)
+
+    async def close(self) -> None:
+        """Ends what connects to servers and gives their weights back to nobody's name."""
+        alive = [target for target in self._fleet.members if target.alive]
+        await self._transport.close(alive)
+        for target in alive:
+            try:
+                await target.client.update_weight_version("default")
+            except ServerError as error:
+                logger.info("%s keeps the name of its weights: %s", target.url, error)
+
+    async def _interrupt(self, report: PublishReport) -> None:
+        started = time.monotonic()
+        await self._fleet.interrupt(self._settings.request_timeout_s)
+        report.seconds["interrupt"] = time.monotonic() - started
+
+    async def _bring(self, target: Target, report: PublishReport) -> None:
+        """Updates one server, with one more attempt; its failure is recorded, not raised."""
+        client = target.client
+        for attempt in range(ATTEMPTS):
+            try:
+                await self._update(target, client, report)
+            except (ServerError, WeightSyncError) as error:
+                logger.warning("weight update of %s, attempt %d: %s", target.url, attempt, error)
+                report.failures[client.url] = str(error)
+                if target.client is not client or not target.alive:
+                    return
+                target.mark_dirty(str(error))
+                await self._transport.abandon(target)
+            else:
+                report.failures.pop(client.url, None)
+                await self._fleet.resume()
+                return
+        self._fleet.give_up(target)
+
+    async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
+        timeout_s = self._settings.request_timeout_s
+        label = f"{self._run_id}:{report.version}"
+        async with report.phase("flush", timeout_s):
+            # Over HTTP there is nothing to wait on but another answer.
+            while not await client.flush_cache():  # noqa: ASYNC110
+                await anyio.sleep(FLUSH_WAIT_S)
+        try:
+            await self._transfer(target, label, report)
+        except UpdateRefusedError as error:
+            # Refused, or done and answered so (a flush that failed): the probe knows.
+            if self._record is None:
+                raise
+            logger.warning("%s; asking the probe", error)
+            await client.update_weight_version(label)
+        async with report.phase("continue", timeout_s):
+            await target.unpause()
+        try:
+            reading = await self._probe(client, label, report)
+        except (ServerError, WeightSyncError):
+            await _pause_again(target)
+            raise
+        if target.client is not client or not target.alive:
+            raise WeightSyncError(f"{client.url} was lost while it was updated")
+        report.readings[client.url] = reading
+        target.mark_clean(report.version, label)
+
+    async def _transfer(self, target: Target, label: str, report: PublishReport) -> None:
+        timeout_s = self._settings.request_timeout_s
+        client = target.client
+        framed = self._transport.in_session and target.update_session
+        if framed:
+            async with report.phase("begin", timeout_s):
+                reply = await client.update("/begin_weight_update", {}, timeout_s)
+                require_success(reply, target, "to begin an update")
+        try:
+            async with report.phase("update", timeout_s):
+                await self._transport.send(target, label, timeout_s)
+        except WeightSyncError:
+            # A session left open would refuse the next attempt.
+            if framed:
+                await client.update("/end_weight_update", {}, timeout_s)
+            raise
+        if framed:
+            async with report.phase("end", timeout_s):
+                reply = await client.update("/end_weight_update", {}, timeout_s)
+                require_success(reply, target, "to end an update")
+
+    async def _adopt(self, target: Target, report: PublishReport) -> None:
+        """Names weights that the server loaded itself."""
+        label = f"{self._run_id}:{report.version}"
+        await target.client.update_weight_version(label)
+        reading = await self._probe(target.client, label, report)
+        report.readings[target.url] = reading
+        target.mark_clean(report.version, label)
+
+    async def _probe(self, client: UpdateClient, label: str, report: PublishReport) -> Reading:
+        if self._record is None:
+            return Reading(diff=0.0)
+        assert self._current is not None
+        version, expected = self._current
+        async with report.phase("probe", self._settings.request_timeout_s):
+            scores = await self._score(client, f"{label}:probe")
+        return self._record.check(client.url, version, expected, scores)
+
+    async def _score(self, client: UpdateClient, extra_key: str) -> list[list[float]]:
+        assert self._record is not None
+        sequences = self._record.probe.sequences
+        scores: list[list[float]] = [[] for _ in sequences]
+
+        async def score(index: int) -> None:
+            scores[index] = await client.score(
+                list(sequences[index]),
+                extra_key=extra_key,
+                timeout_s=self._settings.request_timeout_s,
+            )
+
+        await asyncio.gather(*(score(index) for index in range(len(sequences))))
+        return scores
+
+    async def _recover(self, report: PublishReport) -> None:
+        """No server took the version: one may be restarting, and `restore` will bring it."""
+        reasons = "; ".join(report.failures.values()) or "no server was alive"
+        try:
+            await self._fleet.wait_until_clean(self._settings.recovery_timeout_s)
+        except TimeoutError as error:
+            raise WeightSyncError(
+                f"No server could be brought to version {report.version} within"
+                f" {self._settings.recovery_timeout_s:g} s: {reasons}"
+            ) from error
+
+
+async def _pause_again(target: Target) -> None:
+    """A server with unknown weights is left paused, if it still listens."""
+    try:
+        await target.pause()
+    except ServerError as error:
+        logger.info("%s could not be paused again: %s", target.url, error)

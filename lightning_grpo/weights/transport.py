@@ -1,0 +1,169 @@
+"""What moves weights to servers, and what it needs of a server."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_grpo.errors import WeightSyncError
+
+Snapshot = Mapping[str, Tensor]
+"""Whole weights under their checkpoint names; nobody writes to it once it is handed over."""
+
+
+class Reply(Protocol):
+    """The answer to a weight operation."""
+
+    @property
+    def success(self) -> bool:
+        """What the server says; false does not prove that nothing changed."""
+        ...
+
+    @property
+    def message(self) -> str:
+        """Why."""
+        ...
+
+
+class UpdateClient(Protocol):
+    """The calls to one server that weight sync makes."""
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        ...
+
+    async def update(
+        self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0
+    ) -> Reply:
+        """Posts a weight operation; a refusal is returned, not raised."""
+        ...
+
+    async def flush_cache(self) -> bool:
+        """Empties the prefix cache; False while requests are pending."""
+        ...
+
+    async def update_weight_version(self, label: str) -> None:
+        """Renames the loaded weights."""
+        ...
+
+    async def score(
+        self, input_ids: list[int], *, extra_key: str = "", timeout_s: float | None = None
+    ) -> list[float]:
+        """Logprob of every token given those before it; entry 0 is 0."""
+        ...
+
+
+class Target(Protocol):
+    """One server and the state of its weights."""
+
+    @property
+    def client(self) -> UpdateClient:
+        """The way to it; another object after a restart."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        ...
+
+    @property
+    def tp_size(self) -> int:
+        """How many of its ranks join a weight group."""
+        ...
+
+    @property
+    def update_session(self) -> bool:
+        """Whether tensor updates must be framed by begin and end."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be talked to."""
+        ...
+
+    def mark_updating(self) -> None:
+        """Its weights are unknown from here on."""
+        ...
+
+    def mark_clean(self, version: int, label: str) -> None:
+        """It holds `version`, proved."""
+        ...
+
+    def mark_dirty(self, reason: str) -> None:
+        """Its weights are unknown; it is not used until a complete update succeeds."""
+        ...
+
+    async def pause(self) -> None:
+        """Holds its requests back."""
+        ...
+
+    async def unpause(self) -> None:
+        """Lets it work."""
+        ...
+
+
+class UpdateRefusedError(WeightSyncError):
+    """The server said no; whether its weights changed nevertheless, only a probe can tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a transport works.
+
+    Attributes:
+        run_dir: The run's own folder.
+        model_path: The folder that the servers loaded, for the files beside the weights.
+        bucket_bytes: Size of flat buckets.
+    """
+
+    run_dir: Path
+    model_path: Path
+    bucket_bytes: int = 512 << 20
+
+
+class Transport(ABC):
+    """Moves one prepared snapshot to servers; the publisher keeps the order of things.
+
+    `in_session` says that updates go between begin and end where the server demands it.
+    """
+
+    in_session = False
+
+    @abstractmethod
+    def bind(self, place: Place) -> None:
+        """Called once, before anything else."""
+
+    @abstractmethod
+    def prepare(self, snapshot: Snapshot, version: int) -> int:
+        """Makes the snapshot ready to send, also again after a restart. Blocks; gives bytes."""
+
+    @abstractmethod
+    async def send(self, target: Target, label: str, timeout_s: float) -> None:
+        """Brings what was prepared to one server, which calls it `label` once it has all of it.
+
+        Raises:
+            UpdateRefusedError: The server answered no.
+            ServerError: It did not answer.
+            WeightSyncError: The connection for weights failed.
+        """
+
+    @abstractmethod
+    async def abandon(self, target: Target) -> None:
+        """Drops whatever connects to a server that failed; never raises for a dead one."""
+
+    async def close(self, targets: list[Target]) -> None:
+        """Ends what connects to servers that live."""
+        for target in targets:
+            await self.abandon(target)
+
+
+def require_success(reply: Reply, target: Target, what: str) -> None:
+    """Turns a refusal into an error."""
+    if not reply.success:
+        raise UpdateRefusedError(f"{target.url} refused {what}: {reply.message}")

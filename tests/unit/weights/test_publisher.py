@@ -1,0 +1,371 @@
+import asyncio
+import itertools
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+
+from lightning_grpo.errors import ServersLostError, WeightSyncError
+from lightning_grpo.rollout.member import MemberState
+from lightning_grpo.rollout.monitor import HealthPolicy
+from lightning_grpo.rollout.pool import ServerPool
+from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.types import Sampling
+from lightning_grpo.weights.disk import DiskTransport
+from lightning_grpo.weights.probe import Probe
+from lightning_grpo.weights.process_group import ProcessGroupTransport
+from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
+from lightning_grpo.weights.transport import Place
+from tests.fakes.server import FakeServer, Fault, make_table, table_scores
+
+pytestmark = pytest.mark.anyio
+
+FAST = HealthPolicy(interval_s=0.02, check_timeout_s=2.0, failed_checks=2)
+PROBE = Probe(((1, 2, 3, 4), (5, 6, 7)), exact=True)
+TIMEOUT_S = 3.0
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(params=["disk", "group"])
+def transport(request):
+    if request.param == "disk":
+        return DiskTransport()
+    return ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+
+
+def snapshot(version):
+    # A second tensor, so that small buckets are several.
+    return {"other": torch.zeros(8, 8), "table": torch.tensor(make_table(version))}
+
+
+def expected(version):
+    # Through fp32, as the servers receive them.
+    table = torch.tensor(make_table(version)).tolist()
+    return [table_scores(table, list(ids)) for ids in PROBE.sequences]
+
+
+@asynccontextmanager
+async def fleet(tmp_path, transport, *servers, probe=PROBE, timeout_s=TIMEOUT_S, **options):
+    (tmp_path / "base").mkdir(exist_ok=True)
+    async with asyncio.timeout(40):
+        for server in servers:
+            await server.start()
+        pool = ServerPool(
+            servers, Requirements("run"), lambda ids: "", **{"health": FAST, **options}
+        )
+        await pool.start()
+        transport.bind(Place(tmp_path / "run", tmp_path / "base", bucket_bytes=512))
+        settings = SyncSettings(request_timeout_s=timeout_s, recovery_timeout_s=10)
+        publisher = WeightPublisher(pool, transport, "run", probe, settings)
+        pool.on_restart(publisher.restore)
+        try:
+            yield pool, publisher
+        finally:
+            await publisher.close()
+            await pool.close()
+            for server in servers:
+                await server.kill()
+
+
+async def publish(publisher, version):
+    return await publisher.publish(snapshot(version), version, expected(version))
+
+
+def holds(server, version):
+    return torch.equal(torch.tensor(server.table), torch.tensor(make_table(version)))
+
+
+async def test_a_publish_brings_weights_and_label_to_every_server(tmp_path, transport):
+    servers = [FakeServer(), FakeServer()]
+    async with fleet(tmp_path, transport, *servers) as (pool, publisher):
+        for version in (1, 2, 3):
+            report = await publish(publisher, version)
+            assert all(holds(s, version) for s in servers)
+            assert [s.label for s in servers] == [f"run:{version}"] * 2
+            assert [m.version for m in pool.members] == [version] * 2
+            assert not any(s.paused for s in servers)
+            assert report.probe_diff < 1e-5
+            assert not report.failures
+        assert report.num_bytes >= 4 * (16 * 16 + 64)
+        assert report.probe_change > 0.1
+        assert {"prepare", "interrupt", "flush", "update", "continue", "probe"} <= set(
+            report.seconds
+        )
+        assert report.paused_s > 0
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert set(completion.versions) == {3}
+
+
+async def test_the_order_of_one_publish(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        server.calls.clear()
+        await publish(publisher, 1)
+    assert [c for c in server.calls if c != "/health"][:6] == [
+        "/pause_generation",
+        "/flush_cache",
+        "/update_weights_from_disk",
+        "/continue_generation",
+        "/generate",
+        "/generate",
+    ]
+
+
+@pytest.mark.parametrize(("version", "session"), [("0.5.19", False), ("0.5.23", True)])
+async def test_a_session_frames_tensor_updates_where_the_version_wants_it(
+    tmp_path, version, session
+):
+    server = FakeServer(version=version)
+    transport = ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    async with fleet(tmp_path, transport, server) as (_, publisher):
+        await publish(publisher, 1)
+        assert holds(server, 1)
+    assert ("/begin_weight_update" in server.calls) is session
+    assert ("/end_weight_update" in server.calls) is session
+
+
+async def test_the_label_travels_with_the_last_bucket_only(tmp_path):
+    server = FakeServer()
+    labels = []
+    transport = ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    async with fleet(tmp_path, transport, server) as (_, publisher):
+        inner = server._update_weights_from_distributed
+
+        async def watched(request):
+            labels.append((await request.json()).get("weight_version"))
+            return await inner(request)
+
+        route = next(
+            r
+            for r in server._runner.app.router.routes()
+            if r.resource.canonical == "/update_weights_from_distributed"
+        )
+        route._handler = watched
+        await publish(publisher, 1)
+    assert labels == [None, "run:1"]
+
+
+PHASES = {
+    "disk": [
+        "/pause_generation",
+        "/flush_cache",
+        "/update_weights_from_disk",
+        "/continue_generation",
+        "/generate",
+    ],
+    "group": [
+        "/pause_generation",
+        "/flush_cache",
+        "/init_weights_update_group",
+        "/update_weights_from_distributed",
+        "/continue_generation",
+        "/generate",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [(kind, path) for kind, paths in PHASES.items() for path in paths],
+)
+async def test_a_server_that_dies_in_any_phase_leaves_the_other_this_and_the_next_sync(
+    tmp_path, kind, path
+):
+    transport = (
+        DiskTransport() if kind == "disk" else ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    )
+    doomed, other = FakeServer(), FakeServer()
+    async with fleet(tmp_path, transport, doomed, other) as (pool, publisher):
+        doomed.faults.append(Fault(path, "die"))
+        report = await publish(publisher, 1)
+        assert doomed._runner is None
+        assert holds(other, 1)
+        assert list(report.readings) == [other.url]
+        generated = len(doomed.requests)
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert set(completion.versions) == {1}
+        await publish(publisher, 2)
+        assert holds(other, 2)
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert set(completion.versions) == {2}
+        assert len(doomed.requests) == generated
+        assert pool.members[0].state is not MemberState.CLEAN
+
+
+@pytest.mark.parametrize("fault", ["error", "refuse", "drop"])
+async def test_a_passing_fault_is_overcome_by_the_second_attempt(tmp_path, transport, fault):
+    path = (
+        "/update_weights_from_disk"
+        if isinstance(transport, DiskTransport)
+        else "/update_weights_from_distributed"
+    )
+    server = FakeServer(faults=[Fault(path, fault)])
+    async with fleet(tmp_path, transport, server) as (pool, publisher):
+        report = await publish(publisher, 1)
+        assert holds(server, 1)
+        assert not report.failures
+        assert pool.members[0].version == 1
+
+
+async def test_a_hanging_update_ends_at_its_deadline_and_the_other_server_goes_on(
+    tmp_path, transport
+):
+    path = (
+        "/update_weights_from_disk"
+        if isinstance(transport, DiskTransport)
+        else "/update_weights_from_distributed"
+    )
+    hanging, other = FakeServer(faults=[Fault(path, "hang", times=2)]), FakeServer()
+    async with fleet(tmp_path, transport, hanging, other, timeout_s=0.5) as (pool, publisher):
+        report = await publish(publisher, 1)
+        assert list(report.readings) == [other.url]
+        assert "0.5 s" in report.failures[hanging.url]
+        assert pool.members[0].state is MemberState.DIRTY
+        report = await publish(publisher, 2)
+        assert len(report.readings) == 2
+        assert holds(hanging, 2)
+
+
+async def test_an_update_that_says_no_but_happened_is_resolved_by_the_probe(tmp_path, transport):
+    path = (
+        "/update_weights_from_disk"
+        if isinstance(transport, DiskTransport)
+        else "/update_weights_from_distributed"
+    )
+    server = FakeServer(faults=[Fault(path, "lie", times=1)])
+    # One bucket, so that the lie is about the whole update.
+    async with fleet(tmp_path, transport, server) as (pool, publisher):
+        if isinstance(transport, ProcessGroupTransport):
+            transport.bind(Place(tmp_path / "run", tmp_path / "base", bucket_bytes=1 << 20))
+        report = await publish(publisher, 1)
+        assert holds(server, 1)
+        assert server.label == "run:1"
+        assert not report.failures
+        assert server.calls.count(path) == 1
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert set(completion.versions) == {1}
+
+
+async def test_an_update_that_says_yes_but_did_not_happen_makes_the_server_dirty(tmp_path):
+    server = FakeServer(faults=[Fault("/update_weights_from_disk", "ignore", times=99)])
+    other = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server, other) as (pool, publisher):
+        report = await publish(publisher, 1)
+        assert "does not hold version 1" in report.failures[server.url]
+        assert server.paused
+        assert pool.members[0].state is MemberState.DIRTY
+        before = len(server.requests)
+        await asyncio.gather(*(pool.generate([1], Sampling(max_new_tokens=4)) for _ in range(8)))
+        assert len(server.requests) == before
+
+
+async def test_when_no_server_takes_the_version_and_none_is_restarted_the_run_ends(tmp_path):
+    server = FakeServer(faults=[Fault("/update_weights_from_disk", "error", times=99)])
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        with pytest.raises(ServersLostError, match="answered 500"):
+            await publish(publisher, 1)
+
+
+@pytest.mark.parametrize("path", PHASES["group"])
+async def test_the_only_server_dies_in_any_phase_is_restarted_and_gets_the_version(tmp_path, path):
+    server = FakeServer(token_delay_s=0.002)
+
+    async def restart(url):
+        server.port = 0
+        server.table = make_table(0)
+        server.label = "default"
+        server.unpaused.set()
+        server.in_session = False
+        await server.start()
+        return server
+
+    transport = ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    async with fleet(tmp_path, transport, server, restart=restart) as (pool, publisher):
+        await publish(publisher, 1)
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=200)))
+        while not server.running:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        server.faults.append(Fault(path, "die"))
+        if path == "/init_weights_update_group":
+            await transport.abandon(pool.members[0])
+        await publish(publisher, 2)
+        assert holds(server, 2)
+        assert server.label == "run:2"
+        completion = await generating
+        assert len(completion.token_ids) == 200
+        assert set(completion.versions) <= {1, 2}
+        await publish(publisher, 3)
+        assert holds(server, 3)
+
+
+async def test_completions_keep_exact_versions_through_many_publishes(tmp_path, transport):
+    servers = [FakeServer(token_delay_s=0.001), FakeServer(token_delay_s=0.001)]
+    async with fleet(tmp_path, transport, *servers) as (pool, publisher):
+        generating = [
+            asyncio.create_task(pool.generate([1, n], Sampling(max_new_tokens=150)))
+            for n in range(6)
+        ]
+        await publish(publisher, 0)
+        for version in range(1, 6):
+            await asyncio.sleep(0.02)
+            await publish(publisher, version)
+        completions = await asyncio.gather(*generating)
+    tables = {v: torch.tensor(make_table(v)).tolist() for v in range(6)}
+    spanning = 0
+    for n, completion in enumerate(completions):
+        ids = [1, n, *completion.token_ids]
+        pairs = list(itertools.pairwise(ids))[1:]
+        for (a, b), version, logprob in zip(
+            pairs, completion.versions, completion.logprobs, strict=True
+        ):
+            assert logprob == pytest.approx(table_scores(tables[version], [a, b])[1], abs=1e-5)
+        spanning += len(set(completion.versions)) > 1
+    assert spanning > 0
+
+
+async def test_servers_that_hold_the_folders_weights_are_adopted_without_a_transfer(tmp_path):
+    table = torch.tensor(make_table(0)).tolist()
+    servers = [FakeServer(table=table), FakeServer(table=table)]
+    async with fleet(tmp_path, DiskTransport(), *servers) as (pool, publisher):
+        assert await publisher.adopt(0, expected(0))
+        assert [s.label for s in servers] == ["run:0", "run:0"]
+        assert "/update_weights_from_disk" not in servers[0].calls
+        completion = await pool.generate([1], Sampling(max_new_tokens=2))
+        assert set(completion.versions) == {0}
+        servers[1].table = make_table(9)
+        assert not await publisher.adopt(0, expected(0))
+
+
+async def test_a_server_that_scores_to_the_last_bit_as_before_did_not_change(tmp_path):
+    # In a lower precision the first limit is wide: staying the same is what gives it away.
+    probe = Probe(PROBE.sequences, exact=False)
+    close = torch.tensor(make_table(1)) + 0.2 * torch.tensor(make_table(7))
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server, probe=probe) as (_, publisher):
+        noisy = [[x + 0.05 for x in row] for row in expected(1)]
+        await publisher.publish(snapshot(1), 1, noisy)
+        server.faults.append(Fault("/update_weights_from_disk", "ignore", times=99))
+        scores = [table_scores(close.tolist(), list(ids)) for ids in probe.sequences]
+        with pytest.raises((WeightSyncError, ServersLostError), match="did not change"):
+            await publisher.publish({"table": close}, 2, scores)
+
+
+async def test_without_a_probe_a_refusal_stands(tmp_path):
+    server = FakeServer(faults=[Fault("/update_weights_from_disk", "refuse", times=2)])
+    async with fleet(tmp_path, DiskTransport(), server, probe=None) as (_, publisher):
+        with pytest.raises(ServersLostError, match="refused"):
+            await publish(publisher, 1)
+        report = await publish(publisher, 2)
+        assert not report.failures
+
+
+async def test_closing_gives_the_weights_back_to_nobodys_name(tmp_path, transport):
+    server = FakeServer()
+    async with fleet(tmp_path, transport, server) as (_, publisher):
+        await publish(publisher, 1)
+        await publisher.close()
+        assert server.label == "default"
