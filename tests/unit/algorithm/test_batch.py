@@ -1,0 +1,148 @@
+import pickle
+
+import pytest
+import torch
+
+from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch, Sequences
+from lightning_grpo.types import Group, Prompt, Trajectory
+
+
+def trajectory(prompt, response, reward=0.0, versions=None, temperature=1.0):
+    return Trajectory(
+        input_ids=tuple(range(prompt + response)),
+        response_mask=(False,) * prompt + (True,) * response,
+        logprobs=(0.0,) * prompt + tuple(-0.1 * (t + 1) for t in range(response)),
+        versions=(-1,) * prompt + tuple(versions or (4,) * response),
+        reward=reward,
+        rewards={"right": reward},
+        text="",
+        truncated=response > 3,
+        temperature=temperature,
+    )
+
+
+def two_groups():
+    first = (trajectory(2, 3, 1.0, (4, 5, 5)), trajectory(2, 1, 0.0))
+    second = (trajectory(3, 2, 0.5, temperature=0.7), trajectory(3, 4))
+    return [
+        Group(Prompt((1, 2), "a", columns={"answer": "x"}, row=7), first, 4),
+        Group(Prompt((1, 2, 3), "b", columns={"answer": "y"}, row=9, pass_index=1), second, 4),
+    ]
+
+
+def test_scalars_of_whole_groups_stand_in_order():
+    batch = RolloutBatch.from_groups(two_groups(), version=6)
+    assert len(batch) == 4
+    assert batch.num_groups == 2
+    assert batch.group_ids.tolist() == [0, 0, 1, 1]
+    assert batch.rewards.tolist() == [1.0, 0.0, 0.5, 0.0]
+    assert batch.rewards_by_name["right"].tolist() == [1.0, 0.0, 0.5, 0.0]
+    assert batch.response_lengths.tolist() == [3, 1, 2, 4]
+    assert batch.sequence_lengths.tolist() == [5, 3, 5, 7]
+    assert batch.truncated.tolist() == [False, False, False, True]
+    assert batch.oldest_versions.tolist() == [4, 4, 4, 4]
+    assert batch.newest_versions.tolist() == [5, 4, 4, 4]
+    assert batch.keys == [(0, 7), (0, 7), (1, 9), (1, 9)]
+    assert [c["answer"] for c in batch.columns] == ["x", "x", "y", "y"]
+
+
+def test_denominators_count_the_rows_of_a_minibatch():
+    batch = RolloutBatch.from_groups(two_groups(), version=6)
+    assert vars_of(batch.denominators()) == (10, 4, 2)
+    assert vars_of(batch.denominators([0, 1])) == (4, 2, 1)
+    assert vars_of(batch.denominators([])) == (0, 0, 0)
+
+
+def vars_of(denominators):
+    return denominators.tokens, denominators.sequences, denominators.groups
+
+
+def test_a_reward_that_only_some_trajectories_have_is_nan_for_the_rest():
+    groups = two_groups()
+    odd = trajectory(2, 2)
+    odd.rewards["style"] = 0.25
+    batch = RolloutBatch.from_groups(
+        [Group(groups[0].prompt, (*groups[0].trajectories, odd), 4)], 6
+    )
+    assert batch.rewards_by_name["style"].isnan().tolist() == [True, True, False]
+
+
+def sequences():
+    trajectories = [t for g in two_groups() for t in g.trajectories]
+    return Sequences.from_trajectories(trajectories, range(4))
+
+
+def test_selected_sequences_keep_their_tokens_and_rows():
+    picked = sequences().select([3, 0])
+    assert picked.cu_seqlens.tolist() == [0, 7, 12]
+    assert picked.input_ids.tolist() == [*range(7), *range(5)]
+    assert picked.trajectory_index.tolist() == [3, 0]
+    assert picked.response_mask.sum() == 7
+    assert picked.behavior_logprobs[7:].tolist() == pytest.approx([0, 0, -0.1, -0.2, -0.3])
+    assert picked.lengths.tolist() == [7, 5]
+    assert len(picked) == 2
+    assert picked.num_tokens == 12
+
+
+def test_a_small_selection_pickles_small():
+    many = Sequences.from_trajectories([trajectory(100, 100)] * 50, range(50))
+    assert len(pickle.dumps(many.select([7]))) < len(pickle.dumps(many)) / 20
+
+
+def test_an_empty_selection_is_a_filler_that_adds_nothing():
+    filler = sequences().select([])
+    assert filler.num_tokens == 2
+    assert not filler.loss_mask.any()
+    assert not filler.response_mask.any()
+
+
+def test_a_first_token_never_enters_the_loss_since_it_has_no_probability():
+    packed = Sequences.from_trajectories([trajectory(0, 3), trajectory(1, 2)], [0, 1])
+    assert packed.response_mask.tolist() == [True, True, True, False, True, True]
+    assert packed.loss_mask.tolist() == [False, True, True, False, True, True]
+    batch = RolloutBatch.from_groups(
+        [Group(Prompt((1,), "a"), (trajectory(0, 3), trajectory(1, 2)), 0)], 0
+    )
+    assert batch.denominators().tokens == int(packed.loss_mask.sum())
+
+
+def test_a_micro_batch_repeats_what_belongs_to_the_trajectory_for_each_token():
+    rollout = RolloutBatch.from_groups(two_groups(), version=6)
+    picked = sequences().select([2, 1])
+    batch = MicroBatch.from_sequences(
+        picked, rollout, torch.tensor([1.0, 2.0, 3.0, 4.0]), rollout.denominators()
+    )
+    assert batch.advantages.tolist() == [3.0] * 5 + [2.0] * 3
+    assert batch.temperature.tolist() == pytest.approx([0.7] * 5 + [1.0] * 3)
+    assert batch.denominators.tokens == 10
+
+
+def test_advantages_of_tokens_are_cut_from_the_whole_rollout_batch():
+    rollout = RolloutBatch.from_groups(two_groups(), version=6)
+    per_token = torch.arange(20.0)
+    batch = MicroBatch.from_sequences(
+        sequences().select([3, 1]), rollout, per_token, rollout.denominators()
+    )
+    assert batch.advantages.tolist() == [*range(13, 20), 5, 6, 7]
+    filler = MicroBatch.from_sequences(
+        sequences().select([]), rollout, per_token, rollout.denominators()
+    )
+    assert len(filler.advantages) == 2
+
+
+def test_advantages_of_another_length_are_refused():
+    rollout = RolloutBatch.from_groups(two_groups(), version=6)
+    with pytest.raises(ValueError, match=r"\[trajectories\] = 4 or \[tokens\] = 20 .* got 3"):
+        MicroBatch.from_sequences(sequences(), rollout, torch.zeros(3), rollout.denominators())
+
+
+def test_a_batch_without_proximal_logprobs_is_anchored_at_the_policy():
+    rollout = RolloutBatch.from_groups(two_groups(), version=6)
+    batch = MicroBatch.from_sequences(sequences(), rollout, torch.zeros(4), rollout.denominators())
+    policy = torch.zeros(20, requires_grad=True)
+    anchored = batch.with_proximal(policy)
+    assert anchored.proximal_logprobs is anchored.policy_logprobs
+    assert not anchored.proximal_logprobs.requires_grad
+    kept = anchored.with_proximal(policy + 1)
+    assert kept.proximal_logprobs is anchored.proximal_logprobs
+    assert kept.policy_logprobs.tolist() == [1.0] * 20

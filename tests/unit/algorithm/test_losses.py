@@ -1,0 +1,231 @@
+from dataclasses import replace
+from math import exp, log
+
+import pytest
+import torch
+
+from lightning_grpo.algorithm.aggregation import SequenceMean, TokenMean
+from lightning_grpo.algorithm.layout import expand, sequence_mean
+from lightning_grpo.algorithm.losses import (
+    CappedCISPOLoss,
+    CISPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    clipped_surrogate,
+    dual_clip_bound,
+    weighted_log_likelihood,
+)
+from lightning_grpo.algorithm.metrics import values
+from lightning_grpo.algorithm.trust_losses import (
+    DPPOLoss,
+    M2POLoss,
+    SAPOLoss,
+    second_moment_keep,
+    soft_gate,
+    total_variation_keep,
+)
+from lightning_grpo.errors import ConfigError
+from tests.fakes.micro_batches import make_micro_batch
+
+LOSSES = [
+    GRPOLoss(),
+    GRPOLoss(dual_clip=3.0),
+    GSPOLoss(),
+    CISPOLoss(),
+    CappedCISPOLoss(),
+    SAPOLoss(),
+    DPPOLoss(),
+    M2POLoss(),
+]
+LENGTHS = [(2, 5), (3, 1), (1, 8), (4, 3)]
+
+
+def tensor(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_the_clipped_surrogate_by_hand():
+    log_ratio = tensor(1.5, 1.5, 0.5, 0.5, 1.1).log()
+    advantages = tensor(2.0, -2.0, 2.0, -2.0, 1.0)
+    # clip to [0.8, 1.28]: A > 0 is bounded above, A < 0 below
+    assert clipped_surrogate(log_ratio, advantages, 0.2, 0.28).tolist() == pytest.approx(
+        [-2.56, 3.0, -1.0, 1.6, -1.1]
+    )
+
+
+def test_the_dual_clip_bounds_negative_advantages_alone():
+    loss = tensor(10.0, 2.0, -1.0)
+    assert dual_clip_bound(loss, tensor(-1.0, -1.0, 1.0), 3.0).tolist() == [3.0, 2.0, -1.0]
+
+
+def test_cispo_weights_the_log_likelihood_by_hand():
+    loss = weighted_log_likelihood(tensor(-0.5, -2.0), tensor(2.0, -1.0), tensor(1.5, 0.5))
+    assert loss.tolist() == [1.5, -1.0]
+
+
+def test_the_soft_gate_by_hand_and_its_slope_is_minus_the_advantage_at_ratio_one():
+    log_ratio = tensor(0.0, log(2.0), log(2.0)).requires_grad_()
+    advantages = tensor(3.0, 1.0, -1.0)
+    loss = soft_gate(log_ratio, advantages, 1.0, 2.0)
+    assert loss.tolist() == pytest.approx([-6.0, -4 / (1 + exp(-1)), 2 / (1 + exp(-2))])
+    loss[0].backward()
+    assert log_ratio.grad[0].item() == pytest.approx(-3.0)
+
+
+def test_total_variation_drops_only_moves_that_the_advantage_still_pushes():
+    policy, anchor = tensor(0.8, 0.8, 0.3, 0.3, 0.6).log(), tensor(0.5).log()
+    advantages = tensor(1.0, -1.0, 1.0, -1.0, 1.0)
+    keep = total_variation_keep(policy, anchor, advantages, 0.1, 0.2)
+    assert keep.tolist() == [False, True, True, False, True]
+
+
+def test_the_second_moment_is_met_by_dropping_the_largest_alone():
+    log_ratio = tensor(0.1, -1.0, 0.3, 9.0, -0.2)
+    mask = torch.tensor([True, True, True, False, True])
+    # squares of the masked: .01 1 .09 .04; means of the smallest 1..4: .01 .025 .0467 .285
+    assert second_moment_keep(log_ratio, mask, 0.04).tolist() == [True, False, False, True, True]
+    assert second_moment_keep(log_ratio, mask, 0.05).tolist() == [True, False, True, True, True]
+    assert second_moment_keep(log_ratio, torch.zeros_like(mask), 0.05).all()
+
+
+def test_gspo_in_token_form_has_the_gradient_of_the_sequence_form():
+    policy, batch = make_micro_batch(LENGTHS, seed=3, spread=0.002)
+    batch = replace(batch, loss_mask=batch.response_mask)
+    loss, _ = GSPOLoss()(policy, batch)
+    (SequenceMean().weights(batch) * loss).sum().backward()
+
+    other = policy.detach().clone().requires_grad_()
+    mean = sequence_mean(other - batch.proximal_logprobs, batch.loss_mask, batch.cu_seqlens)
+    ratio, advantages = mean.exp(), batch.advantages[batch.cu_seqlens[:-1]]
+    clipped = ratio.clamp(1 - 3e-4, 1 + 4e-4)
+    sequence_loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    sequence_loss.mean().backward()
+    assert (ratio != clipped).any()
+    assert (ratio == clipped).any()
+    assert torch.allclose(policy.grad, other.grad, atol=1e-14)
+    in_loss = torch.where(batch.loss_mask, loss, 0.0)
+    assert torch.allclose(
+        (SequenceMean().weights(batch) * in_loss).sum(), sequence_loss.mean(), atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_on_policy_every_gradient_is_the_plain_policy_gradient(loss):
+    policy, batch = make_micro_batch(LENGTHS, seed=1)
+    batch = replace(batch, proximal_logprobs=None)
+    token_loss, metrics = loss(policy, batch)
+    weights = loss.aggregation.weights(batch)
+    (weights * token_loss).sum().backward()
+    assert torch.allclose(policy.grad, -weights * batch.advantages, atol=1e-14)
+    assert values(metrics)["ratio/mean"] == 1.0
+    assert values(metrics)["ratio/max"] == 1.0
+    assert values(metrics)["ratio/clip_fraction_low"] == 0.0
+    assert values(metrics)["ratio/clip_fraction_high"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [GRPOLoss(), GRPOLoss(dual_clip=1.2), SAPOLoss(), DPPOLoss(0.1, 0.1), M2POLoss()],
+    ids=repr,
+)
+def test_the_gradient_is_that_of_finite_differences(loss):
+    policy, batch = make_micro_batch([(1, 4), (2, 3)], seed=5)
+
+    def total(logprobs):
+        return (loss.aggregation.weights(batch) * loss(logprobs, batch)[0]).sum()
+
+    total(policy).backward()
+    for t in range(len(policy)):
+        step = torch.zeros_like(policy)
+        step[t] = 1e-6
+        with torch.no_grad():
+            slope = (total(policy + step) - total(policy - step)) / 2e-6
+        assert policy.grad[t].item() == pytest.approx(slope.item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("loss", [CISPOLoss(), CappedCISPOLoss(cap=1.2)], ids=repr)
+def test_cispo_keeps_the_gradient_of_every_token_at_its_clipped_weight(loss):
+    policy, batch = make_micro_batch(LENGTHS, seed=2)
+    high = 1.28 if isinstance(loss, CISPOLoss) else 1.2
+    token_loss, metrics = loss(policy, batch)
+    token_loss.sum().backward()
+    ratio = (policy.detach() - batch.proximal_logprobs).exp()
+    expected = torch.where(batch.loss_mask, -ratio.clamp(max=high) * batch.advantages, 0.0)
+    assert torch.allclose(policy.grad, expected, atol=1e-14)
+    above = (ratio > high)[batch.loss_mask].double().mean().item()
+    assert above > 0
+    assert values(metrics)["ratio/clip_fraction_high"] == pytest.approx(above)
+
+
+def test_clip_fractions_count_the_tokens_whose_gradient_the_clip_took():
+    policy, batch = make_micro_batch([(1, 20)] * 6, seed=4)
+    loss, metrics = GRPOLoss(0.2, 0.28)(policy, batch)
+    loss[batch.loss_mask].sum().backward()
+    fractions = values(metrics)
+    without = (policy.grad == 0)[batch.loss_mask].double().mean().item()
+    assert fractions["ratio/clip_fraction_low"] > 0
+    assert fractions["ratio/clip_fraction_high"] > 0
+    assert fractions["ratio/clip_fraction_low"] + fractions[
+        "ratio/clip_fraction_high"
+    ] == pytest.approx(without)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_what_is_outside_the_loss_mask_reaches_neither_loss_nor_gradient(loss):
+    policy, batch = make_micro_batch(LENGTHS, seed=6)
+    mask = batch.loss_mask
+
+    def run(poison):
+        spoiled = torch.where(mask, policy.detach(), poison).requires_grad_()
+        batch_ = replace(
+            batch,
+            proximal_logprobs=torch.where(mask, batch.proximal_logprobs, -poison),
+        )
+        token_loss, metrics = loss(spoiled, batch_)
+        total = torch.where(mask, token_loss * loss.aggregation.weights(batch), 0.0).sum()
+        total.backward()
+        return total.detach(), spoiled.grad, values(metrics)
+
+    total, grad, metrics = run(-1.0)
+    for poison in (float("nan"), float("-inf")):
+        spoiled_total, spoiled_grad, spoiled_metrics = run(poison)
+        assert torch.equal(total, spoiled_total)
+        assert torch.equal(grad[mask], spoiled_grad[mask])
+        assert (spoiled_grad[~mask] == 0).all()
+        assert metrics == spoiled_metrics
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_a_log_ratio_beyond_all_bounds_stays_finite(loss):
+    policy, batch = make_micro_batch(LENGTHS)
+    batch = replace(batch, proximal_logprobs=batch.proximal_logprobs - 1e4)
+    assert loss(policy, batch)[0][batch.loss_mask].isfinite().all()
+
+
+def test_each_loss_comes_with_the_aggregation_it_is_defined_with():
+    sequence = {type(loss) for loss in LOSSES if loss.aggregation == SequenceMean()}
+    assert sequence == {GSPOLoss, SAPOLoss}
+    assert all(loss.aggregation == TokenMean() for loss in LOSSES if type(loss) not in sequence)
+
+
+def test_expand_is_the_inverse_of_taking_first_tokens():
+    cu_seqlens = torch.tensor([0, 3, 3, 5])
+    assert expand(tensor(1.0, 2.0, 3.0), cu_seqlens).tolist() == [1.0, 1.0, 1.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: GRPOLoss(clip_low=1.5), "clip_low"),
+        (lambda: GRPOLoss(clip_high=-0.1), "clip_high"),
+        (lambda: GRPOLoss(dual_clip=1.0), "dual_clip"),
+        (lambda: GSPOLoss(clip_low=-1), "clip_low"),
+        (lambda: CappedCISPOLoss(cap=0.28), "cap"),
+        (lambda: SAPOLoss(tau_positive=0), "tau_positive"),
+        (lambda: DPPOLoss(low=0), "low"),
+        (lambda: M2POLoss(threshold=0), "threshold"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(make, name):
+    with pytest.raises(ConfigError, match=f"`{name}` must be .* got .*Way out"):
+        make()
