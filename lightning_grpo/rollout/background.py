@@ -16,13 +16,15 @@ class Background:
     """A task group that fails in `check` and `wait`, not in the task that entered it.
 
     Those who wait are no children of the group: they come from other threads, one call each. So
-    the first error is kept, every task is cancelled, and every waiter raises that error at once.
+    the first error is kept, every task is cancelled (each has a scope of its own: the group's would
+    cancel the task that entered it too), and every waiter raises that error at once.
     """
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
         self._changed = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
+        self._scopes: set[anyio.CancelScope] = set()
 
     @property
     def is_running(self) -> bool:
@@ -41,7 +43,13 @@ class Background:
     ) -> bool | None:
         self.fail(RolloutError("the rollouts were closed."))
         tasks, self._tasks = self._tasks, None
-        return await tasks.__aexit__(kind, error, trace) if tasks else None
+        if tasks is None:
+            return None
+        if isinstance(error, Exception):
+            # No task raises, so the group has nothing to add: the error leaves without a wrapper.
+            await tasks.__aexit__(None, None, None)
+            return None
+        return await tasks.__aexit__(kind, error, trace)
 
     def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a coroutine function in the background."""
@@ -67,12 +75,18 @@ class Background:
     def fail(self, error: BaseException) -> None:
         """End every task; the first error given stays."""
         self.failure = self.failure or error
-        if self._tasks is not None:
-            self._tasks.cancel_scope.cancel()
+        for scope in self._scopes:
+            scope.cancel()
         self.notify()
 
     async def _guard(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        try:
-            await function(*arguments)
-        except Exception as error:  # noqa: BLE001 - kept for everybody who waits
-            self.fail(error)
+        if self.failure is not None:
+            return
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                await function(*arguments)
+            except Exception as error:  # noqa: BLE001 - kept for everybody who waits
+                self.fail(error)
+            finally:
+                self._scopes.discard(scope)

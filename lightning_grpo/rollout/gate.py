@@ -37,7 +37,8 @@ class StalenessGate:
         max_staleness: Versions that a batch's oldest token may be behind; 0 is exactly on-policy.
         max_groups: Groups that the trainer takes over the whole run; None is unlimited.
         policy: `wait` for groups at their last admissible version, `drop` them when it has passed,
-            or `strict`: always the groups that were admitted first.
+            or `strict`: the groups that were admitted first, once all groups have finished. Slower,
+            and the same whoever finishes first.
     """
 
     def __init__(
@@ -91,6 +92,11 @@ class StalenessGate:
         """The version at which a group not yet taken was let in."""
         return self._admitted[ticket]
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether everyone has finished and nobody more may start: who did is then no chance."""
+        return self.num_running == 0 and not self.may_admit()
+
     def may_admit(self) -> bool:
         """Whether one more group may start now."""
         if self.max_groups is not None and self.num_taken + len(self._admitted) >= self.max_groups:
@@ -127,8 +133,7 @@ class StalenessGate:
         """The tickets of the next batch, oldest first, or None while it must wait."""
         if self.policy == "strict":
             first = sorted(self._admitted)[: self.batch_size]
-            ready = len(first) == self.batch_size and self.num_running == 0
-            return first if ready else None
+            return first if self.is_settled and len(first) == self.batch_size else None
         chosen = self._by_age(self._finished)[: self.batch_size]
         if len(chosen) < self.batch_size:
             return None

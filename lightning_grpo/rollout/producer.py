@@ -111,7 +111,7 @@ class RolloutProducer:
             self._background.check()
             if self.gate.is_exhausted:
                 raise RolloutError(f"all {self.gate.max_groups} groups of the run were taken.")
-            if self.gate.policy == "strict" and self.gate.num_running == 0:
+            if self.gate.policy == "strict" and self.gate.is_settled:
                 self._filter_in_order()
             version = self.gate.batch_version
             tickets = self.gate.take()
@@ -240,10 +240,12 @@ class RolloutProducer:
         return True
 
     def _filter_in_order(self) -> None:
-        # Everything has finished: decided in the order of admission, so that who fills the batch
-        # doesn't depend on who finished first.
-        for ticket in sorted(self._backlog.runs)[: self.gate.batch_size]:
-            self._turn_down(self._backlog.runs[ticket])
+        # Decided in the order of admission, so that who fills the batch doesn't depend on who
+        # finished first. Replacements start now; the batch is settled again once they are done.
+        kept = 0
+        for ticket in sorted(self._backlog.runs):
+            if kept < self.gate.batch_size and not self._turn_down(self._backlog.runs[ticket]):
+                kept += 1
 
     def _attempt_failed(self, run: GroupRun, error: Exception) -> None:
         self._errors.append(f"prompt {run.key}: {first_line(error)}")

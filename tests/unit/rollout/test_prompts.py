@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.rollout.prompts import Prompts, PromptStream
+from lightning_grpo.types import Prompt
+from tests.fakes.tokenizer import CharTokenizer
+
+ROWS = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(6)]
+
+
+def load(rows=ROWS, chat=True, **options):
+    options.setdefault("column", "question")
+    limit = options.pop("max_prompt_tokens", None)
+    return Prompts(rows, **options).load(CharTokenizer(chat), max_prompt_tokens=limit)
+
+
+def test_text_becomes_one_user_message_of_the_chat_template():
+    prompt = load().prompt(1)
+    assert prompt.text == "<user>What is 1 + 1?</><assistant>"
+    assert prompt.messages == ({"role": "user", "content": "What is 1 + 1?"},)
+    assert prompt.input_ids == tuple(map(ord, prompt.text))
+    assert prompt.columns == ROWS[1]
+
+
+def test_without_a_chat_template_text_stays_text():
+    prompt = load(chat=False, system="Be brief. ", suffix=" Answer:").prompt(0)
+    assert prompt.text == "Be brief. What is 0 + 1? Answer:"
+    assert prompt.messages == ()
+
+
+def test_system_and_suffix_surround_the_question():
+    prompt = load(system="Be brief.", suffix=" Use ####.").prompt(0)
+    assert prompt.text == ("<system>Be brief.</><user>What is 0 + 1? Use ####.</><assistant>")
+
+
+def test_a_list_of_messages_is_asked_as_it_is_and_stays_as_it_is():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    rows = [{"messages": [*messages, {"role": "user", "content": "Go"}]}]
+    loaded = load(rows, column="messages", suffix="!")
+    for _ in range(2):
+        assert loaded.prompt(0).text == "<user>Hi</><assistant>Yes?</><user>Go!</><assistant>"
+    assert rows[0]["messages"][-1]["content"] == "Go"
+
+
+def test_messages_need_a_chat_template():
+    rows = [{"messages": [{"role": "user", "content": "Hi"}]}]
+    with pytest.raises(ConfigError, match="no chat template"):
+        load(rows, chat=False, column="messages").prompt(0)
+
+
+def test_a_column_that_is_neither_text_nor_messages_is_refused():
+    with pytest.raises(ConfigError, match="text or a list of chat messages, got int"):
+        load(column="answer").prompt(0)
+
+
+def test_a_prompt_column_named_prompt_does_not_shadow_the_rendered_prompt():
+    prompt = load([{"prompt": "Hi", "answer": "x"}], column="prompt").prompt(0)
+    assert prompt.columns == {"answer": "x"}
+
+
+def test_a_missing_column_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"columns \['answer', 'question'\], got 'text'"):
+        load(column="text")
+
+
+def test_an_empty_set_is_refused():
+    with pytest.raises(ConfigError, match="has no rows"):
+        load([])
+
+
+def test_transform_comes_before_everything_else():
+    loaded = load(transform=lambda row: {"q": row["question"].upper()}, column="q")
+    assert loaded.columns == ("q",)
+    assert "WHAT IS 0" in loaded.prompt(0).text
+
+
+def test_limit_uses_the_first_rows():
+    assert len(load(limit=2)) == 2
+    assert len(load(limit=100)) == 6
+    with pytest.raises(ConfigError, match="`limit` must be >= 1"):
+        Prompts(ROWS, limit=0)
+
+
+def test_a_hook_may_make_the_prompt_itself():
+    def make(row):
+        return Prompt((1, 2), "made", columns={"n": row["answer"]})
+
+    loaded = Prompts(ROWS, column="not there").load(CharTokenizer(), make_prompt=make)
+    prompt = loaded.prompt(3, pass_index=2)
+    assert (prompt.text, prompt.columns, prompt.key) == ("made", {"n": 4}, (2, 3))
+
+
+def test_prompts_are_tokenized_when_they_are_asked_for():
+    tokenizer = CharTokenizer()
+    loaded = Prompts(ROWS * 1000, column="question").load(tokenizer, max_prompt_tokens=500)
+    assert len(loaded) == 6000
+    assert tokenizer.num_encoded <= 2
+
+
+def test_prompts_that_leave_no_room_are_refused_by_name_before_the_run():
+    rows = [*ROWS, {"question": "x" * 200, "answer": 0}]
+    with pytest.raises(ConfigError, match=r"1 prompt\(s\).*row 6 \(220 tokens\).*too_long: skip"):
+        load(rows, max_prompt_tokens=100)
+
+
+def test_prompts_that_leave_no_room_can_be_left_out_and_counted():
+    rows = [{"question": "x" * 200, "answer": 0}, *ROWS]
+    loaded = load(rows, max_prompt_tokens=100, too_long="skip")
+    assert (len(loaded), loaded.num_too_long) == (6, 1)
+    assert loaded.prompt(0).columns["answer"] == 1
+
+
+def test_json_lines_json_and_parquet_hold_the_same_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"question": "a\u2028b", "answer": 1}, {"question": "c", "answer": 2}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines + "\n\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        loaded = load(str(tmp_path / name))
+        assert [dict(prompt.columns) for prompt in loaded] == rows
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "x"}\n{"question": \n')
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2 is not JSON"):
+        load(str(tmp_path / "a.jsonl"))
+
+
+def test_a_file_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(ConfigError, match="must name an existing file"):
+        load(str(tmp_path / "none.jsonl"))
+
+
+def test_a_folder_saved_by_datasets_and_a_dataset_itself(tmp_path):
+    import datasets
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # the monitor of progress bars is a thread that stays
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(
+        tmp_path / "two"
+    )
+    assert load(dataset).prompt(2).columns == ROWS[2]
+    assert len(load(str(tmp_path / "one"))) == 6
+    assert len(load(str(tmp_path / "two"), split="test")) == 1
+    with pytest.raises(ConfigError, match=r"`split` must be one of \['test', 'train'\], got 'val'"):
+        load(str(tmp_path / "two"), split="val")
+
+
+def test_reading_json_lines_does_not_import_datasets(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n')
+    code = (
+        "import sys; from lightning_grpo.rollout.sources import open_rows;"
+        "rows = open_rows(sys.argv[1]); assert rows == [{'prompt': 'x'}];"
+        "assert not {'datasets', 'pyarrow', 'torch', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.jsonl")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@given(
+    num_rows=st.integers(1, 12),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 9),
+    start=st.integers(0, 50),
+)
+def test_every_pass_has_every_row_once_and_any_entry_can_be_had_at_any_time(
+    num_rows, shuffle, seed, start
+):
+    def stream():
+        return PromptStream(load([{"question": str(i)} for i in range(num_rows)]), shuffle, seed)
+
+    keys = [stream().key(index) for index in range(4 * num_rows)]
+    for pass_index in range(4):
+        here = keys[pass_index * num_rows : (pass_index + 1) * num_rows]
+        assert sorted(here) == [(pass_index, row) for row in range(num_rows)]
+        if not shuffle:
+            assert here == sorted(here)
+    again = stream()
+    for index in range(start % len(keys), len(keys)):
+        assert again.key(index) == keys[index]
+    assert stream()[start % len(keys)].key == keys[start % len(keys)]
+
+
+def test_passes_and_seeds_have_orders_of_their_own():
+    loaded = load([{"question": str(i)} for i in range(30)])
+    orders = [
+        [PromptStream(loaded, seed=seed).key(p * 30 + i)[1] for i in range(30)]
+        for seed in (0, 1)
+        for p in (0, 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_key_of_other_prompts_is_refused():
+    with pytest.raises(CheckpointError, match=r"\(0, 99\) is not one of the 6 rows"):
+        PromptStream(load()).by_key((0, 99))
