@@ -1,0 +1,276 @@
+"""HealthMonitor: what is wrong with a run, in one line, once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.callbacks.progress import waiting_fraction
+from lightning_grpo.callbacks.views import MinibatchView, logged_numbers
+from lightning_grpo.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Window = Sequence[Mapping[str, float]]
+"""Metrics of the last rollout batches, oldest first."""
+
+BASELINE = "health/mismatch_baseline"
+"""The run's first `mismatch/abs_logprob_diff`: alarms are relative to it."""
+
+GROUPS = "health/groups"
+"""Groups of the rollout batch, to hold counts against."""
+
+_MISMATCH_FACTOR, _MISMATCH_FLOOR = 3.0, 0.01
+_NEARLY_ALL, _MOST, _LAG_S = 0.99, 0.5, 1.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that can be wrong.
+
+    Attributes:
+        name: Its short name.
+        batches: How many rollout batches in a row must show it.
+        holds: Whether one batch's metrics show it.
+        sentence: What to say and what to do, with `{metric/name}` filled from the last batch.
+    """
+
+    name: str
+    batches: int
+    holds: Callable[[Mapping[str, float]], bool]
+    sentence: str
+
+    def applies(self, window: Window) -> bool:
+        """Whether the last `batches` batches all show it."""
+        recent = window[-self.batches :]
+        return len(recent) == self.batches and all(self.holds(metrics) for metrics in recent)
+
+
+def _at_least(name: str, bound: float) -> Callable[[Mapping[str, float]], bool]:
+    return lambda metrics: metrics.get(name, float("-inf")) >= bound
+
+
+def _equals(name: str, value: float) -> Callable[[Mapping[str, float]], bool]:
+    return lambda metrics: metrics.get(name) == value
+
+
+def _waits(metrics: Mapping[str, float]) -> bool:
+    return (waiting_fraction(metrics) or 0.0) > 0.9  # noqa: PLR2004 - nine tenths
+
+
+def _mostly_filtered(metrics: Mapping[str, float]) -> bool:
+    filtered, kept = metrics.get("rollout/filtered", 0.0), metrics.get(GROUPS, 0.0)
+    return kept > 0 and filtered / (filtered + kept) > _MOST
+
+
+def _mismatched(metrics: Mapping[str, float]) -> bool:
+    baseline = metrics.get(BASELINE)
+    now = metrics.get("mismatch/abs_logprob_diff")
+    if baseline is None or now is None:
+        return False
+    return now > max(_MISMATCH_FACTOR * baseline, _MISMATCH_FLOOR)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "constant reward",
+        3,
+        _equals("reward/std", 0.0),
+        "every completion of the last 3 rollout batches got the same reward ({reward/mean:.3g}): "
+        "nothing can be learned from it. Look at what the reward sees: `lightning-grpo show`.",
+    ),
+    Rule(
+        "no variance within groups",
+        3,
+        _at_least("reward/zero_variance_fraction", 0.9),
+        "{reward/zero_variance_fraction:.0%} of the groups have equal rewards, so they train on "
+        "nothing: the prompts are too easy or too hard, or `group_size` is too small. "
+        "`keep_group: lightning_grpo.rollout.has_variance` replaces such groups.",
+    ),
+    Rule(
+        "zero loss",
+        2,
+        lambda metrics: metrics.get("policy/loss") == 0.0 == metrics.get("policy/grad_norm"),
+        "loss and gradient are exactly zero: every advantage is zero, or no token is trained on. "
+        "See reward/zero_variance_fraction and completion/length_mean.",
+    ),
+    Rule(
+        "all truncated",
+        2,
+        _at_least("completion/truncated_fraction", _NEARLY_ALL),
+        "{completion/truncated_fraction:.0%} of the completions hit `max_new_tokens` "
+        "(mean length {completion/length_mean:.0f}): raise it, or ask for shorter answers; a "
+        "model that never ends its answer may lack its chat template's end token.",
+    ),
+    Rule(
+        "most groups filtered",
+        2,
+        _mostly_filtered,
+        "{rollout/filtered:.0f} groups were filtered for {health/groups:.0f} kept: most of the "
+        "sampling is thrown away. Relax `keep_group`, or take prompts nearer the model's level.",
+    ),
+    Rule(
+        "waiting for rollouts",
+        5,
+        _waits,
+        "the trainer waits for rollouts more than 90 % of its time: give the servers more of the "
+        "GPUs, raise `max_staleness`, or shorten the completions.",
+    ),
+    Rule(
+        "mismatch",
+        1,
+        _mismatched,
+        "trainer and servers disagree on the same weights: mean |difference of logprobs| is "
+        "{mismatch/abs_logprob_diff:.3g}, at the start of the run it was "
+        "{health/mismatch_baseline:.3g}. The servers may hold old or damaged weights.",
+    ),
+    Rule(
+        "correction drops tokens",
+        2,
+        _at_least("correction/dropped_fraction", _MOST),
+        "the correction gives weight 0 to {correction/dropped_fraction:.0%} of the tokens: data "
+        "are too old (lower `max_staleness`) or its bounds too narrow.",
+    ),
+    Rule(
+        "event loop is late",
+        2,
+        _at_least("health/event_loop_lag_s", _LAG_S),
+        "the rollout client's event loop is {health/event_loop_lag_s:.1f} s late: too few CPU "
+        "cores, or a reward or workflow that blocks (use `context.score`, or `await` inside).",
+    ),
+)
+
+
+class HealthMonitor(Callback):
+    """Explains a sick run: each fault is said once, and again only after it had cleared.
+
+    Args:
+        starving_after_s: Seconds without a rollout batch after which a line says so.
+        rules: What is looked for.
+    """
+
+    def __init__(
+        self, starving_after_s: float = 300.0, rules: Sequence[Rule] | None = None
+    ) -> None:
+        if starving_after_s <= 0:
+            raise ConfigError(f"`starving_after_s` must be > 0, got {starving_after_s}.")
+        self._starving_after_s = starving_after_s
+        self._rules = RULES if rules is None else tuple(rules)
+        longest = max((rule.batches for rule in self._rules), default=1)
+        self._window: deque[dict[str, float]] = deque(maxlen=longest)
+        self._said: set[str] = set()
+        self._baseline: float | None = None
+        self._last_batch_s = 0.0
+        self._validating = False
+        self._stopped = threading.Event()
+        self._watch: threading.Thread | None = None
+
+    def observe(self, metrics: Mapping[str, float]) -> list[str]:
+        """Take one rollout batch's metrics in; the sentences of the faults that are new."""
+        if self._baseline is None:
+            self._baseline = metrics.get("mismatch/abs_logprob_diff")
+        known = {} if self._baseline is None else {BASELINE: self._baseline}
+        self._window.append({**metrics, **known})
+        window = list(self._window)
+        holding = {rule.name: rule for rule in self._rules if rule.applies(window)}
+        new = [rule for name, rule in holding.items() if name not in self._said]
+        self._said = set(holding)
+        return [fill(rule.sentence, window[-1]) for rule in new]
+
+    def starving(self, now_s: float) -> str | None:
+        """The line on a run that got no rollout batch for long; None when there is nothing new."""
+        waited_s = now_s - self._last_batch_s
+        if self._validating or waited_s < self._starving_after_s or "starving" in self._said:
+            return None
+        self._said.add("starving")
+        last = self._window[-1] if self._window else {}
+        counts = ", ".join(
+            f"{last[name]:.0f} {label}" for name, label in _STARVING_COUNTS.items() if name in last
+        )
+        counts = f" (after the last one: {counts})" if counts else ""
+        return (
+            f"no rollout batch for {waited_s:.0f} s{counts}. Look at the servers' logs, at "
+            "`reward_timeout_s`, and at `keep_group` if one is set."
+        )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to watch for a run that starves: such a run reaches no other hook."""
+        self._last_batch_s = time.monotonic()
+        if trainer.is_global_zero:
+            self._stopped.clear()
+            self._watch = threading.Thread(target=self._keep_watch, name="health", daemon=True)
+            self._watch.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: MinibatchView,
+        batch_idx: int,
+    ) -> None:
+        """Look at each finished rollout batch."""
+        self._last_batch_s = time.monotonic()
+        if not batch.is_last or batch.rollout.groups is None:
+            return
+        metrics = {**logged_numbers(trainer), GROUPS: float(len(batch.rollout.groups))}
+        for sentence in self.observe(metrics):
+            log.warning(sentence)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Time spent on held-out prompts is no starving."""
+        self._validating = True
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Training goes on."""
+        self._last_batch_s = time.monotonic()
+        self._validating = False
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop watching."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Stop watching."""
+        self._stop()
+
+    def _keep_watch(self) -> None:
+        while not self._stopped.wait(self._starving_after_s / 10):
+            if sentence := self.starving(time.monotonic()):
+                log.warning(sentence)
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        if self._watch is not None:
+            self._watch.join()
+            self._watch = None
+
+
+_STARVING_COUNTS = {
+    "rollout/in_flight": "requests in flight",
+    "rollout/queued": "groups queued",
+    "rollout/filtered": "filtered",
+    "rollout/failed": "failed",
+}
+
+
+class _Numbers(dict[str, float]):
+    """Metrics for a sentence: one that was not logged reads as nan."""
+
+    def __missing__(self, key: str) -> float:
+        return float("nan")
+
+
+def fill(sentence: str, metrics: Mapping[str, float]) -> str:
+    """A rule's sentence with the metrics' values in it."""
+    return sentence.format_map(_Numbers(metrics))

@@ -1,0 +1,185 @@
+"""GRPOProgress: one readable line per rollout batch, and a bar below them on a terminal."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from lightning_grpo.callbacks.views import MinibatchView, logged_numbers
+
+_MEAN_OVER = 5
+
+
+class GRPOProgress(ProgressBar):
+    """Says after each rollout batch what a run is judged by.
+
+    It takes the place of Lightning's default bar; another bar that the user chose stays, with these
+    lines beside it.
+
+    Args:
+        console: Where to write; None is standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._rewards: deque[float] = deque(maxlen=_MEAN_OVER)
+        self._enabled = self._with_bar = True
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def disable(self) -> None:
+        """Say nothing (Lightning calls it on other ranks)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Write above the bar."""
+        self._say(" ".join(str(arg) for arg in args))
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Speak on the first rank only, and silence Lightning's own bar where it is the default."""
+        super().setup(trainer, pl_module, stage)
+        if not trainer.is_global_zero:
+            self.disable()
+        others = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, ProgressBar) and callback is not self
+        ]
+        for other in others:
+            if type(other) is TQDMProgressBar:
+                other.disable()
+        self._with_bar = all(type(other) is TQDMProgressBar for other in others)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar on a terminal."""
+        if not (self._enabled and self._with_bar and self._console.is_terminal):
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True, auto_refresh=False)
+        self._task = self._bar.add_task("train", total=total_steps(trainer))
+        self._bar.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: MinibatchView,
+        batch_idx: int,
+    ) -> None:
+        """Move the bar; after the last step on a rollout batch, say the line."""
+        if batch.is_last:
+            metrics = logged_numbers(trainer)
+            if "reward/mean" in metrics:
+                self._rewards.append(metrics["reward/mean"])
+            self._say(
+                progress_line(trainer.global_step, total_steps(trainer), metrics, self._rewards)
+            )
+        self._move(trainer.global_step, "train")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say in the bar why training waits."""
+        self._move(trainer.global_step, "held-out prompts")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say the held-out scores."""
+        scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith("eval/")}
+        if scores and not trainer.sanity_checking:
+            self._say(evaluation_line(trainer.global_step, scores))
+        self._move(trainer.global_step, "train")
+
+    on_test_end = on_validation_end
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Close the bar, so that the terminal is left as it was."""
+        self._close()
+
+    def _say(self, line: str) -> None:
+        if self._enabled:
+            self._console.print(line, markup=False, soft_wrap=True)
+
+    def _move(self, step: int, what: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=what, refresh=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def total_steps(trainer: L.Trainer) -> int | None:
+    """Optimizer steps that the run will take, as far as its limits say it.
+
+    `trainer.estimated_stepping_batches` is not asked: it may set the loaders up early.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    length = trainer.num_training_batches
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and isinstance(length, int):
+        limits.append(trainer.max_epochs * length)
+    return min(limits, default=None)
+
+
+def progress_line(
+    step: int, total: int | None, metrics: Mapping[str, float], rewards: deque[float]
+) -> str:
+    """One rollout batch in one line; what was not measured is left out."""
+    count = f"step {step}" if total is None else f"step {step:>{len(str(total))}}/{total}"
+    parts = [count]
+    if "reward/mean" in metrics:
+        mean = f" (mean of {len(rewards)}: {sum(rewards) / len(rewards):.3f})" if rewards else ""
+        parts.append(f"reward {metrics['reward/mean']:.3f}{mean}")
+    parts += [text.format(metrics[name]) for name, text in _COLUMNS.items() if name in metrics]
+    waiting = waiting_fraction(metrics)
+    if waiting is not None:
+        parts.append(f"waiting {waiting:.0%}")
+    return " | ".join(parts)
+
+
+_COLUMNS = {
+    "staleness/mean": "staleness {:.2g}",
+    "completion/length_mean": "length {:.0f}",
+    "throughput/tokens_per_s": "{:,.0f} tokens/s",
+    "time/step_s": "{:.1f} s/step",
+}
+
+
+def waiting_fraction(metrics: Mapping[str, float]) -> float | None:
+    """The part of its time that the trainer waited for rollouts, where it is known."""
+    if "idle/trainer_fraction" in metrics:
+        return metrics["idle/trainer_fraction"]
+    step_s = metrics.get("time/step_s", 0.0)
+    return metrics["time/wait_rollout_s"] / step_s if _both(metrics) and step_s > 0 else None
+
+
+def _both(metrics: Mapping[str, float]) -> bool:
+    return "time/wait_rollout_s" in metrics and "time/step_s" in metrics
+
+
+def evaluation_line(step: int, scores: Mapping[str, float]) -> str:
+    """The held-out scores in one line, each with its 95 % interval where there is one."""
+    parts = []
+    for name, value in scores.items():
+        if name.endswith("_ci95"):
+            continue
+        interval = scores.get(f"{name}_ci95")
+        shown = f" +- {interval:.3f}" if interval is not None and interval == interval else ""
+        parts.append(f"{name.removeprefix('eval/')} {value:.3f}{shown}")
+    return f"held-out at step {step} | " + " | ".join(parts)

@@ -1,0 +1,53 @@
+"""TrajectoryWriter: the trajectories that a run consumed, on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.callbacks.views import MinibatchView
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.records import write_groups
+
+FOLDER = "trajectories"
+
+
+class TrajectoryWriter(Callback):
+    """Writes every consumed rollout batch to `trajectories/step_000012.parquet` of the run.
+
+    Read them with `lightning-grpo show`, train from them with `lightning-grpo replay`.
+
+    Args:
+        folder: Where to write; None is the run's folder (the first logger's).
+        every_n_batches: Write every n-th rollout batch only.
+    """
+
+    def __init__(self, folder: str | None = None, every_n_batches: int = 1) -> None:
+        if every_n_batches < 1:
+            raise ConfigError(f"`every_n_batches` must be >= 1, got {every_n_batches}.")
+        self._folder = folder
+        self._every_n_batches = every_n_batches
+        self._run_folder = Path()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        run_folder = trainer.log_dir or trainer.default_root_dir
+        self._run_folder = Path(self._folder or Path(run_folder) / FOLDER)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: MinibatchView,
+        batch_idx: int,
+    ) -> None:
+        """Write the rollout batch after its last optimizer step."""
+        rollout = batch.rollout
+        if not batch.is_last or rollout.groups is None or rollout.index % self._every_n_batches:
+            return
+        path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
+        write_groups(path, rollout.groups, step=trainer.global_step, version=rollout.version)

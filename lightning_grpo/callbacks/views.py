@@ -1,0 +1,83 @@
+"""What the reporting callbacks may read, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import lightning as L
+
+from lightning_grpo.types import Group
+
+
+class RolloutView(Protocol):
+    """One rollout batch."""
+
+    @property
+    def index(self) -> int:
+        """How many came before it."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The weights that train on it."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[Group] | None:
+        """What was consumed; rank 0 only, else None."""
+        ...
+
+
+class MinibatchView(Protocol):
+    """One optimizer step."""
+
+    @property
+    def rollout(self) -> RolloutView:
+        """What it is part of."""
+        ...
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is the last one on its rollout batch."""
+        ...
+
+
+class EvaluationView(Protocol):
+    """One finished validation."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken before it."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Logged values by name."""
+        ...
+
+    @property
+    def groups(self) -> Mapping[str, Sequence[Group]]:
+        """What was answered, by validation set; rank 0 only, else empty."""
+        ...
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A module or data module that says what it resolved."""
+
+    def describe(self) -> Mapping[str, str]:
+        """Label -> one line."""
+        ...
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """A data module that keeps its validations."""
+
+    evaluations: Sequence[EvaluationView]
+
+
+def logged_numbers(trainer: L.Trainer) -> dict[str, float]:
+    """What was logged last, as plain numbers by name."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

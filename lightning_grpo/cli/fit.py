@@ -1,0 +1,66 @@
+"""`lightning-grpo fit`: read what was written, refuse what needs no torch to refuse, then run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_grpo.cli.problem import ConfigProblem
+from lightning_grpo.cli.sources import collect
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.shipped import resolve_config
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train; see `lightning-grpo fit --help`."""
+    return run_trainer("fit", argv)
+
+
+def run_trainer(command: str, argv: Sequence[str]) -> int:
+    """Run one of the Trainer's entry points.
+
+    Args:
+        command: `fit`, `validate` or `test`.
+        argv: The command's options.
+    """
+    configs, options = split_configs(argv)
+    settings = collect(configs, options)
+    # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
+    import lightning_grpo.strategies.fsdp2  # noqa: F401
+    from lightning_grpo.cli.trainer_cli import run_cli
+    from lightning_grpo.datamodule import RolloutDataModule
+    from lightning_grpo.module import GRPOModule
+
+    run_cli(command, configs, options, settings, GRPOModule, RolloutDataModule)
+    return 0
+
+
+def split_configs(argv: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Take the config files out of the options; the command line always wins over them.
+
+    Returns:
+        (name as given, path) of each config, and the other options in order.
+    """
+    configs: list[tuple[str, Path]] = []
+    options: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.partition("=")
+        if name not in ("--config", "-c"):
+            options.append(token)
+            continue
+        if not equals:
+            if not rest:
+                raise ConfigProblem("--config", "needs the name of a file", "command line")
+            value = rest.pop(0)
+        configs.append((value, _find(value)))
+    return configs, options
+
+
+def _find(name: str) -> Path:
+    """The file itself, or the shipped one of that name."""
+    try:
+        return Path(resolve_config(name))
+    except ConfigError as error:
+        raise ConfigProblem("--config", str(error), "command line") from error

@@ -1,0 +1,147 @@
+"""The entry point: help, version and dispatch, with the standard library alone.
+
+A command is a module of this folder with `run(argv) -> exit code`; it is imported when it is
+called, so that help and a mistyped command cost no import of torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
+from lightning_grpo.errors import ConfigError, GRPOError, StopRun
+
+COMMANDS = {
+    "fit": ("fit", "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]"),
+    "validate": ("validate", "score a model on the held-out prompts, with the same config"),
+    "test": ("test", "the same on the test prompts"),
+    "serve": ("serve", "start the embedded engine for a model on this machine's CPU"),
+    "show": ("show", "read the trajectories that a run has written"),
+    "export": ("export", "turn a checkpoint into a Hugging Face folder"),
+    "launch": ("launch", "write or submit a Slurm or Ray job"),
+    "install-server": ("install_server", "make the servers' own environment"),
+    "score": ("score", "try a reward on stored trajectories"),
+    "replay": ("replay", "train from stored trajectories, without servers"),
+}
+"""Command -> (module of this folder, one line of help)."""
+
+_FAILED, _MISUSED, _SIGINT = 1, 2, 2
+
+
+def available_commands() -> dict[str, tuple[str, str]]:
+    """The commands whose module (or package) is present, in the order of the help."""
+    folder = Path(__file__).parent
+    return {
+        name: entry
+        for name, entry in COMMANDS.items()
+        if (folder / f"{entry[0]}.py").exists() or (folder / entry[0]).is_dir()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments after the program's name; None takes the process's own.
+
+    Returns:
+        0 done, 1 failed, 2 a mistake in the command or configuration, 128 + n ended by signal n.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = arguments[0]
+    commands = available_commands()
+    if command in commands:
+        prepare_imports()
+        return _run(commands[command][0], arguments[1:])
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+    elif command in ("-V", "--version"):
+        sys.stdout.write(f"lightning-grpo {_version()}\n")
+    else:
+        return _unknown(command, list(commands))
+    return 0
+
+
+def _run(module: str, arguments: list[str]) -> int:
+    """Run a command's module and turn what ends it into an exit code."""
+    run: Callable[[list[str]], int] = import_module(f"lightning_grpo.cli.{module}").run
+    try:
+        return run(arguments)
+    except (GRPOError, KeyboardInterrupt) as error:
+        if wants_traceback():
+            raise
+        code, lines = explain(error)
+    except SystemExit as leaving:
+        # Lightning turns an interrupt into exit code 1.
+        if not isinstance(leaving.__context__, KeyboardInterrupt):
+            raise
+        code, lines = explain(leaving.__context__)
+    if code != _MISUSED or is_first_rank():
+        for line in lines:
+            _say(line)
+    return code
+
+
+def explain(error: GRPOError | KeyboardInterrupt) -> tuple[int, list[str]]:
+    """The exit code and the words for what ended a command."""
+    match error:
+        case StopRun():
+            return 128 + error.signal, [f"stopped: {error}"]
+        case KeyboardInterrupt():
+            return 128 + _SIGINT, ["stopped: interrupted"]
+        case ConfigError():
+            return _MISUSED, [f"error: {error}"]
+        case _:
+            hint = "(LIGHTNING_GRPO_TRACEBACK=1 shows where it came from)"
+            return _FAILED, [f"{type(error).__name__}: {error}", hint]
+
+
+def _unknown(command: str, known: list[str]) -> int:
+    """Name the nearest command."""
+    nearest = get_close_matches(command, known, n=1, cutoff=0.5)
+    _say(f"error: `{command}` is not a command of lightning-grpo")
+    _say(
+        f"did you mean `lightning-grpo {nearest[0]}`?" if nearest else f"it has: {', '.join(known)}"
+    )
+    return _MISUSED
+
+
+def _help() -> str:
+    """The top-level help."""
+    rows = [f"  {name:<16}{text}" for name, (_, text) in available_commands().items()]
+    return "\n".join(
+        [
+            "usage: lightning-grpo COMMAND [options]",
+            "",
+            "GRPO post-training of language models as a Lightning plugin.",
+            "",
+            *rows,
+            "",
+            "lightning-grpo COMMAND --help      the command's own options",
+            "lightning-grpo --version",
+            "",
+        ]
+    )
+
+
+def _version() -> str:
+    """The installed version; a bare checkout has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lightning-grpo")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _say(line: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(line + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Refusals that come without a place: jsonargparse's text, and constructors' messages."""
+
+from __future__ import annotations
+
+import re
+
+from lightning_grpo.cli.problem import ConfigProblem, one_line
+from lightning_grpo.cli.sources import Setting
+
+_KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
+_NOISE = re.compile(r"^(Errors|Subtypes|Given value|Does not validate|Parser key|Problem with)")
+
+
+def condense(message: str, settings: Setting) -> ConfigProblem:
+    """The parser's message as key, place and its most specific line."""
+    key = ".".join(_KEY.findall(message))
+    lines = [line.strip(" -") for line in message.splitlines()]
+    telling = [line for line in lines if line and not _NOISE.match(line)]
+    rule = max(telling, key=len) if telling else message
+    return ConfigProblem(key, rule, _place(key, settings))
+
+
+def _place(key: str, settings: Setting) -> str:
+    """Where the key, or the nearest key above it, was written."""
+    written = {k.replace("init_args.", ""): s.where for k, s in settings.walk()}
+    while key:
+        if key in written:
+            return written[key]
+        key = key.rpartition(".")[0]
+    return ""
+
+
+def locate(message: str, settings: Setting) -> ConfigProblem:
+    """A constructor's refusal, at the setting that it names.
+
+    The message names a parameter in backticks and mostly the value that it got; among settings of
+    that name the one with that value is meant.
+    """
+    found = _named_setting(message, settings)
+    sentence, _, way_out = one_line(message).partition(". ")
+    if found is None:
+        return ConfigProblem("", sentence, "", way_out)
+    key, setting = found
+    return ConfigProblem(key, sentence, setting.where, way_out)
+
+
+def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | None:
+    quoted = [name.strip(".") for name in re.findall(r"`([\w.]+)", message)]
+    quoted = [part for name in quoted for part in dict.fromkeys((name, name.rpartition(".")[2]))]
+    words = re.findall(r"\w+", message)
+    leaves = [(key, setting) for key, setting in settings.walk()]
+    for name in [*quoted, *words]:
+        named = [kv for kv in leaves if kv[0] == name or kv[0].endswith("." + name)]
+        if not named:
+            continue
+        told = [kv for kv in named if _mentions(message, kv[1].plain())]
+        if name in quoted or told:
+            return (told or named)[0]
+    return None
+
+
+def _mentions(message: str, value: object) -> bool:
+    """Whether the message repeats the value as a word of its own."""
+    return re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.])", message) is not None

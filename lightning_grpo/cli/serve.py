@@ -1,0 +1,38 @@
+"""`lightning-grpo serve MODEL`: the embedded engine, which speaks SGLang's HTTP API on a CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning_grpo.shipped import resolve_path
+
+_USAGE = """\
+usage: lightning-grpo serve MODEL [options of the engine]
+
+Serve a model (a Hugging Face folder, a hub id or shipped:NAME) on this machine's CPU, behind
+SGLang's HTTP API. Prints `READY http://HOST:PORT` when it answers; Ctrl-C ends it.
+
+  lightning-grpo serve shipped:quickstart --port 30000
+
+The engine's options:
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Become the engine's process."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(_USAGE)
+        sys.stdout.flush()
+        argv = ["--help"]
+    command = engine_command(argv)
+    os.execv(command[0], command)
+
+
+def engine_command(argv: Sequence[str]) -> list[str]:
+    """The engine's command line for the arguments of `serve`."""
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", resolve_path(arguments[0]), *arguments[1:]]
+    return [sys.executable, "-m", "lightning_grpo.engine", *arguments]

@@ -1,0 +1,113 @@
+"""`lightning-grpo show`: read trajectories as a person would."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from lightning_grpo.rollout.records import read_rows
+
+Row = Mapping[str, Any]
+
+SORTS: dict[str, Callable[[Row], float]] = {
+    "step": lambda row: row["step"],
+    "reward": lambda row: row["reward"],
+    "length": lambda row: num_response_tokens(row),
+    "staleness": lambda row: staleness(row),
+}
+"""What trajectories can be ordered by."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print some trajectories."""
+    options = _parser().parse_args(list(argv))
+    rows = select(
+        read_rows(options.path),
+        sort=options.sort,
+        reverse=options.reverse,
+        limit=options.limit,
+        row=options.row,
+    )
+    show(rows, Console(highlight=False))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-grpo show",
+        description="Print the trajectories of a Parquet file, a folder of them, or a run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", type=Path, help="a .parquet file, or a run's folder")
+    parser.add_argument("--limit", type=int, default=10, help="how many to print (default: 10)")
+    parser.add_argument("--sort", choices=sorted(SORTS), default="step", help="the order")
+    parser.add_argument("--reverse", action="store_true", help="largest first")
+    parser.add_argument("--row", type=int, help="only this row of the prompts")
+    return parser
+
+
+def select(
+    rows: Sequence[Row],
+    *,
+    sort: str = "step",
+    reverse: bool = False,
+    limit: int = 10,
+    row: int | None = None,
+) -> list[Row]:
+    """The trajectories asked for, in the order asked for."""
+    chosen = [r for r in rows if row is None or r["row"] == row]
+    return sorted(chosen, key=SORTS[sort], reverse=reverse)[:limit]
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print each trajectory: one line about it, the prompt, the completion."""
+    if not rows:
+        console.print("no trajectories")
+    for row in rows:
+        console.rule(Text(headline(row)), align="left")
+        console.print(Text("prompt", style="bold"))
+        console.print(Padding(Text(row["prompt"].strip()), (0, 0, 0, 2)))
+        ending = " (truncated)" if row["truncated"] else ""
+        console.print(Text(f"completion{ending}", style="bold"))
+        console.print(Padding(Text(row["completion"].strip()), (0, 0, 0, 2)))
+        console.print()
+
+
+def headline(row: Row) -> str:
+    """What there is to know about one trajectory, in one line."""
+    rewards = dict(row["rewards"])
+    named = ", ".join(f"{name} {value:.3g}" for name, value in rewards.items())
+    reward = f"reward {row['reward']:.3g}" + (f" ({named})" if len(rewards) > 1 else "")
+    sampled = sampled_versions(row)
+    versions = f"{sampled[0]}" if len(sampled) == 1 else f"{sampled[0]}-{sampled[-1]}"
+    parts = [
+        f"step {row['step']}",
+        f"pass {row['pass_index']} row {row['row']}",
+        reward,
+        f"{num_response_tokens(row)} tokens",
+        f"weights {versions}, staleness {staleness(row)}",
+        row["outcome"],
+    ]
+    return " | ".join(parts)
+
+
+def num_response_tokens(row: Row) -> int:
+    """How many tokens the policy sampled."""
+    return sum(row["response_mask"])
+
+
+def sampled_versions(row: Row) -> list[int]:
+    """The weight versions that sampled its tokens, in order, each once."""
+    pairs = zip(row["versions"], row["response_mask"], strict=True)
+    return sorted({version for version, sampled in pairs if sampled}) or [row["version"]]
+
+
+def staleness(row: Row) -> int:
+    """How many versions older than the weights that trained on it its oldest token is."""
+    return int(row["version"] - sampled_versions(row)[0])

@@ -1,0 +1,217 @@
+"""Where each setting was written: YAML files with their lines, then the command line.
+
+jsonargparse forgets lines, so an error message is built from this second, light reading of the
+same sources. It also finds what needs no class to be known (a missing file, broken YAML, a key
+given twice, an unknown section) before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.nodes import MappingNode, ScalarNode, SequenceNode
+
+from lightning_grpo.cli.problem import ConfigProblem, nearest
+
+SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "verbose", "weights_only")
+"""The keys at the top of a config; all but the first four are Trainer.fit's own arguments."""
+
+_SPECIAL = ("config", "c", "help", "h", "print_config")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and the place where it was written.
+
+    Attributes:
+        value: A scalar, a list of settings, or a dict of settings by key.
+        where: `file.yaml, line 7` or `command line`.
+    """
+
+    value: Any
+    where: str
+
+    def plain(self) -> Any:
+        """The value without places."""
+        if isinstance(self.value, dict):
+            return {key: setting.plain() for key, setting in self.value.items()}
+        if isinstance(self.value, list):
+            return [setting.plain() for setting in self.value]
+        return self.value
+
+    def walk(self, key: str = "") -> Iterator[tuple[str, Setting]]:
+        """Every setting below this one under its dotted key, in the order written."""
+        if key:
+            yield key, self
+        children: Iterator[tuple[Any, Setting]] = iter(())
+        if isinstance(self.value, dict):
+            children = iter(self.value.items())
+        elif isinstance(self.value, list):
+            children = iter(enumerate(self.value))
+        for name, child in children:
+            yield from child.walk(f"{key}.{name}" if key else str(name))
+
+
+class _Loader(yaml.SafeLoader):
+    """Scalars as jsonargparse reads them: `1e-4` is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path, name: str) -> Setting:
+    """Read one file with the line of each key.
+
+    Raises:
+        ConfigProblem: When it can't be read, is not YAML, or gives a key twice.
+    """
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+    except OSError as error:
+        raise ConfigProblem("--config", f"can't read `{name}`: {error.strerror}", name) from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        said = " ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigProblem("", f"is not valid YAML: {said}", f"{name}, line {line}") from error
+    if node is None:
+        return Setting({}, name)
+    if not isinstance(node, MappingNode):
+        raise ConfigProblem("", "must hold `key: value` pairs at its top", name)
+    return _convert(node, loader, name, "")
+
+
+def _convert(node: yaml.Node, loader: _Loader, name: str, key: str) -> Setting:
+    """A YAML node as a setting."""
+    where = f"{name}, line {node.start_mark.line + 1}"
+    if isinstance(node, ScalarNode):
+        return Setting(loader.construct_object(node), where)
+    if isinstance(node, SequenceNode):
+        items = [_convert(v, loader, name, f"{key}[{i}]") for i, v in enumerate(node.value)]
+        return Setting(items, where)
+    _refuse_duplicates(node, name, key)
+    loader.flatten_mapping(node)
+    values: dict[str, Setting] = {}
+    for child_key, child in node.value:
+        written = str(child_key.value)
+        value = _convert(child, loader, name, f"{key}.{written}" if key else written)
+        values[written] = Setting(value.value, f"{name}, line {child_key.start_mark.line + 1}")
+    return Setting(values, where)
+
+
+def _refuse_duplicates(node: MappingNode, name: str, key: str) -> None:
+    """YAML would silently keep the last of two equal keys."""
+    first: dict[str, int] = {}
+    for child_key, _ in node.value:
+        line = child_key.start_mark.line + 1
+        written = str(child_key.value)
+        if written in first and written != "<<":
+            dotted = f"{key}.{written}" if key else written
+            rule = f"is given twice (first in line {first[written]}): keep one"
+            raise ConfigProblem(dotted, rule, f"{name}, line {line}")
+        first.setdefault(written, line)
+
+
+def read_options(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
+    """`--a.b=1 --c 2` as (key, text) pairs; an option without a value has None."""
+    pairs: list[tuple[str, str | None]] = []
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if token == "-c":
+            token = "--config"
+        if not token.startswith("--"):
+            if token.startswith("-") and token[1:] in _SPECIAL:
+                pairs.append((token[1:], None))
+                continue
+            raise ConfigProblem(token, "is not an option: options begin with `--`", "command line")
+        key, equals, text = token[2:].partition("=")
+        if equals:
+            pairs.append((key, text))
+        elif rest and not rest[0].startswith("--"):
+            pairs.append((key, rest.pop(0)))
+        else:
+            pairs.append((key, None))
+    return pairs
+
+
+def collect(configs: Sequence[tuple[str, Path]], arguments: Sequence[str]) -> Setting:
+    """Everything that was written, later sources over earlier ones.
+
+    Args:
+        configs: (name as given, path) of each config file, in order.
+        arguments: The command line's other options.
+    """
+    merged = Setting({}, "")
+    for name, path in configs:
+        merged = merge(merged, read_yaml(path, name))
+    for key, text in read_options(arguments):
+        first = key.split(".")[0]
+        if key in _SPECIAL or first == "print_config" or key.endswith(".help"):
+            continue
+        setting = Setting(text if text is None else _scalar(text), "command line")
+        if key.endswith("+"):
+            key, setting = key[:-1], Setting([setting], "command line")
+        for part in reversed(key.split(".")):
+            setting = Setting({part: setting}, "command line")
+        merged = merge(merged, setting)
+    refuse_unknown_sections(merged)
+    return merged
+
+
+def _scalar(text: str) -> Any:
+    """A command-line text as YAML reads it (containers become settings of the command line)."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.YAMLError:
+        return text
+    if node is None:
+        return text
+    converted = _convert(node, loader, "command line", "")
+    return _relabel(converted).value
+
+
+def _relabel(setting: Setting) -> Setting:
+    """The same, all of it from the command line."""
+    if isinstance(setting.value, dict):
+        value: Any = {key: _relabel(child) for key, child in setting.value.items()}
+    elif isinstance(setting.value, list):
+        value = [_relabel(child) for child in setting.value]
+    else:
+        value = setting.value
+    return Setting(value, "command line")
+
+
+def merge(base: Setting, over: Setting) -> Setting:
+    """`over` laid on `base`: keys are joined, a class path keeps the arguments given before."""
+    if isinstance(base.value, list) and base.value and isinstance(over.value, dict):
+        # As jsonargparse: `--trainer.callbacks.monitor x` is about the last callback of the list.
+        return Setting([*base.value[:-1], merge(base.value[-1], over)], base.where)
+    if isinstance(base.value, str) and isinstance(over.value, dict):
+        base = Setting({"class_path": base}, base.where)
+    if isinstance(base.value, dict) and isinstance(over.value, str):
+        over = Setting({"class_path": over}, over.where)
+    if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
+        return over
+    values = dict(base.value)
+    for key, child in over.value.items():
+        values[key] = merge(values[key], child) if key in values else child
+    return Setting(values, base.where or over.where)
+
+
+def refuse_unknown_sections(settings: Setting) -> None:
+    """Refuse what is not one of the top-level keys, before anything heavy is imported."""
+    for key, setting in settings.value.items():
+        if key not in SECTIONS:
+            rule = f"is not a section of a config ({', '.join(SECTIONS[:4])})"
+            raise ConfigProblem(key, rule, setting.where, nearest(key, SECTIONS))

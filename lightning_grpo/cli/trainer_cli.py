@@ -1,0 +1,202 @@
+"""LightningCLI with this package's defaults, callbacks and error messages."""
+
+from __future__ import annotations
+
+import logging
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning_utilities.core.imports import RequirementCache
+
+from lightning_grpo.cli.check import check_settings
+from lightning_grpo.cli.environment import set_one_thread_default, silence_jsonargparse
+from lightning_grpo.cli.problem import ConfigProblem, nearest
+from lightning_grpo.cli.refusals import condense, locate
+from lightning_grpo.cli.sources import Setting
+from lightning_grpo.errors import ConfigError
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
+    "log_every_n_steps": 1,  # a step is seconds to minutes: each one is worth a row
+    "enable_model_summary": False,  # RunSummary says it
+}
+RUNS = "runs"
+
+_SKIPPED = {
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+    "validate": {"model", "dataloaders", "datamodule"},
+    "test": {"model", "dataloaders", "datamodule"},
+}
+
+
+class StrictParser(LightningArgumentParser):
+    """A parser that raises and takes no abbreviations, also for nested classes' arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # jsonargparse makes parsers of this class for nested constructors, without our settings.
+        super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
+
+
+class GRPOCLI(LightningCLI):
+    """One subcommand of LightningCLI; the others' parsers are not built.
+
+    Args:
+        command: `fit`, `validate` or `test`.
+        arguments: What to parse, config files first.
+        settings: The same with places, for messages.
+        run_name: Folder of this run under `runs/`, unless the config names one.
+        kwargs: LightningCLI's own.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        arguments: list[str],
+        settings: Setting,
+        run_name: str,
+        **kwargs: Any,
+    ) -> None:
+        self._command, self._arguments = command, arguments
+        self._settings, self._run_name = settings, run_name
+        self._roots = {
+            "trainer": Trainer,
+            "model": kwargs["model_class"],
+            "data": kwargs["datamodule_class"],
+        }
+        super().__init__(**kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one command that is run: the others' parsers would cost time."""
+        return {self._command: _SKIPPED[self._command]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; what jsonargparse refuses becomes one located problem."""
+        try:
+            self.config = parser.parse_args([self._command, *self._arguments])
+        except ArgumentError as error:
+            check_settings(self._settings, self._roots)
+            raise condense(str(error), self._settings) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the config says what the model is, the checkpoint gives its weights.
+
+        Lightning would lay the checkpoint's hyper-parameters over the command line.
+        """
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run's folder."""
+        trainer = self.config[self._command].trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = str(Path(RUNS) / self._run_name)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, with our loggers where the user named none."""
+        config = self._get(self.config_init, "trainer")
+        if config.logger in (None, True) and not config.fast_dev_run:
+            kwargs["logger"] = default_loggers(Path(config.default_root_dir))
+        self._refuse_unknown_strategy(config.strategy)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # Lightning's own for accelerators, strategies and precisions
+            raise locate(str(error), self._settings) from error
+        if isinstance(trainer.accelerator, CPUAccelerator) and set_one_thread_default():
+            torch.set_num_threads(1)
+        return trainer
+
+    def _refuse_unknown_strategy(self, name: Any) -> None:
+        """Lightning's own message lists no strategy that was registered."""
+        known = ["auto", *StrategyRegistry.available_strategies()]
+        if isinstance(name, str) and name not in known:
+            place = self._settings.value["trainer"].value["strategy"].where
+            rule = f"`{name}` is not a registered strategy"
+            raise ConfigProblem("trainer.strategy", rule, place, nearest(name, known))
+
+
+def default_loggers(root: Path) -> list[Logger]:
+    """A CSV file, and TensorBoard where it is installed, in one `version_N` folder."""
+    csv = CSVLogger(root, name="")
+    loggers: list[Logger] = [csv]
+    if RequirementCache("tensorboard"):
+        loggers.append(TensorBoardLogger(root, name="", version=csv.version))
+    return loggers
+
+
+def run_cli(
+    command: str,
+    configs: Sequence[tuple[str, Path]],
+    options: Sequence[str],
+    settings: Setting,
+    module_class: type[LightningModule],
+    datamodule_class: type[LightningDataModule],
+) -> None:
+    """Parse, build and run one command of the Trainer.
+
+    Raises:
+        ConfigProblem: A setting was refused: by the parser, a constructor, or while setting up.
+    """
+    silence_jsonargparse()
+    arguments = [part for _, path in configs for part in ("--config", str(path))]
+    with _quiet_lightning(), _located(settings):
+        GRPOCLI(
+            command,
+            [*arguments, *options],
+            settings,
+            run_name=configs[0][1].stem if configs else "run",
+            model_class=module_class,
+            datamodule_class=datamodule_class,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            save_config_kwargs={"overwrite": True},
+            parser_class=StrictParser,
+        )
+
+
+@contextmanager
+def _located(settings: Setting) -> Iterator[None]:
+    """Report a refused value at the place where it was written."""
+    try:
+        yield
+    except ConfigProblem:
+        raise
+    except (ConfigError, MisconfigurationException) as error:
+        raise locate(str(error), settings) from error
+    except ValueError as error:
+        # jsonargparse wraps what a constructor raises where the parameter is optional.
+        refusal = _refusal_behind(error)
+        if refusal is None:
+            raise
+        raise locate(str(refusal), settings) from error
+
+
+def _refusal_behind(error: BaseException) -> ConfigError | None:
+    """The ConfigError that an exception was raised from, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConfigError):
+        cause = cause.__cause__
+    return cause
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Drop Lightning's advertising from its log for the time of a run."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(_no_tips)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_no_tips)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()

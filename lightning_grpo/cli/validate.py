@@ -1,0 +1,12 @@
+"""`lightning-grpo validate`: one pass over the held-out prompts with the config of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_grpo.cli.fit import run_trainer
+
+
+def run(argv: Sequence[str]) -> int:
+    """Evaluate; takes `fit`'s configs and `--ckpt_path`."""
+    return run_trainer("validate", argv)

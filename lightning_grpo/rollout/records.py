@@ -1,0 +1,208 @@
+"""Trajectories as Parquet: what a run consumed, readable without torch, and what replay reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lightning_grpo.errors import CheckpointError
+from lightning_grpo.types import Group, Outcome, Prompt, Trajectory
+
+FORMAT = "1"
+"""Version of the columns, kept in the file's metadata; readers refuse a newer one."""
+
+_FORMAT_KEY = b"lightning_grpo.trajectories"
+
+SCHEMA = pa.schema(
+    [
+        # where it comes from
+        ("step", pa.int64()),  # optimizer steps taken when it was consumed
+        ("version", pa.int64()),  # weights that trained on it
+        ("pass_index", pa.int64()),
+        ("row", pa.int64()),
+        ("group", pa.int64()),  # position of its group in the rollout batch
+        ("outcome", pa.string()),
+        # what was asked and answered
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("reward", pa.float64()),
+        ("rewards", pa.map_(pa.string(), pa.float64())),
+        ("truncated", pa.bool_()),
+        # token by token
+        ("tokens", pa.list_(pa.int32())),
+        ("response_mask", pa.list_(pa.bool_())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("versions", pa.list_(pa.int32())),
+        # what replay needs besides
+        ("num_prompt_tokens", pa.int64()),
+        ("temperature", pa.float64()),
+        ("num_turns", pa.int64()),
+        ("admitted_version", pa.int64()),
+        ("attempts", pa.int64()),
+        ("messages", pa.string()),  # JSON
+        ("columns", pa.string()),  # JSON
+    ],
+    metadata={_FORMAT_KEY: FORMAT.encode()},
+)
+"""One row is one trajectory; a group's rows follow each other."""
+
+
+def write_groups(
+    path: Path,
+    groups: Sequence[Group],
+    *,
+    step: int,
+    version: int,
+    outcome: Outcome = Outcome.TRAINED,
+) -> Path:
+    """Write groups to one file, whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        groups: What was consumed.
+        step: Optimizer steps taken by then.
+        version: The weights that trained on it.
+        outcome: How the groups ended.
+
+    Returns:
+        `path`.
+    """
+    rows = [
+        row
+        for index, group in enumerate(groups)
+        for row in _rows(group, index, step=step, version=version, outcome=outcome)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), unfinished, compression="zstd")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file, or of all files of a folder in order of step.
+
+    Raises:
+        CheckpointError: There is none, or it was not written by this package.
+    """
+    return [row for file in trajectory_files(path) for row in _read_table(file).to_pylist()]
+
+
+def read_groups(path: Path) -> Iterator[list[Group]]:
+    """The groups of each file (one rollout batch each), as they were consumed."""
+    for file in trajectory_files(path):
+        by_group: dict[int, list[dict[str, Any]]] = {}
+        for row in _read_table(file).to_pylist():
+            by_group.setdefault(row["group"], []).append(row)
+        yield [_group(rows) for rows in by_group.values()]
+
+
+def trajectory_files(path: Path) -> list[Path]:
+    """The Parquet files at a path: itself, its own, or those of its `trajectories/` folder.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if path.is_file():
+        return [path]
+    for folder in (path, path / "trajectories"):
+        if files := sorted(folder.glob("*.parquet")):
+            return files
+    raise CheckpointError(
+        f"No trajectories at {str(path)!r}: expected a .parquet file, or a folder that holds them "
+        "(a run writes `trajectories/` in its folder)."
+    )
+
+
+def _rows(
+    group: Group, index: int, *, step: int, version: int, outcome: Outcome
+) -> Iterator[dict[str, Any]]:
+    """The rows of one group."""
+    prompt = group.prompt
+    shared = {
+        "step": step,
+        "version": version,
+        "pass_index": prompt.pass_index,
+        "row": prompt.row,
+        "group": index,
+        "outcome": str(outcome),
+        "prompt": prompt.text,
+        "num_prompt_tokens": len(prompt.input_ids),
+        "admitted_version": group.admitted_version,
+        "attempts": group.attempts,
+        "messages": _to_json(list(prompt.messages)),
+        "columns": _to_json(dict(prompt.columns)),
+    }
+    for trajectory in group.trajectories:
+        yield {
+            **shared,
+            "completion": trajectory.text,
+            "reward": trajectory.reward,
+            "rewards": list(trajectory.rewards.items()),
+            "truncated": trajectory.truncated,
+            "tokens": trajectory.input_ids,
+            "response_mask": trajectory.response_mask,
+            "logprobs": trajectory.logprobs,
+            "versions": trajectory.versions,
+            "temperature": trajectory.temperature,
+            "num_turns": trajectory.num_turns,
+        }
+
+
+def _group(rows: Sequence[Mapping[str, Any]]) -> Group:
+    """A group from its rows."""
+    first = rows[0]
+    prompt = Prompt(
+        input_ids=tuple(first["tokens"][: first["num_prompt_tokens"]]),
+        text=first["prompt"],
+        messages=tuple(json.loads(first["messages"])),
+        columns=json.loads(first["columns"]),
+        row=first["row"],
+        pass_index=first["pass_index"],
+    )
+    trajectories = tuple(_trajectory(row) for row in rows)
+    return Group(prompt, trajectories, first["admitted_version"], first["attempts"])
+
+
+def _trajectory(row: Mapping[str, Any]) -> Trajectory:
+    return Trajectory(
+        input_ids=tuple(row["tokens"]),
+        response_mask=tuple(row["response_mask"]),
+        logprobs=tuple(row["logprobs"]),
+        versions=tuple(row["versions"]),
+        reward=row["reward"],
+        rewards=dict(row["rewards"]),
+        text=row["completion"],
+        truncated=row["truncated"],
+        temperature=row["temperature"],
+        num_turns=row["num_turns"],
+    )
+
+
+def _read_table(file: Path) -> pa.Table:
+    """One file, if it is one of ours."""
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise CheckpointError(f"{str(file)!r} can't be read as Parquet: {error}") from error
+    written = (table.schema.metadata or {}).get(_FORMAT_KEY)
+    if written != FORMAT.encode():
+        raise CheckpointError(
+            f"{str(file)!r} does not hold trajectories of this version (its mark is {written!r}, "
+            f"expected {FORMAT!r})."
+        )
+    return table
+
+
+def _to_json(value: Any) -> str:
+    # Columns may hold what JSON does not know (dates, bytes); their text is enough to read.
+    return json.dumps(value, default=str, ensure_ascii=False)
