@@ -1,0 +1,23 @@
+"""The callbacks that every run gets unless the trainer already has one of the kind."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.callbacks.baseline import StepZeroValidation
+from lightning_grpo.callbacks.health import HealthMonitor
+from lightning_grpo.callbacks.progress import GRPOProgress
+from lightning_grpo.callbacks.signals import SignalHandling
+from lightning_grpo.callbacks.summary import RunSummary
+from lightning_grpo.callbacks.trajectories import TrajectoryWriter
+from lightning_grpo.callbacks.weight_sync import WeightSync
+
+DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
+    WeightSync,
+    RunSummary,
+    StepZeroValidation,
+    SignalHandling,
+    HealthMonitor,
+    TrajectoryWriter,
+    GRPOProgress,
+)

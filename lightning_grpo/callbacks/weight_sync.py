@@ -1,0 +1,100 @@
+"""WeightSync: the new weights go to every server after the last step on a rollout batch."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.weights.publisher import PublishReport, SyncSettings
+from lightning_grpo.weights.transport import Transport
+
+if TYPE_CHECKING:
+    from lightning_grpo.datamodule import RolloutDataModule
+    from lightning_grpo.loader import Minibatch
+    from lightning_grpo.module import GRPOModule
+
+
+class WeightSync(Callback):
+    """Publishes the trainer's weights to the inference servers and proves that they arrived.
+
+    `GRPOModule` supplies it unless the trainer has one. It runs on every rank: gathering sharded
+    weights is collective, the rest is rank 0's.
+
+    Args:
+        transport: How weights travel; None chooses by what is there (CUDA IPC for a server on the
+            trainer's own GPU, a process group where one can be formed, else disk).
+        bucket_mb: Size of the flat buckets that tensors are sent in, MiB.
+        gather_timeout_s: Deadline of gathering the shards.
+        request_timeout_s: Deadline of each request to a server.
+        verify: Whether a probe must agree after each publish.
+    """
+
+    def __init__(
+        self,
+        transport: Transport | None = None,
+        bucket_mb: int = 512,
+        gather_timeout_s: float = 60.0,
+        request_timeout_s: float = 60.0,
+        verify: bool = True,
+    ) -> None:
+        if bucket_mb < 1:
+            raise ConfigError(f"`bucket_mb` must be >= 1, got {bucket_mb}.")
+        if gather_timeout_s <= 0 or request_timeout_s <= 0:
+            raise ConfigError(
+                "`gather_timeout_s` and `request_timeout_s` must be > 0 seconds, got "
+                f"{gather_timeout_s} and {request_timeout_s}."
+            )
+        self.settings = SyncSettings(
+            transport=transport,
+            bucket_bytes=bucket_mb << 20,
+            gather_timeout_s=gather_timeout_s,
+            request_timeout_s=request_timeout_s,
+            verify=verify,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Tell the data module how weights are to travel, before it starts servers."""
+        trainer.datamodule.session.sync = self.settings  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring the servers to the trainer's weights (a resumed run's differ from the folder's)."""
+        self._publish(trainer, pl_module, trained=False)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Under `validate`, too, the servers answer with the module's weights."""
+        self._publish(trainer, pl_module, trained=False)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same under `test`."""
+        self._publish(trainer, pl_module, trained=False)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Minibatch,
+        batch_idx: int,
+    ) -> None:
+        """Publish after the last minibatch of a rollout batch, before validation and saving."""
+        if not batch.is_last:
+            return
+        started = time.perf_counter()
+        report = self._publish(trainer, pl_module, trained=True)
+        logged = {"time/weight_sync_s": time.perf_counter() - started}
+        if report is not None:
+            logged["time/servers_paused_s"] = report.paused_s
+            if report.probe_diff is not None:
+                logged["mismatch/probe"] = report.probe_diff
+        pl_module.log_dict(trainer.strategy.broadcast(logged))
+
+    def _publish(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, trained: bool
+    ) -> PublishReport | None:
+        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        module: GRPOModule = pl_module  # type: ignore[assignment]
+        return data.publish(module.sharding_root(), trained=trained)

@@ -1,0 +1,123 @@
+"""Which Trainer settings work with rollouts, checked before anything is started.
+
+Each rule names the setting, what was given and the way out. The rules follow from two facts: one
+batch of the loader is one optimizer step, and weights are published after the last step of a
+rollout batch, so nothing may stop, save or validate in the middle of one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
+
+from lightning_grpo.errors import ConfigError
+
+_REFUSED_CALLBACKS = {
+    GradientAccumulationScheduler: "bound memory with `model.max_tokens_per_microbatch`",
+    LearningRateFinder: "set the learning rate of `model.optimizer`",
+    BatchSizeFinder: "bound memory with `model.max_tokens_per_microbatch`",
+}
+
+
+def check_trainer(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int) -> None:
+    """Refuse Trainer settings that can't work with rollouts.
+
+    Args:
+        trainer: The trainer about to fit.
+        steps_per_rollout: Optimizer steps on one rollout batch.
+        epoch_steps: Optimizer steps of a nominal epoch.
+
+    Raises:
+        ConfigError: A setting can't work; the message says what to set instead.
+    """
+    _check_accumulation(trainer)
+    _check_precision(trainer)
+    _check_callbacks(trainer)
+    if trainer.overfit_batches:
+        raise ConfigError(
+            f"`trainer.overfit_batches` must be 0 (rollouts are sampled anew), got "
+            f"{trainer.overfit_batches}. To train on few prompts set `data.prompts.limit`."
+        )
+    if steps_per_rollout > 1:
+        for name, steps in _intervals(trainer, epoch_steps):
+            _check_interval(name, steps, steps_per_rollout)
+
+
+def _check_accumulation(trainer: L.Trainer) -> None:
+    if trainer.accumulate_grad_batches != 1:
+        raise ConfigError(
+            "`trainer.accumulate_grad_batches` must be 1 (one batch is one optimizer step, its "
+            f"micro-batches run inside it), got {trainer.accumulate_grad_batches}. To save memory "
+            "lower `model.max_tokens_per_microbatch`."
+        )
+    if trainer.reload_dataloaders_every_n_epochs:
+        raise ConfigError(
+            "`trainer.reload_dataloaders_every_n_epochs` must be 0 (the prompt stream never ends), "
+            f"got {trainer.reload_dataloaders_every_n_epochs}. Leave it out."
+        )
+
+
+def _check_precision(trainer: L.Trainer) -> None:
+    precision = trainer.precision
+    if precision in ("32-true", "32"):
+        return
+    if precision == "bf16-mixed" and not _is_sharded(trainer):
+        return
+    raise ConfigError(
+        f"`trainer.precision` must be `32-true` (updates of 1e-6 vanish in bf16 weights), got "
+        f"`{precision}`. For bf16 compute use `trainer.strategy: fsdp2`, whose `param_dtype` casts "
+        "a copy, or `bf16-mixed` on one device or ddp."
+    )
+
+
+def _is_sharded(trainer: L.Trainer) -> bool:
+    return isinstance(trainer.strategy, L.pytorch.strategies.ModelParallelStrategy)
+
+
+def _check_callbacks(trainer: L.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for refused, instead in _REFUSED_CALLBACKS.items():
+            if isinstance(callback, refused):
+                raise ConfigError(
+                    f"`trainer.callbacks` must not hold {type(callback).__name__} (it changes what "
+                    f"a batch is). Remove it and {instead}."
+                )
+
+
+def _intervals(trainer: L.Trainer, epoch_steps: int) -> list[tuple[str, int]]:
+    """Every setting that says "after this many optimizer steps"."""
+    found: list[tuple[str, int]] = [("trainer.max_steps", trainer.max_steps)]
+    interval: Any = trainer.val_check_interval
+    if isinstance(interval, int) and not isinstance(interval, bool):
+        found.append(("trainer.val_check_interval", interval))
+    elif isinstance(interval, float) and interval < 1.0:
+        found.append(("trainer.val_check_interval", max(1, int(epoch_steps * interval))))
+    limit: Any = trainer.limit_train_batches
+    if isinstance(limit, int) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        found.append(("trainer.limit_train_batches", limit))
+    elif isinstance(limit, float) and limit < 1.0:
+        found.append(("trainer.limit_train_batches", int(epoch_steps * limit)))
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            # Lightning offers no public reading of this setting.
+            found.append(("ModelCheckpoint.every_n_train_steps", callback._every_n_train_steps))
+    return [(name, steps) for name, steps in found if steps > 0]
+
+
+def _check_interval(name: str, steps: int, steps_per_rollout: int) -> None:
+    if steps % steps_per_rollout == 0:
+        return
+    nearest = max(1, math.floor(steps / steps_per_rollout + 0.5)) * steps_per_rollout
+    raise ConfigError(
+        f"`{name}` must be a multiple of {steps_per_rollout}, the optimizer steps on one rollout "
+        f"batch (`data.minibatches_per_batch` x `data.passes_per_batch`), got {steps} steps, which "
+        f"would cut one. The nearest is {nearest}."
+    )

@@ -1,0 +1,286 @@
+"""RolloutDataModule: rollouts as Lightning's data source; the machinery lives in `session.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from torch import nn
+
+from lightning_grpo.contract import check_trainer
+from lightning_grpo.distributed import RankChannel
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.evaluation import Evaluation, EvaluationRecord
+from lightning_grpo.loader import Prepare, RolloutLoader, Shape
+from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.prompts import Prompts
+from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
+from lightning_grpo.servers.base import Servers
+from lightning_grpo.session.session import RolloutSession
+from lightning_grpo.session.settings import SessionSettings
+from lightning_grpo.session.state import from_checkpoint, to_checkpoint
+from lightning_grpo.shipped import resolve_path
+from lightning_grpo.types import Group, Prompt
+from lightning_grpo.validation import EvaluationLoader
+from lightning_grpo.weights.publisher import PublishReport
+
+if TYPE_CHECKING:
+    from lightning_grpo.module import GRPOModule
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Rollouts as a data source: each batch is one optimizer step on freshly sampled groups.
+
+    Rank 0 owns prompts, servers and the queue, on one background event loop. The model is not
+    stated here: it is the module's (`trainer.lightning_module`), or `start`'s for Fabric users.
+
+    Args:
+        prompts: What is asked in training.
+        workflow: How one prompt becomes one trajectory.
+        servers: Where the inference servers come from.
+        val_prompts: Held-out prompts, or several sets by name.
+        batch_size: Prompts (groups) of one rollout batch, over all ranks.
+        group_size: Trajectories of each prompt, at least 2.
+        minibatches_per_batch: Optimizer steps of one pass over a rollout batch.
+        passes_per_batch: Passes over each rollout batch.
+        max_staleness: How many weight versions older than the trainer's a group may be; 0 is
+            exactly on-policy.
+        keep_group: Which groups are worth training on (`lightning_grpo.rollout.filters`
+            `.has_variance` for dynamic sampling); the others are replaced by the next prompts.
+        evaluation: What validation samples for each held-out prompt.
+        limits: Time-outs, attempts and concurrency.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        workflow: RolloutWorkflow,
+        servers: Servers,
+        val_prompts: Prompts | dict[str, Prompts] | None = None,
+        batch_size: int = 16,
+        group_size: int = 8,
+        minibatches_per_batch: int = 1,
+        passes_per_batch: int = 1,
+        max_staleness: int = 1,
+        keep_group: Callable[[Group], bool] | None = None,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
+        limits: RolloutLimits = RolloutLimits(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__()
+        self.prompts = prompts
+        self.workflow = workflow
+        self.servers = servers
+        self.val_prompts = _named(val_prompts)
+        self.batch_size = batch_size
+        self.group_size = group_size
+        self.minibatches_per_batch = minibatches_per_batch
+        self.passes_per_batch = passes_per_batch
+        self.max_staleness = max_staleness
+        self.evaluation = evaluation
+        self.limits = limits
+        self._keep_group = keep_group
+        self._check_sizes()
+        self.evaluations: list[EvaluationRecord] = []
+        self.session: RolloutSession | None = None
+
+    def _check_sizes(self) -> None:
+        least = {
+            "batch_size": (1, "a batch needs a prompt"),
+            "group_size": (2, "an advantage needs a baseline"),
+            "minibatches_per_batch": (1, "a batch takes at least one optimizer step"),
+            "passes_per_batch": (1, "a batch is trained on at least once"),
+            "max_staleness": (0, "0 is exactly on-policy"),
+        }
+        for name, (smallest, why) in least.items():
+            if vars(self)[name] < smallest:
+                raise ConfigError(
+                    f"`{name}` must be >= {smallest} ({why}), got {vars(self)[name]}. "
+                    f"Set `data.{name}: {smallest}` or more."
+                )
+        if self.batch_size % self.minibatches_per_batch:
+            raise ConfigError(
+                f"`minibatches_per_batch` must divide `batch_size` (groups are not split), got "
+                f"{self.minibatches_per_batch} and {self.batch_size}."
+            )
+
+    # -- hooks of a subclass --------------------------------------------------------------------
+
+    def make_prompt(self, row: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
+        """One row of the dataset (after `transform`) as a prompt."""
+        return self.prompts.make_prompt(row, tokenizer)
+
+    def keep_group(self, group: Group) -> bool:
+        """Whether a finished group is worth training on; the default asks the constructor's."""
+        return self._keep_group is None or self._keep_group(group)
+
+    # -- Lightning ------------------------------------------------------------------------------
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps on one rollout batch: the weights are published after the last."""
+        return self.minibatches_per_batch * self.passes_per_batch
+
+    def setup(self, stage: str) -> None:
+        """Check everything that can be checked, then start the servers in the background."""
+        trainer = self._attached
+        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        run_dir = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir))
+        session = RolloutSession(self._settings(module.model_path, run_dir), self._channel())
+        epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
+        check_trainer(trainer, self.steps_per_rollout, epoch_steps)
+        self.session = session
+        session.start()
+
+    def train_dataloader(self) -> RolloutLoader:
+        """Minibatches of rollouts; sized, so that Lightning fetches none ahead."""
+        module: GRPOModule = self._attached.lightning_module  # type: ignore[assignment]
+        loader = self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
+        self._open_session.remaining_batches = self._remaining_batches(len(loader))
+        return loader
+
+    def val_dataloader(self) -> list[EvaluationLoader]:
+        """One loader for each set of held-out prompts, answered by the servers."""
+        session = self._open_session
+        chunk = max(1, self.batch_size * self.group_size * (self.max_staleness + 1))
+        loaders = []
+        for name, count in session.num_val_prompts.items():
+            loaders.append(EvaluationLoader(name, count, chunk, session.ask, session.answer))
+        return loaders
+
+    def test_dataloader(self) -> list[EvaluationLoader]:
+        """The same sets as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> list[EvaluationLoader]:
+        """Refused: there is nothing to predict that `validate` does not answer."""
+        raise ConfigError("`trainer.predict` can't be used with rollouts. Use `trainer.validate`.")
+
+    def teardown(self, stage: str) -> None:
+        """Stop everything that `setup` started."""
+        self.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lightning calls no teardown on this path."""
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rollouts stand, at the boundary between two rollout batches."""
+        return {} if self.session is None else to_checkpoint(self.session.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        if state_dict and self.session is not None:
+            self.session.load_state_dict(from_checkpoint(state_dict))
+
+    # -- without a Trainer (Fabric) -------------------------------------------------------------
+
+    def start(self, model_path: str, run_dir: str | Path = "runs/fabric") -> None:
+        """Check, then start servers and rollouts; for programs that have no Trainer.
+
+        Args:
+            model_path: Hub id, folder or `shipped:NAME`, the same that is trained.
+            run_dir: Where logs and weights go.
+        """
+        settings = self._settings(resolve_path(model_path), Path(run_dir))
+        self.session = RolloutSession(settings, self._channel())
+        self.session.start()
+
+    def batches(self, prepare: Prepare, max_tokens_per_microbatch: int = 16384) -> RolloutLoader:
+        """The sized loader of minibatches.
+
+        Args:
+            prepare: Scalars of a rollout batch to advantages and which trajectories are trained.
+            max_tokens_per_microbatch: Token budget of a micro-batch.
+        """
+        session = self._open_session
+        shape = Shape(
+            self.minibatches_per_batch,
+            self.passes_per_batch,
+            max_tokens_per_microbatch,
+            session.channel.world_size,
+        )
+        return RolloutLoader(session, prepare, shape, self._epoch_batches(session.num_prompts))
+
+    def publish(self, policy: nn.Module, *, trained: bool = True) -> PublishReport | None:
+        """Bring the policy's weights to the servers; admits the next rollouts.
+
+        Args:
+            policy: The `PackedPolicy` that is trained.
+            trained: Whether a rollout batch was trained on since the last publish. Call it once
+                with False before the first batch.
+        """
+        return self._open_session.publish(policy, trained=trained)
+
+    def close(self) -> None:
+        """End servers, reward processes and the event loop; may be called twice."""
+        if self.session is not None:
+            self.session.close()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _open_session(self) -> RolloutSession:
+        if self.session is None:
+            raise ConfigError(
+                "the data module was not set up. Pass it to `trainer.fit(module, data)`, or call "
+                "`data.start(model)` in a program without a Trainer."
+            )
+        return self.session
+
+    def _settings(self, model_path: str, run_dir: Path) -> SessionSettings:
+        overridden = type(self).make_prompt is not RolloutDataModule.make_prompt
+        return SessionSettings(
+            model_path=model_path,
+            run_dir=run_dir,
+            prompts=self.prompts,
+            val_prompts=self.val_prompts,
+            workflow=self.workflow,
+            servers=self.servers,
+            batch_size=self.batch_size,
+            group_size=self.group_size,
+            max_staleness=self.max_staleness,
+            limits=self.limits,
+            evaluation=self.evaluation,
+            keep_group=self.keep_group,
+            make_prompt=self.make_prompt if overridden else None,
+            seed=self.prompts.seed,
+        )
+
+    def _channel(self) -> RankChannel:
+        if self.trainer is None or self.trainer.world_size == 1:
+            return RankChannel.single()
+        environment = self.trainer.strategy.cluster_environment
+        return RankChannel.connect(
+            self.trainer.global_rank, self.trainer.world_size, host=environment.main_address
+        )
+
+    @property
+    def _attached(self) -> L.Trainer:
+        if self.trainer is None:
+            raise ConfigError("the data module has no trainer. Call `trainer.fit(module, data)`.")
+        return self.trainer
+
+    def _remaining_batches(self, epoch_steps: int) -> int | None:
+        """Rollout batches until `max_steps` or `max_epochs`, so that none is sampled in vain."""
+        trainer = self._attached
+        limit: Any = trainer.limit_train_batches
+        epoch_steps = limit if isinstance(limit, int) else int(epoch_steps * limit)
+        ends = []
+        if trainer.max_steps > 0:
+            ends.append(trainer.max_steps - trainer.global_step)
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            ends.append(trainer.max_epochs * epoch_steps - trainer.global_step)
+        if not ends:
+            return None
+        return max(0, -(-min(ends) // self.steps_per_rollout))
+
+    def _epoch_batches(self, num_prompts: int) -> int:
+        return max(1, num_prompts // self.batch_size)
+
+
+def _named(prompts: Prompts | dict[str, Prompts] | None) -> dict[str, Prompts]:
+    if prompts is None:
+        return {}
+    return prompts if isinstance(prompts, dict) else {"": prompts}

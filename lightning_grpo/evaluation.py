@@ -1,0 +1,148 @@
+"""avg@k, pass@k and maj@k over held-out prompts, as torchmetrics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.types import Group
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What validation samples for each held-out prompt.
+
+    Args:
+        num_samples: Completions at the workflow's own temperature (k of avg@k and pass@k).
+        greedy: Whether to answer each prompt once more at temperature 0.
+        sampled: Whether to take the `num_samples` sampled completions at all.
+        pass_threshold: Reward from which a completion counts as right in pass@k.
+    """
+
+    num_samples: int = 1
+    greedy: bool = True
+    sampled: bool = True
+    pass_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse an evaluation that samples nothing."""
+        if self.num_samples < 1:
+            raise ConfigError(
+                f"`evaluation.num_samples` must be >= 1, got {self.num_samples}. "
+                "For greedy answers alone set `evaluation.sampled: false`."
+            )
+        if not (self.greedy or self.sampled):
+            raise ConfigError(
+                "`evaluation` must sample something, got greedy: false and sampled: false. "
+                "To skip validation set `trainer.limit_val_batches: 0`."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """One finished validation.
+
+    Attributes:
+        step: Optimizer steps taken before it.
+        metrics: Logged values by name (`eval/avg_at_1`, ...).
+        groups: Sampled (and greedy) trajectories by validation set; rank 0 only, else empty.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    groups: dict[str, list[Group]] = field(default_factory=dict)
+
+
+def pass_at_k(num_samples: Tensor, num_right: Tensor, k: int) -> Tensor:
+    """The unbiased estimate of the chance that one of `k` samples is right, per prompt.
+
+    Args:
+        num_samples: Samples taken, int64 `[prompts]`, each >= k.
+        num_right: How many of them are right, int64 `[prompts]`.
+        k: Samples allowed.
+
+    Returns:
+        fp64 `[prompts]`: `1 - C(n - c, k) / C(n, k)`.
+
+    Source: Chen et al. 2021 (arXiv 2107.03374), equation 1.
+    """
+    n, c = num_samples.double(), num_right.double()
+    # log C(n-c, k) - log C(n, k) through lgamma, exact enough for any n met here.
+    wrong = (n - c).clamp_min(0)
+    possible = wrong >= k
+    log_ratio = (
+        torch.lgamma(wrong + 1)
+        - torch.lgamma((wrong - k).clamp_min(0) + 1)
+        - torch.lgamma(n + 1)
+        + torch.lgamma(n - k + 1)
+    )
+    return torch.where(possible, 1 - log_ratio.exp(), torch.ones_like(n))
+
+
+class PromptMean(Metric):
+    """The mean over prompts of one number per prompt, with its 95 % confidence interval.
+
+    The interval treats prompts as the sample: it covers both the choice of prompts and the noise
+    of sampling.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "squares", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Add one number per prompt, `[prompts]`."""
+        values = values.double()
+        self.total += values.sum()
+        self.squares += (values * values).sum()
+        self.count += values.numel()
+
+    def compute(self) -> Tensor:
+        """The mean; nan before the first update."""
+        return self.total / self.count
+
+    def half_width(self) -> float:
+        """Half of the 95 % confidence interval (normal approximation); nan for one prompt."""
+        n = float(self.count)
+        if n < 2:  # noqa: PLR2004 - a variance needs two
+            return math.nan
+        mean = float(self.total) / n
+        variance = max(float(self.squares) / n - mean * mean, 0.0) * n / (n - 1)
+        return 1.96 * math.sqrt(variance / n)
+
+
+def score_matrix(groups: list[Group], num_samples: int) -> Tensor:
+    """Rewards of sampled completions, fp64 `[prompts, num_samples]`."""
+    rows = [[t.reward for t in g.trajectories[:num_samples]] for g in groups]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(groups), num_samples)
+
+
+def sampled_metrics(rewards: Tensor, threshold: float) -> dict[str, Tensor]:
+    """Per-prompt values of avg@k and pass@j for every power of two j <= k.
+
+    Args:
+        rewards: `[prompts, k]`.
+        threshold: Reward from which a completion is right.
+
+    Returns:
+        `{"avg_at_k": [prompts], "pass_at_j": [prompts], ...}`, with the numbers in the names.
+    """
+    k = rewards.shape[1]
+    values = {f"avg_at_{k}": rewards.mean(dim=1)}
+    n = torch.full((rewards.shape[0],), k)
+    right = (rewards >= threshold).sum(dim=1)
+    j = 2
+    while j <= k:
+        values[f"pass_at_{j}"] = pass_at_k(n, right, j)
+        j *= 2
+    if k > 1 and f"pass_at_{k}" not in values:
+        values[f"pass_at_{k}"] = pass_at_k(n, right, k)
+    return values

@@ -1,0 +1,106 @@
+"""Constructor arguments as plain data, so that every checkpoint loads with `weights_only=True`.
+
+An object that was built from a dataclass or a plain class becomes `{class_path, init_args}`, a
+function becomes its import path. What has no import path (a lambda, a class in a notebook cell)
+can't be restored: it is listed under `not_restored` and has to be passed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_grpo.errors import CheckpointError
+
+NOT_RESTORED = "not_restored"
+_PRIMITIVES = (str, int, float, bool, type(None))
+
+
+def import_path(target: Any) -> str | None:
+    """The dotted path that imports `target` again, or None where there is none."""
+    module, name = target.__module__, target.__qualname__
+    if module == "__main__" or "<" in name:
+        return None
+    return f"{module}.{name}"
+
+
+def import_object(path: str) -> Any:
+    """What `path` (`package.module.name`) names.
+
+    Raises:
+        CheckpointError: It can't be imported.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"`{path}` of the checkpoint's hyper-parameters can't be imported ({error}). Make it "
+            "importable (the folder on PYTHONPATH) or pass the argument again."
+        ) from error
+
+
+def to_plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` as plain data, with the names of those that could not be under `not_restored`."""
+    plain: dict[str, Any] = {}
+    not_restored: list[str] = []
+    for name, value in arguments.items():
+        try:
+            plain[name] = _plain(value)
+        except _NoImportPathError:
+            not_restored.append(name)
+    plain[NOT_RESTORED] = not_restored
+    return plain
+
+
+def from_plain(value: Any) -> Any:
+    """The object that `_plain` described; other values pass through."""
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            init_args = {k: from_plain(v) for k, v in value.get("init_args", {}).items()}
+            return import_object(value["class_path"])(**init_args)
+        if "function" in value and len(value) == 1:
+            return import_object(value["function"])
+        return {k: from_plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [from_plain(v) for v in value]
+    return value
+
+
+class _NoImportPathError(Exception):
+    pass
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _PRIMITIVES):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return {"function": _path_of(value)}
+    return {"class_path": _path_of(type(value)), "init_args": _init_args(value)}
+
+
+def _path_of(target: Callable[..., Any] | type) -> str:
+    path = import_path(target)
+    if path is None:
+        raise _NoImportPathError
+    return path
+
+
+def _init_args(value: Any) -> dict[str, Any]:
+    """What `value` was built from: a dataclass's fields, or attributes named like parameters."""
+    if dataclasses.is_dataclass(value):
+        fields = [f for f in dataclasses.fields(value) if f.init]
+        return {f.name: _plain(getattr(value, f.name)) for f in fields}
+    names = [n for n in inspect.signature(type(value).__init__).parameters if n != "self"]
+    state = vars(value) if "__dict__" in dir(value) else {}
+    if any(n not in state for n in names):
+        # Its arguments can't be read back, so the object can't be built again.
+        raise _NoImportPathError
+    return {n: _plain(state[n]) for n in names}

@@ -1,0 +1,303 @@
+"""From groups to optimizer steps: what rank 0 collected becomes every rank's minibatches.
+
+Every rank gets the scalars of the whole rollout batch and computes the same advantages from them;
+of the tokens it gets only its own share, balanced within each minibatch and cut into the same
+number of micro-batches on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_grpo.algorithm.batch import Denominators, MicroBatch, RolloutBatch, Sequences
+from lightning_grpo.algorithm.layout import packed_rows
+from lightning_grpo.algorithm.packing import balance, plan_ranks
+from lightning_grpo.types import Group
+
+MinibatchPlan = list[list[int]]
+"""Rows of this rank's `Sequences`, per micro-batch of one minibatch."""
+
+Prepare = Callable[[RolloutBatch], tuple[Tensor, Tensor]]
+"""`batch -> (advantages [trajectories] or [tokens], trained [trajectories] bool)`, same on each rank."""
+
+
+@dataclass
+class Rollout:
+    """One rollout batch as one rank sees it.
+
+    Attributes:
+        index: How many rollout batches came before it.
+        version: The weights that train on it.
+        batch: Scalars of the whole batch, the same on every rank.
+        advantages: One per trajectory of the batch, `[trajectories]`, or per token, `[tokens]`.
+        sequences: This rank's share of the tokens.
+        plans: Micro-batches of each minibatch, as rows of `sequences`.
+        denominators: Global denominators of each minibatch.
+        metrics: What is known before training: rewards, lengths, staleness, the producer's counts.
+        groups: The groups themselves; rank 0 only, else None.
+        proximal_logprobs: Filled by the module when the loss is anchored there, `[share tokens]`.
+        reference_logprobs: Filled by the module when a KL penalty asks, `[share tokens]`.
+    """
+
+    index: int
+    version: int
+    batch: RolloutBatch
+    advantages: Tensor
+    sequences: Sequences
+    plans: list[MinibatchPlan]
+    denominators: list[Denominators]
+    metrics: dict[str, float] = field(default_factory=dict)
+    groups: list[Group] | None = None
+    proximal_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+
+
+@dataclass
+class Minibatch:
+    """One optimizer step: some groups of a rollout batch, as packed micro-batches.
+
+    Attributes:
+        rollout: What it is part of.
+        index: Which minibatch of the pass.
+        pass_index: Which pass over the rollout batch.
+        is_first: Whether it is the first step on this rollout batch.
+        is_last: Whether it is the last one: the weights are published after it.
+    """
+
+    rollout: Rollout
+    index: int
+    pass_index: int
+    is_first: bool
+    is_last: bool
+
+    @property
+    def num_micro_batches(self) -> int:
+        """How many forward and backward passes it takes; equal on all ranks."""
+        return len(self.rollout.plans[self.index])
+
+    def micro_batch(self, k: int, device: torch.device | str = "cpu") -> MicroBatch:
+        """The k-th micro-batch with its advantages and anchors, on `device`."""
+        rollout = self.rollout
+        return assemble(rollout, rollout.plans[self.index][k], rollout.denominators[self.index]).to(
+            device
+        )
+
+
+def assemble(rollout: Rollout, rows: list[int], denominators: Denominators) -> MicroBatch:
+    """Pack `rows` of this rank's share with everything that the loss may read."""
+    packed = rollout.sequences.select(rows)
+    batch = MicroBatch.from_sequences(
+        packed,
+        advantages=torch.zeros_like(rollout.batch.rewards),
+        temperatures=rollout.batch.temperatures,
+        denominators=denominators,
+    )
+    return replace(
+        batch,
+        advantages=token_advantages(rollout.advantages, rollout.batch, packed),
+        proximal_logprobs=_rows(rollout.proximal_logprobs, rollout.sequences, rows),
+        reference_logprobs=_rows(rollout.reference_logprobs, rollout.sequences, rows),
+    )
+
+
+def token_advantages(advantages: Tensor, batch: RolloutBatch, packed: Sequences) -> Tensor:
+    """Advantages of the packed tokens, `[tokens]`, from per-trajectory or per-token ones."""
+    lengths = packed.lengths
+    if advantages.numel() == len(batch):
+        return advantages[packed.trajectory_index].repeat_interleave(lengths)
+    # One advantage per token of the whole batch: find where each sequence starts there.
+    starts = batch.sequence_lengths.cumsum(0) - batch.sequence_lengths
+    within = torch.arange(packed.num_tokens) - packed.cu_seqlens[:-1].repeat_interleave(lengths)
+    return advantages[starts[packed.trajectory_index].repeat_interleave(lengths) + within]
+
+
+def token_rows(sequences: Sequences, rows: list[int]) -> Tensor:
+    """Positions in `sequences` of the tokens of `rows`, in that order, int64 `[tokens]`."""
+    return packed_rows(sequences.cu_seqlens, torch.tensor(rows, dtype=torch.int64))
+
+
+def _rows(values: Tensor | None, sequences: Sequences, rows: list[int]) -> Tensor | None:
+    if values is None:
+        return None
+    # A filler (no rows) has two tokens outside every mask.
+    return values[token_rows(sequences, rows)] if rows else torch.zeros(2)
+
+
+class RolloutSource(Protocol):
+    """Where rollout batches come from: the live session, or recorded trajectories."""
+
+    def take(self) -> Taken:
+        """The next rollout batch; on ranks other than 0 without groups."""
+        ...
+
+    def share(self, parts: list[Any] | None) -> Any:
+        """Rank r's element of what rank 0 passes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What `RolloutSource.take` returns on every rank."""
+
+    index: int
+    version: int
+    batch: RolloutBatch
+    metrics: dict[str, float]
+    groups: list[Group] | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a rollout batch is cut.
+
+    Attributes:
+        minibatches: Optimizer steps of one pass.
+        passes: Passes over the rollout batch.
+        max_tokens: Token budget of a micro-batch.
+        num_ranks: Ranks that share the tokens.
+    """
+
+    minibatches: int
+    passes: int
+    max_tokens: int
+    num_ranks: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per rollout batch."""
+        return self.minibatches * self.passes
+
+
+class RolloutLoader:
+    """A sized, resumable loader of minibatches; Lightning fetches no batch ahead of a sized one.
+
+    Args:
+        source: Gives rollout batches.
+        prepare: Computes advantages and says which trajectories carry a gradient.
+        shape: How a rollout batch is cut.
+        num_batches: Nominal length of an epoch, in rollout batches.
+    """
+
+    def __init__(
+        self, source: RolloutSource, prepare: Prepare, shape: Shape, num_batches: int
+    ) -> None:
+        self._source = source
+        self._prepare = prepare
+        self._shape = shape
+        self._num_batches = num_batches
+
+    def __len__(self) -> int:
+        """Optimizer steps of a nominal epoch."""
+        return self._num_batches * self._shape.steps
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        """Minibatches without end: the prompt stream joins its passes, Lightning counts epochs."""
+        while True:
+            yield from minibatches(self.next_rollout(), self._shape)
+
+    def next_rollout(self) -> Rollout:
+        """Take one rollout batch and cut this rank's share of it."""
+        taken = self._source.take()
+        advantages, trained = self._prepare(taken.batch)
+        parts = None
+        if taken.groups is not None:
+            parts = split(taken, trained, self._shape)
+        share: RankShare = self._source.share(parts)
+        return Rollout(
+            index=taken.index,
+            version=taken.version,
+            batch=taken.batch,
+            advantages=advantages,
+            sequences=share.sequences,
+            plans=share.plans,
+            denominators=share.denominators,
+            metrics=taken.metrics,
+            groups=taken.groups,
+        )
+
+    # Lightning warns about loaders without state; ours lives in the data module's checkpoint entry.
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module holds the rollout state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore here."""
+
+
+def minibatches(rollout: Rollout, shape: Shape) -> Iterator[Minibatch]:
+    """Every optimizer step on one rollout batch, in order."""
+    for pass_index in range(shape.passes):
+        for index in range(shape.minibatches):
+            step = pass_index * shape.minibatches + index
+            yield Minibatch(rollout, index, pass_index, step == 0, step == shape.steps - 1)
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What one rank receives of a rollout batch's tokens."""
+
+    sequences: Sequences
+    plans: list[MinibatchPlan]
+    denominators: list[Denominators]
+
+
+def split(taken: Taken, trained: Tensor, shape: Shape) -> list[RankShare]:
+    """Cut a rollout batch into minibatches, ranks and micro-batches (rank 0 only).
+
+    Trajectories without a gradient stay out of the forward pass but count in the denominators, so
+    that the loss is the same as with them.
+
+    Args:
+        taken: The batch, with its groups.
+        trained: Which trajectories carry a gradient, bool `[trajectories]`.
+        shape: How to cut.
+    """
+    groups = taken.groups or []
+    trajectories = [t for g in groups for t in g.trajectories]
+    whole = Sequences.from_trajectories(trajectories, range(len(trajectories)))
+    lengths = whole.lengths.tolist()
+    rank_plans: list[list[MinibatchPlan]] = [[] for _ in range(shape.num_ranks)]
+    denominators = []
+    for first, last in _minibatch_bounds(groups, shape.minibatches):
+        rows = _trained_rows(range(first, last), trained, shape.num_ranks)
+        row_lengths = [lengths[i] for i in rows]
+        shares = balance(row_lengths, shape.num_ranks)
+        plans = plan_ranks(row_lengths, shares, shape.max_tokens)
+        for rank, plan in enumerate(plans):
+            rank_plans[rank].append([[rows[j] for j in micro] for micro in plan])
+        denominators.append(taken.batch.denominators(range(first, last)))
+    return [_rank_share(whole, plans, denominators) for plans in rank_plans]
+
+
+def _trained_rows(rows: range, trained: Tensor, num_ranks: int) -> list[int]:
+    """Rows with a gradient, filled up to one per rank: every rank joins every reduction."""
+    chosen = [i for i in rows if trained[i]]
+    others = [i for i in rows if not trained[i]]
+    return sorted(chosen + others[: max(0, num_ranks - len(chosen))])
+
+
+def _minibatch_bounds(groups: list[Group], minibatches: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) trajectory of each minibatch: whole groups, in order."""
+    size = len(groups) // minibatches
+    ends = [0]
+    for m in range(minibatches):
+        chunk = groups[m * size : (m + 1) * size]
+        ends.append(ends[-1] + sum(len(g.trajectories) for g in chunk))
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def _rank_share(
+    whole: Sequences, plans: list[MinibatchPlan], denominators: list[Denominators]
+) -> RankShare:
+    rows = [i for plan in plans for micro in plan for i in micro]
+    local = {row: k for k, row in enumerate(rows)}
+    return RankShare(
+        sequences=whole.select(rows),
+        plans=[[[local[i] for i in micro] for micro in plan] for plan in plans],
+        denominators=denominators,
+    )

@@ -1,0 +1,441 @@
+"""GRPOModule: the wiring of policy, loss and Lightning; formulas live in `algorithm/`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_grpo import hparams
+from lightning_grpo._compat import given_hyperparameters
+from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage
+from lightning_grpo.algorithm.aggregation import Aggregation, TokenMean
+from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
+from lightning_grpo.algorithm.corrections import Correction
+from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.algorithm.losses import (
+    CappedCISPOLoss,
+    CISPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    PolicyLoss,
+)
+from lightning_grpo.algorithm.metrics import Metrics, Sum, from_tensors, merge, to_tensors, values
+from lightning_grpo.algorithm.mismatch import mismatch_metrics
+from lightning_grpo.algorithm.objective import minibatch_loss
+from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
+from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
+from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.evaluation import EvaluationRecord, PromptMean, sampled_metrics
+from lightning_grpo.loader import Minibatch, Rollout, token_rows
+from lightning_grpo.policy.export import export_policy
+from lightning_grpo.policy.load import load_policy, load_tokenizer
+from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.shipped import resolve_path
+from lightning_grpo.strategies.gradient_sync import gradient_sync
+from lightning_grpo.types import Group
+from lightning_grpo.validation import EvaluationBatch
+
+if TYPE_CHECKING:
+    from lightning_grpo.datamodule import RolloutDataModule
+
+_FINAL: Mapping[str, str] = {
+    "training_step": "token_loss",
+    "optimizer_zero_grad": "configure_optimizers",
+    "on_train_batch_start": "on_train_batch_end",
+}
+
+
+# Losses that are proportional to the advantage, token by token (M2PO's mask is not).
+_ADVANTAGE_WEIGHTED = (GRPOLoss, GSPOLoss, CISPOLoss, CappedCISPOLoss, SAPOLoss, DPPOLoss)
+
+
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """AdamW at the usual RL learning rate (1e-6), betas 0.9 and 0.95, no weight decay."""
+    return torch.optim.AdamW(params, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+class GRPOModule(L.LightningModule):
+    """A language model trained by group-relative policy optimization.
+
+    Subclasses may override `build_policy`, `shape_rewards`, `advantages`, `token_loss`,
+    `configure_optimizers` and Lightning's `on_*` hooks. `training_step`, `optimizer_zero_grad` and
+    `on_train_batch_start` are final: one batch of the loader is one optimizer step whose packed
+    micro-batches run inside it.
+
+    Args:
+        model: Hub id, folder, or `shipped:NAME`. The only place where the model is stated.
+        loss: The policy loss: any callable `(policy_logprobs, batch) -> ([tokens], metrics)`.
+        advantage: Turns rewards into advantages: `(rewards, group_ids) -> [trajectories]`.
+        correction: Weighs tokens by how far the trainer's policy is from the one that sampled
+            them. Without one the clip is anchored at the behavior policy, with one at the
+            proximal policy (decoupled PPO, arXiv 2505.24298).
+        kl: Penalty towards a reference policy; without one no reference model is built.
+        entropy_coefficient: Weight of the entropy bonus.
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds the learning-rate schedule from the optimizer; counts optimizer steps.
+        lora: Train a low-rank adapter instead of all weights (needs the extra `lora`).
+        max_tokens_per_microbatch: Token budget of one forward and backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, ...).
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an override of a final method, naming the hook to use."""
+        super().__init_subclass__(**kwargs)
+        for name, instead in _FINAL.items():
+            if name in vars(cls):
+                raise ConfigError(
+                    f"`{cls.__name__}.{name}` can't be overridden: one batch is one optimizer step "
+                    f"with its micro-batches inside. Override `{instead}`."
+                )
+
+    def __init__(
+        self,
+        model: str,
+        loss: PolicyLoss = GRPOLoss(),  # noqa: B008 - frozen
+        advantage: Advantage = GroupAdvantage(),  # noqa: B008 - frozen
+        correction: Correction | None = None,
+        kl: KLPenalty | None = None,
+        entropy_coefficient: float = 0.0,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lora: None = None,
+        max_tokens_per_microbatch: int = 16384,
+        gradient_checkpointing: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self._remember(arguments)
+        if max_tokens_per_microbatch < 1:
+            raise ConfigError(
+                f"`max_tokens_per_microbatch` must be >= 1, got {max_tokens_per_microbatch}."
+            )
+        self.model_name = model
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.loss = hparams.from_plain(loss)
+        self.advantage = hparams.from_plain(advantage)
+        self.correction = hparams.from_plain(correction)
+        self.kl = hparams.from_plain(kl)
+        self.entropy_coefficient = entropy_coefficient
+        self._optimizer = _callable(optimizer)
+        self._lr_scheduler = _callable(lr_scheduler)
+        self._gradient_checkpointing = gradient_checkpointing
+        self._model_kwargs = model_kwargs or {}
+        self.policy: PackedPolicy | None = None
+
+    # -- the policy -----------------------------------------------------------------------------
+
+    @property
+    def model_path(self) -> str:
+        """Where the model is loaded from: `shipped:` names resolved, others as given."""
+        return resolve_path(self.model_name)
+
+    def build_policy(self) -> PreTrainedModel:
+        """The language model to train, fp32; called once on each rank (on meta under fsdp2)."""
+        return load_policy(
+            self.model_path, meta=self._on_meta_device, model_kwargs=self._model_kwargs
+        )
+
+    @property
+    def _on_meta_device(self) -> bool:
+        return torch.get_default_device().type == "meta"
+
+    def configure_model(self) -> None:
+        """Lightning's hook: build the policy, once."""
+        if self.policy is None:
+            self.policy = PackedPolicy(self.build_policy())
+            if self._gradient_checkpointing:
+                self.policy.model.gradient_checkpointing_enable()
+
+    def sharding_root(self) -> nn.Module:
+        """What a sharded strategy shards: every parameter is used from inside its forward."""
+        if self.policy is None:
+            self.configure_model()
+        assert self.policy is not None
+        return self.policy
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the policy as a Hugging Face folder that transformers loads."""
+        root = self.sharding_root()
+        assert isinstance(root, PackedPolicy)
+        tokenizer = load_tokenizer(self.model_path)
+        return export_policy(root.model, tokenizer, folder)
+
+    # -- hooks of a subclass --------------------------------------------------------------------
+
+    def shape_rewards(self, batch: RolloutBatch) -> Tensor:
+        """Rewards that advantages are computed from, `[trajectories]`; the default changes none.
+
+        Called once per rollout batch, on every rank, on the CPU, with the whole batch.
+        """
+        return batch.rewards
+
+    def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        """Advantages of the whole rollout batch, the same on every rank.
+
+        Args:
+            rewards: fp32 `[trajectories]`, in whole groups.
+            group_ids: int64 `[trajectories]`.
+
+        Returns:
+            fp32 `[trajectories]`, or `[tokens]` over all sequences of the batch in order.
+        """
+        return self.advantage(rewards, group_ids)
+
+    def token_loss(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        """The unreduced loss of each token.
+
+        Args:
+            policy_logprobs: `[tokens]`, with gradient.
+            batch: Everything else that is known per token.
+
+        Returns:
+            Loss `[tokens]` and metrics that know how they reduce.
+        """
+        return self.loss(policy_logprobs, batch)
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def prepare_rollout(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
+        """Advantages of a whole rollout batch and which trajectories carry a gradient."""
+        rewards = self.shape_rewards(batch)
+        advantages = self.advantages(rewards, batch.group_ids).detach()
+        if advantages.numel() != len(batch) or not self._skips_zero_advantages:
+            return advantages, torch.ones(len(batch), dtype=torch.bool)
+        return advantages, advantages != 0
+
+    @property
+    def _skips_zero_advantages(self) -> bool:
+        """Whether a trajectory with advantage zero has no gradient, so that no pass is needed."""
+        ours = type(self).token_loss is GRPOModule.token_loss
+        weighted = type(self.loss) in _ADVANTAGE_WEIGHTED
+        return ours and weighted and self.kl is None and self.entropy_coefficient == 0.0
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """The loss's own aggregation; a plain function gets the mean over tokens."""
+        return self.loss.aggregation if isinstance(self.loss, PolicyLoss) else TokenMean()
+
+    def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
+        """Zero the gradients; Lightning's own place for it would wipe the micro-batches'."""
+        self._step_started = time.perf_counter()
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: see `on_train_batch_start`."""
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Nothing moves here: each micro-batch moves by itself when its turn comes."""
+        return batch
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
+        """Run the micro-batches of one optimizer step; Lightning does the last one's backward."""
+        if batch.is_first:
+            self._anchor(batch.rollout)
+        metrics: Metrics = {}
+        loss = torch.zeros(())
+        for k in range(batch.num_micro_batches):
+            last = k == batch.num_micro_batches - 1
+            with gradient_sync(self, enabled=last):
+                loss, more = self._micro_batch_loss(batch, k)
+                if not last:
+                    self.trainer.strategy.backward(loss, None)
+            metrics = merge(metrics, more)
+        self._log_step(batch, metrics)
+        return loss
+
+    def _micro_batch_loss(self, minibatch: Minibatch, k: int) -> tuple[Tensor, Metrics]:
+        batch = minibatch.micro_batch(k, self.device)
+        logprobs, entropy = self.sharding_root()(
+            batch.input_ids,
+            batch.cu_seqlens,
+            batch.temperature,
+            positions_mask=batch.loss_mask,
+            with_entropy=True,
+            entropy_gradient=self.entropy_coefficient != 0.0,
+        )
+        loss, metrics = minibatch_loss(
+            logprobs,
+            replace(batch, entropy=entropy),
+            loss=self.token_loss,
+            aggregation=self.aggregation,
+            correction=self.correction,
+            kl=self.kl,
+            entropy_coefficient=self.entropy_coefficient,
+        )
+        metrics["policy/loss"] = Sum(loss.detach())
+        if minibatch.is_first:
+            metrics.update(mismatch_metrics(logprobs, batch, minibatch.rollout.version))
+        # Strategies average gradients over ranks; the denominators are already global.
+        return loss * self.trainer.world_size, metrics
+
+    @torch.no_grad()
+    def _anchor(self, rollout: Rollout) -> None:
+        """Say where the clip is anchored, scoring the whole rollout batch where that is needed."""
+        if self.correction is None:
+            rollout.proximal_logprobs = rollout.sequences.behavior_logprobs
+        elif self._steps_per_rollout > 1:
+            rollout.proximal_logprobs = self._score(rollout, self.sharding_root())
+        # Else there is one optimizer step: the policy itself, detached, is the proximal policy.
+
+    @property
+    def _steps_per_rollout(self) -> int:
+        return self._data.steps_per_rollout
+
+    def _score(self, rollout: Rollout, policy: nn.Module) -> Tensor:
+        """Logprobs of this rank's share under `policy`, `[share tokens]`, in the same passes."""
+        scores = torch.zeros_like(rollout.sequences.behavior_logprobs)
+        for index, plan in enumerate(rollout.plans):
+            minibatch = Minibatch(rollout, index, 0, is_first=False, is_last=False)
+            for k, rows in enumerate(plan):
+                batch = minibatch.micro_batch(k, self.device)
+                logprobs, _ = policy(
+                    batch.input_ids,
+                    batch.cu_seqlens,
+                    batch.temperature,
+                    positions_mask=batch.response_mask,
+                )
+                if rows:
+                    scores[token_rows(rollout.sequences, rows)] = logprobs.float().cpu()
+        return scores
+
+    def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
+        sums, maxima = to_tensors(metrics, self.device)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX)
+        logged = values(from_tensors(metrics, sums, maxima))
+        if batch.is_first:
+            logged.update(batch.rollout.metrics)
+        self.log_dict(logged)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient before it is clipped."""
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        full = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+        self.log("policy/grad_norm", full)
+
+    # -- optimizer ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over all trainable parameters; a schedule steps with it."""
+        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    # -- validation -----------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start new means."""
+        self._evaluated: dict[str, PromptMean] = {}
+        self._evaluated_groups: dict[str, list[Group]] = {}
+
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collect the scores of some held-out prompts; every rank has all of them."""
+        prefix = f"eval/{batch.name}/" if batch.name else "eval/"
+        scores: dict[str, Tensor] = {}
+        if batch.sampled is not None:
+            scores |= sampled_metrics(batch.sampled, self._data.evaluation.pass_threshold)
+        if batch.greedy is not None:
+            scores["greedy"] = batch.greedy
+        for name, per_prompt in scores.items():
+            self._evaluated.setdefault(prefix + name, PromptMean()).update(per_prompt)
+        self._evaluated_groups.setdefault(batch.name, []).extend(batch.groups)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means with half of their 95 % confidence intervals, and keep the record."""
+        logged: dict[str, float] = {}
+        for name, mean in self._evaluated.items():
+            logged[name] = float(mean.compute())
+            logged[f"{name}_ci95"] = mean.half_width()
+        self.log_dict(logged)
+        record = EvaluationRecord(self.global_step, logged, self._evaluated_groups)
+        self._data.evaluations.append(record)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    @property
+    def _data(self) -> RolloutDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+    # -- what Lightning asks of a module --------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The callbacks that a run can't do without, unless the trainer has one of the kind."""
+        present = tuple(type(c) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [make() for make in DEFAULT_CALLBACKS if not any(issubclass(p, make) for p in present)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with a default where the checkpoint's run had an object of its own."""
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        missing = [n for n in saved.get(hparams.NOT_RESTORED, []) if n not in self._given]
+        if not self._trainer:
+            # Without a trainer nothing is optimized: loading for inference or export is fine.
+            missing = [n for n in missing if n not in ("optimizer", "lr_scheduler")]
+        if missing:
+            raise CheckpointError(
+                f"`{', '.join(missing)}` of this checkpoint's run has no import path (a lambda, or "
+                "a class of the script itself) and can't be restored. Pass it again: "
+                f"{type(self).__name__}({missing[0]}=...)."
+            )
+
+    def describe(self) -> dict[str, str]:
+        """What trains, as resolved: lines for the summary at the start."""
+        policy = self.sharding_root()
+        count = sum(p.numel() for p in policy.parameters())
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in policy.parameters()})
+        anchor = "the behavior policy"
+        if self.correction is not None:
+            anchor = "the proximal policy"
+            if self._steps_per_rollout == 1:
+                anchor += " (the policy itself: one optimizer step per rollout batch)"
+        return {
+            "model": f"{self.model_name} ({count / 1e6:.2f}M parameters, {', '.join(dtypes)})",
+            "loss": f"{self.loss}, clip anchored at {anchor}",
+            "advantage": str(self.advantage),
+            "correction": str(self.correction or "none"),
+            "kl": str(self.kl or "none"),
+        }
+
+    def _remember(self, arguments: dict[str, Any]) -> None:
+        """Keep the arguments as plain data; the CLI knows those that were built from a config."""
+        defaults = inspect.signature(GRPOModule.__init__).parameters
+        self._given = {n for n, v in arguments.items() if v is not defaults[n].default}
+        from_config = given_hyperparameters() or {}
+        arguments = {n: from_config.get(n, value) for n, value in arguments.items()}
+        self.hparams.update(hparams.to_plain(arguments))
+
+
+def _callable(value: Any) -> Callable[..., Any] | None:
+    """A callable as given, or one described as plain data by a checkpoint."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        target = hparams.import_object(value["class_path"])
+        return functools.partial(target, **value.get("init_args", {}))
+    return hparams.from_plain(value)  # type: ignore[no-any-return]

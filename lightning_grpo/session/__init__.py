@@ -1,0 +1,1 @@
+"""One run's rollouts: what is asked, the live machinery on rank 0, and its word to all ranks."""

@@ -1,0 +1,182 @@
+"""What runs on rank 0's event loop: servers, pool, publisher, reward processes, producer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Hashable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from lightning_grpo.rollout.episodes import EpisodeRunner
+from lightning_grpo.rollout.gate import Policy, StalenessGate
+from lightning_grpo.rollout.ledger import Ledger
+from lightning_grpo.rollout.pool import PoolLimits, ServerPool
+from lightning_grpo.rollout.producer import RolloutProducer
+from lightning_grpo.rollout.prompts import PromptStream
+from lightning_grpo.rollout.scoring import open_scorer
+from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.servers.base import ServerHandle, Servers
+from lightning_grpo.session.material import Material
+from lightning_grpo.session.settings import SessionSettings
+from lightning_grpo.types import Completion, Sampling
+from lightning_grpo.weights.choose import choose_transport
+from lightning_grpo.weights.probe import Probe
+from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
+from lightning_grpo.weights.transport import Place
+
+
+@dataclass
+class Live:
+    """The parts, from start to close.
+
+    Attributes:
+        pool: The servers as one.
+        publisher: Brings them new weights.
+        producer: Groups for training, and evaluation.
+        first_sync: Set once the servers are known to hold the trainer's weights.
+    """
+
+    pool: ServerPool
+    publisher: WeightPublisher
+    producer: RolloutProducer
+    first_sync: anyio.Event
+
+
+class HeldGenerator:
+    """The pool, but no request leaves before the first weight sync: its version would be a guess."""
+
+    def __init__(self, pool: ServerPool, first_sync: anyio.Event) -> None:
+        self._pool = pool
+        self._first_sync = first_sync
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        group_key: Hashable | None = None,
+        priority: bool = False,
+        seed: int | None = None,
+    ) -> Completion:
+        """See `Generator`."""
+        await self._first_sync.wait()
+        return await self._pool.generate(
+            input_ids, sampling, group_key=group_key, priority=priority, seed=seed
+        )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known only once a checkpoint, if any, was restored.
+
+    Attributes:
+        run_id: Names this run's weights on the servers.
+        restored: State of the producer to go on from.
+        remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
+        sync: How weights travel.
+    """
+
+    run_id: str
+    restored: dict[str, Any] | None
+    remaining_batches: int | None
+    sync: SyncSettings
+
+
+@asynccontextmanager
+async def open_live(
+    settings: SessionSettings, material: Material, beginning: Future[Beginning]
+) -> AsyncIterator[Live]:
+    """Start everything; on the way out stop everything, in the reverse order.
+
+    Servers start at once, the rest when `beginning` is there.
+    """
+    try:
+        handles = await anyio.to_thread.run_sync(
+            settings.servers.start, settings.model_path, settings.run_dir
+        )
+        begun = await asyncio.wrap_future(beginning)
+        async with (
+            _open_pool(settings, material, begun.run_id, handles) as pool,
+            _open_scorer(settings) as scorer,
+        ):
+            publisher = _publisher(settings, material, begun, pool)
+            pool.on_restart(publisher.restore)
+            first_sync = anyio.Event()
+            generator = HeldGenerator(pool, first_sync)
+            runner = EpisodeRunner(
+                settings.workflow,
+                generator,
+                scorer,
+                material.tokenizer,
+                settings.group_size,
+                settings.seed,
+            )
+            producer = _producer(settings, material, runner, begun)
+            async with producer:
+                try:
+                    yield Live(pool, publisher, producer, first_sync)
+                finally:
+                    await publisher.close()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(settings.servers.stop)
+
+
+@asynccontextmanager
+async def _open_pool(
+    settings: SessionSettings, material: Material, run_id: str, handles: list[ServerHandle]
+) -> AsyncIterator[ServerPool]:
+    servers: Servers = settings.servers
+
+    async def restart(url: str) -> ServerHandle:
+        return await anyio.to_thread.run_sync(servers.restart, url)
+
+    needed = None
+    if material.sampling is not None:
+        needed = material.longest_prompt + material.sampling.max_new_tokens
+    pool = ServerPool(
+        handles,
+        Requirements(run_id, material.vocab_size, needed),
+        lambda ids: material.tokenizer.decode(ids, skip_special_tokens=True),
+        api_key=servers.api_key,
+        limits=PoolLimits(request_timeout_s=settings.limits.request_timeout_s),
+        restart=restart if servers.can_restart else None,
+    )
+    async with pool:
+        yield pool
+
+
+def _publisher(
+    settings: SessionSettings, material: Material, begun: Beginning, pool: ServerPool
+) -> WeightPublisher:
+    transport = choose_transport(begun.sync.transport, settings.servers)
+    place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
+    transport.bind(place)
+    probe = Probe(material.probe_sequences, exact=material.exact)
+    return WeightPublisher(pool, transport, begun.run_id, probe, begun.sync)
+
+
+def _producer(
+    settings: SessionSettings, material: Material, runner: EpisodeRunner, begun: Beginning
+) -> RolloutProducer:
+    limits, prompts = settings.limits, material.prompts
+    policy: Policy = "strict" if settings.deterministic else limits.straggler_policy
+    producer = RolloutProducer(
+        PromptStream(prompts, shuffle=settings.prompts.shuffle, seed=settings.prompts.seed),
+        runner,
+        StalenessGate(settings.batch_size, settings.max_staleness, policy=policy),
+        Ledger(len(prompts), settings.batch_size, limits.max_failed_fraction),
+        limits,
+        keep_group=settings.keep_group,
+        on_event=settings.on_event,
+    )
+    if begun.restored is not None:
+        producer.load_state_dict(begun.restored)
+    producer.set_remaining_batches(begun.remaining_batches)
+    return producer

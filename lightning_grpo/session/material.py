@@ -1,0 +1,143 @@
+"""Everything of a run that needs no server: tokenizer, prompts, and whether they fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.load import load_config, load_tokenizer
+from lightning_grpo.rollout.prompts import Prompts, PromptSet
+from lightning_grpo.rollout.workflow import validate_workflow
+from lightning_grpo.session.settings import SessionSettings
+from lightning_grpo.types import Sampling
+
+PROBE_SEQUENCES = 4
+PROBE_TOKENS = 32
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A workflow that says how it samples in training."""
+
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Material:
+    """What rank 0 opened and checked.
+
+    Attributes:
+        tokenizer: Of the model.
+        vocab_size: Rows of the model's embedding.
+        context_tokens: Longest sequence that the model takes; None if it does not say.
+        sampling: Of training; None if the workflow keeps it to itself.
+        prompts: Training prompts.
+        val_prompts: Held-out prompts by name.
+    """
+
+    tokenizer: Any
+    vocab_size: int
+    context_tokens: int | None
+    sampling: Sampling | None
+    prompts: PromptSet
+    val_prompts: dict[str, PromptSet]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt looked at; a bound for servers with a shorter context."""
+        return max(len(self.prompts[i].input_ids) for i in range(min(64, len(self.prompts))))
+
+    @property
+    def greedy(self) -> Sampling:
+        """The workflow's sampling at temperature 0."""
+        assert self.sampling is not None
+        return replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
+
+    @property
+    def probe_sequences(self) -> tuple[tuple[int, ...], ...]:
+        """A few short sequences that servers and trainer score to prove a weight sync."""
+        count = min(PROBE_SEQUENCES, len(self.prompts))
+        rows = [self.prompts[i].input_ids[:PROBE_TOKENS] for i in range(count)]
+        return tuple(row for row in rows if len(row) > 1)
+
+
+def open_material(settings: SessionSettings) -> Material:
+    """Open the tokenizer and the prompts, refusing whatever can't work together.
+
+    Raises:
+        ConfigError: Which setting, why, and the way out.
+    """
+    sampling = settings.workflow.sampling if isinstance(settings.workflow, Samples) else None
+    if sampling is not None and not settings.allow_biased_sampling:
+        check_sampling(sampling)
+    if sampling is None and settings.evaluation.greedy:
+        raise ConfigError(
+            f"`evaluation.greedy` must be false for {type(settings.workflow).__name__}, which has "
+            "no attribute `sampling` whose temperature could be set to 0."
+        )
+    config = load_config(settings.model_path)
+    tokenizer = load_tokenizer(settings.model_path)
+    check_tokenizer(tokenizer, config.vocab_size, settings.model_path)
+    context = getattr(config, "max_position_embeddings", None)
+    room = room_for_prompts(sampling, context)
+    prompts = _open(settings.prompts, settings, tokenizer, room)
+    validate_workflow(settings.workflow, prompts.columns)
+    val_prompts = {
+        name: _open(held_out, settings, tokenizer, room)
+        for name, held_out in settings.val_prompts.items()
+    }
+    for held_out in val_prompts.values():
+        validate_workflow(settings.workflow, held_out.columns)
+    return Material(tokenizer, config.vocab_size, context, sampling, prompts, val_prompts)
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse sampling that would bias the importance ratio of training."""
+    off = {"top_p": 1.0, "top_k": -1, "min_new_tokens": 0}
+    for name, value in off.items():
+        if getattr(sampling, name) != value:
+            raise ConfigError(
+                f"`sampling.{name}` must be {value} in training (it changes the distribution that "
+                f"tokens come from, which biases the ratio), got {getattr(sampling, name)}. "
+                f"Leave it out; evaluation may use it."
+            )
+    if sampling.temperature <= 0:
+        raise ConfigError(
+            f"`sampling.temperature` must be > 0 in training (a group of greedy completions has no "
+            f"variance), got {sampling.temperature}. The usual value is 1.0."
+        )
+    if sampling.max_new_tokens < 1:
+        raise ConfigError(f"`sampling.max_new_tokens` must be >= 1, got {sampling.max_new_tokens}.")
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, model_path: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for."""
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"`model` {model_path!r} must come with its own tokenizer: the tokenizer has "
+            f"{len(tokenizer)} tokens, the model's embedding {vocab_size}. Put the tokenizer that "
+            "the model was made with into its folder."
+        )
+
+
+def room_for_prompts(sampling: Sampling | None, context_tokens: int | None) -> int | None:
+    """Tokens that the context leaves for a prompt; None if there is no limit to know."""
+    if sampling is None or context_tokens is None:
+        return None
+    room = context_tokens - sampling.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"`sampling.max_new_tokens` must leave room for a prompt in the model's context of "
+            f"{context_tokens} tokens, got {sampling.max_new_tokens}. Lower it below "
+            f"{context_tokens}."
+        )
+    return room
+
+
+def _open(
+    prompts: Prompts, settings: SessionSettings, tokenizer: Any, room: int | None
+) -> PromptSet:
+    make = settings.make_prompt
+    bound = None if make is None else (lambda row: make(row, tokenizer))
+    return prompts.load(tokenizer, bound, room)

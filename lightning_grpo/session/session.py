@@ -1,0 +1,291 @@
+"""RolloutSession: rank 0's rollouts as every rank sees them.
+
+Every method but `state_dict` and the properties is called on every rank, at the same point. Rank 0
+does the work on its event loop; the others wait for its word (`RankChannel`), never in a
+collective.
+"""
+
+from __future__ import annotations
+
+import uuid
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
+from lightning_grpo.distributed import RankChannel
+from lightning_grpo.evaluation import score_matrix
+from lightning_grpo.loader import Taken
+from lightning_grpo.rollout.counters import Counters
+from lightning_grpo.rollout.service import RolloutService
+from lightning_grpo.session.live import Beginning, Live, open_live
+from lightning_grpo.session.material import Material, open_material
+from lightning_grpo.session.settings import SessionSettings
+from lightning_grpo.types import Group, Sampling
+from lightning_grpo.validation import EvaluationBatch
+from lightning_grpo.weights.gather import gather_weights
+from lightning_grpo.weights.publisher import PublishReport, SyncSettings
+
+
+@dataclass
+class _Lead:
+    """What only rank 0 has."""
+
+    material: Material
+    service: RolloutService[Live]
+    started: Future[Live] | None = None
+    beginning: Future[Beginning] = field(default_factory=Future)
+
+
+class RolloutSession:
+    """The rollouts of one run.
+
+    Args:
+        settings: What to run.
+        channel: To the other ranks.
+
+    Attributes:
+        version: Weight version of the trainer: rollout batches trained on so far.
+        run_id: Names this run's weights on the servers.
+        num_prompts: Prompts of one pass.
+        num_val_prompts: Held-out prompts by set.
+        report: The last publish's report; rank 0 only.
+        remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
+        sync: How weights travel.
+    """
+
+    def __init__(self, settings: SessionSettings, channel: RankChannel) -> None:
+        self.settings = settings
+        self.channel = channel
+        self.version = 0
+        self.run_id = uuid.uuid4().hex[:8]
+        self.report: PublishReport | None = None
+        self.remaining_batches: int | None = None
+        self.sync = SyncSettings()
+        self._synced = False
+        self._restored: dict[str, Any] | None = None
+        self._answers: dict[tuple[str, int], list[Future[list[Group]]]] = {}
+        material = channel.on_rank_zero(
+            lambda: open_material(settings), what="opening the prompts", deadline_s=3600.0
+        )
+        self._lead = None if material is None else _Lead(material, RolloutService())
+        sizes = None
+        if material is not None:
+            held_out = {name: len(rows) for name, rows in material.val_prompts.items()}
+            sizes = (len(material.prompts), held_out)
+        self.num_prompts, self.num_val_prompts = channel.broadcast(sizes)
+
+    # -- start and end --------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the servers in the background (rank 0); rollouts begin at `wait_started`."""
+        lead = self._lead
+        if lead is not None and lead.started is None:
+            lead.started = lead.service.start(
+                lambda: open_live(self.settings, lead.material, lead.beginning)
+            )
+
+    def wait_started(self) -> None:
+        """Wait until the servers answer, then let rollouts begin.
+
+        Raises:
+            ServerStartError: One doesn't; with the end of its log.
+        """
+        started = None
+        if self._lead is not None:
+            started = self._lead.started
+            if not self._lead.beginning.done():
+                self._lead.beginning.set_result(
+                    Beginning(self.run_id, self._restored, self.remaining_batches, self.sync)
+                )
+        self.channel.wait(started, what="the start of the servers")
+
+    def close(self) -> None:
+        """End producer, reward processes and servers; from any state, any number of times."""
+        if self._lead is not None:
+            self._lead.service.close()
+
+    @property
+    def _live(self) -> Live:
+        assert self._lead is not None and self._lead.started is not None
+        return self._lead.started.result()
+
+    # -- rollouts -------------------------------------------------------------------------------
+
+    def take(self) -> Taken:
+        """The next rollout batch: groups on rank 0, its scalars on every rank."""
+        lead = self._lead
+        future = lead.service.run(_take, self._live, self.version) if lead else None
+        taken = self.channel.wait(future, what="rollouts")
+        scalars = None
+        if taken is not None:
+            scalars = (taken.index, taken.batch, taken.metrics)
+        index, batch, metrics = self.channel.broadcast(scalars)
+        return Taken(index, self.version, batch, metrics, taken.groups if taken else None)
+
+    def share(self, parts: list[Any] | None) -> Any:
+        """Rank r's element of what rank 0 passes."""
+        return self.channel.scatter(parts)
+
+    # -- weights --------------------------------------------------------------------------------
+
+    def publish(self, policy: nn.Module, *, trained: bool) -> PublishReport | None:
+        """Bring the policy's weights to the servers and prove that they arrived.
+
+        Args:
+            policy: A `PackedPolicy`, sharded or not.
+            trained: Whether a rollout batch was trained on since the last publish: a new version.
+        """
+        self.wait_started()
+        if not trained and self._synced:
+            return None
+        version = self.version + int(trained)
+        expected = self._probe_scores(policy)
+        lead = self._lead
+        if not trained and version == 0:
+            future = lead.service.run(self._live.publisher.adopt, 0, expected) if lead else None
+            adopted = self.channel.wait(future, what="the first probe of the servers")
+            if self.channel.broadcast(adopted):
+                self._finish_publish(version)
+                return None
+        snapshot = gather_weights(policy, self._serving_dtype, keep=lead is not None)
+        future_report = None
+        if lead is not None:
+            future_report = lead.service.run(
+                self._live.publisher.publish, snapshot, version, expected
+            )
+        self.report = self.channel.wait(
+            future_report, what=f"the weight sync of version {version}", stoppable=False
+        )
+        self._finish_publish(version)
+        return self.report
+
+    @property
+    def _serving_dtype(self) -> torch.dtype | None:
+        return None
+
+    @torch.no_grad()
+    def _probe_scores(self, policy: nn.Module) -> list[list[float]]:
+        """The trainer's own logprobs of the probe, on every rank (sharded policies need all)."""
+        sequences = self.channel.broadcast(
+            self._lead.material.probe_sequences if self._lead else None
+        )
+        device = next(policy.parameters()).device
+        lengths = torch.tensor([0, *(len(s) for s in sequences)])
+        ids = torch.tensor([i for s in sequences for i in s])
+        logprobs, _ = policy(ids.to(device), lengths.cumsum(0).to(device))
+        return [part.tolist() for part in logprobs.float().cpu().split(lengths[1:].tolist())]
+
+    def _finish_publish(self, version: int) -> None:
+        self.version = version
+        self._synced = True
+        if self._lead is not None:
+            self._lead.service.run(_advance, self._live, version).result()
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def ask(self, name: str, first: int, last: int) -> None:
+        """Start to answer held-out prompts `first` to `last` (exclusive)."""
+        if self._lead is None:
+            return
+        evaluation, live = self.settings.evaluation, self._live
+        prompts = [self._lead.material.val_prompts[name][i] for i in range(first, last)]
+        asked = []
+        if evaluation.sampled:
+            asked.append((None, evaluation.num_samples))
+        if evaluation.greedy:
+            asked.append((self._lead.material.greedy, 1))
+        self._answers[name, first] = [
+            self._lead.service.run(live.producer.evaluate, prompts, sampling, samples)
+            for sampling, samples in asked
+        ]
+
+    def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
+        """Wait for prompts that were asked; the scores reach every rank."""
+        evaluation = self.settings.evaluation
+        parts = self._answers.pop((name, first), [])
+        groups: list[list[Group]] = []
+        for k in range(int(evaluation.sampled) + int(evaluation.greedy)):
+            future = parts[k] if parts else None
+            answered = self.channel.wait(future, what=f"validation, prompts {first} to {last}")
+            groups.append(answered or [])
+        scores = None
+        if self._lead is not None:
+            scores = _scores(groups, evaluation.sampled, evaluation.greedy, evaluation.num_samples)
+        sampled, greedy = self.channel.broadcast(scores)
+        return EvaluationBatch(name, sampled, greedy, _joined(groups))
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from, as plain data; only rank 0 has the producer's part."""
+        producer = None
+        if self._lead is not None and self._lead.started is not None:
+            producer = self._lead.service.run(_call, self._live.producer.state_dict).result()
+        return {"version": self.version, "run_id": self.run_id, "producer": producer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; before `start`."""
+        self.version = int(state["version"])
+        self.run_id = str(state["run_id"])
+        self._restored = state["producer"]
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the summary at the start; rank 0 only."""
+        return {"servers": self.settings.servers.describe()}
+
+
+async def _call(function: Any, *arguments: Any) -> Any:
+    """Run a plain function on the event loop, where the producer's state may be touched."""
+    return function(*arguments)
+
+
+async def _take(live: Live, version: int) -> Taken:
+    before = Counters(**live.producer.counters.state_dict())
+    groups = await live.producer.take()
+    index = live.producer.gate.num_taken // live.producer.gate.batch_size - 1
+    batch = RolloutBatch.from_groups(groups, version, index)
+    metrics = rollout_metrics(batch) | _counted(before, live)
+    return Taken(index, version, batch, metrics, groups)
+
+
+def _counted(before: Counters, live: Live) -> dict[str, float]:
+    after, status = live.producer.counters, live.producer.status()
+    return {
+        "rollout/pass": float(status["pass"]),
+        "rollout/in_flight": float(live.pool.num_in_flight),
+        "rollout/queued": float(status["queued"]),
+        "rollout/filtered": float(after.filtered),
+        "rollout/failed": float(after.failed),
+        "rollout/retried": float(after.retried),
+        "staleness/dropped_groups": float(after.dropped_groups),
+        "staleness/dropped_tokens": float(after.dropped_tokens),
+    }
+
+
+async def _advance(live: Live, version: int) -> None:
+    live.producer.advance(version)
+    live.first_sync.set()
+
+
+def _scores(
+    groups: list[list[Group]], sampled: bool, greedy: bool, num_samples: int
+) -> tuple[Tensor | None, Tensor | None]:
+    return (
+        score_matrix(groups[0], num_samples) if sampled else None,
+        score_matrix(groups[-1], 1).squeeze(1) if greedy else None,
+    )
+
+
+def _joined(groups: list[list[Group]]) -> list[Group]:
+    """One group per prompt: sampled trajectories first, the greedy one last."""
+    if len(groups) < 2 or not groups[0]:  # noqa: PLR2004 - sampled and greedy
+        return groups[0] if groups else []
+    return [
+        Group(a.prompt, (*a.trajectories, *b.trajectories), a.admitted_version)
+        for a, b in zip(*groups, strict=True)
+    ]
