@@ -19,7 +19,8 @@ NO_VERSION = -1
 """The weight version of a token that no policy sampled (prompt, tool result)."""
 
 
-@dataclass(frozen=True, slots=True)
+# No slots on a record that is a default in a constructor: jsonargparse reads it with `vars()`.
+@dataclass(frozen=True)
 class Sampling:
     """How completions are sampled.
 
