@@ -1,0 +1,59 @@
+"""Every private import of Lightning and torch, in one place.
+
+Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked here first.
+
+| name | where | seen in |
+|---|---|---|
+| `_given_hyperparameters` | lightning.pytorch.core.mixins.hparams_mixin | lightning 2.6.6 |
+| `_optimizers_to_device` | lightning.fabric.utilities.optimizer | lightning 2.6.6 |
+| `_checkpoint_connector.hpc_save_path` | lightning.pytorch.trainer.Trainer | lightning 2.6.6 |
+| `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
+| `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from subprocess import Popen
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+
+def given_hyperparameters() -> Mapping[str, Any] | None:
+    """What LightningCLI is building the module from, as it stands in the config."""
+    given: Mapping[str, Any] | None = _given_hyperparameters.get()
+    return given
+
+
+def optimizers_to_device(optimizers: Iterable[torch.optim.Optimizer], device: torch.device) -> None:
+    """Move the optimizers' state."""
+    _optimizers_to_device(optimizers, device)
+
+
+def hpc_checkpoint_path(trainer: Trainer) -> str:
+    """Where Lightning looks for a requeued job's checkpoint by itself (the next free number)."""
+    path: str = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+    return path
+
+
+def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
+    """Override Lightning's "auto", which would be tensor parallelism within the node."""
+    strategy._data_parallel_size = size
+
+
+def launched_processes(trainer: Trainer) -> dict[int, Popen[bytes]]:
+    """The ranks that Lightning's own launcher started from this process, by global rank."""
+    launcher = trainer.strategy.launcher
+    processes = vars(launcher).get("procs", []) if launcher is not None else []
+    return {trainer.global_rank + i: process for i, process in enumerate(processes, start=1)}
+
+
+def no_split_modules(module: nn.Module) -> set[str]:
+    """Class names of the decoder blocks that transformers declares, over all models inside."""
+    return {name for m in module.modules() for name in vars(m).get("_no_split_modules") or ()}

@@ -1,0 +1,226 @@
+"""FSDP2Strategy: fully sharded data parallelism by torch's `fully_shard`, from Trainer(strategy=).
+
+Importing this module registers the strategy as `fsdp2` (`grpo_fsdp2` should Lightning come to own
+that name).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from typing_extensions import override
+
+from lightning_grpo._compat import optimizers_to_device, set_data_parallel_size
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.strategies.parallelize import is_sharded, parallelize
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """What the strategy asks of a LightningModule."""
+
+    def sharding_root(self) -> nn.Module:
+        """The module to shard: every trainable parameter is in it and used by its forward."""
+
+
+@runtime_checkable
+class Materializable(Protocol):
+    """A LightningModule that may be built on the meta device, and filled afterwards."""
+
+    def materialize(self, module: nn.Module, device: torch.device) -> None:
+        """Fill the (sharded) root, parameters and buffers, on that device; a collective."""
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards parameters, gradients and optimizer state over all ranks.
+
+    Data-parallel by default, on GPUs and on CPUs (gloo), with one device or many. Precision is set
+    here, not by the Trainer: parameters stay fp32 (updates of 1e-6 vanish in bf16) and are cast
+    for forward and backward. The LightningModule names what to shard by `sharding_root()`; if it
+    has `materialize(module, device)`, `configure_model` runs on the meta device, so that no rank
+    ever holds the whole model.
+
+    Args:
+        data_parallel_size: Number of ranks to shard over; auto is all, the only size so far.
+        blocks: Class names of the blocks that are sharded one by one; None takes what
+            transformers declares for the model.
+        param_dtype: Of parameters in forward and backward; auto is bfloat16 on GPUs, float32 on
+            CPUs.
+        reduce_dtype: Of the gradients' reduction over ranks.
+        reshard_after_forward: Free a block's full parameters between forward and backward.
+        cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
+        save_distributed_checkpoint: Each rank writes its shards into a folder; otherwise rank 0
+            writes one file. Either can be resumed on another number of ranks.
+        timeout: Limit of one collective.
+    """
+
+    strategy_name = "fsdp2"
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        blocks: list[str] | None = None,
+        param_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = True,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            # Host tensors are reduced too (the gradients' norm) when parameters live there.
+            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
+            timeout=timeout,
+        )
+        self._requested_size = data_parallel_size
+        self._blocks = blocks
+        self._param_dtype = param_dtype
+        self._reduce_dtype = reduce_dtype
+        self._reshard_after_forward = reshard_after_forward
+        self._cpu_offload = cpu_offload
+
+    @override
+    def _configure_launcher(self) -> None:
+        self._check()  # the first call at which the Trainer has set devices and precision
+        super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
+        super().setup_environment()
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        if empty_init is None:
+            empty_init = self.world_size > 1 and isinstance(self.lightning_module, Materializable)
+        with super().tensor_init_context(empty_init):
+            yield
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        root = self._sharding_root()
+        if not is_sharded(root):
+            parallelize(
+                root,
+                self.device_mesh,
+                blocks=self._blocks,
+                param_dtype=self._param_dtype,
+                reduce_dtype=self._reduce_dtype,
+                reshard_after_forward=self._reshard_after_forward,
+                cpu_offload=self._cpu_offload,
+            )
+        if any(p.is_meta for p in root.parameters()):
+            self._materialize(root)
+        self.model_to_device()
+        self._check_outside(root)
+        self.barrier()
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting and not self._cpu_offload:
+            optimizers_to_device(self.optimizers, self.root_device)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        if not self._cpu_offload:
+            super().model_to_device()
+            return
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self.root_device)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # Lightning passes None here whatever was asked for; checkpoints of ours are plain data.
+        safe = True if weights_only is None else weights_only
+        return super().load_checkpoint(checkpoint_path, weights_only=safe)
+
+    def _sharding_root(self) -> nn.Module:
+        module = self.lightning_module
+        if not isinstance(module, Shardable):
+            raise ConfigError(
+                f"`{type(module).__name__}` must have a method `sharding_root()` that returns the "
+                "module to shard (all trainable parameters, used from inside its forward)."
+            )
+        return module.sharding_root()
+
+    def _materialize(self, root: nn.Module) -> None:
+        module = self.lightning_module
+        if not isinstance(module, Materializable):
+            raise ConfigError(
+                f"`{type(module).__name__}` was built on the meta device and has no method "
+                "`materialize(module, device)` to fill it. Build it with its values."
+            )
+        module.materialize(root, torch.device("cpu") if self._cpu_offload else self.root_device)
+        left = [name for name, p in root.named_parameters() if p.is_meta]
+        left += [name for name, b in root.named_buffers() if b.is_meta]
+        if left:
+            raise ConfigError(
+                f"`{type(module).__name__}.materialize` must fill every parameter and buffer, "
+                f"{len(left)} are still on the meta device: {', '.join(left[:3])}."
+            )
+
+    def _check_outside(self, root: nn.Module) -> None:
+        assert self.lightning_module is not None
+        inside = {id(p) for p in root.parameters()}
+        named = self.lightning_module.named_parameters()
+        outside = [name for name, p in named if p.requires_grad and id(p) not in inside]
+        if outside:
+            raise ConfigError(
+                "`sharding_root()` must hold every trainable parameter (others would differ "
+                f"between ranks), not in it: {', '.join(outside[:3])}."
+            )
+
+    def _check(self) -> None:
+        precision = self.precision_plugin.precision
+        if precision != "32-true":
+            raise ConfigError(
+                f"`precision` must be 32-true with FSDP2Strategy, got {precision}. The strategy "
+                "sets it: master weights stay fp32, `param_dtype` is what is computed in."
+            )
+        size = self.num_nodes * self.num_processes
+        if self._requested_size not in ("auto", size):
+            raise ConfigError(
+                f"`data_parallel_size` must be auto or the number of ranks ({size}), got "
+                f"{self._requested_size}."
+            )
+        if self._cpu_offload and self.root_device.type == "cpu":
+            raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
+
+
+def register() -> str:
+    """Make the strategy known by name; returns the name."""
+    name = FSDP2Strategy.strategy_name
+    owner = StrategyRegistry[name]["strategy"] if name in StrategyRegistry else None
+    if owner is not None and owner.__module__ != __name__:
+        warnings.warn(
+            f"the strategy name {name!r} is taken by {owner.__module__}; FSDP2Strategy of "
+            f"lightning_grpo is registered as 'grpo_{name}'.",
+            stacklevel=2,
+        )
+        name = f"grpo_{name}"
+    if name not in StrategyRegistry:
+        StrategyRegistry.register(name, FSDP2Strategy, description=FSDP2Strategy.__name__)
+    return name
+
+
+REGISTERED_NAME = register()

@@ -1,0 +1,41 @@
+"""Whether a backward pass reduces gradients over ranks: for micro-batches of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import lightning as L
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def gradient_sync(module: L.LightningModule, enabled: bool) -> Iterator[None]:
+    """Run one micro-batch's forward and backward with or without reducing gradients.
+
+    The same call for every strategy: DDP's `no_sync`, FSDP2's flags, nothing on one device. The
+    last micro-batch has it enabled; what earlier ones left in the gradients is reduced with it,
+    also when its backward runs after the block (Lightning's own).
+
+    Args:
+        module: The LightningModule in training.
+        enabled: Whether this backward pass reduces.
+    """
+    wrapped = module.trainer.strategy.model
+    if isinstance(wrapped, DistributedDataParallel):
+        with nullcontext() if enabled else wrapped.no_sync():
+            yield
+        return
+    sharded = [each for each in module.modules() if isinstance(each, FSDPModule)]
+    _set(sharded, enabled)
+    try:
+        yield
+    finally:
+        _set(sharded, True)
+
+
+def _set(sharded: Sequence[FSDPModule], enabled: bool) -> None:
+    for each in sharded:
+        each.set_requires_gradient_sync(enabled, recurse=False)
+        each.set_is_last_backward(enabled)
