@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import io
+from collections import deque
+
+import tqdm
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from rich.console import Console
+
+from lightning_grpo.callbacks.progress import (
+    GRPOProgress,
+    evaluation_line,
+    progress_line,
+    waiting_fraction,
+)
+from tests.fakes.tiny_run import TinyData, TinyModule
+
+METRICS = {
+    "reward/mean": 0.5,
+    "staleness/mean": 0.75,
+    "completion/length_mean": 37.6,
+    "throughput/tokens_per_s": 1234.5,
+    "time/step_s": 2.0,
+    "time/wait_rollout_s": 0.5,
+}
+
+
+def test_a_line_holds_what_a_run_is_judged_by():
+    line = progress_line(7, 30, METRICS, deque([0.3, 0.5]))
+    assert line == (
+        "step  7/30 | reward 0.500 (mean of 2: 0.400) | staleness 0.75 | length 38 | "
+        "1,234 tokens/s | 2.0 s/step | waiting 25%"
+    )
+
+
+def test_what_was_not_measured_is_left_out():
+    assert progress_line(7, None, {}, deque()) == "step 7"
+
+
+def test_the_logged_idle_fraction_wins_over_the_computed_one():
+    assert waiting_fraction({**METRICS, "idle/trainer_fraction": 0.1}) == 0.1
+
+
+def test_a_held_out_score_is_shown_with_its_interval():
+    scores = {
+        "eval/avg_at_1": 0.5,
+        "eval/avg_at_1_ci95": 0.02,
+        "eval/greedy": 0.4,
+        "eval/greedy_ci95": float("nan"),
+    }
+    assert evaluation_line(10, scores) == (
+        "held-out at step 10 | avg_at_1 0.500 +- 0.020 | greedy 0.400"
+    )
+
+
+def test_one_line_is_printed_per_rollout_batch_not_per_step(make_trainer, console, printed):
+    trainer = make_trainer(callbacks=[GRPOProgress(console)])
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=3))
+    lines = printed().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["step 2/6", "step 4/6", "step 6/6"]
+    assert "reward 0.500 (mean of 3: 0.500)" in lines[-1]
+
+
+def test_a_validation_gets_its_own_line(make_trainer, console, printed):
+    trainer = make_trainer(callbacks=[GRPOProgress(console)], limit_val_batches=1)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    assert "held-out at step 2 | avg_at_1 0.250 +- 0.125" in printed().splitlines()
+
+
+def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(make_trainer):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+    progress = GRPOProgress(terminal)
+    make_trainer(callbacks=[progress]).fit(TinyModule(), datamodule=TinyData())
+    written = terminal.file.getvalue()
+    assert "train" in written
+    assert "4/4" in written
+    assert "\x1b[?25h" in written  # the cursor is shown again
+
+
+def test_lightnings_default_bar_makes_way(make_trainer, console, printed, monkeypatch):
+    monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # no thread that outlives the test
+    bar = TQDMProgressBar()
+    trainer = make_trainer(callbacks=[bar])
+    trainer.callbacks.append(GRPOProgress(console))
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    assert bar.is_disabled
+    assert "step 4/4" in printed()
+
+
+def test_a_bar_that_the_user_chose_stays(make_trainer, console, printed):
+    bar = RichProgressBar()
+    trainer = make_trainer(callbacks=[bar])
+    trainer.callbacks.append(GRPOProgress(console))
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    assert bar.is_enabled
+    assert "step 4/4" in printed()

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_grpo.callbacks.trajectories import TrajectoryWriter
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.records import read_groups, read_rows
+from tests.fakes.tiny_run import TinyData, TinyModule, make_group
+
+
+def test_each_rollout_batch_is_one_file_named_by_its_last_step(make_trainer, tmp_path):
+    trainer = make_trainer(callbacks=[TrajectoryWriter()], enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=2))
+    files = sorted((tmp_path / "trajectories").iterdir())
+    assert [file.name for file in files] == ["step_000002.parquet", "step_000004.parquet"]
+    assert [(row["step"], row["version"]) for row in read_rows(files[1])] == [(4, 1)] * 4
+
+
+def test_what_was_consumed_can_be_read_back(make_trainer, tmp_path):
+    trainer = make_trainer(callbacks=[TrajectoryWriter()], enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    assert list(read_groups(tmp_path)) == [[make_group(0), make_group(1)]]
+
+
+def test_only_every_nth_rollout_batch_is_written_when_asked(make_trainer, tmp_path):
+    writer = TrajectoryWriter(folder=str(tmp_path / "kept"), every_n_batches=2)
+    trainer = make_trainer(callbacks=[writer], enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=3))
+    names = sorted(file.name for file in (tmp_path / "kept").iterdir())
+    assert names == ["step_000002.parquet", "step_000006.parquet"]
+
+
+def test_an_interval_of_zero_is_refused():
+    with pytest.raises(ConfigError, match="`every_n_batches` must be >= 1, got 0"):
+        TrajectoryWriter(every_n_batches=0)
