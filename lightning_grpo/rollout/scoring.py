@@ -1,0 +1,218 @@
+"""Rewards in processes that can be killed: a stuck or crashed one costs its own call, no other.
+
+A function may live in the user's script, a notebook cell or be a lambda: cloudpickle ships it by
+value. The functions known at the start travel once per process, not with each call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import pickle
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import anyio
+import anyio.to_thread
+import cloudpickle
+from loky.backend import get_context
+from pebble import ProcessExpired, ProcessPool
+
+from lightning_grpo.errors import ConfigError, RewardError
+from lightning_grpo.rollout import reward_worker
+from lightning_grpo.rollout.binding import reward_name
+from lightning_grpo.rollout.protocols import Reward, RewardValue
+from lightning_grpo.rollout.reward_worker import Answer, answer_of
+
+
+@dataclass
+class ScoringCounts:
+    """Calls of rewards since the start.
+
+    Attributes:
+        scored: Calls that gave a value.
+        failed: Calls that raised or gave no finite number.
+        timed_out: Calls whose process was killed.
+        crashed: Calls whose process ended by itself.
+        seconds: Time of all calls, waiting for a free process included.
+    """
+
+    scored: int = 0
+    failed: int = 0
+    timed_out: int = 0
+    crashed: int = 0
+    seconds: float = 0.0
+
+
+class RewardScorer:
+    """Calls rewards under a time limit; an async context manager.
+
+    Args:
+        rewards: Functions that are shipped when a process starts; others travel with each call.
+        processes: How many; 0 calls in-line, without a limit, for a debugger.
+        timeout_s: Of one call, from when a process takes it up.
+        use_gpu: Whether the processes see the GPUs.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward] = (),
+        processes: int = 2,
+        timeout_s: float = 15.0,
+        use_gpu: bool = False,
+    ) -> None:
+        self.processes = processes
+        self.timeout_s = timeout_s
+        self.counts = ScoringCounts()
+        self._rewards = list(rewards)
+        self._use_gpu = use_gpu
+        self._shipped = {id(reward): index for index, reward in enumerate(self._rewards)}
+        self._pool: _OwnedPool | None = None
+        self._starting = anyio.Lock()
+
+    async def __aenter__(self) -> Self:
+        """Start the processes, ahead of the first call."""
+        if self.processes and not all(is_async(reward) for reward in self._rewards):
+            self._pool = await anyio.to_thread.run_sync(self._start_pool)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """End every process, whatever it is doing."""
+        await self._close(self._pool)
+
+    async def score(self, reward: Reward, arguments: Mapping[str, Any]) -> RewardValue:
+        """Call `reward(**arguments)`.
+
+        Raises:
+            RewardError: It raised (with its traceback), timed out, crashed, or gave no finite
+                number. There is no score then: never a silent 0.
+            ConfigError: It returned a list or a coroutine, which no further attempt can cure.
+        """
+        began = time.perf_counter()
+        try:
+            if is_async(reward) or self.processes == 0:
+                kind, value = await self._call_here(reward, arguments)
+            else:
+                kind, value = await self._call_in_process(reward, arguments)
+        finally:
+            self.counts.seconds += time.perf_counter() - began
+        if kind == "misuse":
+            raise ConfigError(f"reward {reward_name(reward)!r}: {value}")
+        if kind == "error":
+            self.counts.failed += 1
+            raise RewardError(f"reward {reward_name(reward)!r} failed: {value}")
+        self.counts.scored += 1
+        return value
+
+    async def _call_here(self, reward: Reward, arguments: Mapping[str, Any]) -> Answer:
+        try:
+            with anyio.move_on_after(self.timeout_s):
+                value = reward(**arguments)
+                return answer_of(await value if is_async(reward) else value)
+        except Exception as error:
+            self.counts.failed += 1
+            raise RewardError(f"reward {reward_name(reward)!r} raised {error!r}") from error
+        raise self._timed_out(reward)
+
+    async def _call_in_process(self, reward: Reward, arguments: Mapping[str, Any]) -> Answer:
+        async with self._starting:
+            if self._pool is None:
+                self._pool = await anyio.to_thread.run_sync(self._start_pool)
+        pool = self._pool
+        shipped = self._shipped.get(id(reward))
+        named = shipped if shipped is not None else cloudpickle.dumps(reward)
+        try:
+            return await pool.call(named, _pickle(dict(arguments)), self.timeout_s)
+        except TimeoutError:
+            raise self._timed_out(reward) from None
+        except ProcessExpired as error:
+            self.counts.crashed += 1
+            raise RewardError(
+                f"the process of reward {reward_name(reward)!r} ended by itself "
+                f"(exit code {error.exitcode}; -9 is often the kernel, out of memory)"
+            ) from None
+        except RuntimeError as error:  # pebble's: the pool is broken
+            await self._close(pool)
+            self.counts.crashed += 1
+            raise RewardError(
+                f"the processes that run rewards were lost and start anew ({error})"
+            ) from error
+
+    def _timed_out(self, reward: Reward) -> RewardError:
+        self.counts.timed_out += 1
+        return RewardError(
+            f"reward {reward_name(reward)!r} took longer than `reward_timeout_s` "
+            f"({self.timeout_s:g} s) and was ended"
+        )
+
+    async def _close(self, pool: _OwnedPool | None) -> None:
+        if pool is not None and self._pool is pool:
+            self._pool = None
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(pool.close)
+
+    def _start_pool(self) -> _OwnedPool:
+        blobs = [cloudpickle.dumps(reward) for reward in self._rewards]
+        return _OwnedPool(self.processes, (blobs, os.getpid(), self._use_gpu))
+
+
+class _OwnedPool:
+    """A pool whose processes are started by a thread that lives as long as it does.
+
+    Linux ends a process that asked for it when the *thread* that started it ends, so that must be
+    none of the short-lived ones.
+    """
+
+    def __init__(self, processes: int, arguments: tuple[Any, ...]) -> None:
+        self._pool = ProcessPool(
+            max_workers=processes,
+            context=get_context("loky"),
+            initializer=reward_worker.start,
+            initargs=arguments,
+        )
+        self._started = threading.Event()
+        self._closing = threading.Event()
+        self._owner = threading.Thread(target=self._own, name="reward-processes", daemon=True)
+        self._owner.start()
+        self._started.wait()
+
+    async def call(self, reward: int | bytes, arguments: bytes, timeout_s: float) -> Answer:
+        function = reward_worker.call
+        future = self._pool.schedule(function, args=(reward, arguments), timeout=timeout_s)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            # A call that runs is left to end: to kill it costs a new process.
+            if not future.running():
+                future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._closing.set()
+        self._owner.join()
+
+    def _own(self) -> None:
+        try:
+            _ = self._pool.active  # starts the processes
+        finally:
+            self._started.set()
+        self._closing.wait()
+        self._pool.stop()
+        self._pool.join()
+
+
+def is_async(reward: Reward) -> bool:
+    """Whether a reward runs on the event loop."""
+    target = reward if inspect.isroutine(reward) else type(reward).__call__
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(reward)
+
+
+def _pickle(arguments: dict[str, Any]) -> bytes:
+    try:
+        return pickle.dumps(arguments, protocol=pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return cloudpickle.dumps(arguments)  # slower, and knows more kinds of objects

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_grpo.rewards import gsm8k
+from lightning_grpo.rewards.final_answer import final_number
+
+RIGHT = [
+    ("#### 18", "18"),
+    ("She earns 9 * 2.\n#### 18", "#### 18"),
+    ("#### 18", "Janet sells 16 - 3 - 4 = 9 eggs.\n#### 18"),
+    ("#### 1,234", "1234"),
+    ("#### 1234", "#### 1,234"),
+    ("#### 1,234,567.50", "1234567.5"),
+    ("#### $18.00", "18"),
+    ("#### 18.0", "18"),
+    ("#### .5", "0.5"),
+    ("#### 018", "18"),
+    ("#### 18 dollars.", "18"),
+    ("#### 18.", "18"),
+    ("#### 18, which is all.", "18"),
+    ("#### 18%", "18"),
+    ("#### 18kg", "18"),
+    ("#### **18**", "18"),
+    ("#### The answer is 18.", "18"),
+    ("#### x=18", "18"),
+    ("#### v2 gives 18", "18"),
+    ("####18", "18"),
+    ("####\n18", "18"),
+    ("#### -5", "-5"),
+    ("#### -$5", "-5"),
+    ("#### $-5", "-5"),
+    ("#### \u22125", "-5"),
+    ("#### $ 5", "5"),
+    ("#### \u20ac5", "5"),
+    ("#### 3\nNo, wait.\n#### 18", "18"),
+    ("#### 18 (that is 12 + 6)", "18"),
+    ("#### 0.1", "0.10"),
+]
+WRONG = [
+    ("18", "18"),
+    ("", "18"),
+    ("####", "18"),
+    ("#### none", "18"),
+    ("#### 18\n#### 3", "18"),
+    ("#### 19", "18"),
+    ("#### -18", "18"),
+    ("#### 18.01", "18"),
+    ("#### 181", "18"),
+    ("#### 1,8", "18"),
+    ("#### 1/2", "1"),
+    ("#### 1e3", "1"),
+    ("#### 10-20", "10"),
+    ("#### 3, 4", "3"),
+    ("#### 3 + 5", "3"),
+    ("#### 12:30", "12"),
+    ("#### 1.2.3", "1.2"),
+    ("#### \n\nBecause 18", "17"),
+    ("#### 0.30000000000000004", "0.3"),
+    ("#### 9007199254740993", "9007199254740992"),
+    ("### 18", "18"),
+]
+
+
+@pytest.mark.parametrize(("completion", "answer"), RIGHT)
+def test_a_right_answer_as_models_write_it_scores_one(completion, answer):
+    assert gsm8k(completion, answer) == 1.0
+
+
+@pytest.mark.parametrize(("completion", "answer"), WRONG)
+def test_what_is_not_the_number_after_the_last_mark_scores_zero(completion, answer):
+    assert gsm8k(completion, answer) == 0.0
+
+
+def test_a_dataset_answer_may_be_a_number():
+    assert gsm8k("#### 18", 18) == 1.0
+
+
+def test_a_dataset_answer_without_a_number_is_an_error_not_a_zero():
+    with pytest.raises(ValueError, match="holds no number: 'unknown'"):
+        gsm8k("#### 18", "unknown")
+
+
+@given(
+    number=st.integers(-(10**12), 10**12),
+    commas=st.booleans(),
+    dollars=st.booleans(),
+    before=st.text(max_size=30),
+    tail=st.sampled_from(["", ".", " dollars.", "\n", "!", " eggs, 3 of them", ".00", "\n7"]),
+)
+def test_any_number_is_found_however_it_is_written(number, commas, dollars, before, tail):
+    written = f"{abs(number):,}" if commas else str(abs(number))
+    written = ("-" if number < 0 else "") + ("$" if dollars else "") + written
+    assert gsm8k(f"{before}\n#### {written}{tail}", f"#### {number}") == 1.0
+    assert gsm8k(f"{before}\n#### {written}{tail}", f"#### {number + 1}") == 0.0
+
+
+@given(text=st.text(max_size=300))
+def test_no_text_breaks_it(text):
+    found = final_number(text)
+    assert found is None or isinstance(found, Decimal)
+    assert gsm8k(text, "3") in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["#" * 10**6, "####" + "9" * 10**6, "####" + "1," * 10**6, "#### -" * 10**5, "x" * 10**6],
+)
+@pytest.mark.timeout(5)
+def test_a_megabyte_of_anything_is_nothing(text):
+    for _ in range(50):
+        assert gsm8k(text, "18") == 0.0
+
+
+def test_the_result_is_a_float():
+    assert math.copysign(1.0, gsm8k("", "1")) == 1.0
+    assert isinstance(gsm8k("#### 1", "1"), float)
