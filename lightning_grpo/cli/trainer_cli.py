@@ -14,14 +14,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning_utilities.core.imports import RequirementCache
 
 from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import set_one_thread_default, silence_jsonargparse
 from lightning_grpo.cli.problem import ConfigProblem, nearest
 from lightning_grpo.cli.refusals import condense, locate
+from lightning_grpo.cli.runs import RUNS, default_loggers, last_checkpoint, version_of
 from lightning_grpo.cli.sources import Setting
 from lightning_grpo.errors import ConfigError
 
@@ -30,7 +29,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 1,  # a step is seconds to minutes: each one is worth a row
     "enable_model_summary": False,  # RunSummary says it
 }
-RUNS = "runs"
 
 _SKIPPED = {
     "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
@@ -68,6 +66,7 @@ class GRPOCLI(LightningCLI):
     ) -> None:
         self._command, self._arguments = command, arguments
         self._settings, self._run_name = settings, run_name
+        self._version: int | None = None
         self._roots = {
             "trainer": Trainer,
             "model": kwargs["model_class"],
@@ -94,16 +93,20 @@ class GRPOCLI(LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Name the run's folder."""
-        trainer = self.config[self._command].trainer
-        if trainer.default_root_dir is None:
-            trainer.default_root_dir = str(Path(RUNS) / self._run_name)
+        """Name the run's folder, and find the checkpoint that `last` means."""
+        config = self.config[self._command]
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
+        if config.ckpt_path == "last" and _is_default(config.trainer.logger):
+            checkpoint = last_checkpoint(Path(config.trainer.default_root_dir))
+            if checkpoint is not None:
+                config.ckpt_path, self._version = str(checkpoint), version_of(checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
         config = self._get(self.config_init, "trainer")
-        if config.logger in (None, True) and not config.fast_dev_run:
-            kwargs["logger"] = default_loggers(Path(config.default_root_dir))
+        if _is_default(config.logger) and not config.fast_dev_run:
+            kwargs["logger"] = default_loggers(Path(config.default_root_dir), self._version)
         self._refuse_unknown_strategy(config.strategy)
         try:
             trainer = super().instantiate_trainer(**kwargs)
@@ -122,13 +125,8 @@ class GRPOCLI(LightningCLI):
             raise ConfigProblem("trainer.strategy", rule, place, nearest(name, known))
 
 
-def default_loggers(root: Path) -> list[Logger]:
-    """A CSV file, and TensorBoard where it is installed, in one `version_N` folder."""
-    csv = CSVLogger(root, name="")
-    loggers: list[Logger] = [csv]
-    if RequirementCache("tensorboard"):
-        loggers.append(TensorBoardLogger(root, name="", version=csv.version))
-    return loggers
+def _is_default(logger: Any) -> bool:
+    return logger is None or logger is True
 
 
 def run_cli(

@@ -1,6 +1,6 @@
 """Stand-ins with the signatures of the public surface, for tests of the command line.
 
-They validate like the real classes and start nothing.
+They validate like the real classes, train one number and start nothing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import Sampling
+from tests.fakes.tiny_run import TinyData, TinyModule
 
 
 class TokenMean:
@@ -112,7 +112,7 @@ def adamw(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-6)
 
 
-class GRPOModule(LightningModule):
+class GRPOModule(TinyModule):
     def __init__(
         self,
         model: str,
@@ -131,7 +131,7 @@ class GRPOModule(LightningModule):
         self.optimizer = optimizer
 
 
-class RolloutDataModule(LightningDataModule):
+class RolloutDataModule(TinyData):
     def __init__(
         self,
         prompts: Prompts,

@@ -71,6 +71,12 @@ class TinyLoader:
             yield TinyMinibatch(rollout, is_last=False)
             yield TinyMinibatch(rollout, is_last=True)
 
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
 
 class TinyModule(L.LightningModule):
     """Logs what a real module would, with made-up values."""

@@ -1,0 +1,242 @@
+"""What a good configuration does, with stand-ins for the module and the data module."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_grpo.cli.fit import split_configs
+from lightning_grpo.cli.problem import ConfigProblem
+from lightning_grpo.cli.runs import last_checkpoint, version_of
+from lightning_grpo.cli.sources import collect
+from lightning_grpo.cli.trainer_cli import run_cli
+from lightning_grpo.errors import ConfigError
+from tests.fakes.cli_stubs import GRPOModule, RolloutDataModule
+
+SMALL = """\
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  limit_val_batches: 0
+  enable_progress_bar: false
+model:
+  model: shipped:quickstart
+  loss:
+    class_path: tests.fakes.cli_stubs.GRPOLoss
+    init_args: {clip_high: 0.28}
+  correction: tests.fakes.cli_stubs.TokenTIS
+  optimizer:
+    class_path: torch.optim.AdamW
+    init_args: {lr: 1e-4}
+data:
+  prompts: &prompts {path: train.jsonl, column: question}
+  val_prompts: {<<: *prompts, path: test.jsonl, limit: 500}
+  workflow:
+    class_path: tests.fakes.cli_stubs.RLVRWorkflow
+    init_args:
+      reward: [tests.fakes.cli_stubs.reward]
+      sampling: {max_new_tokens: 56}
+  servers: tests.fakes.cli_stubs.EmbeddedServers
+  group_size: 4
+"""
+
+
+class Recorder(RolloutDataModule):
+    """Keeps what was built."""
+
+    built: list[tuple[GRPOModule, RolloutDataModule]] = []  # noqa: RUF012 - shared on purpose
+
+    def setup(self, stage: str) -> None:
+        self.built.append((self.trainer.lightning_module, self))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a command with SMALL as `small.yaml`; what was built comes back."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+
+    def run_command(*arguments: str, command: str = "fit") -> tuple[GRPOModule, RolloutDataModule]:
+        Recorder.built.clear()
+        configs, options = split_configs(list(arguments) or ["--config", "small.yaml"])
+        settings = collect(configs, options)
+        run_cli(command, configs, options, settings, GRPOModule, Recorder)
+        return Recorder.built[-1]
+
+    return run_command
+
+
+def test_a_config_becomes_the_objects_that_it_names(run):
+    module, data = run()
+    assert module.model == "shipped:quickstart"
+    assert (module.loss.clip_low, module.loss.clip_high) == (0.2, 0.28)
+    assert module.correction.cap == 2.0
+    assert module.optimizer([torch.nn.Parameter(torch.ones(1))]).defaults["lr"] == 1e-4
+    assert data.group_size == 4
+    assert data.workflow.sampling.max_new_tokens == 56
+
+
+def test_the_command_line_wins_over_the_file_in_either_order(run):
+    module, data = run(
+        "--data.group_size", "6", "--config", "small.yaml", "--model.loss.clip_high=0.3"
+    )
+    assert data.group_size == 6
+    assert module.loss.clip_high == 0.3
+
+
+def test_a_later_file_wins_over_an_earlier_one(run, tmp_path):
+    (tmp_path / "more.yaml").write_text("data: {group_size: 5}\n")
+    _, data = run("--config=small.yaml", "--config=more.yaml")
+    assert data.group_size == 5
+
+
+def test_a_subclass_in_the_current_folder_keeps_the_files_arguments(run, tmp_path, monkeypatch):
+    (tmp_path / "mymaxrl.py").write_text(
+        "from tests.fakes.cli_stubs import GRPOModule\n\nclass MaxRL(GRPOModule):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module, _ = run("--config", "small.yaml", "--model", "mymaxrl.MaxRL")
+    assert type(module).__name__ == "MaxRL"
+    assert module.loss.clip_high == 0.28
+    assert module.model == "shipped:quickstart"
+
+
+def test_a_run_leaves_its_config_and_metrics_in_one_folder(run, tmp_path):
+    run()
+    folder = tmp_path / "runs" / "small" / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert (folder / "config.yaml").exists()
+    assert list((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_second_run_gets_a_folder_of_its_own(run, tmp_path):
+    run()
+    run()
+    folders = sorted(path.name for path in (tmp_path / "runs" / "small").iterdir())
+    assert folders == ["version_0", "version_1"]
+
+
+def test_the_saved_config_builds_the_same_run_again(run, tmp_path):
+    run("--config", "small.yaml", "--data.group_size", "6")
+    saved = tmp_path / "runs" / "small" / "version_0" / "config.yaml"
+    module, data = run("--config", str(saved))
+    assert data.group_size == 6
+    assert module.loss.clip_high == 0.28
+    assert module.correction.cap == 2.0
+    again = tmp_path / "runs" / "small" / "version_1" / "config.yaml"
+    assert yaml.safe_load(again.read_text()) == yaml.safe_load(saved.read_text())
+
+
+def test_our_trainer_defaults_are_in_the_saved_config(run, tmp_path):
+    run()
+    saved = yaml.safe_load((tmp_path / "runs/small/version_0/config.yaml").read_text())
+    assert saved["trainer"]["num_sanity_val_steps"] == 0
+    assert saved["trainer"]["log_every_n_steps"] == 1
+    assert saved["trainer"]["default_root_dir"] == str(Path("runs") / "small")
+
+
+def test_a_run_goes_on_from_its_last_checkpoint_in_its_own_folder(run, tmp_path):
+    run()
+    module, _ = run(
+        "--config", "small.yaml", "--ckpt_path", "last", "--trainer.max_steps", "4",
+        "--data.group_size", "6",
+    )  # fmt: skip
+    assert module.trainer.global_step == 4
+    folder = tmp_path / "runs" / "small" / "version_0"
+    assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
+    steps = {}
+    for name in ("metrics-0.csv", "metrics.csv"):
+        with (folder / name).open() as file:
+            steps[name] = [row["step"] for row in csv.DictReader(file)]
+    assert steps == {"metrics-0.csv": ["0", "1"], "metrics.csv": ["2", "3"]}
+
+
+def test_the_newest_checkpoint_is_the_last_one(tmp_path):
+    for version, age_s in ((0, 5), (1, 50)):
+        checkpoint = tmp_path / f"version_{version}" / "checkpoints" / "x.ckpt"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        os.utime(checkpoint, (1e9 - age_s, 1e9 - age_s))
+    found = last_checkpoint(tmp_path)
+    assert found == tmp_path / "version_0" / "checkpoints" / "x.ckpt"
+    assert version_of(found) == 0
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_a_checkpoints_own_settings_do_not_override_the_command_line(run, tmp_path):
+    run()
+    (checkpoint,) = (tmp_path / "runs/small/version_0/checkpoints").glob("*.ckpt")
+    module, _ = run(
+        "--config", "small.yaml", "--ckpt_path", str(checkpoint), "--model.loss.clip_high", "0.4"
+    )
+    assert module.loss.clip_high == 0.4
+
+
+def test_validate_takes_the_same_config(run, capsys):
+    module, _ = run("--config=small.yaml", "--trainer.limit_val_batches=1", command="validate")
+    assert float(module.trainer.callback_metrics["eval/avg_at_1"]) == 0.25
+
+
+def test_print_config_prints_a_config_that_parses(run, capsys):
+    with pytest.raises(SystemExit) as left:
+        run("--config", "small.yaml", "--print_config")
+    assert left.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["group_size"] == 4
+
+
+def test_a_shipped_config_is_found_by_its_name():
+    ((name, path),), options = split_configs(["--config", "quickstart.yaml", "--a", "1"])
+    assert name == "quickstart.yaml"
+    assert path.is_file()
+    assert options == ["--a", "1"]
+
+
+def test_a_file_of_the_current_folder_hides_the_shipped_one(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text("trainer: {}\n")
+    ((_, path),), _ = split_configs(["-c", "quickstart.yaml"])
+    assert path.read_text() == "trainer: {}\n"
+
+
+@pytest.mark.parametrize("name", ["quickstart.yaml", "gsm8k.yaml"])
+def test_shipped_configs_have_only_known_sections(name):
+    configs, _ = split_configs(["--config", name])
+    assert {"trainer", "model", "data"} <= set(collect(configs, []).value)
+
+
+def test_a_refusal_while_setting_up_is_reported_at_its_setting(tmp_path):
+    class Refusing(RolloutDataModule):
+        def setup(self, stage):
+            raise ConfigError(
+                "`trainer.max_steps` must be a multiple of 4, got 2 steps. The nearest is 4."
+            )
+
+    (tmp_path / "small.yaml").write_text(SMALL)
+    configs, options = split_configs(["--config", "small.yaml"])
+    settings = collect(configs, options)
+    with pytest.raises(ConfigProblem) as caught:
+        run_cli("fit", configs, options, settings, GRPOModule, Refusing)
+    assert str(caught.value).splitlines() == [
+        "trainer.max_steps (small.yaml, line 4)",
+        "  `trainer.max_steps` must be a multiple of 4, got 2 steps",
+        "  The nearest is 4.",
+    ]
+
+
+def test_one_thread_is_used_on_cpus_unless_the_user_chose(run, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

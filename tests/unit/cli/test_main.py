@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+
+from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
+from lightning_grpo.cli.main import COMMANDS, available_commands, explain, main
+from lightning_grpo.cli.problem import ConfigProblem
+from lightning_grpo.errors import ConfigError, ServerStartError, StopRun
+
+
+def test_help_names_every_command_that_is_there(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in available_commands())
+
+
+def test_no_arguments_print_the_help(capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: lightning-grpo COMMAND")
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lightning-grpo ")
+
+
+def test_an_unknown_command_names_the_nearest_one(capsys):
+    assert main(["trian", "--config", "x.yaml"]) == 2
+    assert main(["validat"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: `trian` is not a command of lightning-grpo",
+        f"it has: {', '.join(available_commands())}",
+        "error: `validat` is not a command of lightning-grpo",
+        "did you mean `lightning-grpo validate`?",
+    ]
+
+
+def test_commands_are_those_whose_module_is_there():
+    assert list(available_commands())[:3] == ["fit", "validate", "test"]
+    assert set(available_commands()) <= set(COMMANDS)
+
+
+def test_a_mistake_leaves_with_code_2_and_no_traceback(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text("trainer:\n  max_steps: 1\nmodle: {}\n")
+    assert main(["fit", "--config", "bad.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: modle (bad.yaml, line 3)",
+        "  is not a section of a config (seed_everything, trainer, model, data)",
+        "  did you mean `model`?",
+    ]
+
+
+def test_only_the_first_rank_speaks_of_a_mistake(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["fit", "--config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_user_may_ask_for_tracebacks(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_GRPO_TRACEBACK", "1")
+    assert wants_traceback()
+    with pytest.raises(ConfigProblem):
+        main(["fit", "--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ConfigError("`a` must be > 0, got 0."), 2, "error: `a` must be > 0, got 0."),
+        (StopRun("saved at step 4", signal.SIGTERM), 143, "stopped: saved at step 4"),
+        (StopRun("saved at step 4", signal.SIGINT), 130, "stopped: saved at step 4"),
+        (KeyboardInterrupt(), 130, "stopped: interrupted"),
+        (ServerStartError("no answer"), 1, "ServerStartError: no answer"),
+    ],
+)
+def test_what_ended_a_command_decides_its_exit_code(error, code, words):
+    exit_code, lines = explain(error)
+    assert exit_code == code
+    assert lines[0] == words
+
+
+def test_files_of_the_current_folder_can_be_imported_here_and_in_children(tmp_path):
+    prepare_imports()
+    assert sys.path[0] == str(tmp_path)
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+
+
+def test_preparing_twice_changes_nothing_more(tmp_path):
+    prepare_imports()
+    before = (list(sys.path), os.environ["PYTHONPATH"])
+    prepare_imports()
+    assert (list(sys.path), os.environ["PYTHONPATH"]) == before
+
+
+def test_a_process_without_a_launcher_is_the_first_rank(monkeypatch):
+    for name in ("LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_first_rank()

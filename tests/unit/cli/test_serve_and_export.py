@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, save
+
+from lightning_grpo.cli.export import check_paths, whole_checkpoint
+from lightning_grpo.cli.main import main
+from lightning_grpo.cli.serve import engine_command
+from lightning_grpo.errors import CheckpointError, ConfigError
+
+
+def test_serve_is_the_engines_own_command_line():
+    assert engine_command(["some/folder", "--port", "30000"]) == [
+        sys.executable, "-m", "lightning_grpo.engine", "--model", "some/folder", "--port", "30000",
+    ]  # fmt: skip
+
+
+def test_serve_passes_a_named_model_through():
+    assert engine_command(["--model", "x"])[3:] == ["--model", "x"]
+
+
+def test_serving_what_is_not_shipped_is_a_mistake(capsys):
+    assert main(["serve", "shipped:nothing"]) == 2
+    assert "Nothing ships as 'shipped:nothing'" in capsys.readouterr().err
+
+
+def test_exporting_from_nowhere_is_refused_at_once(capsys):
+    assert main(["export", "nowhere.ckpt", "out"]) == 2
+    assert "`checkpoint` must exist, got 'nowhere.ckpt'" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
+    checkpoint = tmp_path / "a.ckpt"
+    checkpoint.touch()
+    with pytest.raises(ConfigError, match="`out` must be a new or empty folder"):
+        check_paths(checkpoint, tmp_path)
+
+
+def test_a_single_file_is_taken_as_it_is(tmp_path):
+    checkpoint = tmp_path / "a.ckpt"
+    checkpoint.touch()
+    with whole_checkpoint(checkpoint) as file:
+        assert file == checkpoint
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a checkpoint file nor a folder of shards"):
+        whole_checkpoint(tmp_path).__enter__()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_shards_are_joined_with_what_lies_beside_them(tmp_path):
+    folder = tmp_path / "step=4.ckpt"
+    weights = {"policy.weight": torch.arange(4.0)}
+    save({"state_dict": weights}, storage_writer=FileSystemWriter(folder))
+    torch.save({"hyper_parameters": {"model": "tiny"}, "global_step": 4}, folder / "meta.pt")
+    with whole_checkpoint(folder) as file:
+        state = torch.load(file, weights_only=True)
+    assert state["hyper_parameters"] == {"model": "tiny"}
+    assert torch.equal(state["state_dict"]["policy.weight"], torch.arange(4.0))
+    assert [path.name for path in Path(tmp_path).iterdir()] == [folder.name]
