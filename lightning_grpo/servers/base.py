@@ -59,6 +59,11 @@ class Servers(ABC):
         """
 
     @property
+    @abstractmethod
+    def handles(self) -> list[ServerHandle]:
+        """The servers that answer now; empty before `start` and after `stop`."""
+
+    @property
     def can_restart(self) -> bool:
         """Whether `restart` works."""
         return False
@@ -75,9 +80,9 @@ class Servers(ABC):
     def stop(self) -> None:
         """Ends what was started: no process, port or thread is left. May be called twice."""
 
-    @abstractmethod
     def describe(self) -> str:
         """One line a server: address, process, GPUs, log."""
+        return "\n".join(handle.describe() for handle in self.handles)
 
 
 def read_tail(path: Path, num_lines: int = TAIL_LINES) -> str:

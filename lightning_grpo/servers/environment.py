@@ -24,3 +24,18 @@ def own_package_first() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != root]
     return {"PYTHONPATH": os.pathsep.join([root, *paths])}
+
+
+def config_folder() -> Path:
+    """Where this user's settings of the package lie."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "lightning_grpo"
+
+
+def visible_devices() -> list[int] | None:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves; None where it is not set or names them by id."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return None
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    return [int(name) for name in names] if all(n.isdigit() for n in names) else None

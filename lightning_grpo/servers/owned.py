@@ -37,6 +37,11 @@ class OwnedServers(Servers):
         """Always: the run owns them."""
         return True
 
+    @property
+    def handles(self) -> list[ServerHandle]:
+        """The servers, as `start` found or made them."""
+        return list(self._handles)
+
     def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
         """Starts all servers at once and waits for each; a failure ends the others."""
         self.stop()
@@ -65,13 +70,11 @@ class OwnedServers(Servers):
             return self._handles[slot]
 
     def stop(self) -> None:
-        """Ends every server; returns when all are gone."""
+        """Ends every server; returns when all are gone. A start under way fails at once."""
+        for process in list(self._processes):
+            process.ask_to_end()
         with self._lock:
             self._end_all()
-
-    def describe(self) -> str:
-        """One line a server."""
-        return "\n".join(handle.describe() for handle in self._handles)
 
     def _end_all(self) -> None:
         for process in self._processes:

@@ -83,18 +83,18 @@ class ServerProcess:
     def ask_to_end(self) -> None:
         """Has the supervisor end the server and all that it started."""
         assert self._supervisor.stdin is not None
-        assert self._supervisor.stdout is not None
         self._supervisor.stdin.close()
-        self._supervisor.stdout.close()
 
     def end(self) -> None:
         """Ends the server and all that it started; returns when they are gone."""
+        assert self._supervisor.stdout is not None
         self.ask_to_end()
         try:
             self._supervisor.wait(supervisor.GRACE_S + 10.0)
         except subprocess.TimeoutExpired:
             self._supervisor.kill()
             self._supervisor.wait()
+        self._supervisor.stdout.close()
 
     def _read_pid(self) -> int:
         assert self._supervisor.stdout is not None

@@ -35,6 +35,11 @@ class RunningServers(Servers):
         self.api_key = api_key
         self._handles: list[ServerHandle] = []
 
+    @property
+    def handles(self) -> list[ServerHandle]:
+        """The servers, as `start` found or made them."""
+        return list(self._handles)
+
     def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
         """Waits until every server answers."""
         urls = [normal_url(url) for url in self.urls or server_addresses()]
@@ -54,10 +59,6 @@ class RunningServers(Servers):
     def stop(self) -> None:
         """Leaves the servers running."""
         self._handles = []
-
-    def describe(self) -> str:
-        """One line a server."""
-        return "\n".join(handle.describe() for handle in self._handles)
 
 
 def normal_url(address: str) -> str:

@@ -23,7 +23,8 @@ CAUSES: tuple[tuple[str, str], ...] = (
     (r"MemoryError|Cannot allocate memory", "the machine's memory is full"),
     (
         r"Repository Not Found|not a valid model identifier|No such file or directory: '([^']*)'"
-        r"|[Nn]o file named|does not exist|[Nn]ot a (?:local )?folder",
+        r"|[Nn]o file named|does not exist|[Nn]ot a (?:local )?folder"
+        r"|Repo id must|HFValidationError",
         "the model path is wrong or incomplete",
     ),
     (r"[Pp]ermission denied", "a file may not be read or written"),

@@ -40,13 +40,14 @@ class DiskTransport(Transport):
 
     def bind(self, place: Place) -> None:
         """Fixes where versions are written."""
-        self._root = Path(self.folder) if self.folder else place.run_dir / "weights"
-        self._model_path = place.model_path
+        # Absolute: servers have working directories of their own.
+        root = Path(self.folder) if self.folder else place.run_dir / "weights"
+        self._root = root.absolute()
+        self._model_path = local_folder(place.model_path)
 
     def prepare(self, snapshot: Snapshot, version: int) -> int:
         """Writes the version's folder and deletes the oldest beyond `keep`."""
         assert self._root is not None, "the transport was not bound"
-        assert self._model_path is not None, "the transport was not bound"
         self._current, num_bytes = write_version(self._root, version, snapshot, self._model_path)
         versions = sorted(p for p in self._root.glob("v[0-9]*") if p.suffix != ".partial")
         for old in [p for p in versions if p != self._current][: -(self.keep - 1) or None]:
@@ -70,7 +71,7 @@ class DiskTransport(Transport):
 
 
 def write_version(
-    root: Path, version: int, snapshot: Snapshot, model_path: Path
+    root: Path, version: int, snapshot: Snapshot, model_path: Path | None
 ) -> tuple[Path, int]:
     """Writes `root/v000012`, complete or not at all, and returns it with its bytes of weights.
 
@@ -85,7 +86,8 @@ def write_version(
     try:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        copy_companions(model_path, partial)
+        if model_path is not None:
+            copy_companions(model_path, partial)
         write_manifest(partial, version)
         (partial / READY).touch()
         partial.rename(final)
@@ -95,6 +97,20 @@ def write_version(
             " Free space there, or give `DiskTransport(folder)` another folder."
         ) from error
     return final, (final / WEIGHTS).stat().st_size
+
+
+def local_folder(model_path: Path) -> Path | None:
+    """The folder of a model, also where a hub id names one that was downloaded; else None."""
+    if model_path.is_dir():
+        return model_path
+    # Here, not above: only runs that name a hub id need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model_path), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def copy_companions(model_path: Path, folder: Path) -> None:

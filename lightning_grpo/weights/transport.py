@@ -118,7 +118,7 @@ class Place:
 
     Attributes:
         run_dir: The run's own folder.
-        model_path: The folder that the servers loaded, for the files beside the weights.
+        model_path: The folder (or hub id) that the servers loaded: the files beside the weights.
         bucket_bytes: Size of flat buckets.
     """
 

@@ -131,6 +131,7 @@ class FakeServer:
     async def kill(self) -> None:
         """Closes the socket and every connection, as when the process dies."""
         self._hangs.set()
+        self.group = None
         if self._runner is not None:
             runner, self._runner = self._runner, None
             if runner.server is not None:
@@ -138,7 +139,6 @@ class FakeServer:
                     if connection.transport is not None:
                         connection.transport.abort()
             await runner.cleanup()
-        self.group = None
 
     @web.middleware
     async def _faulty(self, request: web.Request, handler: Any) -> web.StreamResponse:

@@ -343,7 +343,7 @@ async def test_servers_that_hold_the_folders_weights_are_adopted_without_a_trans
 async def test_a_server_that_scores_to_the_last_bit_as_before_did_not_change(tmp_path):
     # In a lower precision the first limit is wide: staying the same is what gives it away.
     probe = Probe(PROBE.sequences, exact=False)
-    close = torch.tensor(make_table(1)) + 0.2 * torch.tensor(make_table(7))
+    close = torch.tensor(make_table(1)) + 0.1 * torch.tensor(make_table(7))
     server = FakeServer()
     async with fleet(tmp_path, DiskTransport(), server, probe=probe) as (_, publisher):
         noisy = [[x + 0.05 for x in row] for row in expected(1)]

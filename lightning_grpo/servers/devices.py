@@ -1,0 +1,36 @@
+"""Which GPUs are here, and which of them serve."""
+
+from __future__ import annotations
+
+import subprocess
+
+from lightning_grpo.servers.environment import visible_devices
+
+SHARED_MEMORY_FRACTION = 0.4
+"""What a server takes of a GPU that the trainer uses, too."""
+
+
+def present_devices() -> list[int]:
+    """The GPUs that this process may use, by their number on the machine.
+
+    Asked of the driver's own tool, since torch is not needed to serve.
+    """
+    visible = visible_devices()
+    if visible is not None:
+        return visible
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) for line in listed.stdout.split()]
+
+
+def serving_devices(present: list[int]) -> list[int]:
+    """Half of the GPUs, rounded up, serve, the last ones; one GPU is shared with the trainer."""
+    return present[len(present) // 2 :] if len(present) > 1 else present

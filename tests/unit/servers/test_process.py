@@ -1,0 +1,135 @@
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from lightning_grpo.errors import ServerStartError
+from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.process import Launch
+from lightning_grpo.servers.waiting import likely_cause
+
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print("loading", flush=True)
+print(f"READY http://127.0.0.1:{server.server_port}", flush=True)
+server.serve_forever()
+"""
+
+
+class PythonServers(OwnedServers):
+    def __init__(self, code, num_servers=1, start_timeout_s=20.0):
+        super().__init__()
+        self.code, self.num_servers, self.start_timeout_s = code, num_servers, start_timeout_s
+
+    def launches(self, model_path, run_dir):
+        return [
+            Launch([sys.executable, "-u", "-c", self.code], run_dir / f"{slot}.log", {})
+            for slot in range(self.num_servers)
+        ]
+
+
+def alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_servers_start_answer_restart_and_leave_nothing(tmp_path):
+    servers = PythonServers(SERVER, num_servers=2)
+    first, second = servers.start("model", tmp_path)
+    try:
+        assert alive(first.pid)
+        assert first.url != second.url
+        assert "loading" in first.log_tail()
+        assert f"pid {first.pid}" in servers.describe()
+        psutil.Process(first.pid).kill()
+        again = servers.restart(first.url)
+        assert alive(again.pid)
+        assert again.pid != first.pid
+        assert servers.handles == [again, second]
+    finally:
+        servers.stop()
+    assert not any(alive(h.pid) for h in (first, second, again))
+    assert servers.handles == []
+    servers.stop()
+
+
+def test_a_restart_replaces_a_server_that_still_runs(tmp_path):
+    servers = PythonServers(SERVER)
+    (first,) = servers.start("model", tmp_path)
+    try:
+        again = servers.restart(first.url)
+        assert not alive(first.pid)
+        assert alive(again.pid)
+    finally:
+        servers.stop()
+
+
+def test_a_start_that_fails_shows_the_end_of_the_log_and_the_likely_cause(tmp_path):
+    servers = PythonServers("import lightning_grpo_is_not_called_so")
+    with pytest.raises(ServerStartError) as error:
+        servers.start("model", tmp_path)
+    message = str(error.value)
+    assert "ended with status 1" in message
+    assert "package lightning_grpo_is_not_called_so is missing" in message
+    assert message.count("Traceback") == 1
+
+
+def test_a_start_that_takes_too_long_ends_and_leaves_no_process(tmp_path):
+    servers = PythonServers("print('still loading'); import time; time.sleep(300)", 1, 1.0)
+    before = {c.pid for c in psutil.Process().children(recursive=True)}
+    with pytest.raises(ServerStartError, match="not ready in time") as error:
+        servers.start("model", tmp_path)
+    assert "still loading" in str(error.value)
+    assert {c.pid for c in psutil.Process().children(recursive=True)} <= before
+
+
+def test_one_that_fails_ends_the_others(tmp_path):
+    code = f"import sys, os\nif not os.path.exists({str(tmp_path / 'flag')!r}):\n"
+    code += f"    open({str(tmp_path / 'flag')!r}, 'w').close(); sys.exit(3)\n{SERVER}"
+    with pytest.raises(ServerStartError, match="status 3"):
+        PythonServers(code, num_servers=2).start("model", tmp_path)
+
+
+def test_a_stop_while_starting_ends_the_start(tmp_path):
+    servers = PythonServers("import time; time.sleep(300)", 1, 100.0)
+    errors = []
+
+    def start():
+        try:
+            servers.start("model", tmp_path)
+        except ServerStartError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    while not (tmp_path / "0.log").exists() or not servers._processes:
+        time.sleep(0.01)
+    servers.stop()
+    thread.join(30)
+    assert errors
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        ("OSError: [Errno 98] Address already in use", "the port is in use"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "the GPU's memory is full"),
+        ("ModuleNotFoundError: No module named 'sglang'", "package sglang is missing"),
+        ("OSError: Repo id must use alphanumeric chars", "the model path is wrong"),
+        ("something else", ""),
+    ],
+)
+def test_likely_causes(log, cause):
+    found = likely_cause(log, 1)
+    assert cause in found
+    assert bool(found) == bool(cause)
+
+
+def test_a_kill_points_at_memory():
+    assert "memory" in likely_cause("", -9)

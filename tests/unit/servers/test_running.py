@@ -1,0 +1,74 @@
+import asyncio
+import threading
+
+import pytest
+
+from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
+from lightning_grpo.servers.environment import ADDRESSES_VARIABLE
+from lightning_grpo.servers.running import RunningServers, normal_url
+from tests.fakes.server import FakeServer
+
+
+@pytest.fixture
+def fake():
+    """A fake server on a loop of its own, since RunningServers blocks."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start():
+        server = FakeServer()
+        await server.start()
+        return server
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+    yield server
+    asyncio.run_coroutine_threadsafe(server.kill(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_servers_that_answer_are_taken_as_they_are(fake, tmp_path):
+    servers = RunningServers([fake.url, f"localhost:{fake.port}/"])
+    handles = servers.start("model", tmp_path)
+    assert [h.url for h in handles] == [fake.url, f"http://localhost:{fake.port}"]
+    assert fake.url in servers.describe()
+    assert not servers.can_restart
+    with pytest.raises(ServerError, match="was not started by this run"):
+        servers.restart(fake.url)
+    servers.stop()
+    assert servers.handles == []
+
+
+def test_the_addresses_of_a_launcher_are_used_where_none_are_given(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv(ADDRESSES_VARIABLE, f" 127.0.0.1:{fake.port} ,")
+    assert [h.url for h in RunningServers().start("model", tmp_path)] == [fake.url]
+
+
+def test_no_address_at_all_is_explained(tmp_path, monkeypatch):
+    monkeypatch.delenv(ADDRESSES_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match=f"{ADDRESSES_VARIABLE} is not set"):
+        RunningServers().start("model", tmp_path)
+
+
+def test_a_url_where_nothing_listens_is_named(tmp_path):
+    servers = RunningServers(["http://127.0.0.1:9"], connect_timeout_s=0.2)
+    with pytest.raises(ServerStartError, match=r"answers at http://127\.0\.0\.1:9 after 0\.2 s"):
+        servers.start("model", tmp_path)
+
+
+def test_a_repeated_url_is_refused(fake, tmp_path):
+    with pytest.raises(ConfigError, match="more than once"):
+        RunningServers([fake.url, fake.url]).start("model", tmp_path)
+
+
+@pytest.mark.parametrize("address", ["ftp://a:1", "http://host", "host"])
+def test_an_address_without_scheme_or_port_is_refused(address):
+    with pytest.raises(ConfigError):
+        normal_url(address)
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(ConfigError, match="at least one server"):
+        RunningServers([])
