@@ -18,6 +18,8 @@ from transformers import (
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PACKED, register_packed_attention
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+
 
 def load_policy(
     model: str,
@@ -60,6 +62,7 @@ def load_tokenizer(model: str, **tokenizer_kwargs: Any) -> PreTrainedTokenizerBa
         ConfigError: There is none.
     """
     check_source(model)
+    _check_tokenizer_files(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, **tokenizer_kwargs)
     except (OSError, ValueError, KeyError) as error:
@@ -88,6 +91,16 @@ def check_source(model: str) -> None:
         )
 
 
+def _check_tokenizer_files(model: str) -> None:
+    # transformers makes up a tokenizer without a vocabulary where a folder has none.
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(p)) for p in _TOKENIZER_FILES):
+        raise ConfigError(
+            f"`model` must come with a tokenizer, got {model!r}, which has none. "
+            "Way out: put tokenizer.json and tokenizer_config.json into the folder."
+        )
+
+
 def without_dropout(model: nn.Module) -> None:
     """Sets every dropout to 0: two passes over a token must give the same logprob.
 
@@ -96,6 +109,17 @@ def without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keeps only the blocks' inputs for the backward pass; acts in training mode alone.
+
+    transformers 5.2x renames `gradient_checkpointing_enable`; the old name warns there.
+    """
+    renamed = "activation_checkpointing_enable"
+    name = renamed if hasattr(model, renamed) else "gradient_checkpointing_enable"
+    enable = getattr(model, name)
+    enable({"use_reentrant": False})
 
 
 def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:

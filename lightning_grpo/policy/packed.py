@@ -102,7 +102,8 @@ def predicted_positions(cu_seqlens: Tensor, positions_mask: Tensor | None = None
 
 def _per_row(temperature: Tensor | float, positions: Tensor, hidden: Tensor) -> Tensor:
     if not isinstance(temperature, Tensor):
-        return torch.full((len(positions),), float(temperature), device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.new_full((len(positions),), float(temperature), dtype=dtype)
     if temperature.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"`temperature` must be fp32 (0.7 is no bf16 number), got {temperature.dtype}. Under "

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_loss_and_gradient_norm_equal_the_committed_numbers_of_trl(case):
 
 def test_the_committed_numbers_tell_the_cases_apart():
     norms = sorted(case["grad_norm"] for name, case in golden()["cases"].items() if name != "bnpo")
-    gaps = [right / left - 1 for left, right in zip(norms, norms[1:], strict=False)]
+    gaps = [right / left - 1 for left, right in pairwise(norms)]
     assert min(gaps) > 10 * TOLERANCE
 
 
