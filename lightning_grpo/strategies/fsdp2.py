@@ -15,9 +15,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grpo._compat import optimizers_to_device, set_data_parallel_size
@@ -145,6 +147,17 @@ class FSDP2Strategy(ModelParallelStrategy):
             return
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self.root_device)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        fresh = not inner.state
+        state = super().optimizer_state(optimizer)
+        if fresh:  # torch made a step at rate 0 to learn the state's names: undo it, here and there
+            inner.state.clear()
+            for entry in state.get("state", {}).values():
+                entry.update({key: value * 0 for key, value in entry.items() if key == "step"})
+        return state
 
     @override
     def load_checkpoint(

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +155,4 @@ def _main(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not the folder of this file: its names would hide real modules
-    try:
-        _main(Path(sys.argv[1]), int(sys.argv[2]))
-    except Exception:  # noqa: BLE001 - what a test's function raises is printed, whatever it is
-        traceback.print_exc()
-        sys.exit(1)
+    _main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -115,3 +115,28 @@ def test_a_full_checkpoint_holds_plain_names_and_loads_safely(tmp_path):
     state = torch.load(tmp_path / "full", weights_only=True)
     assert "policy.model.lm_head.weight" in state["state_dict"]
     assert state["global_step"] == 3
+
+
+class SavesAtStart(TinyModule):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def on_train_start(self) -> None:
+        self.trainer.save_checkpoint(self.path)
+
+
+def save_before_the_first_step(folder: str) -> list[list[float]]:
+    losses = [fit("fsdp2", 1, folder)[0].losses]
+    for kind in (True, False):
+        path = Path(folder) / f"at_start_{kind}"
+        strategy = FSDP2Strategy(save_distributed_checkpoint=kind)
+        losses.append(fit(strategy, 1, folder, SavesAtStart(path))[0].losses)
+        losses.append(fit("fsdp2", 1, folder, ckpt_path=path)[0].losses)
+    return losses
+
+
+def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path):
+    (losses,) = run_ranks(save_before_the_first_step, 1, str(tmp_path))
+    assert len(losses) == 5
+    assert all(each == losses[0] for each in losses)

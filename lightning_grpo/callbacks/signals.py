@@ -1,0 +1,170 @@
+"""SignalHandling: a signal sets a flag, and the ranks act on it together at a safe point.
+
+Lightning's own handlers act inside the signal: they broadcast (two ranks then wait for each other
+for good) or save a checkpoint between any two bytecodes. Ours take their place from
+`on_train_start` to the end of the fit.
+
+Exit status, when nothing catches `StopRun`: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1
+(rank 0; the other ranks end with 0). A second SIGINT or SIGTERM exits at once, with the same
+numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_grpo._compat import hpc_checkpoint_path
+from lightning_grpo.callbacks.stop_flag import StopFlag
+from lightning_grpo.distributed import RankChannel
+from lightning_grpo.errors import StopRun
+
+_LOG = logging.getLogger(__name__)
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+def save_for_resume(trainer: L.Trainer) -> str:
+    """Save where `ckpt_path="hpc"` finds it, as a requeued Slurm job does by itself; collective."""
+    path = trainer.strategy.broadcast(hpc_checkpoint_path(trainer))
+    trainer.save_checkpoint(path)
+    return path
+
+
+def requeue_slurm_job(trainer: L.Trainer) -> None:
+    """`scontrol requeue` this job, if it is one and Lightning's `auto_requeue` is left on."""
+    environment = _slurm(trainer)
+    if environment is None or not environment.auto_requeue:
+        return
+    job = str(environment.job_id())
+    result = subprocess.run(
+        ["scontrol", "requeue", job], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        _LOG.error("`scontrol requeue %s` failed: %s", job, result.stderr.strip())
+    else:
+        rank_zero_info(f"requeued Slurm job {job}")
+
+
+class SignalHandling(Callback):
+    """Ends the run in good order on SIGTERM, SIGINT and SIGUSR1: save, then raise `StopRun`.
+
+    `GRPOModule` supplies it unless the trainer has one. The flag is looked at after the last
+    minibatch of a rollout batch and in every stoppable wait of the `RankChannel`; what one rank
+    got, all ranks act on. After SIGUSR1 (Slurm's warning before the time limit) a Slurm job is
+    requeued too.
+    """
+
+    def __init__(self) -> None:
+        self.flag = StopFlag()
+        self._channel = RankChannel.single()
+        self._save: Callable[[L.Trainer], str] = save_for_resume
+        self._requeue: Callable[[L.Trainer], None] = requeue_slurm_job
+        self._at_boundary: Callable[[Any], bool] = lambda batch: True
+        self._saved_to = ""
+
+    def connect(
+        self,
+        channel: RankChannel,
+        *,
+        save: Callable[[L.Trainer], str] = save_for_resume,
+        at_boundary: Callable[[Any], bool] = lambda batch: True,
+        requeue: Callable[[L.Trainer], None] = requeue_slurm_job,
+    ) -> None:
+        """Wire the callback into a run; before `on_train_start`, on every rank.
+
+        Args:
+            channel: How ranks agree; its waits look at this callback's flag from now on.
+            save: Saves a checkpoint and returns its path; called on all ranks at the same point.
+            at_boundary: Whether a run can resume after this batch of the loader; the same on all
+                ranks.
+            requeue: Asks for the job to be run again; rank 0 only, after a save for SIGUSR1.
+        """
+        self._channel = channel
+        self._save = save
+        self._at_boundary = at_boundary
+        self._requeue = requeue
+        channel.stop_source = self.poll
+
+    def poll(self) -> str:
+        """The name of the signal that this rank got, or an empty string."""
+        return self.flag.requested
+
+    @property
+    def requested(self) -> str | None:
+        """The name of the signal that this rank got."""
+        return self.flag.requested or None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over from Lightning's handlers, which were registered just before."""
+        assert trainer.world_size == self._channel.world_size, "connect() was not called"
+        self._saved_to = ""
+        self.flag.install((*_SIGNALS, *_requeue_signal(trainer)))
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """At the end of a rollout batch, end the run if any rank was asked to."""
+        self._channel.beat("training")
+        if not self._at_boundary(batch):
+            return
+        name = self._channel.agree_on_stop()
+        if name:
+            raise self._channel.stop_run(name, self._stop(trainer, name))
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Save if the stop came out of a wait; tell the other ranks of anything else."""
+        try:
+            if not isinstance(exception, StopRun):
+                cause = self._channel.report_failure(exception)
+                if cause is not None and cause is not exception:
+                    _LOG.error("the cause lies elsewhere: %s", cause)
+            elif self.flag.installed and not self._saved_to:
+                exception.args = (self._stop(trainer, signal.Signals(exception.signal).name),)
+        finally:
+            self.flag.uninstall(exit_on_signal=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self.flag.uninstall()
+
+    def _stop(self, trainer: L.Trainer, name: str) -> str:
+        self._channel.beat("saving a checkpoint", deadline_s=600.0)
+        self._saved_to = self._save(trainer)
+        message = (
+            f"{name}: stopped at step {trainer.global_step}, saved {self._saved_to}; "
+            f"resume with ckpt_path={self._saved_to!r}"
+        )
+        rank_zero_info(message)
+        requeues = name in ("SIGUSR1", *_requeue_signal(trainer))
+        if requeues and self._channel.rank == 0:
+            self._requeue(trainer)
+        return message
+
+
+def _slurm(trainer: L.Trainer) -> SLURMEnvironment | None:
+    strategy = trainer.strategy
+    environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
+    return environment if isinstance(environment, SLURMEnvironment) else None
+
+
+def _requeue_signal(trainer: L.Trainer) -> tuple[str, ...]:
+    environment = _slurm(trainer)
+    if environment is None or environment.requeue_signal is None:
+        return ()
+    return (environment.requeue_signal.name,)
