@@ -12,6 +12,10 @@ import anyio.abc
 from lightning_grpo.errors import RolloutError
 
 
+class ClosedError(RolloutError):
+    """The object was left, in order or because of an error beside it."""
+
+
 class Background:
     """A task group that fails in `check` and `wait`, not in the task that entered it.
 
@@ -41,7 +45,7 @@ class Background:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool | None:
-        self.fail(RolloutError("the rollouts were closed."))
+        self.fail(ClosedError("the rollouts were closed."))
         tasks, self._tasks = self._tasks, None
         if tasks is None:
             return None

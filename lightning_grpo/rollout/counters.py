@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -51,3 +51,39 @@ class Counters:
         """Go on from `state_dict`."""
         for each in fields(self):
             setattr(self, each.name, int(state[each.name]))
+
+
+def metrics(counters: Counters, status: Mapping[str, Any]) -> dict[str, float]:
+    """What is logged of the producer, under its names.
+
+    Args:
+        counters: The producer's.
+        status: Its `status()`.
+    """
+    return {
+        "rollout/pass": float(status["pass"]),
+        "rollout/in_flight": float(status["in_flight"]),
+        "rollout/queued": float(status["queued"]),
+        "rollout/filtered": float(counters.filtered),
+        "rollout/filled": float(counters.filled),
+        "rollout/failed": float(counters.failed),
+        "rollout/retried": float(counters.retried),
+        "rollout/expired": float(counters.expired),
+        "staleness/dropped_groups": float(counters.dropped_groups),
+        "staleness/dropped_tokens": float(counters.dropped_tokens),
+    }
+
+
+def explain_wait(status: Mapping[str, Any]) -> str:
+    """One line on why a batch isn't ready.
+
+    Args:
+        status: The producer's `status()`.
+    """
+    errors = "; ".join(status["last_errors"]) or "none"
+    return (
+        f"no accepted group for {status['idle_s']:.0f} s at version {status['version']}: "
+        f"{status['running']} groups running, {status['queued']} finished, "
+        f"{status['unpublished_batches']} batch(es) whose weights are not out; "
+        f"last errors: {errors}"
+    )

@@ -18,9 +18,8 @@ async def evaluate(
     prompts: Iterable[Prompt],
     sampling: Sampling | None = None,
     num_samples: int = 1,
-    *,
     max_attempts: int = 3,
-    max_running: int = 64,
+    max_in_flight: int = 512,
 ) -> list[Group]:
     """Sample and score `num_samples` episodes of each prompt; groups in the order of the prompts.
 
@@ -30,7 +29,7 @@ async def evaluate(
         sampling: Takes the place of the workflow's own; None leaves it.
         num_samples: Episodes of each prompt.
         max_attempts: How often a prompt is tried.
-        max_running: Prompts that run at once.
+        max_in_flight: Episodes that run at once.
 
     Raises:
         RolloutError: A prompt failed every attempt; names it. No score is made up.
@@ -39,7 +38,7 @@ async def evaluate(
         raise ConfigError(f"`num_samples` must be >= 1, got {num_samples}.")
     groups: dict[int, Group] = {}
     failures: list[Exception] = []
-    slots = anyio.Semaphore(max_running)
+    slots = anyio.Semaphore(max(1, max_in_flight // num_samples))
 
     async def run(index: int, prompt: Prompt) -> None:
         try:

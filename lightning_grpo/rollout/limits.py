@@ -25,8 +25,8 @@ class RolloutLimits:
             batch; then the groups it doesn't want fill the batch.
         straggler_policy: `wait` for a group at its last admissible version, or `drop` it (its
             prompt is asked again).
-        straggler_timeout_s: Longest wait for such a group under `wait` before it expires; and,
-            under either policy, for a batch that all other groups are ready for.
+        straggler_timeout_s: Longest time that a batch waits for a group; it expires then, and the
+            next prompt takes its place. None: as long as its requests take.
     """
 
     max_in_flight: int | None = None

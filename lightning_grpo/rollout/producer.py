@@ -12,7 +12,6 @@ import logging
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any, Self
 
 import anyio
@@ -82,16 +81,9 @@ class RolloutProducer:
         self._background.spawn(self._admit_forever)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
+    async def __aexit__(self, *error: Any) -> bool | None:
         """Cancel every episode."""
-        return await self._background.__aexit__(kind, error, trace)
-
-    # ---- for the trainer -------------------------------------------------------------------
+        return await self._background.__aexit__(*error)
 
     async def take(self, num_groups: int | None = None) -> list[Group]:
         """Wait for one rollout batch: exactly `batch_size` groups, oldest version first.
@@ -105,9 +97,10 @@ class RolloutProducer:
         """
         if num_groups not in (None, self.gate.batch_size):
             raise ConfigError(f"take() gives {self.gate.batch_size} groups, not {num_groups}.")
+        began = anyio.current_time()
         while True:
             changed = self._background.next_change
-            left_s = self._expire_stragglers()
+            left_s = self._expire_stragglers(began)
             self._background.check()
             if self.gate.is_exhausted:
                 raise RolloutError(f"all {self.gate.max_groups} groups of the run were taken.")
@@ -137,14 +130,9 @@ class RolloutProducer:
         self, prompts: Iterable[Prompt], sampling: Sampling | None = None, num_samples: int = 1
     ) -> list[Group]:
         """Groups for each prompt, past the gate and before all other requests."""
-        max_running = max(1, self._max_running * self.runner.group_size // max(1, num_samples))
+        num_episodes = self._max_running * self.runner.group_size
         return await evaluate(
-            self.runner,
-            prompts,
-            sampling,
-            num_samples,
-            max_attempts=self.limits.max_attempts,
-            max_running=max_running,
+            self.runner, prompts, sampling, num_samples, self.limits.max_attempts, num_episodes
         )
 
     def status(self) -> dict[str, Any]:
@@ -162,7 +150,7 @@ class RolloutProducer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from, as plain data; made without an await, so it is one moment."""
+        """Everything to go on from, as plain data; without an await, so it is one moment."""
         return {
             "backlog": self._backlog.state_dict(),
             "num_filtered": self._filter.num_filtered,
@@ -172,16 +160,15 @@ class RolloutProducer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; before the producer is entered."""
-        if self._background.is_running:
-            raise RolloutError("load_state_dict() must come before the producer starts.")
+        """Go on from `state_dict`; what runs meanwhile is cancelled and forgotten."""
+        for run in self._backlog.runs.values():
+            run.scope.cancel()
         self.gate.load_state_dict(state["gate"])
         self.ledger.load_state_dict(state["ledger"])
         self.counters.load_state_dict(state["counters"])
         self._filter.num_filtered = int(state["num_filtered"])
         self._backlog.load_state_dict(state["backlog"], self.gate)
-
-    # ---- one group -------------------------------------------------------------------------
+        self._background.notify()
 
     async def _admit_forever(self) -> None:
         while True:
@@ -240,8 +227,7 @@ class RolloutProducer:
         return True
 
     def _filter_in_order(self) -> None:
-        # Decided in the order of admission, so that who fills the batch doesn't depend on who
-        # finished first. Replacements start now; the batch is settled again once they are done.
+        # In the order of admission, whoever finished first; then the replacements must finish.
         kept = 0
         for ticket in sorted(self._backlog.runs):
             if kept < self.gate.batch_size and not self._turn_down(self._backlog.runs[ticket]):
@@ -258,8 +244,7 @@ class RolloutProducer:
             self._background.notify()
             return
         self.counters.failed += 1
-        text = first_line(error)
-        logger.warning("prompt %s failed after %d attempts: %s", run.key, run.attempts, text)
+        logger.warning("prompt failed %d times: %s", run.attempts, self._errors[-1])
         self._end(run, Outcome.FAILED, "".join(traceback.format_exception(error)))
 
     def _end(self, run: GroupRun, outcome: Outcome, error: str | None = None) -> None:
@@ -273,17 +258,15 @@ class RolloutProducer:
         run.scope.cancel()
         self._background.notify()
 
-    # ---- batches ---------------------------------------------------------------------------
-
     def _hand_over(self, tickets: list[int], version: int) -> list[Group]:
         runs = [self._backlog.runs.pop(ticket) for ticket in tickets]
+        for run in runs:
+            self.ledger.record(run.key, Outcome.TRAINED)
         groups = [run.group for run in runs if run.group is not None]
-        for group in groups:
-            self.ledger.record(group.prompt.key, Outcome.TRAINED)
         self.counters.filled += sum(not run.wanted for run in runs)
         self._filter.start_batch()
         self.counters.took(groups, version)
-        self._emit("take", version=version, keys=[group.prompt.key for group in groups])
+        self._emit("take", version=version, keys=[run.key for run in runs])
         self._drop_overdue()
         self._background.notify()
         return groups
@@ -297,15 +280,14 @@ class RolloutProducer:
             self._emit("drop", key=run.key)
             self._forget(run)
 
-    def _expire_stragglers(self) -> float | None:
+    def _expire_stragglers(self, began: float) -> float | None:
         """End the groups that the batch has waited too long for; seconds to the next such."""
         timeout = self.limits.straggler_timeout_s
         if timeout is None:
             return None
-        now = anyio.current_time()
-        left = []
+        now, left = anyio.current_time(), []
         for run in [self._backlog.runs[ticket] for ticket in self.gate.awaited()]:
-            left.append(run.started_at + timeout - now)
+            left.append(max(run.started_at, began) + timeout - now)
             if left[-1] <= 0:
                 self.counters.expired += 1
                 self._end(run, Outcome.EXPIRED)

@@ -18,6 +18,7 @@ from lightning_grpo.errors import (
     RolloutError,
     ServersLostError,
 )
+from lightning_grpo.rollout.counters import Counters, explain_wait, metrics
 from lightning_grpo.rollout.filters import has_variance
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.workflow import RLVRWorkflow
@@ -387,7 +388,10 @@ def test_the_status_explains_a_wait():
     assert status["running"] == 4
     assert status["in_flight"] == 8
     assert status["idle_s"] == 50
-    assert "OSError: connection lost" in status["last_errors"][0]
+    line = explain_wait(status)
+    assert line.startswith("no accepted group for 50 s at version 0: 4 groups running, 0 finished")
+    assert "OSError: connection lost" in line
+    assert metrics(Counters(retried=3), status)["rollout/in_flight"] == 8.0
 
 
 def resume(state, generator, num_batches, **options):
@@ -486,13 +490,23 @@ def test_a_checkpoint_of_other_prompts_is_refused():
         producer.load_state_dict(state)
 
 
-def test_state_can_not_be_loaded_into_a_producer_that_runs():
+def test_loading_while_it_runs_forgets_what_runs():
     async def main():
-        async with make_producer() as producer:
-            producer.load_state_dict(producer.state_dict())
+        async with make_producer(batch_size=2) as first:
+            await first.take()
+            await anyio.sleep(10)
+            state = first.state_dict()
+        generator = FakeGenerator(lambda ids, n: 5.0)
+        async with make_producer(generator, batch_size=2) as producer:
+            await anyio.sleep(2)
+            producer.load_state_dict(state)
+            groups = await producer.take()
+            await anyio.sleep(1)
+            assert generator.cancelled == 8
+            return [run["key"] for run in state["backlog"]["finished"]], groups
 
-    with pytest.raises(RolloutError, match="before the producer starts"):
-        run_virtual(main)
+    finished, groups = run_virtual(main)
+    assert [list(group.prompt.key) for group in groups] == finished[:2]
 
 
 def test_evaluation_goes_first_past_the_gate_in_order_with_its_own_sampling():

@@ -1,0 +1,198 @@
+"""The one event loop, in one thread: the trainer's few calls into it, and its end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Any, TypeVar
+
+import anyio
+import anyio.abc
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from lightning_grpo.errors import RolloutError
+from lightning_grpo.rollout.background import ClosedError
+from lightning_grpo.rollout.producer import RolloutProducer
+from lightning_grpo.types import Group, Prompt, Sampling
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_BEAT_S = 0.1
+
+Build = Callable[[], AbstractAsyncContextManager[RolloutProducer]]
+
+
+class RolloutService:
+    """Runs a producer and whatever it stands on in a thread of its own.
+
+    Every call that waits is a future, and every future raises at once when the loop's main task
+    ends, whatever ended it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._portal: BlockingPortal | None = None
+        self._thread: AbstractContextManager[BlockingPortal] | None = None
+        self._main_task: Future[None] | None = None
+        self._producer: RolloutProducer | None = None
+        self._failure: BaseException | None = None
+        self._stop: anyio.Event | None = None
+        self._ended: anyio.Event | None = None
+        self._worst_lag_s = 0.0
+        self._last_beat = time.monotonic()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether `start` was called and `close` was not."""
+        return self._portal is not None
+
+    @property
+    def producer(self) -> RolloutProducer:
+        """The producer, for code that runs on the loop."""
+        if self._producer is None:
+            raise self._why_ended()
+        return self._producer
+
+    def start(self, build: Build) -> None:
+        """Start the loop and enter `build()` on it; raises what entering raises.
+
+        Args:
+            build: Makes the context that holds scorer, servers' client and producer, outermost
+                first; it is left on the loop, too.
+        """
+        if self._portal is not None:
+            raise RolloutError("the rollouts are already running.")
+        self._failure = None
+        self._thread = start_blocking_portal("asyncio")
+        self._portal = self._thread.__enter__()
+        try:
+            self._main_task, _ = self._portal.start_task(self._main, build)
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self, num_groups: int | None = None) -> Future[list[Group]]:
+        """The next rollout batch."""
+        return self.run(lambda: self.producer.take(num_groups))
+
+    def evaluate(
+        self, prompts: Iterable[Prompt], sampling: Sampling | None = None, num_samples: int = 1
+    ) -> Future[list[Group]]:
+        """Groups for held-out prompts."""
+        return self.run(lambda: self.producer.evaluate(prompts, sampling, num_samples))
+
+    def run(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> Future[_T]:
+        """Run a coroutine function on the loop."""
+        return self._running().start_task_soon(self._until_ended, function, *arguments)
+
+    def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Run a quick function on the loop and wait: nothing else runs there meanwhile."""
+        portal = self._running()
+        if self._producer is None:
+            raise self._why_ended()
+        return portal.call(function, *arguments)
+
+    def advance(self, version: int) -> None:
+        """The servers have new weights."""
+        self.call(self.producer.advance, version)
+
+    def status(self) -> dict[str, Any]:
+        """Where the producer stands."""
+        return self.call(self.producer.status)
+
+    def state_dict(self) -> dict[str, Any]:
+        """One moment of everything that goes into a checkpoint."""
+        return self.call(self.producer.state_dict)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.call(self.producer.load_state_dict, state)
+
+    def lag_s(self) -> float:
+        """The longest that the loop was late since the last call (`health/event_loop_lag_s`)."""
+        worst, self._worst_lag_s = self._worst_lag_s, 0.0
+        return max(worst, time.monotonic() - self._last_beat - _BEAT_S, 0.0)
+
+    def close(self) -> None:
+        """End everything; may be called at any time, also twice and after a failure."""
+        with self._lock:
+            portal, self._portal = self._portal, None
+            thread, self._thread = self._thread, None
+        if portal is None or thread is None:
+            return
+        try:
+            if self._stop is not None and self._main_task is not None:
+                portal.call(self._stop.set)
+                error = self._main_task.exception()
+                if error is not None:
+                    logger.debug("the rollouts had ended with %r", error)
+        finally:
+            thread.__exit__(None, None, None)
+
+    # ---- on the loop -----------------------------------------------------------------------
+
+    async def _main(
+        self, build: Build, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        self._stop, self._ended = anyio.Event(), anyio.Event()
+        self._last_beat = time.monotonic()
+        try:
+            async with build() as producer, anyio.create_task_group() as tasks:
+                self._producer = producer
+                tasks.start_soon(self._beat)
+                task_status.started()
+                await self._stop.wait()
+                tasks.cancel_scope.cancel()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._producer = None
+            self._ended.set()
+
+    async def _beat(self) -> None:
+        while True:
+            await anyio.sleep(_BEAT_S)
+            now = time.monotonic()
+            self._worst_lag_s = max(self._worst_lag_s, now - self._last_beat - _BEAT_S)
+            self._last_beat = now
+
+    async def _until_ended(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
+        results: list[_T] = []
+        errors: list[Exception] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._cancel_at_the_end, tasks.cancel_scope)
+            try:
+                results.append(await function(*arguments))
+            except Exception as error:  # noqa: BLE001 - raised below, without the group's wrapper
+                errors.append(error)
+            tasks.cancel_scope.cancel()
+        if results:
+            return results[0]
+        if errors and not isinstance(errors[0], ClosedError):
+            raise errors[0]
+        # What closed it may still be on its way up through the context of `build()`.
+        if self._ended is not None:
+            await self._ended.wait()
+        raise self._why_ended()
+
+    async def _cancel_at_the_end(self, scope: anyio.CancelScope) -> None:
+        if self._ended is not None:
+            await self._ended.wait()
+        scope.cancel()
+
+    def _running(self) -> BlockingPortal:
+        if self._portal is None:
+            raise self._why_ended()
+        return self._portal
+
+    def _why_ended(self) -> BaseException:
+        failure = self._failure
+        while isinstance(failure, BaseExceptionGroup) and len(failure.exceptions) == 1:
+            failure = failure.exceptions[0]
+        return failure or RolloutError("the rollouts are not running.")

@@ -1,0 +1,300 @@
+"""Rewards in real processes: killed, crashed, shipped from scripts, gone with their parent."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from lightning_grpo.errors import ConfigError, RewardError
+from lightning_grpo.rollout.scoring import RewardScorer
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(function, *rewards, processes=1, timeout_s=10.0):
+    async def main():
+        async with RewardScorer(rewards, processes, timeout_s) as scorer:
+            return await function(scorer), scorer.counts
+
+    return anyio.run(main)
+
+
+def exact(completion, answer):
+    return float(completion == answer)
+
+
+def stuck(completion):
+    while True:
+        time.sleep(60)
+
+
+def runaway_regex(completion):
+    # Holds the interpreter for ages: no handler of a signal ever runs.
+    return float(re.match(r"(a+)+$", "a" * 40 + "b") is None)
+
+
+def crash(completion):
+    os._exit(3)
+
+
+def leave(completion):
+    sys.exit("enough")
+
+
+async def value_or_error(scorer, reward, **arguments):
+    try:
+        return await scorer.score(reward, arguments)
+    except RewardError as error:
+        return str(error)
+
+
+def test_a_reward_runs_in_another_process():
+    async def main(scorer):
+        return await scorer.score(os.getpid, {})
+
+    pid, counts = run(main, os.getpid)
+    assert pid != os.getpid()
+    assert counts.scored == 1
+
+
+def test_lambdas_closures_and_functions_not_known_at_the_start_travel():
+    bonus = 0.5
+
+    async def main(scorer):
+        return [
+            await scorer.score(lambda completion: len(completion) + bonus, {"completion": "abc"}),
+            await scorer.score(exact, {"completion": "4", "answer": "4"}),
+        ]
+
+    assert run(main)[0] == [3.5, 1.0]
+
+
+@pytest.mark.parametrize("endless", [stuck, runaway_regex])
+def test_a_reward_that_never_returns_is_killed_and_the_next_one_is_right(endless):
+    async def main(scorer):
+        return [
+            await value_or_error(scorer, endless, completion="x"),
+            await value_or_error(scorer, exact, completion="4", answer="4"),
+        ]
+
+    (error, after), counts = run(main, endless, exact, timeout_s=0.5)
+    assert "took longer than `reward_timeout_s` (0.5 s)" in error
+    assert after == 1.0
+    assert (counts.timed_out, counts.scored) == (1, 1)
+
+
+def test_a_stuck_reward_costs_no_other_its_score():
+    async def main(scorer):
+        results = {}
+
+        async def one(name, reward, **arguments):
+            results[name] = await value_or_error(scorer, reward, **arguments)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: one("stuck", stuck, completion="x"))
+            for index in range(40):
+                name, answer = f"healthy {index}", str(index % 2)
+                tasks.start_soon(lambda n=name, a=answer: one(n, exact, completion="1", answer=a))
+        return results
+
+    results, counts = run(main, stuck, exact, processes=2, timeout_s=1.0)
+    assert "took longer" in results.pop("stuck")
+    assert results == {f"healthy {index}": float(index % 2) for index in range(40)}
+    assert (counts.timed_out, counts.scored) == (1, 40)
+
+
+def test_a_process_that_crashes_is_replaced():
+    async def main(scorer):
+        return [
+            await value_or_error(scorer, crash, completion="x"),
+            await value_or_error(scorer, exact, completion="4", answer="4"),
+        ]
+
+    (error, after), counts = run(main, crash, exact)
+    assert re.search("ended by itself .exit code 3|were lost and start anew", error)
+    assert after == 1.0
+    assert counts.crashed == 1
+
+
+def test_a_process_that_is_killed_while_idle_is_replaced():
+    async def main(scorer):
+        pid = int(await scorer.score(os.getpid, {}))
+        os.kill(pid, signal.SIGKILL)
+        results = [await value_or_error(scorer, exact, completion="4", answer="4")]
+        while results[-1] != 1.0 and len(results) < 3:
+            results.append(await value_or_error(scorer, exact, completion="4", answer="4"))
+        return results
+
+    results, _ = run(main, os.getpid, exact)
+    assert results[-1] == 1.0
+    assert 0.0 not in results
+
+
+def test_raising_exiting_and_infinite_rewards_are_errors_with_their_text():
+    async def main(scorer):
+        return [
+            await value_or_error(scorer, lambda completion: {}["missing"], completion="x"),
+            await value_or_error(scorer, leave, completion="x"),
+            await value_or_error(scorer, lambda completion: float("inf"), completion="x"),
+        ]
+
+    (raised, left, infinite), counts = run(main)
+    assert "Traceback" in raised
+    assert "KeyError: 'missing'" in raised
+    assert "SystemExit: enough" in left
+    assert "must be finite, got inf" in infinite
+    assert counts.failed == 3
+
+
+def test_a_list_is_refused_with_the_way_out():
+    async def main(scorer):
+        await scorer.score(lambda completion: [1.0], {"completion": "x"})
+
+    with pytest.raises(ConfigError, match="from_trl"):
+        run(main)
+
+
+def test_a_process_has_one_thread_and_no_gpu_unless_asked():
+    def seen():
+        import os
+
+        return float(
+            os.environ["CUDA_VISIBLE_DEVICES"] == "" and os.environ["OMP_NUM_THREADS"] == "1"
+        )
+
+    async def main(scorer):
+        return await scorer.score(seen, {})
+
+    assert run(main, seen)[0] == 1.0
+
+
+def test_a_known_reward_is_shipped_once_and_not_with_each_call():
+    table = bytes(2**20)
+
+    def reward(completion):
+        return float(len(table))
+
+    async def main(scorer):
+        await scorer.score(reward, {"completion": "x"})
+        began = time.perf_counter()
+        for _ in range(50):
+            await scorer.score(reward, {"completion": "x"})
+        known = time.perf_counter() - began
+        began = time.perf_counter()
+        for _ in range(50):
+            await scorer.score(lambda completion: reward(completion), {"completion": "x"})
+        return known, time.perf_counter() - began
+
+    (known, with_each_call), _ = run(main, reward)
+    assert known < with_each_call
+
+
+def test_a_cancelled_call_leaves_the_process_alive():
+    def slow():
+        time.sleep(0.3)
+        return os.getpid()
+
+    async def main(scorer):
+        before = await scorer.score(os.getpid, {})
+        with anyio.move_on_after(0.1) as scope:
+            await scorer.score(slow, {})
+        assert scope.cancelled_caught
+        return before, await scorer.score(os.getpid, {})
+
+    (before, after), _ = run(main, slow, os.getpid)
+    assert before == after
+
+
+def test_leaving_ends_every_process_also_one_that_is_stuck():
+    async def main():
+        async with RewardScorer([stuck, os.getpid], processes=2) as scorer:
+            pids = {int(await scorer.score(os.getpid, {}))}
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(scorer.score, runaway_regex, {"completion": "x"})
+                tasks.start_soon(scorer.score, stuck, {"completion": "x"})
+                await anyio.sleep(0.5)
+                pids |= {
+                    child.pid
+                    for child in psutil.Process().children(recursive=True)
+                    if "pebble" in " ".join(child.cmdline())
+                }
+                tasks.cancel_scope.cancel()
+            return pids
+
+    pids = anyio.run(main)
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+SCRIPT = """
+import os, sys, time
+import anyio
+from lightning_grpo.rollout.scoring import RewardScorer
+from my_rewards import helper      # beside the script, and nowhere else
+
+SCALE = 2.0
+
+def reward(completion):            # defined in the script, without a __main__ guard
+    return SCALE * helper(completion)
+
+def where():
+    return os.getpid()
+
+def stuck():
+    while True:
+        pass
+
+async def main():
+    async with RewardScorer([reward, where, stuck], processes=2) as scorer:
+        print(await scorer.score(reward, {"completion": "abc"}), flush=True)
+        if "die" in sys.argv:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(scorer.score, stuck, {})
+                await anyio.sleep(0.5)
+                print("ready", flush=True)
+                await anyio.sleep(600)
+
+anyio.run(main)
+"""
+
+
+def script(folder):
+    (folder / "train.py").write_text(SCRIPT)
+    (folder / "my_rewards.py").write_text("def helper(text):\n    return float(len(text))\n")
+    return {
+        "args": [sys.executable, "train.py"],
+        "cwd": folder,
+        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
+
+
+def test_a_reward_of_the_users_script_runs_without_a_main_guard(tmp_path):
+    options = script(tmp_path)
+    done = subprocess.run(options.pop("args"), **options, timeout=60, check=True)
+    assert done.stdout == "6.0\n"
+
+
+def test_when_the_trainer_is_killed_its_reward_processes_end_too(tmp_path):
+    options = script(tmp_path)
+    with subprocess.Popen([*options.pop("args"), "die"], **options) as parent:
+        assert parent.stdout.readline() == "6.0\n"
+        assert parent.stdout.readline() == "ready\n"
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert len([c for c in children if "pebble" in " ".join(c.cmdline())]) == 2
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
+    assert not alive

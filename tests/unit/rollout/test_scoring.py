@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import anyio
+import numpy as np
+import pytest
+
+from lightning_grpo.errors import ConfigError, RewardError
+from lightning_grpo.rollout.reward_worker import answer_of
+from lightning_grpo.rollout.scoring import RewardScorer, is_async
+
+
+def score(reward, scorer=None, /, **arguments):
+    scorer = scorer or RewardScorer(processes=0, timeout_s=0.05)
+
+    async def main():
+        async with scorer:
+            return await scorer.score(reward, arguments)
+
+    return anyio.run(main)
+
+
+def returning(value):
+    return lambda: value
+
+
+@pytest.mark.parametrize("value", [1, True, 1.0, np.float32(1), np.bool_(True), np.array(1)])
+def test_whatever_is_a_number_becomes_a_float(value):
+    scored = score(returning(value))
+    assert scored == 1.0
+    assert type(scored) is float
+
+
+def test_a_dictionary_is_several_rewards():
+    assert score(returning({"right": True, "short": 0.5})) == {"right": 1.0, "short": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "must return a number, got None"),
+        ("1.0", "must return a number, got '1.0'"),
+        (math.nan, "must be finite, got nan"),
+        (-math.inf, "must be finite, got -inf"),
+        ({"a": math.nan}, "must be finite, got nan"),
+        ({1: 1.0}, "must have names as keys, got 1"),
+        (object(), "must be a string or a real number"),
+        (np.array([1.0, 2.0]), "0-dimensional|size-1|only length-1"),
+    ],
+)
+def test_what_is_no_number_is_an_error_never_a_zero(value, message):
+    scorer = RewardScorer(processes=0)
+    with pytest.raises(RewardError, match=message):
+        score(returning(value), scorer)
+    assert scorer.counts.failed == 1
+    assert scorer.counts.scored == 0
+
+
+def test_a_list_ends_the_run_with_the_way_out():
+    with pytest.raises(ConfigError, match=r"got a list.*rewards\.from_trl"):
+        score(returning([1.0]))
+
+
+def test_a_forgotten_async_ends_the_run():
+    async def inner():
+        return 1.0
+
+    coroutine = inner()
+    assert answer_of(coroutine)[0] == "misuse"
+    coroutine.close()
+
+
+def test_an_in_line_reward_raises_with_its_cause():
+    def reward(x):
+        return 1 / x
+
+    with pytest.raises(RewardError, match="reward 'reward' raised ZeroDivisionError") as caught:
+        score(reward, x=0)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_async_rewards_run_on_the_loop_under_the_same_limit():
+    class Judge:
+        async def __call__(self, seconds):
+            await anyio.sleep(seconds)
+            return 0.5
+
+    scorer = RewardScorer(processes=0, timeout_s=0.05)
+    assert is_async(Judge())
+    assert score(Judge(), scorer, seconds=0) == 0.5
+    with pytest.raises(RewardError, match=r"reward 'Judge' took longer than `reward_timeout_s`"):
+        score(Judge(), scorer, seconds=60)
+    assert (scorer.counts.scored, scorer.counts.timed_out) == (1, 1)
+
+
+def test_columns_may_have_any_name():
+    assert score(lambda reward, self, arguments: reward, reward=2.0, self=1, arguments=0) == 2.0

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
+from lightning_grpo.rollout.service import RolloutService
+from tests.fakes.generator import FakeGenerator
+from tests.fakes.rollouts import make_producer
+
+
+class Running:
+    """A started service over fakes, and what to poke it with."""
+
+    def __init__(self, service, generator, left):
+        self.service, self.generator, self.left = service, generator, left
+        self.failing = None
+
+    @asynccontextmanager
+    async def build(self, **options):
+        self.failing = anyio.Event()
+
+        async def server_watch():
+            await self.failing.wait()
+            raise ServersLostError("no server left")
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(server_watch)
+                async with make_producer(self.generator, **options) as producer:
+                    yield producer
+                tasks.cancel_scope.cancel()
+        finally:
+            self.left.append(threading.current_thread().name)
+
+
+@pytest.fixture
+def running():
+    service = RolloutService()
+    made = Running(service, FakeGenerator(lambda ids, n: 0.001), [])
+    yield made
+    service.close()
+
+
+def start(running, **options):
+    options.setdefault("batch_size", 2)
+    running.service.start(lambda: running.build(**options))
+    return running.service
+
+
+def test_batches_come_through_futures_and_versions_go_in(running):
+    service = start(running, max_staleness=0)
+    for version in range(3):
+        groups = service.take(2).result(timeout=10)
+        assert [group.oldest_version for group in groups] == [version, version]
+        running.generator.version = version + 1
+        service.advance(version + 1)
+    assert service.status()["version"] == 3
+
+
+def test_what_runs_on_the_loop_runs_in_another_thread(running):
+    async def where():
+        return threading.get_ident()
+
+    assert start(running).run(where).result(timeout=10) != threading.get_ident()
+
+
+def test_state_goes_out_and_in(running):
+    service = start(running)
+    service.take().result(timeout=10)
+    state = service.state_dict()
+    service.load_state_dict(state)
+    assert service.state_dict()["counters"]["taken"] == 2
+
+
+def test_an_error_in_the_producer_reaches_a_take_that_waits(running):
+    running.generator.fail = lambda number: ConfigError("wrong") if number else None
+    with pytest.raises(ConfigError, match="wrong"):
+        start(running).take().result(timeout=10)
+
+
+def test_an_error_beside_the_producer_reaches_whoever_waits_and_whoever_comes_later(running):
+    running.generator.duration = lambda ids, n: 1000.0
+    service = start(running)
+    waiting = [service.take(), service.take(), service.evaluate([])]
+    assert waiting[2].result(timeout=10) == []
+    service.call(running.failing.set)
+    for future in waiting[:2]:
+        with pytest.raises(ServersLostError, match="no server left"):
+            future.result(timeout=10)
+    for late in (lambda: service.take().result(timeout=10), lambda: service.advance(1)):
+        with pytest.raises(ServersLostError, match="no server left"):
+            late()
+
+
+def test_an_error_at_the_start_is_raised_by_start_and_leaves_nothing(running):
+    @asynccontextmanager
+    async def build():
+        raise ConfigError("no such model")
+        yield
+
+    with pytest.raises(ConfigError, match="no such model"):
+        running.service.start(build)
+    assert not running.service.is_running
+    start(running).take().result(timeout=10)
+
+
+def test_it_starts_once(running):
+    service = start(running)
+    with pytest.raises(RolloutError, match="already running"):
+        service.start(running.build)
+
+
+def test_closing_wakes_those_who_wait_leaves_on_the_loop_and_may_come_twice(running):
+    running.generator.duration = lambda ids, n: 1000.0
+    service = start(running)
+    waiting = service.take()
+    time.sleep(0.05)
+    service.close()
+    service.close()
+    with pytest.raises(RolloutError):
+        waiting.result(timeout=10)
+    with pytest.raises(RolloutError, match="not running"):
+        service.take()
+    assert running.generator.cancelled == 8
+    assert running.left != [threading.current_thread().name]
+
+
+def test_closing_after_a_failure_raises_nothing(running):
+    service = start(running)
+    service.call(running.failing.set)
+    service.close()
+    assert len(running.left) == 1
+
+
+def test_a_service_never_started_closes():
+    RolloutService().close()
+
+
+def test_a_cancelled_take_ends_alone(running):
+    running.generator.duration = lambda ids, n: 1000.0
+    service = start(running)
+    service.take().cancel()
+    running.generator.duration = lambda ids, n: 0.001
+    assert service.status()["last_errors"] == []
+    assert service.evaluate([]).result(timeout=10) == []
+
+
+def test_a_loop_that_was_held_up_says_for_how_long(running):
+    service = start(running)
+    service.call(time.sleep, 0.3)
+    service.call(anyio.lowlevel.current_token)
+    time.sleep(0.15)
+    assert service.lag_s() > 0.15
