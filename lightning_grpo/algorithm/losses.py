@@ -21,6 +21,9 @@ from lightning_grpo.algorithm.metrics import Metrics, masked_mean
 from lightning_grpo.algorithm.ratio import anchored_log_ratio, ratio_metrics
 from lightning_grpo.errors import ConfigError
 
+MAX_SEQUENCE_CLIP = 0.1
+"""A bound on the length-normalized ratio beyond this is one on tokens, given by mistake."""
+
 
 class PolicyLoss(ABC):
     """A policy loss: a callable of this form, with the aggregation that it is meant for.
@@ -126,6 +129,13 @@ class GSPOLoss(PolicyLoss):
     def __post_init__(self) -> None:
         """Checks the settings."""
         require_clip(self.clip_low, self.clip_high)
+        # jsonargparse hands a loss of another class the settings of the same name: GRPO's clips.
+        if max(self.clip_low, self.clip_high) > MAX_SEQUENCE_CLIP:
+            raise ConfigError(
+                f"`clip_low` and `clip_high` of GSPOLoss must be <= {MAX_SEQUENCE_CLIP} (a mean "
+                f"over the sequence hardly moves), got {self.clip_low} and {self.clip_high}. "
+                "Way out: state both, 3.0e-4 and 4.0e-4."
+            )
 
     def __call__(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Unreduced loss `[tokens]`, and metrics by name."""

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_grpo.algorithm.advantages import (
@@ -35,6 +35,7 @@ def test_two_of_four_right_by_hand():
 
 
 @pytest.mark.parametrize("advantage", BASELINES)
+@settings(deadline=None)
 @given(
     value=st.floats(-1e6, 1e6, width=32),
     size=st.integers(1, 17),
@@ -48,6 +49,7 @@ def test_a_group_of_equal_rewards_gets_exactly_zero(advantage, value, size, othe
 
 
 @pytest.mark.parametrize("advantage", [*BASELINES, ReinforceAdvantage()])
+@settings(deadline=None)
 @given(
     rewards=st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6),
     order=st.permutations(range(6)),
@@ -60,6 +62,7 @@ def test_the_order_of_trajectories_and_the_names_of_groups_do_not_matter(advanta
 
 
 @pytest.mark.parametrize("advantage", BASELINES)
+@settings(deadline=None)
 @given(shift=st.floats(-100, 100))
 def test_a_constant_added_to_a_group_changes_nothing(advantage, shift):
     rewards = torch.tensor([0.0, 1.0, 0.5, 2.0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_grpo.algorithm.packing import balance, plan_micro_batches, plan_ranks
@@ -6,6 +6,7 @@ from lightning_grpo.algorithm.packing import balance, plan_micro_batches, plan_r
 LENGTHS = st.lists(st.integers(1, 200), max_size=60)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 300))
 def test_each_sequence_is_in_one_micro_batch_and_only_a_long_one_exceeds_the_budget(
     lengths, budget
@@ -17,6 +18,7 @@ def test_each_sequence_is_in_one_micro_batch_and_only_a_long_one_exceeds_the_bud
         assert sum(lengths[i] for i in positions) <= budget or len(positions) == 1
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(200, 400))
 def test_micro_batches_are_filled(lengths, budget):
     # First-fit leaves at most one micro-batch that is no more than half full.
@@ -28,6 +30,7 @@ def test_a_budget_of_ten_packs_seven_with_three_and_six_with_four():
     assert plan_micro_batches([3, 7, 4, 6], 10) == [[0, 1], [2, 3]]
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 8))
 def test_shares_cover_all_and_differ_by_at_most_one_sequence_in_cost(costs, num_ranks):
     shares = balance(costs, num_ranks)
@@ -38,6 +41,7 @@ def test_shares_cover_all_and_differ_by_at_most_one_sequence_in_cost(costs, num_
     assert shares == balance(costs, num_ranks)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 6), st.integers(1, 300))
 def test_every_rank_gets_as_many_micro_batches_as_the_others(lengths, num_ranks, budget):
     shares = balance(lengths, num_ranks)

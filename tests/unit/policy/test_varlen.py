@@ -1,0 +1,44 @@
+"""torch's variable-length kernel, on a GPU, against the padded form in fp64."""
+
+import pytest
+import torch
+
+from lightning_grpo.policy import _varlen
+from lightning_grpo.policy.attention import PackedLayout, padded_attention, varlen_attention
+from lightning_grpo.policy.packed import PackedPolicy
+from tests.fakes.causal_models import make_causal_model, make_sequences, pack
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+LENGTHS = (40, 119, 3, 77)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_the_kernel_equals_padded_attention(window):
+    ids, cu_seqlens = (t.cuda() for t in pack(make_sequences(LENGTHS, shared=3)))
+    shape = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    layout = PackedLayout(cu_seqlens, ids)
+    query = torch.randn(len(layout.unique), 4, 64, **shape)
+    key, value = (torch.randn(len(layout.unique), 2, 64, **shape) for _ in range(2))
+    assert _varlen.is_available(query)
+    found = varlen_attention(query, key, value, layout, None, window)
+    wide = (query.double(), key.double(), value.double())
+    expected = padded_attention(*wide, layout, None, window)
+    assert (found - expected).abs().max().item() < 0.02
+    probe = torch.randn_like(found)
+    for left, right in zip(
+        torch.autograd.grad(found, (query, key, value), probe),
+        torch.autograd.grad(expected, (query, key, value), probe.double()),
+        strict=True,
+    ):
+        assert ((left - right).norm() / right.norm()).item() < 0.02
+
+
+def test_a_bf16_policy_on_the_gpu_is_near_the_fp32_one():
+    packed = [t.cuda() for t in pack(make_sequences(LENGTHS, shared=3))]
+    exact, _ = PackedPolicy(make_causal_model().cuda())(*packed)
+    found, _ = PackedPolicy(make_causal_model(dtype=torch.bfloat16).cuda())(*packed)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().mean().item() < 0.05
