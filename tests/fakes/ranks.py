@@ -76,14 +76,30 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
+def start_launcher(function: Callable[..., Any], *args: Any) -> Iterator[Ranks]:
+    """One process without a rank, as a user's script is: Lightning starts the other ranks."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_job(folder, function, args)
+        process = _start(folder, 0, {"MASTER_PORT": str(free_port())})
+        try:
+            yield Ranks(folder, [process])
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its own session: all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextlib.contextmanager
 def start_ranks(function: Callable[..., Any], world_size: int = 2, *args: Any) -> Iterator[Ranks]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = Path(sys.modules[function.__module__].__file__)
-        job = (str(source), function.__qualname__, args)
-        (folder / "job").write_bytes(pickle.dumps(job))
-        port = free_port()
-        processes = [_start(folder, rank, world_size, port) for rank in range(world_size)]
+        _write_job(folder, function, args)
+        port = str(free_port())
+        processes = [
+            _start(folder, rank, _rank_environment(rank, world_size, port))
+            for rank in range(world_size)
+        ]
         try:
             yield Ranks(folder, processes)
         finally:
@@ -112,15 +128,26 @@ def init_gloo() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int) -> subprocess.Popen:
-    env = {
-        **os.environ,
+def _write_job(folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    source = Path(sys.modules[function.__module__].__file__)
+    (folder / "job").write_bytes(pickle.dumps((str(source), function.__qualname__, args)))
+
+
+def _rank_environment(rank: int, world_size: int, port: str) -> dict[str, str]:
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
+    }
+
+
+def _start(folder: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen:
+    env = {
+        **os.environ,
+        **environment,
         "OMP_NUM_THREADS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "PYTHONPATH": str(ROOT),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from concurrent.futures import Future
@@ -13,9 +14,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
+from lightning_grpo._compat import launched_processes
 from lightning_grpo.callbacks.signals import SignalHandling, save_for_resume
 from lightning_grpo.distributed import RankChannel
-from tests.fakes.ranks import run_ranks, start_ranks
+from tests.fakes.ranks import run_ranks, start_launcher, start_ranks
 from tests.fakes.tiny_lm import Steps, TinyModule, make_trainer
 
 
@@ -31,7 +33,9 @@ class Connected(Callback):
         self.channel = RankChannel.connect(
             trainer.global_rank, trainer.world_size, host="127.0.0.1", rank_timeout_s=5.0
         )
+        self.channel.watch_processes(launched_processes(trainer))
         self.channel.start_watchdog(grace_s=1.0)
+        print(f"PID {trainer.global_rank} {os.getpid()}.", flush=True)
         self.loader.channel = self.channel
         self.handling.connect(
             self.channel,
@@ -162,3 +166,43 @@ def test_a_second_signal_ends_a_rank_that_sits_in_a_collective_and_the_other_fol
     assert one.returncode == 75
     assert "rank 0 failed" in one.output
     assert not list(tmp_path.iterdir())
+
+
+def ended(pid: int, timeout_s: float) -> bool:
+    """Whether a process that is not our child ends (it may stay as a zombie)."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_sigterm_to_lightnings_own_launcher_ends_its_children_too(tmp_path):
+    with start_launcher(train, "ddp", str(tmp_path), 10**6, None, None, 0.1) as ranks:
+        ranks.wait_for("STEP 4")
+        ranks.kill(0, signal.SIGTERM)
+        (zero,) = ranks.join(timeout_s=30)
+        assert zero.returncode == 143, zero.output
+        child = int(zero.output.split("PID 1 ")[1].split(".")[0])
+        assert ended(child, timeout_s=15)
+    assert zero.output.count("ON_EXCEPTION StopRun SIGTERM") == 2
+    assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
+
+
+@pytest.mark.parametrize("place", ["wait", "collective"])
+def test_the_end_of_a_launched_rank_is_named_before_lightning_kills_the_launcher(tmp_path, place):
+    wait_at, blocked_at = (2, None) if place == "wait" else (None, 2)
+    with start_launcher(train, "ddp", str(tmp_path), 100, wait_at, blocked_at) as ranks:
+        ranks.wait_for("WAITING" if place == "wait" else "STEP 2")
+        time.sleep(0.5)
+        child = int(ranks.output(0).split("PID 1 ")[1].split(".")[0])
+        os.kill(child, signal.SIGKILL)
+        (zero,) = ranks.join(timeout_s=20)
+    assert zero.returncode != 0
+    assert "rank 1 failed" in zero.output
+    assert "its process ended: SIGKILL" in zero.output
