@@ -41,10 +41,11 @@ def check_trainer(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int) 
     _check_accumulation(trainer)
     _check_precision(trainer)
     _check_callbacks(trainer)
-    if trainer.overfit_batches:
+    settings: Any = trainer  # Lightning sets these in helpers, unseen by type checkers
+    if settings.overfit_batches:
         raise ConfigError(
             f"`trainer.overfit_batches` must be 0 (rollouts are sampled anew), got "
-            f"{trainer.overfit_batches}. To train on few prompts set `data.prompts.limit`."
+            f"{settings.overfit_batches}. To train on few prompts set `data.prompts.limit`."
         )
     if steps_per_rollout > 1:
         for name, steps in _intervals(trainer, epoch_steps):
@@ -58,10 +59,11 @@ def _check_accumulation(trainer: L.Trainer) -> None:
             f"micro-batches run inside it), got {trainer.accumulate_grad_batches}. To save memory "
             "lower `model.max_tokens_per_microbatch`."
         )
-    if trainer.reload_dataloaders_every_n_epochs:
+    settings: Any = trainer
+    if settings.reload_dataloaders_every_n_epochs:
         raise ConfigError(
             "`trainer.reload_dataloaders_every_n_epochs` must be 0 (the prompt stream never ends), "
-            f"got {trainer.reload_dataloaders_every_n_epochs}. Leave it out."
+            f"got {settings.reload_dataloaders_every_n_epochs}. Leave it out."
         )
 
 

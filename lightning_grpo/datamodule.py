@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from torch import nn
 
 from lightning_grpo.contract import check_trainer
@@ -130,6 +131,8 @@ class RolloutDataModule(L.LightningDataModule):
         session = RolloutSession(self._settings(module.model_path, run_dir), self._channel())
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_trainer(trainer, self.steps_per_rollout, epoch_steps)
+        # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
+        trainer.num_sanity_val_steps = 0  # type: ignore[attr-defined]
         self.session = session
         session.start()
 
@@ -156,6 +159,12 @@ class RolloutDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> list[EvaluationLoader]:
         """Refused: there is nothing to predict that `validate` does not answer."""
         raise ConfigError("`trainer.predict` can't be used with rollouts. Use `trainer.validate`.")
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Nothing moves here: each micro-batch moves by itself when its turn comes."""
+        return batch
 
     def teardown(self, stage: str) -> None:
         """Stop everything that `setup` started."""
@@ -218,6 +227,29 @@ class RolloutDataModule(L.LightningDataModule):
         if self.session is not None:
             self.session.close()
 
+    def health(self) -> dict[str, float]:
+        """`health/...` and `idle/server_fraction` of rank 0's event loop; empty elsewhere."""
+        return {} if self.session is None else self.session.health()
+
+    def describe(self) -> dict[str, str]:
+        """What is rolled out, as resolved: lines for the summary at the start."""
+        session = self._open_session
+        steps = f"{self.steps_per_rollout} optimizer step"
+        if self.steps_per_rollout > 1:
+            steps += f"s ({self.minibatches_per_batch} x {self.passes_per_batch} passes)"
+        stale = "exactly on-policy: rollouts wait for the weights of every step"
+        if self.max_staleness:
+            stale = (
+                f"{self.max_staleness}: groups are sampled by weights at most {self.max_staleness} "
+                f"version{'s' * (self.max_staleness > 1)} older than those that train on them"
+            )
+        return {
+            "prompts": f"{session.num_prompts}, and held out {_counts(session.num_val_prompts)}",
+            "batch": f"{self.batch_size} prompts x {self.group_size} samples, {steps}",
+            "staleness": stale,
+            **session.describe(),
+        }
+
     # -- inside ---------------------------------------------------------------------------------
 
     @property
@@ -251,7 +283,8 @@ class RolloutDataModule(L.LightningDataModule):
     def _channel(self) -> RankChannel:
         if self.trainer is None or self.trainer.world_size == 1:
             return RankChannel.single()
-        environment = self.trainer.strategy.cluster_environment
+        strategy: Any = self.trainer.strategy
+        environment = strategy.cluster_environment
         return RankChannel.connect(
             self.trainer.global_rank, self.trainer.world_size, host=environment.main_address
         )
@@ -284,3 +317,9 @@ def _named(prompts: Prompts | dict[str, Prompts] | None) -> dict[str, Prompts]:
     if prompts is None:
         return {}
     return prompts if isinstance(prompts, dict) else {"": prompts}
+
+
+def _counts(num_prompts: Mapping[str, int]) -> str:
+    if not num_prompts:
+        return "none"
+    return ", ".join(f"{n} {name}".strip() for name, n in num_prompts.items())

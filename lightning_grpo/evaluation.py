@@ -92,6 +92,9 @@ class PromptMean(Metric):
     """
 
     full_state_update = False
+    total: Tensor
+    squares: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,9 +8,10 @@ can't be restored: it is listed under `not_restored` and has to be passed again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning_grpo.errors import CheckpointError
@@ -68,6 +69,28 @@ def from_plain(value: Any) -> Any:
     if isinstance(value, list):
         return [from_plain(v) for v in value]
     return value
+
+
+def factory(value: Any) -> Callable[..., Any] | None:
+    """A callable as given, or one that a checkpoint or config describes as plain data."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        return functools.partial(import_object(value["class_path"]), **value.get("init_args", {}))
+    return from_plain(value)  # type: ignore[no-any-return]
+
+
+def require_restored(saved: Mapping[str, Any], given: Collection[str], owner: str) -> None:
+    """Refuse arguments that a checkpoint could not keep and that were not passed again.
+
+    Raises:
+        CheckpointError: Which argument, and how to pass it.
+    """
+    missing = [name for name in saved.get(NOT_RESTORED, ()) if name not in given]
+    if missing:
+        raise CheckpointError(
+            f"`{', '.join(missing)}` of this checkpoint's run has no import path (a lambda, or a "
+            f"class of the script itself) and can't be restored. Pass it again: "
+            f"{owner}({missing[0]}=...)."
+        )
 
 
 class _NoImportPathError(Exception):

@@ -7,8 +7,9 @@ number of micro-batches on all ranks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -83,37 +84,27 @@ class Minibatch:
     def micro_batch(self, k: int, device: torch.device | str = "cpu") -> MicroBatch:
         """The k-th micro-batch with its advantages and anchors, on `device`."""
         rollout = self.rollout
-        return assemble(rollout, rollout.plans[self.index][k], rollout.denominators[self.index]).to(
-            device
-        )
+        rows, denominators = rollout.plans[self.index][k], rollout.denominators[self.index]
+        return on_device(assemble(rollout, rows, denominators), device)
 
 
 def assemble(rollout: Rollout, rows: list[int], denominators: Denominators) -> MicroBatch:
     """Pack `rows` of this rank's share with everything that the loss may read."""
-    packed = rollout.sequences.select(rows)
     batch = MicroBatch.from_sequences(
-        packed,
-        advantages=torch.zeros_like(rollout.batch.rewards),
-        temperatures=rollout.batch.temperatures,
-        denominators=denominators,
+        rollout.sequences.select(rows), rollout.batch, rollout.advantages, denominators
     )
     return replace(
         batch,
-        advantages=token_advantages(rollout.advantages, rollout.batch, packed),
         proximal_logprobs=_rows(rollout.proximal_logprobs, rollout.sequences, rows),
         reference_logprobs=_rows(rollout.reference_logprobs, rollout.sequences, rows),
     )
 
 
-def token_advantages(advantages: Tensor, batch: RolloutBatch, packed: Sequences) -> Tensor:
-    """Advantages of the packed tokens, `[tokens]`, from per-trajectory or per-token ones."""
-    lengths = packed.lengths
-    if advantages.numel() == len(batch):
-        return advantages[packed.trajectory_index].repeat_interleave(lengths)
-    # One advantage per token of the whole batch: find where each sequence starts there.
-    starts = batch.sequence_lengths.cumsum(0) - batch.sequence_lengths
-    within = torch.arange(packed.num_tokens) - packed.cu_seqlens[:-1].repeat_interleave(lengths)
-    return advantages[starts[packed.trajectory_index].repeat_interleave(lengths) + within]
+def on_device(batch: MicroBatch, device: torch.device | str) -> MicroBatch:
+    """The same micro-batch with its tensors on `device`."""
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return replace(batch, **moved)
 
 
 def token_rows(sequences: Sequences, rows: list[int]) -> Tensor:
@@ -202,7 +193,9 @@ class RolloutLoader:
 
     def next_rollout(self) -> Rollout:
         """Take one rollout batch and cut this rank's share of it."""
+        started = time.perf_counter()
         taken = self._source.take()
+        metrics = {"time/wait_rollout_s": time.perf_counter() - started, **taken.metrics}
         advantages, trained = self._prepare(taken.batch)
         parts = None
         if taken.groups is not None:
@@ -216,7 +209,7 @@ class RolloutLoader:
             sequences=share.sequences,
             plans=share.plans,
             denominators=share.denominators,
-            metrics=taken.metrics,
+            metrics=metrics,
             groups=taken.groups,
         )
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,37 +14,27 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
 from lightning_grpo._compat import given_hyperparameters
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage
-from lightning_grpo.algorithm.aggregation import Aggregation, TokenMean
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.algorithm.losses import (
-    CappedCISPOLoss,
-    CISPOLoss,
-    GRPOLoss,
-    GSPOLoss,
-    PolicyLoss,
-)
-from lightning_grpo.algorithm.metrics import Metrics, Sum, from_tensors, merge, to_tensors, values
-from lightning_grpo.algorithm.mismatch import mismatch_metrics
-from lightning_grpo.algorithm.objective import minibatch_loss
-from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
+from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
+from lightning_grpo.algorithm.metrics import Metrics, from_tensors, merge, to_tensors, values
 from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
-from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.evaluation import EvaluationRecord, PromptMean, sampled_metrics
-from lightning_grpo.loader import Minibatch, Rollout, token_rows
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.loader import Minibatch
+from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import load_policy, load_tokenizer
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.gradient_sync import gradient_sync
-from lightning_grpo.types import Group
-from lightning_grpo.validation import EvaluationBatch
+from lightning_grpo.validation import EvaluationBatch, EvaluationMeans
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -56,10 +44,6 @@ _FINAL: Mapping[str, str] = {
     "optimizer_zero_grad": "configure_optimizers",
     "on_train_batch_start": "on_train_batch_end",
 }
-
-
-# Losses that are proportional to the advantage, token by token (M2PO's mask is not).
-_ADVANTAGE_WEIGHTED = (GRPOLoss, GSPOLoss, CISPOLoss, CappedCISPOLoss, SAPOLoss, DPPOLoss)
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -131,8 +115,8 @@ class GRPOModule(L.LightningModule):
         self.correction = hparams.from_plain(correction)
         self.kl = hparams.from_plain(kl)
         self.entropy_coefficient = entropy_coefficient
-        self._optimizer = _callable(optimizer)
-        self._lr_scheduler = _callable(lr_scheduler)
+        self._optimizer = hparams.factory(optimizer) or default_optimizer
+        self._lr_scheduler = hparams.factory(lr_scheduler)
         self._gradient_checkpointing = gradient_checkpointing
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
@@ -214,107 +198,44 @@ class GRPOModule(L.LightningModule):
         """Advantages of a whole rollout batch and which trajectories carry a gradient."""
         rewards = self.shape_rewards(batch)
         advantages = self.advantages(rewards, batch.group_ids).detach()
-        if advantages.numel() != len(batch) or not self._skips_zero_advantages:
-            return advantages, torch.ones(len(batch), dtype=torch.bool)
-        return advantages, advantages != 0
-
-    @property
-    def _skips_zero_advantages(self) -> bool:
-        """Whether a trajectory with advantage zero has no gradient, so that no pass is needed."""
         ours = type(self).token_loss is GRPOModule.token_loss
-        weighted = type(self.loss) in _ADVANTAGE_WEIGHTED
-        return ours and weighted and self.kl is None and self.entropy_coefficient == 0.0
+        if ours and self.objective.skips_zero_advantages and advantages.numel() == len(batch):
+            return advantages, advantages != 0
+        return advantages, torch.ones(len(batch), dtype=torch.bool)
 
-    @property
-    def aggregation(self) -> Aggregation:
-        """The loss's own aggregation; a plain function gets the mean over tokens."""
-        return self.loss.aggregation if isinstance(self.loss, PolicyLoss) else TokenMean()
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """What is minimized, as resolved from the arguments."""
+        return Objective(self.loss, self.correction, self.kl, self.entropy_coefficient)
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
-        """Zero the gradients; Lightning's own place for it would wipe the micro-batches'."""
-        self._step_started = time.perf_counter()
+        """Zero the gradients: Lightning's own place for it would wipe the micro-batches'."""
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: see `on_train_batch_start`."""
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """Nothing moves here: each micro-batch moves by itself when its turn comes."""
-        return batch
-
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Run the micro-batches of one optimizer step; Lightning does the last one's backward."""
+        policy = self.sharding_root()
         if batch.is_first:
-            self._anchor(batch.rollout)
+            self.objective.anchor(policy, batch.rollout, self._data.steps_per_rollout, self.device)
         metrics: Metrics = {}
         loss = torch.zeros(())
         for k in range(batch.num_micro_batches):
             last = k == batch.num_micro_batches - 1
             with gradient_sync(self, enabled=last):
-                loss, more = self._micro_batch_loss(batch, k)
+                loss, more = self.objective.micro_batch_loss(
+                    policy, batch, k, self.device, self.token_loss
+                )
+                # Strategies average gradients over ranks; the denominators are already global.
+                loss = loss * self.trainer.world_size
                 if not last:
                     self.trainer.strategy.backward(loss, None)
             metrics = merge(metrics, more)
         self._log_step(batch, metrics)
         return loss
-
-    def _micro_batch_loss(self, minibatch: Minibatch, k: int) -> tuple[Tensor, Metrics]:
-        batch = minibatch.micro_batch(k, self.device)
-        logprobs, entropy = self.sharding_root()(
-            batch.input_ids,
-            batch.cu_seqlens,
-            batch.temperature,
-            positions_mask=batch.loss_mask,
-            with_entropy=True,
-            entropy_gradient=self.entropy_coefficient != 0.0,
-        )
-        loss, metrics = minibatch_loss(
-            logprobs,
-            replace(batch, entropy=entropy),
-            loss=self.token_loss,
-            aggregation=self.aggregation,
-            correction=self.correction,
-            kl=self.kl,
-            entropy_coefficient=self.entropy_coefficient,
-        )
-        metrics["policy/loss"] = Sum(loss.detach())
-        if minibatch.is_first:
-            metrics.update(mismatch_metrics(logprobs, batch, minibatch.rollout.version))
-        # Strategies average gradients over ranks; the denominators are already global.
-        return loss * self.trainer.world_size, metrics
-
-    @torch.no_grad()
-    def _anchor(self, rollout: Rollout) -> None:
-        """Say where the clip is anchored, scoring the whole rollout batch where that is needed."""
-        if self.correction is None:
-            rollout.proximal_logprobs = rollout.sequences.behavior_logprobs
-        elif self._steps_per_rollout > 1:
-            rollout.proximal_logprobs = self._score(rollout, self.sharding_root())
-        # Else there is one optimizer step: the policy itself, detached, is the proximal policy.
-
-    @property
-    def _steps_per_rollout(self) -> int:
-        return self._data.steps_per_rollout
-
-    def _score(self, rollout: Rollout, policy: nn.Module) -> Tensor:
-        """Logprobs of this rank's share under `policy`, `[share tokens]`, in the same passes."""
-        scores = torch.zeros_like(rollout.sequences.behavior_logprobs)
-        for index, plan in enumerate(rollout.plans):
-            minibatch = Minibatch(rollout, index, 0, is_first=False, is_last=False)
-            for k, rows in enumerate(plan):
-                batch = minibatch.micro_batch(k, self.device)
-                logprobs, _ = policy(
-                    batch.input_ids,
-                    batch.cu_seqlens,
-                    batch.temperature,
-                    positions_mask=batch.response_mask,
-                )
-                if rows:
-                    scores[token_rows(rollout.sequences, rows)] = logprobs.float().cpu()
-        return scores
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
         sums, maxima = to_tensors(metrics, self.device)
@@ -330,7 +251,7 @@ class GRPOModule(L.LightningModule):
         """Log the norm of the gradient before it is clipped."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        full = norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+        full = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.log("policy/grad_norm", full)
 
     # -- optimizer ------------------------------------------------------------------------------
@@ -350,31 +271,18 @@ class GRPOModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start new means."""
-        self._evaluated: dict[str, PromptMean] = {}
-        self._evaluated_groups: dict[str, list[Group]] = {}
+        self._means = EvaluationMeans(self._data.evaluation)
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Collect the scores of some held-out prompts; every rank has all of them."""
-        prefix = f"eval/{batch.name}/" if batch.name else "eval/"
-        scores: dict[str, Tensor] = {}
-        if batch.sampled is not None:
-            scores |= sampled_metrics(batch.sampled, self._data.evaluation.pass_threshold)
-        if batch.greedy is not None:
-            scores["greedy"] = batch.greedy
-        for name, per_prompt in scores.items():
-            self._evaluated.setdefault(prefix + name, PromptMean()).update(per_prompt)
-        self._evaluated_groups.setdefault(batch.name, []).extend(batch.groups)
+        self._means.update(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means with half of their 95 % confidence intervals, and keep the record."""
-        logged: dict[str, float] = {}
-        for name, mean in self._evaluated.items():
-            logged[name] = float(mean.compute())
-            logged[f"{name}_ci95"] = mean.half_width()
-        self.log_dict(logged)
-        record = EvaluationRecord(self.global_step, logged, self._evaluated_groups)
+        record = self._means.record(self.global_step)
+        self.log_dict(record.metrics)
         self._data.evaluations.append(record)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -383,7 +291,7 @@ class GRPOModule(L.LightningModule):
 
     @property
     def _data(self) -> RolloutDataModule:
-        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+        return self.trainer.datamodule  # type: ignore[attr-defined]
 
     # -- what Lightning asks of a module --------------------------------------------------------
 
@@ -395,16 +303,11 @@ class GRPOModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with a default where the checkpoint's run had an object of its own."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        missing = [n for n in saved.get(hparams.NOT_RESTORED, []) if n not in self._given]
+        given = set(self._given)
         if not self._trainer:
             # Without a trainer nothing is optimized: loading for inference or export is fine.
-            missing = [n for n in missing if n not in ("optimizer", "lr_scheduler")]
-        if missing:
-            raise CheckpointError(
-                f"`{', '.join(missing)}` of this checkpoint's run has no import path (a lambda, or "
-                "a class of the script itself) and can't be restored. Pass it again: "
-                f"{type(self).__name__}({missing[0]}=...)."
-            )
+            given |= {"optimizer", "lr_scheduler"}
+        hparams.require_restored(saved, given, type(self).__name__)
 
     def describe(self) -> dict[str, str]:
         """What trains, as resolved: lines for the summary at the start."""
@@ -414,7 +317,7 @@ class GRPOModule(L.LightningModule):
         anchor = "the behavior policy"
         if self.correction is not None:
             anchor = "the proximal policy"
-            if self._steps_per_rollout == 1:
+            if self._data.steps_per_rollout == 1:
                 anchor += " (the policy itself: one optimizer step per rollout batch)"
         return {
             "model": f"{self.model_name} ({count / 1e6:.2f}M parameters, {', '.join(dtypes)})",
@@ -431,11 +334,3 @@ class GRPOModule(L.LightningModule):
         from_config = given_hyperparameters() or {}
         arguments = {n: from_config.get(n, value) for n, value in arguments.items()}
         self.hparams.update(hparams.to_plain(arguments))
-
-
-def _callable(value: Any) -> Callable[..., Any] | None:
-    """A callable as given, or one described as plain data by a checkpoint."""
-    if isinstance(value, Mapping) and "class_path" in value:
-        target = hparams.import_object(value["class_path"])
-        return functools.partial(target, **value.get("init_args", {}))
-    return hparams.from_plain(value)  # type: ignore[no-any-return]

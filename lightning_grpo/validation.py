@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_grpo.evaluation import (
+    Evaluation,
+    EvaluationRecord,
+    PromptMean,
+    sampled_metrics,
+)
 from lightning_grpo.types import Group
 
 
@@ -69,3 +75,36 @@ class EvaluationLoader:
             if k + 1 < len(bounds):
                 self._ask(self.name, *bounds[k + 1])
             yield self._answer(self.name, first, last)
+
+
+class EvaluationMeans:
+    """The metrics of one validation, collected batch by batch.
+
+    Args:
+        evaluation: What is sampled for each prompt.
+    """
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation = evaluation
+        self._means: dict[str, PromptMean] = {}
+        self._groups: dict[str, list[Group]] = {}
+
+    def update(self, batch: EvaluationBatch) -> None:
+        """Add the scores of some prompts."""
+        prefix = f"eval/{batch.name}/" if batch.name else "eval/"
+        scores: dict[str, Tensor] = {}
+        if batch.sampled is not None:
+            scores |= sampled_metrics(batch.sampled, self._evaluation.pass_threshold)
+        if batch.greedy is not None:
+            scores["greedy"] = batch.greedy
+        for name, per_prompt in scores.items():
+            self._means.setdefault(prefix + name, PromptMean()).update(per_prompt)
+        self._groups.setdefault(batch.name, []).extend(batch.groups)
+
+    def record(self, step: int) -> EvaluationRecord:
+        """The means with half of their 95 % confidence intervals (`..._ci95`)."""
+        metrics: dict[str, float] = {}
+        for name, mean in self._means.items():
+            metrics[name] = float(mean.compute())
+            metrics[f"{name}_ci95"] = mean.half_width()
+        return EvaluationRecord(step, metrics, self._groups)

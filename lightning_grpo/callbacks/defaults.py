@@ -9,10 +9,12 @@ from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.progress import GRPOProgress
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.summary import RunSummary
+from lightning_grpo.callbacks.timing import StepTimer
 from lightning_grpo.callbacks.trajectories import TrajectoryWriter
 from lightning_grpo.callbacks.weight_sync import WeightSync
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
+    StepTimer,
     WeightSync,
     RunSummary,
     StepZeroValidation,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import anyio
 import anyio.to_thread
@@ -19,7 +19,7 @@ from lightning_grpo.rollout.ledger import Ledger
 from lightning_grpo.rollout.pool import PoolLimits, ServerPool
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import PromptStream
-from lightning_grpo.rollout.scoring import open_scorer
+from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.session.material import Material
@@ -46,6 +46,15 @@ class Live:
     publisher: WeightPublisher
     producer: RolloutProducer
     first_sync: anyio.Event
+
+
+@runtime_checkable
+class Rewards(Protocol):
+    """A workflow whose reward functions can be shipped to their processes ahead of time."""
+
+    @property
+    def reward_functions(self) -> Sequence[Callable[..., Any]]:
+        """The functions."""
 
 
 class HeldGenerator:
@@ -103,7 +112,7 @@ async def open_live(
         begun = await asyncio.wrap_future(beginning)
         async with (
             _open_pool(settings, material, begun.run_id, handles) as pool,
-            _open_scorer(settings) as scorer,
+            _scorer(settings) as scorer,
         ):
             publisher = _publisher(settings, material, begun, pool)
             pool.on_restart(publisher.restore)
@@ -150,6 +159,12 @@ async def _open_pool(
     )
     async with pool:
         yield pool
+
+
+def _scorer(settings: SessionSettings) -> RewardScorer:
+    workflow, limits = settings.workflow, settings.limits
+    rewards = workflow.reward_functions if isinstance(workflow, Rewards) else ()
+    return RewardScorer(rewards, limits.reward_processes, limits.reward_timeout_s)
 
 
 def _publisher(

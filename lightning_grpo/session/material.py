@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from transformers import AutoConfig
+
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.policy.load import load_config, load_tokenizer
+from lightning_grpo.policy.load import check_source, load_tokenizer
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
-from lightning_grpo.rollout.workflow import validate_workflow
+from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Sampling
 
@@ -23,6 +27,14 @@ class Samples(Protocol):
     sampling: Sampling
 
 
+@runtime_checkable
+class Validates(Protocol):
+    """A workflow that can tell from the columns whether its rewards will find what they name."""
+
+    def validate(self, columns: Collection[str]) -> None:
+        """Raise ConfigError if not."""
+
+
 @dataclass(frozen=True)
 class Material:
     """What rank 0 opened and checked.
@@ -34,6 +46,7 @@ class Material:
         sampling: Of training; None if the workflow keeps it to itself.
         prompts: Training prompts.
         val_prompts: Held-out prompts by name.
+        exact: Whether trainer and servers compute alike, in fp32 on CPUs.
     """
 
     tokenizer: Any
@@ -42,6 +55,7 @@ class Material:
     sampling: Sampling | None
     prompts: PromptSet
     val_prompts: dict[str, PromptSet]
+    exact: bool
 
     @property
     def longest_prompt(self) -> int:
@@ -82,14 +96,44 @@ def open_material(settings: SessionSettings) -> Material:
     context = getattr(config, "max_position_embeddings", None)
     room = room_for_prompts(sampling, context)
     prompts = _open(settings.prompts, settings, tokenizer, room)
-    validate_workflow(settings.workflow, prompts.columns)
+    check_rewards(settings.workflow, prompts)
     val_prompts = {
         name: _open(held_out, settings, tokenizer, room)
         for name, held_out in settings.val_prompts.items()
     }
     for held_out in val_prompts.values():
-        validate_workflow(settings.workflow, held_out.columns)
-    return Material(tokenizer, config.vocab_size, context, sampling, prompts, val_prompts)
+        check_rewards(settings.workflow, held_out)
+    return Material(
+        tokenizer,
+        config.vocab_size,
+        context,
+        sampling,
+        prompts,
+        val_prompts,
+        exact=not torch.cuda.is_available(),
+    )
+
+
+def load_config(model_path: str) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        ConfigError: There is none at that path or hub id.
+    """
+    check_source(model_path)
+    try:
+        return AutoConfig.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`model` must be a hub id or a folder with config.json, got {model_path!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def check_rewards(workflow: RolloutWorkflow, prompts: PromptSet) -> None:
+    """Refuse rewards that name columns which the prompts don't have."""
+    if isinstance(workflow, Validates):
+        workflow.validate(prompts.columns)
 
 
 def check_sampling(sampling: Sampling) -> None:

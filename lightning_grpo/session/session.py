@@ -8,7 +8,9 @@ collective.
 from __future__ import annotations
 
 import uuid
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.evaluation import score_matrix
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.counters import Counters
+from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.service import RolloutService
 from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
@@ -36,9 +39,18 @@ class _Lead:
     """What only rank 0 has."""
 
     material: Material
-    service: RolloutService[Live]
-    started: Future[Live] | None = None
+    service: RolloutService = field(default_factory=RolloutService)
+    starting: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    started: Future[None] | None = None
     beginning: Future[Beginning] = field(default_factory=Future)
+    live: Live | None = None
+
+    @asynccontextmanager
+    async def build(self, settings: SessionSettings) -> AsyncIterator[RolloutProducer]:
+        """Everything on the event loop, for the service to hold open."""
+        async with open_live(settings, self.material, self.beginning) as live:
+            self.live = live
+            yield live.producer
 
 
 class RolloutSession:
@@ -72,7 +84,7 @@ class RolloutSession:
         material = channel.on_rank_zero(
             lambda: open_material(settings), what="opening the prompts", deadline_s=3600.0
         )
-        self._lead = None if material is None else _Lead(material, RolloutService())
+        self._lead = None if material is None else _Lead(material)
         sizes = None
         if material is not None:
             held_out = {name: len(rows) for name, rows in material.val_prompts.items()}
@@ -85,8 +97,8 @@ class RolloutSession:
         """Start the servers in the background (rank 0); rollouts begin at `wait_started`."""
         lead = self._lead
         if lead is not None and lead.started is None:
-            lead.started = lead.service.start(
-                lambda: open_live(self.settings, lead.material, lead.beginning)
+            lead.started = lead.starting.submit(
+                lead.service.start, lambda: lead.build(self.settings)
             )
 
     def wait_started(self) -> None:
@@ -106,13 +118,16 @@ class RolloutSession:
 
     def close(self) -> None:
         """End producer, reward processes and servers; from any state, any number of times."""
-        if self._lead is not None:
-            self._lead.service.close()
+        lead = self._lead
+        if lead is not None:
+            lead.beginning.cancel()
+            lead.starting.shutdown(wait=True)
+            lead.service.close()
 
     @property
     def _live(self) -> Live:
-        assert self._lead is not None and self._lead.started is not None
-        return self._lead.started.result()
+        assert self._lead is not None and self._lead.live is not None
+        return self._lead.live
 
     # -- rollouts -------------------------------------------------------------------------------
 
@@ -184,7 +199,7 @@ class RolloutSession:
         self.version = version
         self._synced = True
         if self._lead is not None:
-            self._lead.service.run(_advance, self._live, version).result()
+            self._lead.service.call(_advance, self._live, version)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -194,7 +209,7 @@ class RolloutSession:
             return
         evaluation, live = self.settings.evaluation, self._live
         prompts = [self._lead.material.val_prompts[name][i] for i in range(first, last)]
-        asked = []
+        asked: list[tuple[Sampling | None, int]] = []
         if evaluation.sampled:
             asked.append((None, evaluation.num_samples))
         if evaluation.greedy:
@@ -224,8 +239,8 @@ class RolloutSession:
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from, as plain data; only rank 0 has the producer's part."""
         producer = None
-        if self._lead is not None and self._lead.started is not None:
-            producer = self._lead.service.run(_call, self._live.producer.state_dict).result()
+        if self._lead is not None and self._lead.live is not None:
+            producer = self._lead.service.state_dict()
         return {"version": self.version, "run_id": self.run_id, "producer": producer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -234,14 +249,15 @@ class RolloutSession:
         self.run_id = str(state["run_id"])
         self._restored = state["producer"]
 
+    def health(self) -> dict[str, float]:
+        """How late the event loop was; rank 0 only, empty elsewhere."""
+        if self._lead is None or self._lead.live is None:
+            return {}
+        return {"health/event_loop_lag_s": self._lead.service.lag_s()}
+
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""
         return {"servers": self.settings.servers.describe()}
-
-
-async def _call(function: Any, *arguments: Any) -> Any:
-    """Run a plain function on the event loop, where the producer's state may be touched."""
-    return function(*arguments)
 
 
 async def _take(live: Live, version: int) -> Taken:
@@ -267,7 +283,7 @@ def _counted(before: Counters, live: Live) -> dict[str, float]:
     }
 
 
-async def _advance(live: Live, version: int) -> None:
+def _advance(live: Live, version: int) -> None:
     live.producer.advance(version)
     live.first_sync.set()
 

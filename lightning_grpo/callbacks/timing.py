@@ -1,0 +1,78 @@
+"""StepTimer: where the time of each step goes, and how fast tokens are trained on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import lightning as L
+import psutil
+from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning_grpo.datamodule import RolloutDataModule
+    from lightning_grpo.loader import Minibatch
+
+
+class StepTimer(Callback):
+    """Logs `time/...`, `throughput/...`, `idle/...` and `health/...` of each step.
+
+    The period of a step runs from the end of the step before to its own end, without validation;
+    so it holds the weight sync of the step before.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the first period."""
+        self._process = psutil.Process()
+        self._period_started = self._step_started = time.perf_counter()
+        self._gradients_ready = self._validation_started = self._period_started
+        self._validation_s = 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on."""
+        if trainer.state.fn == "fit":
+            self._validation_s += time.perf_counter() - self._validation_started
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """The batch is there."""
+        self._step_started = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """The gradients are there."""
+        self._gradients_ready = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Minibatch,
+        batch_idx: int,
+    ) -> None:
+        """Log the period that ends here."""
+        now = time.perf_counter()
+        period = now - self._period_started - self._validation_s
+        logged = {
+            "time/step_s": period,
+            "time/forward_backward_s": self._gradients_ready - self._step_started,
+            "time/optimizer_s": now - self._gradients_ready,
+            "health/rss_gb": self._process.memory_info().rss / 2**30,
+        }
+        if batch.is_first:
+            waited = batch.rollout.metrics["time/wait_rollout_s"]
+            logged["idle/trainer_fraction"] = min(1.0, waited / period)
+        tokens = int(batch.rollout.denominators[batch.index].tokens)
+        logged["throughput/tokens_per_s"] = tokens / period
+        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        logged |= data.health()
+        pl_module.log_dict(logged)
+        self._period_started, self._validation_s = now, 0.0

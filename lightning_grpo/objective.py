@@ -1,0 +1,132 @@
+"""From a minibatch to a loss with gradient: what GRPOModule and programs with Fabric share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_grpo.algorithm.aggregation import Aggregation, TokenMean
+from lightning_grpo.algorithm.batch import MicroBatch
+from lightning_grpo.algorithm.corrections import Correction
+from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.algorithm.losses import (
+    CappedCISPOLoss,
+    CISPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    PolicyLoss,
+)
+from lightning_grpo.algorithm.metrics import Metrics, Sum
+from lightning_grpo.algorithm.mismatch import mismatch_metrics
+from lightning_grpo.algorithm.objective import TokenLoss, minibatch_loss
+from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
+from lightning_grpo.loader import Minibatch, Rollout, token_rows
+
+# Losses that are proportional to the advantage, token by token (M2PO's mask is not).
+_ADVANTAGE_WEIGHTED = (GRPOLoss, GSPOLoss, CISPOLoss, CappedCISPOLoss, SAPOLoss, DPPOLoss)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized.
+
+    Args:
+        loss: The policy loss: any callable `(policy_logprobs, batch) -> ([tokens], metrics)`.
+        correction: Weights for samples of another policy; None anchors the clip at the behavior
+            policy.
+        kl: Penalty for leaving the reference policy.
+        entropy_coefficient: Weight of the entropy bonus.
+    """
+
+    loss: TokenLoss
+    correction: Correction | None = None
+    kl: KLPenalty | None = None
+    entropy_coefficient: float = 0.0
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """The loss's own aggregation; a plain function gets the mean over tokens."""
+        return self.loss.aggregation if isinstance(self.loss, PolicyLoss) else TokenMean()
+
+    @property
+    def skips_zero_advantages(self) -> bool:
+        """Whether a trajectory with advantage zero has no gradient, so that no pass is needed."""
+        weighted = type(self.loss) in _ADVANTAGE_WEIGHTED
+        return weighted and self.kl is None and self.entropy_coefficient == 0.0
+
+    def anchor(self, policy: nn.Module, rollout: Rollout, steps: int, device: torch.device) -> None:
+        """Fix where the clip is anchored, before the first of `steps` steps on a rollout batch.
+
+        Without a correction that is the behavior policy; with one the proximal policy, which is
+        scored in the same micro-batches as training, or, if there is one step only, is the policy
+        itself, detached.
+        """
+        if self.correction is None:
+            rollout.proximal_logprobs = rollout.sequences.behavior_logprobs
+        elif steps > 1:
+            rollout.proximal_logprobs = score(policy, rollout, device)
+
+    def micro_batch_loss(
+        self,
+        policy: nn.Module,
+        minibatch: Minibatch,
+        k: int,
+        device: torch.device,
+        token_loss: TokenLoss | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """The k-th micro-batch's part of the minibatch's loss, to call `backward` on.
+
+        Parts add up over micro-batches and ranks. Where gradients are averaged over ranks (DDP,
+        FSDP) multiply by their number.
+
+        Args:
+            policy: A `PackedPolicy`.
+            minibatch: The optimizer step.
+            k: Which of its micro-batches.
+            device: Where it is computed.
+            token_loss: Takes the place of `loss` (a subclass's hook).
+        """
+        batch = minibatch.micro_batch(k, device)
+        logprobs, entropy = policy(
+            batch.input_ids,
+            batch.cu_seqlens,
+            batch.temperature,
+            with_entropy=True,
+            positions_mask=batch.loss_mask,
+        )
+        if not self.entropy_coefficient:
+            entropy = entropy.detach()
+        loss, metrics = minibatch_loss(
+            logprobs,
+            replace(batch, entropy=entropy),
+            loss=token_loss or self.loss,
+            aggregation=self.aggregation,
+            correction=self.correction,
+            kl=self.kl,
+            entropy_coefficient=self.entropy_coefficient,
+        )
+        metrics["policy/loss"] = Sum(loss.detach())
+        if minibatch.is_first:
+            metrics.update(mismatch_metrics(logprobs, batch, minibatch.rollout.version))
+        return loss, metrics
+
+
+@torch.no_grad()
+def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
+    """Logprobs of this rank's share under `policy`, `[share tokens]`, in training's own passes."""
+    scores = torch.zeros_like(rollout.sequences.behavior_logprobs)
+    for index, plan in enumerate(rollout.plans):
+        minibatch = Minibatch(rollout, index, 0, is_first=False, is_last=False)
+        for k, rows in enumerate(plan):
+            batch: MicroBatch = minibatch.micro_batch(k, device)
+            logprobs, _ = policy(
+                batch.input_ids,
+                batch.cu_seqlens,
+                batch.temperature,
+                positions_mask=batch.response_mask,
+            )
+            if rows:
+                scores[token_rows(rollout.sequences, rows)] = logprobs.float().cpu()
+    return scores
