@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
@@ -19,8 +19,8 @@ _MEAN_OVER = 5
 class GRPOProgress(ProgressBar):
     """Says after each rollout batch what a run is judged by.
 
-    It takes the place of Lightning's default bar; another bar that the user chose stays, with these
-    lines beside it.
+    It takes the place of a bar as Lightning makes it by default; a bar with settings of its own
+    stays, with these lines beside it.
 
     Args:
         console: Where to write; None is standard output.
@@ -57,9 +57,9 @@ class GRPOProgress(ProgressBar):
             if isinstance(callback, ProgressBar) and callback is not self
         ]
         for other in others:
-            if type(other) is TQDMProgressBar:
+            if is_default_bar(other):
                 other.disable()
-        self._with_bar = all(type(other) is TQDMProgressBar for other in others)
+        self._with_bar = all(is_default_bar(other) for other in others)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar on a terminal."""
@@ -123,6 +123,14 @@ class GRPOProgress(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def is_default_bar(bar: ProgressBar) -> bool:
+    """Whether it is as Lightning makes one when the user names none."""
+    if type(bar) is RichProgressBar:
+        default = RichProgressBar()
+        return (bar.refresh_rate, bar.theme) == (default.refresh_rate, default.theme)
+    return type(bar) is TQDMProgressBar and bar.refresh_rate == TQDMProgressBar().refresh_rate
 
 
 def total_steps(trainer: L.Trainer) -> int | None:

@@ -152,7 +152,7 @@ def end_lines(
         speed = f"{tally.samples} samples in {tally.seconds:.0f} s: {rate:.2f} samples/s"
         yield from _row("speed", speed)
         yield from _row("time", phase_shares(tally))
-    yield from _row("model", checkpoint or "not saved (trainer.enable_checkpointing)")
+    yield from _row("model", checkpoint or "not saved: no checkpoint was due (ModelCheckpoint)")
     if checkpoint:
         yield from _row("next", f"lightning-grpo export {checkpoint} {Path(run_folder) / 'model'}")
         yield from _row("", f"lightning-grpo show {run_folder}")
@@ -177,11 +177,13 @@ def held_out_lines(evaluations: Sequence[EvaluationView]) -> Iterator[str]:
     first, last = evaluations[0], evaluations[-1]
     for name, after in last.metrics.items():
         if not name.endswith("_ci95"):
-            before = first.metrics.get(name, float("nan"))
             interval = last.metrics.get(f"{name}_ci95", float("nan"))
-            shown = f" (+- {interval:.3f})" if interval == interval else ""
-            change = f"{before:.3f} -> {after:.3f}{shown} {name.removeprefix('eval/')}"
-            yield from _row("held-out", f"{change}, step {first.step} -> {last.step}")
+            shown = f"{after:.3f}" + (f" (+- {interval:.3f})" if interval == interval else "")
+            steps = f"{last.step}"
+            if first is not last:
+                shown = f"{first.metrics.get(name, float('nan')):.3f} -> {shown}"
+                steps = f"{first.step} -> {steps}"
+            yield from _row("held-out", f"{shown} {name.removeprefix('eval/')}, step {steps}")
     pair = most_improved(first, last)
     if pair is not None and first is not last:
         yield from _answers(*pair)

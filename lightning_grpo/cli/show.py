@@ -70,7 +70,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
     if not rows:
         console.print("no trajectories")
     for row in rows:
-        console.rule(Text(headline(row)), align="left")
+        console.rule()
+        console.print(Text(headline(row), style="bold"))
         console.print(Text("prompt", style="bold"))
         console.print(Padding(Text(row["prompt"].strip()), (0, 0, 0, 2)))
         ending = " (truncated)" if row["truncated"] else ""

@@ -187,14 +187,15 @@ def _refusal_behind(error: BaseException) -> ConfigError | None:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Drop Lightning's advertising from its log for the time of a run."""
+    """Drop what says nothing about a run from Lightning's log, for the time of the run."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(_no_tips)
+    logger.addFilter(_is_news)
     try:
         yield
     finally:
-        logger.removeFilter(_no_tips)
+        logger.removeFilter(_is_news)
 
 
-def _no_tips(record: logging.LogRecord) -> bool:
-    return "Tip: " not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """Neither advertising nor a list of the hardware that is not there."""
+    return "Tip: " not in record.getMessage() and " available: False" not in record.getMessage()

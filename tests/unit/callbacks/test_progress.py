@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from collections import deque
 
+import pytest
 import tqdm
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from rich.console import Console
@@ -77,9 +78,10 @@ def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(make_trainer):
     assert "\x1b[?25h" in written  # the cursor is shown again
 
 
-def test_lightnings_default_bar_makes_way(make_trainer, console, printed, monkeypatch):
+@pytest.mark.parametrize("make_bar", [TQDMProgressBar, RichProgressBar])
+def test_a_default_bar_makes_way(make_bar, make_trainer, console, printed, monkeypatch):
     monkeypatch.setattr(tqdm.tqdm, "monitor_interval", 0)  # no thread that outlives the test
-    bar = TQDMProgressBar()
+    bar = make_bar()
     trainer = make_trainer(callbacks=[bar])
     trainer.callbacks.append(GRPOProgress(console))
     trainer.fit(TinyModule(), datamodule=TinyData())
@@ -87,8 +89,8 @@ def test_lightnings_default_bar_makes_way(make_trainer, console, printed, monkey
     assert "step 4/4" in printed()
 
 
-def test_a_bar_that_the_user_chose_stays(make_trainer, console, printed):
-    bar = RichProgressBar()
+def test_a_bar_with_settings_of_its_own_stays(make_trainer, console, printed):
+    bar = RichProgressBar(refresh_rate=2)
     trainer = make_trainer(callbacks=[bar])
     trainer.callbacks.append(GRPOProgress(console))
     trainer.fit(TinyModule(), datamodule=TinyData())

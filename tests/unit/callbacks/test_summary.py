@@ -30,6 +30,10 @@ def test_held_out_scores_are_told_before_and_after():
     assert first == "held-out      0.250 -> 0.750 (+- 0.125) avg_at_1, step 0 -> 30"
 
 
+def test_a_single_validation_is_no_change():
+    assert list(held_out_lines([AFTER])) == ["held-out      0.750 (+- 0.125) avg_at_1, step 30"]
+
+
 def test_the_problem_that_gained_most_is_answered_before_and_after():
     assert list(held_out_lines([BEFORE, AFTER]))[1:] == [
         "problem       What is 1 + 1?",
