@@ -26,7 +26,8 @@ class Ledger:
     Args:
         num_rows: Prompts of one pass.
         batch_size: Groups of one rollout batch.
-        max_failed_fraction: Of the last 10 batches' groups; above it `record` raises.
+        max_failed_fraction: Of the last 10 batches' groups; above it `record` raises, and always
+            when all of them failed.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Ledger:
                 f"First failure: {self.first_failure}"
             )
         size = self._window.maxlen or 1
-        if failed > self.max_failed_fraction * size:
+        if failed > self.max_failed_fraction * size or failed == size:
             raise FailureBudgetError(
                 f"{failed} of the last {len(self._window)} groups failed, more than "
                 f"`max_failed_fraction` ({self.max_failed_fraction:g}) of {size} allows. "

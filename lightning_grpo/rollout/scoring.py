@@ -183,8 +183,10 @@ class _OwnedPool:
     async def call(self, reward: int | bytes, arguments: bytes, timeout_s: float) -> Answer:
         function = reward_worker.call
         future = self._pool.schedule(function, args=(reward, arguments), timeout=timeout_s)
+        waiting = asyncio.wrap_future(future)
+        waiting.add_done_callback(_seen)
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            return await asyncio.shield(waiting)
         except asyncio.CancelledError:
             # A call that runs is left to end: to kill it costs a new process.
             if not future.running():
@@ -209,6 +211,12 @@ def is_async(reward: Reward) -> bool:
     """Whether a reward runs on the event loop."""
     target = reward if inspect.isroutine(reward) else type(reward).__call__
     return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(reward)
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    # Whoever waited may have left: asyncio would then complain that nobody saw the error.
+    if not future.cancelled():
+        future.exception()
 
 
 def _pickle(arguments: dict[str, Any]) -> bytes:

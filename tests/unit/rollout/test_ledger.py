@@ -66,6 +66,15 @@ def test_above_the_rate_of_ten_batches_the_run_ends_and_below_it_goes_on():
         ledger.record((0, 32), Outcome.FAILED, "later")
 
 
+def test_when_everything_fails_from_some_point_on_the_run_ends_whatever_may_fail():
+    ledger = Ledger(1000, batch_size=1, max_failed_fraction=1.0)
+    ledger.record((0, 0), Outcome.TRAINED)
+    for row in range(1, 10):
+        ledger.record((0, row), Outcome.FAILED, "boom")
+    with pytest.raises(FailureBudgetError, match="10 of the last 10 groups"):
+        ledger.record((0, 10), Outcome.FAILED, "boom")
+
+
 def test_a_prompt_that_was_expired_or_filtered_does_not_count_as_failed():
     ledger = Ledger(1000, batch_size=2, max_failed_fraction=0.0)
     for row in range(50):

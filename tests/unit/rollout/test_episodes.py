@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_grpo.errors import ConfigError, RolloutError
+from lightning_grpo.rollout.background import Background, ClosedError
+from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request, derive_seed
+from lightning_grpo.rollout.workflow import single_turn
+from lightning_grpo.types import Prompt, Sampling
+from tests.fakes.generator import FakeGenerator, InlineScorer
+from tests.fakes.tokenizer import CharTokenizer
+from tests.fakes.virtual_time import run_virtual
+
+PROMPT = Prompt((1, 2), "ask", row=5, pass_index=1)
+
+
+class TwoTurns:
+    """Asks twice, at a temperature of its own."""
+
+    async def run(self, prompt, context):
+        first = await context.generate(list(prompt.input_ids), Sampling(temperature=0.7))
+        ids = [*prompt.input_ids, *first.token_ids]
+        second = await context.generate(ids, Sampling(temperature=0.7))
+        reward = await context.score(lambda reward, self: reward, reward=0.5, self=None)
+        return single_turn(prompt, second, reward, {"r": reward})
+
+
+def run(workflow, request=None, generator=None, size=3):
+    generator = generator or FakeGenerator()
+    runner = EpisodeRunner(workflow, generator, InlineScorer(), CharTokenizer(), size, seed=9)
+    attempt = Attempt()
+    trajectories = run_virtual(runner.run, PROMPT, request or Request(), attempt)
+    return generator, attempt, trajectories
+
+
+@given(path=st.lists(st.integers(-1, 10**9), min_size=1, max_size=6))
+def test_a_seed_is_the_same_every_time_and_fits_a_signed_32_bit_field(path):
+    assert derive_seed(*path) == derive_seed(*path)
+    assert 0 <= derive_seed(*path) < 2**31
+    assert derive_seed(*path) != derive_seed(*path, 0)
+
+
+def test_every_turn_of_every_episode_has_a_seed_of_its_own():
+    generator, _, _ = run(TwoTurns())
+    assert len({request["seed"] for request in generator.requests}) == 6
+    again, _, _ = run(TwoTurns())
+    assert [r["seed"] for r in again.requests] == [r["seed"] for r in generator.requests]
+    later, _, _ = run(TwoTurns(), Request(attempt=2))
+    assert not {r["seed"] for r in later.requests} & {r["seed"] for r in generator.requests}
+
+
+def test_a_trajectory_has_the_temperature_that_its_tokens_were_sampled_at():
+    _, attempt, trajectories = run(TwoTurns())
+    assert {trajectory.temperature for trajectory in trajectories} == {0.7}
+    assert attempt.num_tokens == 3 * 2 * 3
+    _, _, greedy = run(TwoTurns(), Request(sampling=Sampling(temperature=0.0)))
+    assert {trajectory.temperature for trajectory in greedy} == {0.0}
+
+
+def test_the_first_failure_ends_the_other_episodes_and_is_what_is_raised():
+    generator = FakeGenerator(
+        lambda ids, n: 1.0 + n, fail=lambda n: OSError("first") if n == 0 else None
+    )
+    with pytest.raises(OSError, match="first"):
+        run(TwoTurns(), generator=generator)
+    assert generator.cancelled == 2
+
+
+def test_the_background_keeps_its_first_error_and_does_not_cancel_who_entered_it():
+    async def fail(message, after):
+        await anyio.sleep(after)
+        raise ConfigError(message)
+
+    async def main():
+        async with Background() as background:
+            background.spawn(fail, "late", 2)
+            background.spawn(fail, "early", 1)
+            await anyio.sleep(10)
+            with pytest.raises(ConfigError, match="early"):
+                background.check()
+        with pytest.raises(RolloutError, match="not running"):
+            background.spawn(fail, "never", 1)
+        return True
+
+    assert run_virtual(main)
+
+
+def test_an_error_of_the_body_leaves_the_background_as_it_is():
+    async def main():
+        async with Background() as background:
+            background.spawn(anyio.sleep, 100)
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run_virtual(main)
+
+
+def test_leaving_the_background_tells_who_comes_later():
+    async def main():
+        async with Background() as background:
+            pass
+        background.check()
+
+    with pytest.raises(ClosedError):
+        run_virtual(main)
