@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_BOUND = 256
 ABORT_INTERVAL_S = 0.05
 """A request that was on its way when the abort was sent is caught by the next one."""
+SETTLE_S = 0.01
+"""SGLang ends a request just after its last byte was read; a pause before that polls for 1 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,15 +276,21 @@ class ServerPool:
     async def _take_back(self, member: Member, timeout_s: float) -> None:
         try:
             with anyio.fail_after(timeout_s):
-                while member.in_flight:
-                    await member.client.abort()
-                    with anyio.move_on_after(ABORT_INTERVAL_S):
-                        await member.drained.wait()
+                if member.in_flight:
+                    await self._drain(member)
                 await member.pause()
         except (ServerError, TimeoutError) as error:
             reason = str(error) or f"it kept requests for {timeout_s:g} s after their abort"
             member.mark_dirty(reason)
             self._monitor.suspect(member, ServerError(reason))
+
+    @staticmethod
+    async def _drain(member: Member) -> None:
+        while member.in_flight:
+            await member.client.abort()
+            with anyio.move_on_after(ABORT_INTERVAL_S):
+                await member.drained.wait()
+        await anyio.sleep(SETTLE_S)
 
     async def _connect(self, handle: ServerLike) -> tuple[ServerClient, ServerFacts]:
         assert self._session is not None, "the pool was not started"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import uuid
 
 import torch
 
@@ -46,16 +46,13 @@ class ProcessGroupTransport(Transport):
             raise ConfigError(f"`timeout_s` must be > 0, got {timeout_s}.")
         self.backend = backend
         self.timeout_s = timeout_s
-        self._run_name = "weights"
         self._bucket_bytes = 0
         self._buckets: list[Bucket] = []
         self._groups: dict[str, WeightGroup] = {}
-        self._numbers = itertools.count()
 
     def bind(self, place: Place) -> None:
         """Takes the size of buckets."""
         self._bucket_bytes = place.bucket_bytes
-        self._run_name = f"weights-{place.run_dir.name}"
 
     def prepare(self, snapshot: Snapshot, version: int) -> int:
         """Flattens the weights, on whichever device they are."""
@@ -88,7 +85,8 @@ class ProcessGroupTransport(Transport):
                 )
 
     async def _connect(self, target: Target, timeout_s: float) -> WeightGroup:
-        name = f"{self._run_name}-{next(self._numbers)}"
+        # A server may still know the names of a run that crashed.
+        name = f"weights-{uuid.uuid4().hex[:12]}"
         group = await in_thread(
             lambda: WeightGroup(
                 name,

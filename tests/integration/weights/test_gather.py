@@ -1,0 +1,117 @@
+"""Gathering from sharded parameters on two real ranks, and SGLang's own way into a group."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_grpo.weights.buckets import make_buckets
+from lightning_grpo.weights.collective import WeightGroup, address_towards
+from lightning_grpo.weights.gather import gather_weights
+from tests.fakes.ranks import start_ranks
+
+
+class Policy(nn.Module):
+    """An embedding tied to nothing, two blocks, and a head: the root keeps parameters itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 11)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            hidden = block(hidden).relu()
+        return self.head(hidden) * self.scale
+
+
+def gather_on_a_rank(when: str) -> dict[str, list] | None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = Policy()
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    for block in policy.blocks:
+        fully_shard(block, **options)
+    # The root stays whole, and in bf16, after a forward pass.
+    fully_shard(policy, reshard_after_forward=False, **options)
+    if when == "after a forward pass":
+        policy(torch.arange(5))
+    kept = gather_weights(policy, torch.float32, keep=dist.get_rank() == 0)
+    cast = gather_weights(policy, torch.bfloat16, keep=dist.get_rank() == 0)
+    result = {name: tensor.tolist() for name, tensor in kept.items()}
+    assert {tensor.dtype for tensor in cast.values()} <= {torch.bfloat16}
+    dist.destroy_process_group()
+    return result
+
+
+@pytest.mark.parametrize("when", ["at once", "after a forward pass"])
+def test_sharded_weights_come_back_whole_and_exact(when):
+    with start_ranks(gather_on_a_rank, 2, when) as ranks:
+        results = ranks.join(timeout_s=50)
+    assert [r.returncode for r in results] == [0, 0], results[0].output + results[1].output
+    expected = {name: tensor.tolist() for name, tensor in Policy().state_dict().items()}
+    assert results[0].value == expected
+    assert results[1].value == {}
+
+
+def receive_as_sglang_does(invitation: dict, num_bytes: int) -> bytes:
+    from datetime import timedelta
+
+    from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
+    from torch.distributed.rendezvous import rendezvous
+
+    address = f"tcp://{invitation['master_address']}:{invitation['master_port']}"
+    timeout = timedelta(seconds=30)
+    store, rank, world_size = next(
+        rendezvous(address, invitation["rank_offset"], invitation["world_size"], timeout=timeout)
+    )
+    store.set_timeout(timeout)
+    group, _ = _new_process_group_helper(
+        world_size,
+        rank,
+        [],
+        invitation["backend"],
+        PrefixStore(invitation["group_name"], store),
+        group_name=invitation["group_name"],
+        timeout=timeout,
+    )
+    _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    flat = torch.empty(num_bytes, dtype=torch.uint8)
+    dist.broadcast(flat, src=0, group=group)
+    return flat.numpy().tobytes()
+
+
+def test_a_receiver_that_joins_as_sglang_does_gets_the_bytes():
+    (bucket,) = make_buckets({"w": torch.arange(1000.0)}, 1 << 20)
+    group = WeightGroup("g-1", "gloo", 2, "127.0.0.1", 30.0)
+    with start_ranks(receive_as_sglang_does, 1, group.invitation(), 4000) as ranks:
+        group.join([])
+        group.broadcast(bucket.flat)
+        (result,) = ranks.join(timeout_s=40)
+    assert result.value == bucket.flat.numpy().tobytes()
+
+
+def test_joining_ends_when_the_invitation_was_refused():
+    group = WeightGroup("g-2", "gloo", 2, "127.0.0.1", 30.0)
+    stopped: list[bool] = []
+    joining = threading.Thread(target=group.join, args=(stopped,))
+    joining.start()
+    stopped.append(True)
+    joining.join(10)
+    assert not joining.is_alive()
+
+
+def test_the_address_is_the_one_that_the_server_would_see():
+    assert address_towards("http://127.0.0.1:30000") == "127.0.0.1"
+    assert address_towards("http://localhost:30000") in ("127.0.0.1", "::1")

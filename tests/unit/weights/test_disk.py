@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_grpo.errors import ConfigError, WeightSyncError
+from lightning_grpo.weights.disk import DiskTransport, check_version, write_version
+from lightning_grpo.weights.transport import Place
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "x"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_text("old weights")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "inner").mkdir()
+    return folder
+
+
+def weights(value):
+    return {"a": torch.full((3, 2), float(value)), "b": torch.arange(4.0).reshape(2, 2).t()}
+
+
+def test_a_version_is_a_complete_model_folder(tmp_path, base):
+    folder, num_bytes = write_version(tmp_path / "weights", 12, weights(1), base)
+    assert folder.name == "v000012"
+    assert {p.name for p in folder.iterdir()} == {
+        "READY",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert num_bytes == (folder / "model.safetensors").stat().st_size
+    loaded = load_file(folder / "model.safetensors")
+    for name, tensor in weights(1).items():
+        assert torch.equal(loaded[name], tensor)
+    assert json.loads((folder / "manifest.json").read_text())["version"] == 12
+    check_version(folder)
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["v000012"]
+
+
+def test_a_changed_or_unfinished_version_is_found_out(tmp_path, base):
+    folder, _ = write_version(tmp_path, 1, weights(1), base)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(WeightSyncError, match=r"model\.safetensors is not what was written"):
+        check_version(folder)
+    (folder / "READY").unlink()
+    with pytest.raises(WeightSyncError, match="never finished"):
+        check_version(folder)
+
+
+def test_the_last_two_versions_stay(tmp_path, base):
+    transport = DiskTransport()
+    transport.bind(Place(tmp_path, base))
+    for version in range(5):
+        assert transport.prepare(weights(version), version) > 0
+    assert sorted(p.name for p in (tmp_path / "weights").iterdir()) == ["v000003", "v000004"]
+
+
+def test_a_version_may_be_written_again(tmp_path, base):
+    transport = DiskTransport(str(tmp_path / "elsewhere"), keep=1)
+    transport.bind(Place(tmp_path, base))
+    transport.prepare(weights(1), 7)
+    transport.prepare(weights(2), 7)
+    (folder,) = (tmp_path / "elsewhere").iterdir()
+    assert load_file(folder / "model.safetensors")["a"][0, 0] == 2
+
+
+def test_a_crash_in_the_middle_leaves_nothing_that_looks_finished(tmp_path, base):
+    (tmp_path / "weights" / "v000003.partial").mkdir(parents=True)
+    transport = DiskTransport()
+    transport.bind(Place(tmp_path, base))
+    transport.prepare(weights(1), 3)
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["v000003"]
+
+
+def test_a_folder_that_cannot_be_written_names_the_way_out(tmp_path, base):
+    (tmp_path / "full").write_text("")
+    transport = DiskTransport(str(tmp_path / "full"))
+    transport.bind(Place(tmp_path, base))
+    with pytest.raises((WeightSyncError, OSError)):
+        transport.prepare(weights(1), 1)
+
+
+def test_a_model_that_is_no_folder_here_has_no_companions(tmp_path):
+    transport = DiskTransport()
+    transport.bind(Place(tmp_path, tmp_path / "not" / "there"))
+    transport.prepare(weights(1), 1)
+    check_version(tmp_path / "weights" / "v000001")
+
+
+def test_keeping_none_is_refused():
+    with pytest.raises(ConfigError, match="`keep` must be >= 1"):
+        DiskTransport(keep=0)
