@@ -104,12 +104,15 @@ class Partial:
         ids: list[int], entries: list[wire.LogprobEntry], reason: str, url: str
     ) -> tuple[list[int], list[float]]:
         """Ids with their logprobs; an aborted reply is cut where the two stop agreeing."""
+        given = [logprob for logprob, *_ in entries]
+        if [token_id for _, token_id, *_ in entries] == ids and None not in given:
+            return ids, given  # type: ignore[return-value]
         logprobs: list[float] = []
         for token_id, (logprob, entry_id, *_) in zip(ids, entries, strict=False):
             if logprob is None or entry_id != token_id:
                 break
             logprobs.append(logprob)
-        if len(logprobs) == len(ids) == len(entries) or reason == "abort":
+        if reason == "abort":
             return ids[: len(logprobs)], logprobs
         raise ServerError(
             f"{url} sent {len(ids)} token ids with {len(entries)} logprobs, of which"
@@ -149,7 +152,9 @@ def token_versions(
     """
     spans = meta.weight_versions
     if spans:
-        versions = [member.version_of(s.version) for s in spans for _ in range(s.start, s.end)]
+        versions: list[int] = []
+        for span in spans:
+            versions += [member.version_of(span.version)] * (span.end - span.start)
         if len(versions) != num_tokens:
             raise ServerError(
                 f"{member.url} reports versions for {len(versions)} of {num_tokens} tokens"

@@ -18,6 +18,7 @@ import anyio
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError, ServersLostError
 from lightning_grpo.rollout.client import ServerClient, new_session
+from lightning_grpo.rollout.interruption import take_back
 from lightning_grpo.rollout.member import Member, MemberState, ServerLike
 from lightning_grpo.rollout.monitor import HealthPolicy, Monitor, Restart, Restore
 from lightning_grpo.rollout.partial import Decode, Partial
@@ -28,10 +29,6 @@ from lightning_grpo.types import Completion, Sampling
 logger = logging.getLogger(__name__)
 
 DEFAULT_BOUND = 256
-ABORT_INTERVAL_S = 0.05
-"""A request that was on its way when the abort was sent is caught by the next one."""
-SETTLE_S = 0.01
-"""SGLang ends a request just after its last byte was read; a pause before that polls for 1 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +211,7 @@ class ServerPool:
         async with anyio.create_task_group() as tasks:
             for member in self._members:
                 if member.alive:
-                    tasks.start_soon(self._take_back, member, timeout_s)
+                    tasks.start_soon(take_back, member, timeout_s, self._monitor.suspect)
 
     async def resume(self) -> None:
         """Hands servers out again, clean ones; a clean server still paused is continued."""
@@ -228,14 +225,15 @@ class ServerPool:
         self._router.open()
         self._notify()
 
-    def give_up(self, member: Member) -> None:
+    def give_up(self, url: str) -> None:
         """A live server that can't be updated is restarted, where the run may do that.
 
         Elsewhere it stays dirty, and the next update tries again.
         """
-        if self._monitor.can_restart:
-            member.mark_dead(member.reason)
-            self._monitor.wake()
+        for member in self._members:
+            if member.url == url and self._monitor.can_restart:
+                member.mark_dead(member.reason)
+                self._monitor.wake()
 
     async def wait_until_clean(self, timeout_s: float) -> None:
         """Waits until at least one server holds known weights (a restart may be under way).
@@ -272,25 +270,6 @@ class ServerPool:
         except ServerError as error:
             member.mark_dirty(str(error))
             raise
-
-    async def _take_back(self, member: Member, timeout_s: float) -> None:
-        try:
-            with anyio.fail_after(timeout_s):
-                if member.in_flight:
-                    await self._drain(member)
-                await member.pause()
-        except (ServerError, TimeoutError) as error:
-            reason = str(error) or f"it kept requests for {timeout_s:g} s after their abort"
-            member.mark_dirty(reason)
-            self._monitor.suspect(member, ServerError(reason))
-
-    @staticmethod
-    async def _drain(member: Member) -> None:
-        while member.in_flight:
-            await member.client.abort()
-            with anyio.move_on_after(ABORT_INTERVAL_S):
-                await member.drained.wait()
-        await anyio.sleep(SETTLE_S)
 
     async def _connect(self, handle: ServerLike) -> tuple[ServerClient, ServerFacts]:
         assert self._session is not None, "the pool was not started"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,6 +105,31 @@ class Target(Protocol):
 
     async def unpause(self) -> None:
         """Lets it work."""
+        ...
+
+
+class Fleet(Protocol):
+    """The servers together, as the pool has them."""
+
+    @property
+    def members(self) -> Sequence[Target]:
+        """All servers."""
+        ...
+
+    async def interrupt(self, timeout_s: float = 30.0) -> None:
+        """Takes every request back and pauses the servers."""
+        ...
+
+    async def resume(self) -> None:
+        """Uses clean servers again."""
+        ...
+
+    async def wait_until_clean(self, timeout_s: float) -> None:
+        """Waits for a server that is on its way back; raises when none is."""
+        ...
+
+    def give_up(self, url: str) -> None:
+        """A live server can't be updated: replace it, where that is possible."""
         ...
 
 
