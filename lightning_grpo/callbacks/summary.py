@@ -153,11 +153,11 @@ def end_lines(
         yield from _row("speed", speed)
         yield from _row("time", phase_shares(tally))
     yield from _row("model", checkpoint or "not saved: no checkpoint was due (ModelCheckpoint)")
+    commands = [f"lightning-grpo show {run_folder}"]
     if checkpoint:
-        yield from _row("next", f"lightning-grpo export {checkpoint} {Path(run_folder) / 'model'}")
-        yield from _row("", f"lightning-grpo show {run_folder}")
-    else:
-        yield from _row("next", f"lightning-grpo show {run_folder}")
+        commands.insert(0, f"lightning-grpo export {checkpoint} {Path(run_folder) / 'model'}")
+    for index, command in enumerate(commands):  # never wrapped: they are there to be copied
+        yield f"{'' if index else 'next':<{_LABEL_WIDTH}}{command}"
 
 
 def phase_shares(tally: Tally) -> str:
@@ -172,7 +172,7 @@ def phase_shares(tally: Tally) -> str:
 def held_out_lines(evaluations: Sequence[EvaluationView]) -> Iterator[str]:
     """Held-out scores before and after, and one problem answered before and after."""
     if not evaluations:
-        yield from _row("held-out", "not measured (no data.val_prompts)")
+        yield from _row("held-out", "not measured: no validation ran")
         return
     first, last = evaluations[0], evaluations[-1]
     for name, after in last.metrics.items():
@@ -204,8 +204,9 @@ def _gain(pair: tuple[Group, Group]) -> float:
 
 
 def _answers(before: Group, after: Group) -> Iterator[str]:
-    prompt = before.prompt
-    yield from _row("problem", _short(prompt.text))
+    messages = before.prompt.messages
+    asked = str(messages[-1]["content"]) if messages else before.prompt.text
+    yield from _row("problem", _short(asked))
     for label, group in (("before", before), ("after", after)):
         answer = group.trajectories[0]
         yield from _row(label, f"[reward {answer.reward:.3g}] {_short(answer.text)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,9 @@ class GRPOCLI(LightningCLI):
             raise locate(str(error), self._settings) from error
         if isinstance(trainer.accelerator, CPUAccelerator) and set_one_thread_default():
             torch.set_num_threads(1)
+        if self._command != "fit":
+            # True of training alone: which checkpoint was best is not asked here.
+            warnings.filterwarnings("ignore", message="The dirpath has changed")
         return trainer
 
     def _refuse_unknown_strategy(self, name: Any) -> None:

@@ -93,6 +93,8 @@ class TinyModule(L.LightningModule):
     def validation_step(self, batch, batch_idx):
         self.log_dict({"eval/avg_at_1": 0.25, "eval/avg_at_1_ci95": 0.125}, batch_size=1)
 
+    test_step = validation_step
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -115,6 +117,9 @@ class TinyData(L.LightningDataModule):
         return batch
 
     def val_dataloader(self):
+        return TinyLoader(1)
+
+    def test_dataloader(self):
         return TinyLoader(1)
 
     def describe(self) -> dict[str, str]:

@@ -49,7 +49,7 @@ def test_problems_are_matched_within_their_validation_set():
 
 
 def test_a_run_without_validation_says_so():
-    assert list(held_out_lines([])) == ["held-out      not measured (no data.val_prompts)"]
+    assert list(held_out_lines([])) == ["held-out      not measured: no validation ran"]
 
 
 def test_time_is_shared_out_largest_first_with_the_rest_as_other():

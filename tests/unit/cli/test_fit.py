@@ -180,8 +180,12 @@ def test_a_checkpoints_own_settings_do_not_override_the_command_line(run, tmp_pa
     assert module.loss.clip_high == 0.4
 
 
-def test_validate_takes_the_same_config(run, capsys):
-    module, _ = run("--config=small.yaml", "--trainer.limit_val_batches=1", command="validate")
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_checkpoint_is_evaluated_with_the_config_of_its_run(command, run, tmp_path, capsys):
+    run()
+    (checkpoint,) = (tmp_path / "runs/small/version_0/checkpoints").glob("*.ckpt")
+    arguments = ["--config=small.yaml", f"--ckpt_path={checkpoint}"]
+    module, _ = run(*arguments, "--trainer.limit_val_batches=1", command=command)
     assert float(module.trainer.callback_metrics["eval/avg_at_1"]) == 0.25
 
 
