@@ -132,7 +132,7 @@ class RolloutDataModule(L.LightningDataModule):
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_trainer(trainer, self.steps_per_rollout, epoch_steps)
         # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
-        trainer.num_sanity_val_steps = 0  # type: ignore[attr-defined]
+        trainer.num_sanity_val_steps = 0
         self.session = session
         session.start()
 

@@ -75,7 +75,7 @@ def factory(value: Any) -> Callable[..., Any] | None:
     """A callable as given, or one that a checkpoint or config describes as plain data."""
     if isinstance(value, Mapping) and "class_path" in value:
         return functools.partial(import_object(value["class_path"]), **value.get("init_args", {}))
-    return from_plain(value)  # type: ignore[no-any-return]
+    return from_plain(value)
 
 
 def require_restored(saved: Mapping[str, Any], given: Collection[str], owner: str) -> None:

@@ -102,8 +102,8 @@ def assemble(rollout: Rollout, rows: list[int], denominators: Denominators) -> M
 
 def on_device(batch: MicroBatch, device: torch.device | str) -> MicroBatch:
     """The same micro-batch with its tensors on `device`."""
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+    values: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved: dict[str, Any] = {n: t.to(device) for n, t in values.items() if isinstance(t, Tensor)}
     return replace(batch, **moved)
 
 

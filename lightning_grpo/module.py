@@ -25,12 +25,13 @@ from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, from_tensors, merge, to_tensors, values
+from lightning_grpo.algorithm.objective import TokenLoss
 from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
-from lightning_grpo.policy.load import load_policy, load_tokenizer
+from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.gradient_sync import gradient_sync
@@ -61,8 +62,10 @@ class GRPOModule(L.LightningModule):
 
     Args:
         model: Hub id, folder, or `shipped:NAME`. The only place where the model is stated.
-        loss: The policy loss: any callable `(policy_logprobs, batch) -> ([tokens], metrics)`.
-        advantage: Turns rewards into advantages: `(rewards, group_ids) -> [trajectories]`.
+        loss: The policy loss: any callable `(policy_logprobs, batch) -> ([tokens], metrics)`;
+            None is `GRPOLoss()`.
+        advantage: Turns rewards into advantages: `(rewards, group_ids) -> [trajectories]`; None is
+            `GroupAdvantage()`.
         correction: Weighs tokens by how far the trainer's policy is from the one that sampled
             them. Without one the clip is anchored at the behavior policy, with one at the
             proximal policy (decoupled PPO, arXiv 2505.24298).
@@ -89,8 +92,8 @@ class GRPOModule(L.LightningModule):
     def __init__(
         self,
         model: str,
-        loss: PolicyLoss = GRPOLoss(),  # noqa: B008 - frozen
-        advantage: Advantage = GroupAdvantage(),  # noqa: B008 - frozen
+        loss: PolicyLoss | TokenLoss | None = None,
+        advantage: Advantage | None = None,
         correction: Correction | None = None,
         kl: KLPenalty | None = None,
         entropy_coefficient: float = 0.0,
@@ -110,8 +113,9 @@ class GRPOModule(L.LightningModule):
             )
         self.model_name = model
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
-        self.loss = hparams.from_plain(loss)
-        self.advantage = hparams.from_plain(advantage)
+        # A default object would hand its settings to the class that a config names instead.
+        self.loss = hparams.from_plain(loss) or GRPOLoss()
+        self.advantage = hparams.from_plain(advantage) or GroupAdvantage()
         self.correction = hparams.from_plain(correction)
         self.kl = hparams.from_plain(kl)
         self.entropy_coefficient = entropy_coefficient
@@ -143,7 +147,7 @@ class GRPOModule(L.LightningModule):
         if self.policy is None:
             self.policy = PackedPolicy(self.build_policy())
             if self._gradient_checkpointing:
-                self.policy.model.gradient_checkpointing_enable()
+                checkpoint_activations(self.policy.model)
 
     def sharding_root(self) -> nn.Module:
         """What a sharded strategy shards: every parameter is used from inside its forward."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lightning_grpo.types import Completion, Prompt, Sampling, Trajectory
@@ -78,9 +79,30 @@ class EpisodeContext(Protocol):
         ...
 
 
-class RolloutWorkflow(Protocol):
-    """One episode: from a prompt to a trajectory."""
+class RolloutWorkflow(ABC):
+    """One episode: from a prompt to a trajectory. Subclass it and write `run`.
 
+    A base class and not a protocol, because a config names implementations by `class_path`.
+
+    Attributes:
+        sampling: How the policy is sampled in training, where the workflow says it: then the run
+            can check it, and validation can answer greedily.
+    """
+
+    sampling: Sampling | None = None
+
+    @abstractmethod
     async def run(self, prompt: Prompt, context: EpisodeContext) -> Trajectory | None:
         """Run one episode; `None` or a raise fails the group's attempt."""
-        ...
+
+    @property
+    def reward_functions(self) -> list[Reward]:
+        """Functions to be shipped to the reward processes when they start."""
+        return []
+
+    def validate(self, columns: Collection[str]) -> None:
+        """Refuse what the prompts' columns can't serve; called at setup.
+
+        Raises:
+            ConfigError: A reward names a column that isn't there.
+        """

@@ -9,14 +9,14 @@ from typing import Any
 
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import BoundReward
-from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue
+from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
 from lightning_grpo.rollout.protocols import RolloutWorkflow as RolloutWorkflow
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
 
 
-class RLVRWorkflow:
+class RLVRWorkflow(RolloutWorkflow):
     """One completion, scored by one or several verifiable rewards.
 
     Args:
@@ -35,7 +35,7 @@ class RLVRWorkflow:
         if not functions:
             raise ConfigError("`reward` must name at least one function, got an empty list.")
         self.rewards = [BoundReward(function) for function in functions]
-        self.sampling = sampling
+        self.sampling: Sampling = sampling
         self.weights = [1.0] * len(functions) if reward_weights is None else list(reward_weights)
         if len(self.weights) != len(functions):
             raise ConfigError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -46,15 +46,6 @@ class Live:
     publisher: WeightPublisher
     producer: RolloutProducer
     first_sync: anyio.Event
-
-
-@runtime_checkable
-class Rewards(Protocol):
-    """A workflow whose reward functions can be shipped to their processes ahead of time."""
-
-    @property
-    def reward_functions(self) -> Sequence[Callable[..., Any]]:
-        """The functions."""
 
 
 class HeldGenerator:
@@ -162,9 +153,10 @@ async def _open_pool(
 
 
 def _scorer(settings: SessionSettings) -> RewardScorer:
-    workflow, limits = settings.workflow, settings.limits
-    rewards = workflow.reward_functions if isinstance(workflow, Rewards) else ()
-    return RewardScorer(rewards, limits.reward_processes, limits.reward_timeout_s)
+    limits = settings.limits
+    return RewardScorer(
+        settings.workflow.reward_functions, limits.reward_processes, limits.reward_timeout_s
+    )
 
 
 def _publisher(

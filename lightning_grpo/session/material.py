@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -12,27 +11,11 @@ from transformers import AutoConfig
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import check_source, load_tokenizer
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
-from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Sampling
 
 PROBE_SEQUENCES = 4
 PROBE_TOKENS = 32
-
-
-@runtime_checkable
-class Samples(Protocol):
-    """A workflow that says how it samples in training."""
-
-    sampling: Sampling
-
-
-@runtime_checkable
-class Validates(Protocol):
-    """A workflow that can tell from the columns whether its rewards will find what they name."""
-
-    def validate(self, columns: Collection[str]) -> None:
-        """Raise ConfigError if not."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +65,13 @@ def open_material(settings: SessionSettings) -> Material:
     Raises:
         ConfigError: Which setting, why, and the way out.
     """
-    sampling = settings.workflow.sampling if isinstance(settings.workflow, Samples) else None
+    sampling = settings.workflow.sampling
     if sampling is not None and not settings.allow_biased_sampling:
         check_sampling(sampling)
     if sampling is None and settings.evaluation.greedy:
         raise ConfigError(
             f"`evaluation.greedy` must be false for {type(settings.workflow).__name__}, which has "
-            "no attribute `sampling` whose temperature could be set to 0."
+            "no `sampling` whose temperature could be set to 0."
         )
     config = load_config(settings.model_path)
     tokenizer = load_tokenizer(settings.model_path)
@@ -96,13 +79,13 @@ def open_material(settings: SessionSettings) -> Material:
     context = getattr(config, "max_position_embeddings", None)
     room = room_for_prompts(sampling, context)
     prompts = _open(settings.prompts, settings, tokenizer, room)
-    check_rewards(settings.workflow, prompts)
+    settings.workflow.validate(prompts.columns)
     val_prompts = {
         name: _open(held_out, settings, tokenizer, room)
         for name, held_out in settings.val_prompts.items()
     }
     for held_out in val_prompts.values():
-        check_rewards(settings.workflow, held_out)
+        settings.workflow.validate(held_out.columns)
     return Material(
         tokenizer,
         config.vocab_size,
@@ -128,12 +111,6 @@ def load_config(model_path: str) -> Any:
             f"`model` must be a hub id or a folder with config.json, got {model_path!r}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-
-
-def check_rewards(workflow: RolloutWorkflow, prompts: PromptSet) -> None:
-    """Refuse rewards that name columns which the prompts don't have."""
-    if isinstance(workflow, Validates):
-        workflow.validate(prompts.columns)
 
 
 def check_sampling(sampling: Sampling) -> None:
