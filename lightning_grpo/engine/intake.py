@@ -118,7 +118,7 @@ class Intake:
             raise BadRequestError(
                 f"`logprob_start_len` must be in [-1, {len(prompt)}) (the prompt), got {start}"
             )
-        shared = self._shared(params) | {
+        shared: dict[str, Any] = self._shared(params) | {
             "input_ids": prompt,
             "max_new_tokens": budget,
             "return_logprob": return_logprob,

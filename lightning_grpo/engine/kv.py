@@ -21,8 +21,8 @@ _GROWTH = 64
 class SlotCache:
     """All slots of all layers in one tensor `[layers, 2, slots, kv_heads, capacity, head_dim]`.
 
-    It grows to what is asked for, up to `max_slots` and `max_length`, and starts empty: the shape of
-    a layer is known after the first prefill.
+    It grows to what is asked for, up to `max_slots` and `max_length`, and starts empty: the shape
+    of a layer is known after the first prefill.
 
     Args:
         max_slots: Most requests that run at once.

@@ -16,8 +16,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import torch
+
 from lightning_grpo.engine.request import Output, Request
 from lightning_grpo.engine.scheduler import Scheduler
+from lightning_grpo.errors import GRPOError
 
 T = TypeVar("T")
 
@@ -54,13 +57,16 @@ class EngineThread:
         self._thread.join()
 
     async def call(self, function: Callable[[Scheduler], T]) -> T:
-        """Run `function` on the engine's thread between two steps; its error is raised here."""
+        """Run `function` on the engine's thread between two steps.
+
+        What it refuses is raised here; any other error of it ends the process.
+        """
         future: Future[T] = Future()
 
         def command() -> None:
             try:
                 future.set_result(function(self._scheduler))
-            except Exception as error:  # noqa: BLE001 - recorded for the caller
+            except GRPOError as error:
                 future.set_exception(error)
 
         self._commands.put(command)
@@ -72,10 +78,12 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                self._run_commands()
-                self._scheduler.step()
-                self._deliver()
+            # Around everything: tensors made in this mode can only be written to in it.
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._run_commands()
+                    self._scheduler.step()
+                    self._deliver()
         except BaseException:  # noqa: BLE001 - nobody is left to hear of it
             traceback.print_exc()
             sys.stderr.flush()

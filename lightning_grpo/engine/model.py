@@ -117,7 +117,6 @@ class ModelRunner:
         self._pick: tuple[Tensor, Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._pick_positions)
 
-    @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptState]:
         """Read prompts, padded on the right to the longest."""
         lengths = [len(prompt) for prompt in prompts]
@@ -134,7 +133,6 @@ class ModelRunner:
             for row in range(len(prompts))
         ]
 
-    @torch.inference_mode()
     def score(self, prompt: Sequence[int], start: int) -> tuple[PromptState, Tensor]:
         """Read one prompt and score its tokens after `start`.
 
@@ -149,7 +147,6 @@ class ModelRunner:
         scores = logits[:-1].log_softmax(-1).gather(-1, targets)[:, 0]
         return PromptState(capture.prompt(0, len(prompt)), logits[-1].clone()), scores
 
-    @torch.inference_mode()
     def decode(self, slots: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Append one token to each of the first slots and return the next logits.
 

@@ -16,7 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Private in torch; there from 1.13 to 2.13 (seen), under the same names.
-from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import (
+    GroupName,
+    PrefixStore,
+    _new_process_group_helper,
+    _world,
+)
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
@@ -49,8 +54,8 @@ def join_group(body: InitGroupBody, timeout: timedelta = TIMEOUT) -> dist.Proces
             rank,
             [],
             body.backend,
-            dist.PrefixStore(body.group_name, store),
-            group_name=body.group_name,
+            PrefixStore(body.group_name, store),
+            group_name=GroupName(body.group_name),
             timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:

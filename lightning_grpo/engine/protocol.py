@@ -6,6 +6,7 @@ error here (SGLang answers 500). What the engine lacks is refused rather than ig
 
 from __future__ import annotations
 
+import difflib
 import re
 import uuid
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ import msgspec
 from lightning_grpo.engine.errors import BadRequestError
 
 T = TypeVar("T")
+D = TypeVar("D")
 
+_SHOWN = 80
+_UNKNOWN = re.compile(r"unknown field `(.*)`")
 _AT = re.compile(r"^(?P<what>.*) - at `\$(?P<path>.*)`$")
 _UNSUPPORTED_SAMPLING: dict[str, Any] = {
     "stop_regex": None,
@@ -241,16 +245,24 @@ def _explain(message: str, raw: Any) -> str:
             value = value[key]
         else:
             return f"`{path}`: {match['what']}"
-    shown = "" if isinstance(value, dict) else f" ({_shorten(value)})"
+    shown = _nearest(match["what"]) if isinstance(value, dict) else f" ({_shorten(value)})"
     return f"`{path}`: {match['what']}{shown}"
+
+
+def _nearest(what: str) -> str:
+    unknown = _UNKNOWN.search(what)
+    if unknown is None:
+        return ""
+    known = difflib.get_close_matches(unknown[1], SamplingBody.__struct_fields__, 1)
+    return f"; did you mean `{known[0]}`?" if known else ""
 
 
 def _shorten(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
-def per_item(value: T | list[T] | None, default: T, index: int, count: int, name: str) -> T:
+def per_item(value: T | list[T] | None, default: D, index: int, count: int, name: str) -> T | D:
     """Entry `index` of a parameter that is one for all or a list with one for each."""
     if value is None:
         return default

@@ -83,7 +83,8 @@ class Request:
 
     def spans(self, num_sampled: int) -> tuple[VersionSpan, ...]:
         """Which weights sampled which of the first `num_sampled` tokens."""
-        ends = [start for _, start in self.starts[1:]] + [num_sampled]
+        # A request that still waits for a slot has none of either.
+        ends = [*(start for _, start in self.starts[1:]), num_sampled][: len(self.starts)]
         return tuple(
             VersionSpan(version, start, end)
             for (version, start), end in zip(self.starts, ends, strict=True)

@@ -117,8 +117,9 @@ class Rows:
         early = self._num_new[rows] < self._min_new[rows]
         stop_ids = self._stop_ids[rows]
         banned = torch.zeros(stop - start, self._vocab_size + 1, dtype=torch.bool)
-        banned.scatter_(1, stop_ids.where(stop_ids >= 0, self._vocab_size), early[:, None])
-        # Rows without end tokens point at the column that is cut off here.
+        columns = stop_ids.where(stop_ids >= 0, self._vocab_size)
+        banned.scatter_(1, columns, early[:, None].expand_as(columns))
+        # What is no id points at the column that is cut off here.
         return banned[:, : self._vocab_size]
 
     def record(self, start: int, stop: int, tokens: Tensor, logprobs: Tensor) -> Tensor:

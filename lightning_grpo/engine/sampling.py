@@ -147,7 +147,7 @@ def filter_logprobs(logprobs: Tensor, plan: SamplingPlan) -> Tensor:
     Returns:
         The logprobs with `-inf` where dropped; the likeliest token always stays.
     """
-    ranked, order = logprobs.sort(-1, descending=True, stable=True)
+    ranked, order = logprobs.sort(dim=-1, descending=True, stable=True)
     mass = ranked.exp()
     before = mass.cumsum(-1) - mass
     rank = torch.arange(logprobs.shape[-1])

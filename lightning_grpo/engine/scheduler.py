@@ -1,8 +1,8 @@
 """Which request gets a slot when, and what becomes of those that are stopped.
 
 Everything here runs on one thread, between or within decode steps; see `loop`. A request is
-*running* (in a slot), *waiting* (for a slot) or *held* (it came while generation was paused or while
-new weights wait for the running requests to end).
+*running* (in a slot), *waiting* (for a slot) or *held* (it came while generation was paused or
+while new weights wait for the running requests to end).
 """
 
 from __future__ import annotations
@@ -330,8 +330,8 @@ class Scheduler:
             num = len(self._rows) + len(chosen) + 1
             ids = request.generation.input_ids
             cost = 0 if ids in seen else request.num_tokens
-            too_much = num * longest > self._limits.max_total_tokens
-            if num > 1 and too_much or chosen and tokens + cost > self._limits.prefill_tokens:
+            full = num > 1 and num * longest > self._limits.max_total_tokens
+            if full or (chosen and tokens + cost > self._limits.prefill_tokens):
                 break
             seen.add(ids)
             tokens += cost

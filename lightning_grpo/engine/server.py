@@ -71,6 +71,15 @@ def _error(message: str, status: int) -> web.Response:
     return _json({"error": {"message": message}}, status)
 
 
+def _refusal(error: BadRequestError | WeightUpdateError | web.HTTPException) -> web.Response:
+    if isinstance(error, web.HTTPException):
+        return _error(error.text or error.reason, error.status)
+    message = str(error)
+    if isinstance(error, WeightUpdateError):
+        return _json({"success": False, "message": message, "error": {"message": message}}, 400)
+    return _error(message, 400)
+
+
 class EngineServer:
     """The HTTP side: parses, checks, hands over to the engine and words the reply.
 
@@ -134,13 +143,8 @@ class EngineServer:
             return _error("Unauthorized", 401)
         try:
             return await handler(request)
-        except BadRequestError as error:
-            return _error(str(error), 400)
-        except WeightUpdateError as error:
-            message = str(error)
-            return _json({"success": False, "message": message, "error": {"message": message}}, 400)
-        except web.HTTPException as error:
-            return _error(error.text or error.reason, error.status)
+        except (BadRequestError, WeightUpdateError, web.HTTPException) as error:
+            return _refusal(error)
         except Exception:
             # One request's fault must not end the others; it is logged with its traceback.
             logger.exception("%s %s failed", request.method, request.path)

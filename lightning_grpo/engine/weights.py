@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,9 +84,10 @@ class ModelWeights:
             tensors = _read_safetensors(Path(path))
             if tensors is not None and tensors.keys() <= self._tensors.keys():
                 return tensors
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True
             )
+            model, info = loaded
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise WeightUpdateError(f"can't load weights from {path!r}: {error}") from error
         for problem in ("missing_keys", "mismatched_keys"):
