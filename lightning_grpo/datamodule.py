@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from lightning_grpo._compat import launched_processes
 from lightning_grpo.contract import check_trainer
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
@@ -226,6 +227,7 @@ class RolloutDataModule(L.LightningDataModule):
         """End servers, reward processes and the event loop; may be called twice."""
         if self.session is not None:
             self.session.close()
+            self.session.channel.close()
 
     def health(self) -> dict[str, float]:
         """`health/...` and `idle/server_fraction` of rank 0's event loop; empty elsewhere."""
@@ -281,13 +283,19 @@ class RolloutDataModule(L.LightningDataModule):
         )
 
     def _channel(self) -> RankChannel:
-        if self.trainer is None or self.trainer.world_size == 1:
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
             return RankChannel.single()
-        strategy: Any = self.trainer.strategy
-        environment = strategy.cluster_environment
-        return RankChannel.connect(
-            self.trainer.global_rank, self.trainer.world_size, host=environment.main_address
+        strategy: Any = trainer.strategy
+        channel = RankChannel.connect(
+            trainer.global_rank,
+            trainer.world_size,
+            host=strategy.cluster_environment.main_address,
+            rank_timeout_s=self.limits.rank_timeout_s,
         )
+        channel.watch_processes(launched_processes(trainer))
+        channel.start_watchdog()
+        return channel
 
     @property
     def _attached(self) -> L.Trainer:

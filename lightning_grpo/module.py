@@ -27,11 +27,13 @@ from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, from_tensors, merge, to_tensors, values
 from lightning_grpo.algorithm.objective import TokenLoss
 from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
+from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
+from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.gradient_sync import gradient_sync
@@ -134,13 +136,13 @@ class GRPOModule(L.LightningModule):
 
     def build_policy(self) -> PreTrainedModel:
         """The language model to train, fp32; called once on each rank (on meta under fsdp2)."""
-        return load_policy(
-            self.model_path, meta=self._on_meta_device, model_kwargs=self._model_kwargs
-        )
+        on_meta = torch.get_default_device().type == "meta"
+        return load_policy(self.model_path, meta=on_meta, model_kwargs=self._model_kwargs)
 
-    @property
-    def _on_meta_device(self) -> bool:
-        return torch.get_default_device().type == "meta"
+    def materialize(self, module: nn.Module, device: torch.device) -> None:
+        """Bring the model's values to a sharding root that was built on the meta device."""
+        assert isinstance(module, PackedPolicy)
+        materialize_from_folder(module.model, self.model_path, device=device)
 
     def configure_model(self) -> None:
         """Lightning's hook: build the policy, once."""
@@ -303,6 +305,13 @@ class GRPOModule(L.LightningModule):
         """The callbacks that a run can't do without, unless the trainer has one of the kind."""
         present = tuple(type(c) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [make() for make in DEFAULT_CALLBACKS if not any(issubclass(p, make) for p in present)]
+
+    def setup(self, stage: str) -> None:
+        """Let signals end the run at the boundary between two rollout batches."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SignalHandling) and self._data.session is not None:
+                channel = self._data.session.channel
+                callback.connect(channel, at_boundary=lambda batch: batch.is_last)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with a default where the checkpoint's run had an object of its own."""

@@ -15,10 +15,11 @@ from lightning_grpo.callbacks.weight_sync import WeightSync
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     StepTimer,
+    # Before the hooks that take long: until it has taken over, signals reach Lightning's handlers.
+    SignalHandling,
     WeightSync,
     RunSummary,
     StepZeroValidation,
-    SignalHandling,
     HealthMonitor,
     TrajectoryWriter,
     GRPOProgress,

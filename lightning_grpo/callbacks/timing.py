@@ -22,12 +22,15 @@ class StepTimer(Callback):
     so it holds the weight sync of the step before.
     """
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the first period."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find this process."""
         self._process = psutil.Process()
+        self._validation_s = self._validation_started = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start a period: the start of the servers and the baseline are behind us."""
         self._period_started = self._step_started = time.perf_counter()
-        self._gradients_ready = self._validation_started = self._period_started
-        self._validation_s = 0.0
+        self._gradients_ready, self._validation_s = self._period_started, 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""

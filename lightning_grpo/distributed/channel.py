@@ -198,7 +198,7 @@ class RankChannel:
         """
         self._messenger.start_watchdog(self._judge.verdict, grace_s, self._poll_s)
 
-    def watch_processes(self, processes: dict[int, ProcessLike]) -> None:
+    def watch_processes(self, processes: Mapping[int, ProcessLike]) -> None:
         """Rank 0: processes that it started itself, by rank; their end is noticed at once."""
         self._judge.processes.update(processes)
 

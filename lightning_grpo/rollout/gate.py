@@ -194,18 +194,17 @@ class StalenessGate:
         return self._by_age(t for t, v in self._admitted.items() if v < oldest)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters only: the groups themselves are admitted again, or restored, by the producer."""
-        return {
-            "version": self.version,
-            "num_taken": self.num_taken,
-            "pending": list(self._pending),
-        }
+        """Counters only: the groups themselves are admitted again, or restored, by the producer.
+
+        A batch whose weights are not published counts as not taken: its groups are restored too.
+        """
+        return {"version": self.version, "num_taken": self.num_taken - sum(self._pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`; no group is outstanding then but those pending."""
+        """Go on from `state_dict`; no group is outstanding then."""
         self.version = int(state["version"])
         self.num_taken = int(state["num_taken"])
-        self._pending = deque(int(size) for size in state["pending"])
+        self._pending.clear()
         self._admitted.clear()
         self._finished.clear()
 

@@ -38,13 +38,14 @@ class RolloutLimits:
     max_filtered_batches: int = 3
     straggler_policy: Literal["wait", "drop"] = "wait"
     straggler_timeout_s: float | None = None
+    rank_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         """Refuse what can't work."""
         at_least = {"max_attempts": 1, "reward_processes": 0, "max_filtered_batches": 0}
         for name, least in at_least.items():
             _require(vars(self)[name] >= least, f"`{name}` must be >= {least}", vars(self)[name])
-        for name in ("request_timeout_s", "reward_timeout_s", "straggler_timeout_s"):
+        for name in ("request_timeout_s", "reward_timeout_s", "straggler_timeout_s", "rank_timeout_s"):
             value = vars(self)[name]
             _require(value is None or value > 0, f"`{name}` must be > 0 seconds", value)
         _require(

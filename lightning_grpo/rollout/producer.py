@@ -70,6 +70,7 @@ class RolloutProducer:
         in_flight = self.limits.max_in_flight or all_groups * runner.group_size
         self._max_running = max(1, in_flight // runner.group_size)
         self._backlog = Backlog(stream)
+        self._handed_over: deque[list[GroupRun]] = deque()  # batches taken, weights not published
         self._errors: deque[str] = deque(maxlen=3)
         self._accepted_at = 0.0
         self._background = Background()
@@ -114,8 +115,15 @@ class RolloutProducer:
                 await changed.wait()
 
     def advance(self, version: int) -> None:
-        """The servers have new weights: slots of the batches trained on become free."""
+        """The servers have new weights: slots of the batches trained on become free.
+
+        Only now are their groups `trained`: a checkpoint from before gives them back.
+        """
+        before = self.gate.num_pending_batches
         self.gate.advance(version)
+        for _ in range(before - self.gate.num_pending_batches):
+            for run in self._handed_over.popleft():
+                self.ledger.record(run.key, Outcome.TRAINED)
         self._emit("advance", version=version)
         self._drop_overdue()
         self._background.notify()
@@ -150,9 +158,13 @@ class RolloutProducer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from, as plain data; without an await, so it is one moment."""
+        """Everything to go on from, as plain data; without an await, so it is one moment.
+
+        Batches that were taken but whose weights are not published count as not taken.
+        """
+        handed_over = [run for runs in self._handed_over for run in runs]
         return {
-            "backlog": self._backlog.state_dict(),
+            "backlog": self._backlog.state_dict(handed_over),
             "num_filtered": self._filter.num_filtered,
             "gate": self.gate.state_dict(),
             "ledger": self.ledger.state_dict(),
@@ -163,6 +175,7 @@ class RolloutProducer:
         """Go on from `state_dict`; what runs meanwhile is cancelled and forgotten."""
         for run in self._backlog.runs.values():
             run.scope.cancel()
+        self._handed_over.clear()
         self.gate.load_state_dict(state["gate"])
         self.ledger.load_state_dict(state["ledger"])
         self.counters.load_state_dict(state["counters"])
@@ -260,8 +273,7 @@ class RolloutProducer:
 
     def _hand_over(self, tickets: list[int], version: int) -> list[Group]:
         runs = [self._backlog.runs.pop(ticket) for ticket in tickets]
-        for run in runs:
-            self.ledger.record(run.key, Outcome.TRAINED)
+        self._handed_over.append(runs)
         groups = [run.group for run in runs if run.group is not None]
         self.counters.filled += sum(not run.wanted for run in runs)
         self._filter.start_batch()

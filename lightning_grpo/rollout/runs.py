@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,9 +82,13 @@ class Backlog:
         """Ask a prompt again, before any other."""
         self._again.appendleft((run.key, run.attempts))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Finished groups whole; those that run are asked again after a resume."""
-        runs = [self.runs[ticket] for ticket in sorted(self.runs)]
+    def state_dict(self, handed_over: Sequence[GroupRun] = ()) -> dict[str, Any]:
+        """Finished groups whole; those that run are asked again after a resume.
+
+        Args:
+            handed_over: Groups that were taken but not trained on; they are finished again.
+        """
+        runs = [*handed_over, *(self.runs[ticket] for ticket in sorted(self.runs))]
         running = [(run.key, run.attempts) for run in runs if run.group is None]
         return {
             "cursor": self.cursor,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
 
+from lightning_grpo.rollout.counters import Counters, metrics
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import Policy, StalenessGate
 from lightning_grpo.rollout.ledger import Ledger
@@ -46,6 +48,20 @@ class Live:
     publisher: WeightPublisher
     producer: RolloutProducer
     first_sync: anyio.Event
+    _counted: dict[str, int] = field(default_factory=dict)
+    _counted_at: float = field(default_factory=time.monotonic)
+
+    def count(self) -> dict[str, float]:
+        """`rollout/...` and `staleness/dropped_...`: what happened since the last call."""
+        now, counted = time.monotonic(), self.producer.counters.state_dict()
+        since = {name: n - self._counted.get(name, 0) for name, n in counted.items()}
+        period = max(now - self._counted_at, 1e-9)
+        self._counted, self._counted_at = counted, now
+        logged = metrics(Counters(**since), self.producer.status())
+        logged["rollout/in_flight"] = float(self.pool.num_in_flight)
+        logged["rollout/tokens_per_s"] = since["tokens"] / period
+        logged["rollout/groups_per_s"] = since["taken"] / period
+        return logged
 
 
 class HeldGenerator:

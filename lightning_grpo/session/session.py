@@ -22,7 +22,6 @@ from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.evaluation import score_matrix
 from lightning_grpo.loader import Taken
-from lightning_grpo.rollout.counters import Counters
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.service import RolloutService
 from lightning_grpo.session.live import Beginning, Live, open_live
@@ -261,26 +260,10 @@ class RolloutSession:
 
 
 async def _take(live: Live, version: int) -> Taken:
-    before = Counters(**live.producer.counters.state_dict())
     groups = await live.producer.take()
     index = live.producer.gate.num_taken // live.producer.gate.batch_size - 1
     batch = RolloutBatch.from_groups(groups, version, index)
-    metrics = rollout_metrics(batch) | _counted(before, live)
-    return Taken(index, version, batch, metrics, groups)
-
-
-def _counted(before: Counters, live: Live) -> dict[str, float]:
-    after, status = live.producer.counters, live.producer.status()
-    return {
-        "rollout/pass": float(status["pass"]),
-        "rollout/in_flight": float(live.pool.num_in_flight),
-        "rollout/queued": float(status["queued"]),
-        "rollout/filtered": float(after.filtered),
-        "rollout/failed": float(after.failed),
-        "rollout/retried": float(after.retried),
-        "staleness/dropped_groups": float(after.dropped_groups),
-        "staleness/dropped_tokens": float(after.dropped_tokens),
-    }
+    return Taken(index, version, batch, rollout_metrics(batch) | live.count(), groups)
 
 
 def _advance(live: Live, version: int) -> None:

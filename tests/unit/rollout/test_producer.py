@@ -509,6 +509,39 @@ def test_loading_while_it_runs_forgets_what_runs():
     assert [list(group.prompt.key) for group in groups] == finished[:2]
 
 
+def test_a_batch_counts_as_trained_only_once_its_weights_are_out():
+    async def main():
+        async with make_producer(batch_size=2) as producer:
+            taken = await producer.take()
+            before = producer.state_dict()
+            producer.advance(1)
+            after = producer.state_dict()
+            return taken, before, after
+
+    taken, before, after = run_virtual(main)
+    keys = [list(group.prompt.key) for group in taken]
+    assert before["gate"]["num_taken"] == 0
+    assert [run["key"] for run in before["backlog"]["finished"]][:2] == keys
+    assert after["gate"]["num_taken"] == 2
+    assert not [run for run in after["backlog"]["finished"] if run["key"] in keys]
+
+
+def test_a_resumed_run_trains_again_on_a_batch_that_was_taken_but_not_published():
+    async def main():
+        async with make_producer(batch_size=2) as first:
+            taken = await first.take()
+            state = first.state_dict()
+        async with make_producer(batch_size=2) as second:
+            second.load_state_dict(state)
+            again = await second.take()
+            second.advance(1)
+            return taken, again, second.ledger
+
+    taken, again, ledger = run_virtual(main)
+    assert again == taken
+    assert [ledger.outcome(group.prompt.key) for group in taken] == ["trained", "trained"]
+
+
 def test_evaluation_goes_first_past_the_gate_in_order_with_its_own_sampling():
     async def main():
         generator = FakeGenerator(lambda ids, n: random.Random(n).random())
@@ -521,7 +554,7 @@ def test_evaluation_goes_first_past_the_gate_in_order_with_its_own_sampling():
             groups = await producer.evaluate(prompts, greedy, num_samples=3)
             again = await producer.evaluate(prompts, greedy, num_samples=3)
             assert groups == again
-            assert producer.ledger.num_ended == 4
+            assert producer.ledger.num_ended == 0  # evaluation never enters the ledger
             return generator.requests[start:], groups
 
     requests, groups = run_virtual(main)
