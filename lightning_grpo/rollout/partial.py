@@ -104,9 +104,9 @@ class Partial:
         ids: list[int], entries: list[wire.LogprobEntry], reason: str, url: str
     ) -> tuple[list[int], list[float]]:
         """Ids with their logprobs; an aborted reply is cut where the two stop agreeing."""
-        given = [logprob for logprob, *_ in entries]
-        if [token_id for _, token_id, *_ in entries] == ids and None not in given:
-            return ids, given  # type: ignore[return-value]
+        given, entry_ids, _ = zip(*entries, strict=True) if entries else ((), (), ())
+        if list(entry_ids) == ids and None not in given:
+            return ids, list(given)
         logprobs: list[float] = []
         for token_id, (logprob, entry_id, *_) in zip(ids, entries, strict=False):
             if logprob is None or entry_id != token_id:

@@ -80,10 +80,10 @@ def write_version(
     """
     final = root / f"v{version:06d}"
     partial = root / f"v{version:06d}.partial"
-    for leftover in (partial, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if model_path is not None:

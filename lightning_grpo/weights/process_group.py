@@ -18,6 +18,7 @@ from lightning_grpo.weights.transport import (
     Snapshot,
     Target,
     Transport,
+    UpdateRefusedError,
     require_success,
 )
 
@@ -106,6 +107,9 @@ class ProcessGroupTransport(Transport):
         )
         try:
             await _both(invitation, joining, target, "to join a weight group")
+        except UpdateRefusedError as error:
+            # Nothing was sent: there is nothing for a probe to find out.
+            raise WeightSyncError(str(error)) from error
         finally:
             stopped.append(True)
         self._groups[target.url] = group

@@ -17,7 +17,7 @@ import anyio
 import anyio.to_thread
 
 from lightning_grpo.errors import ServerError, WeightSyncError
-from lightning_grpo.weights.probe import Probe, ProbeRecord, Reading, Scores
+from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
 from lightning_grpo.weights.transport import (
@@ -117,7 +117,7 @@ class WeightPublisher:
                         tasks.start_soon(self._bring, target, report)
             report.paused_s = time.monotonic() - started - report.seconds["prepare"]
         await self._fleet.resume()
-        if not report.readings:
+        if not report.updated:
             await self._recover(report)
         return report
 
@@ -182,6 +182,7 @@ class WeightPublisher:
             # Over HTTP there is nothing to wait on but another answer.
             while not await client.flush_cache():  # noqa: ASYNC110
                 await anyio.sleep(FLUSH_WAIT_S)
+        refused = False
         try:
             await self._transfer(target, label, report)
         except UpdateRefusedError as error:
@@ -189,28 +190,30 @@ class WeightPublisher:
             if self._record is None:
                 raise
             logger.warning("%s; asking the probe", error)
-            await client.update_weight_version(label)
+            refused = True
         async with report.phase("continue", timeout_s):
             await target.unpause()
         try:
-            reading = await self._probe(client, label, report)
+            await self._probe(client, label, report)
+            if refused:
+                await client.update_weight_version(label)
         except (ServerError, WeightSyncError):
             await _pause_again(target)
             raise
         if target.client is not client or not target.alive:
             raise WeightSyncError(f"{client.url} was lost while it was updated")
-        report.readings[client.url] = reading
+        report.updated.append(client.url)
         target.mark_clean(report.version, label)
 
     async def _transfer(self, target: Target, label: str, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s
         client = target.client
         framed = self._transport.in_session and target.update_session
-        if framed:
-            async with report.phase("begin", timeout_s):
-                reply = await client.update("/begin_weight_update", {}, timeout_s)
-                require_success(reply, target, "to begin an update")
         try:
+            if framed:
+                async with report.phase("begin", timeout_s):
+                    reply = await client.update("/begin_weight_update", {}, timeout_s)
+                    require_success(reply, target, "to begin an update")
             async with report.phase("update", timeout_s):
                 await self._transport.send(target, label, timeout_s)
         except WeightSyncError:
@@ -227,18 +230,18 @@ class WeightPublisher:
         """Names weights that the server loaded itself."""
         label = f"{self._run_id}:{report.version}"
         await target.client.update_weight_version(label)
-        reading = await self._probe(target.client, label, report)
-        report.readings[target.url] = reading
+        await self._probe(target.client, label, report)
+        report.updated.append(target.url)
         target.mark_clean(report.version, label)
 
-    async def _probe(self, client: UpdateClient, label: str, report: PublishReport) -> Reading:
+    async def _probe(self, client: UpdateClient, label: str, report: PublishReport) -> None:
         if self._record is None:
-            return Reading(diff=0.0)
+            return
         assert self._current is not None
         version, expected = self._current
         async with report.phase("probe", self._settings.request_timeout_s):
             scores = await self._score(client, f"{label}:probe")
-        return self._record.check(client.url, version, expected, scores)
+        report.readings[client.url] = self._record.check(client.url, version, expected, scores)
 
     async def _score(self, client: UpdateClient, extra_key: str) -> list[list[float]]:
         assert self._record is not None

@@ -44,14 +44,16 @@ class PublishReport:
         num_bytes: Of weights, for one server.
         paused_s: From the interruption until the last server worked again.
         seconds: By phase; of the slowest server where each has its own.
-        readings: The probe of each server that is clean now.
-        failures: Why the others are not.
+        updated: The servers that hold the version now.
+        readings: Their probes, where there is one.
+        failures: Why the others do not.
     """
 
     version: int
     num_bytes: int = 0
     paused_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    updated: list[str] = field(default_factory=list)
     readings: dict[str, Reading] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 

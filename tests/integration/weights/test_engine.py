@@ -168,7 +168,7 @@ async def test_one_of_two_engines_killed_in_a_publish_leaves_the_other_and_comes
         await asyncio.sleep(0.01)
         os.kill(servers.handles[0].pid, signal.SIGKILL)
         report = await publishing
-        assert servers.handles[1].url in report.readings
+        assert servers.handles[1].url in report.updated
         completions = await asyncio.gather(*generating)
         for n, completion in enumerate(completions):
             check_exact(trainer, completion, [*PROMPT, n])
@@ -177,7 +177,7 @@ async def test_one_of_two_engines_killed_in_a_publish_leaves_the_other_and_comes
                 await asyncio.sleep(0.05)
         assert [m.version for m in pool.members] == [2, 2]
         report = await trainer.publish(publisher, 3)
-        assert len(report.readings) == 2
+        assert len(report.updated) == 2
 
 
 async def test_a_hundred_requests_drain_and_nothing_is_lost(tmp_path, models):

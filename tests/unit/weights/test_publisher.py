@@ -184,7 +184,7 @@ async def test_a_server_that_dies_in_any_phase_leaves_the_other_this_and_the_nex
         report = await publish(publisher, 1)
         assert doomed._runner is None
         assert holds(other, 1)
-        assert list(report.readings) == [other.url]
+        assert report.updated == [other.url]
         generated = len(doomed.requests)
         completion = await pool.generate([1], Sampling(max_new_tokens=4))
         assert set(completion.versions) == {1}
@@ -222,11 +222,11 @@ async def test_a_hanging_update_ends_at_its_deadline_and_the_other_server_goes_o
     hanging, other = FakeServer(faults=[Fault(path, "hang", times=2)]), FakeServer()
     async with fleet(tmp_path, transport, hanging, other, timeout_s=0.5) as (pool, publisher):
         report = await publish(publisher, 1)
-        assert list(report.readings) == [other.url]
+        assert report.updated == [other.url]
         assert "0.5 s" in report.failures[hanging.url]
         assert pool.members[0].state is MemberState.DIRTY
         report = await publish(publisher, 2)
-        assert len(report.readings) == 2
+        assert len(report.updated) == 2
         assert holds(hanging, 2)
 
 
@@ -361,6 +361,18 @@ async def test_without_a_probe_a_refusal_stands(tmp_path):
             await publish(publisher, 1)
         report = await publish(publisher, 2)
         assert not report.failures
+        assert report.updated == [server.url]
+        assert report.probe_diff is None
+
+
+async def test_a_session_left_open_by_a_crashed_run_is_closed_first(tmp_path):
+    server = FakeServer(version="0.5.23", faults=[Fault("/begin_weight_update", "refuse")])
+    transport = ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    async with fleet(tmp_path, transport, server) as (_, publisher):
+        report = await publish(publisher, 1)
+        assert report.updated == [server.url]
+        assert holds(server, 1)
+        assert not server.in_session
 
 
 async def test_closing_gives_the_weights_back_to_nobodys_name(tmp_path, transport):
