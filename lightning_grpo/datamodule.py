@@ -67,8 +67,8 @@ class RolloutDataModule(L.LightningDataModule):
         passes_per_batch: int = 1,
         max_staleness: int = 1,
         keep_group: Callable[[Group], bool] | None = None,
-        evaluation: Evaluation = Evaluation(),  # noqa: B008 - frozen
-        limits: RolloutLimits = RolloutLimits(),  # noqa: B008 - frozen
+        evaluation: Evaluation = Evaluation(),
+        limits: RolloutLimits = RolloutLimits(),
     ) -> None:
         super().__init__()
         self.prompts = prompts

@@ -55,7 +55,7 @@ class CheckpointError(GRPOError, RuntimeError):
     """A checkpoint can't be written, read or used with this run."""
 
 
-class StopRun(GRPOError, SystemExit):  # noqa: N818 - control flow, not a fault
+class StopRun(GRPOError, SystemExit):
     """A signal asked the run to end at the next safe point.
 
     It is a `SystemExit` too: a script that doesn't catch it ends without a traceback, with a

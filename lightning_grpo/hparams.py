@@ -59,16 +59,18 @@ def to_plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_plain(value: Any) -> Any:
     """The object that `_plain` described; other values pass through."""
-    if isinstance(value, Mapping):
-        if "class_path" in value:
-            init_args = {k: from_plain(v) for k, v in value.get("init_args", {}).items()}
-            return import_object(value["class_path"])(**init_args)
-        if "function" in value and len(value) == 1:
-            return import_object(value["function"])
-        return {k: from_plain(v) for k, v in value.items()}
     if isinstance(value, list):
         return [from_plain(v) for v in value]
-    return value
+    return _from_mapping(value) if isinstance(value, Mapping) else value
+
+
+def _from_mapping(value: Mapping[str, Any]) -> Any:
+    if "class_path" in value:
+        init_args = {k: from_plain(v) for k, v in value.get("init_args", {}).items()}
+        return import_object(value["class_path"])(**init_args)
+    if value.keys() == {"function"}:
+        return import_object(value["function"])
+    return {k: from_plain(v) for k, v in value.items()}
 
 
 def factory(value: Any) -> Callable[..., Any] | None:
@@ -100,13 +102,17 @@ class _NoImportPathError(Exception):
 def _plain(value: Any) -> Any:
     if isinstance(value, _PRIMITIVES):
         return value
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | Mapping):
+        return _plain_container(value)
     if inspect.isfunction(value) or inspect.isclass(value):
         return {"function": _path_of(value)}
     return {"class_path": _path_of(type(value)), "init_args": _init_args(value)}
+
+
+def _plain_container(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value]
 
 
 def _path_of(target: Callable[..., Any] | type) -> str:

@@ -7,6 +7,7 @@ number of micro-batches on all ranks.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +25,7 @@ MinibatchPlan = list[list[int]]
 """Rows of this rank's `Sequences`, per micro-batch of one minibatch."""
 
 Prepare = Callable[[RolloutBatch], tuple[Tensor, Tensor]]
-"""`batch -> (advantages [trajectories] or [tokens], trained [trajectories] bool)`, same on each rank."""
+"""`batch -> (advantages [trajectories] or [tokens], which trajectories have a gradient)`."""
 
 
 @dataclass
@@ -281,7 +282,7 @@ def _minibatch_bounds(groups: list[Group], minibatches: int) -> list[tuple[int, 
     for m in range(minibatches):
         chunk = groups[m * size : (m + 1) * size]
         ends.append(ends[-1] + sum(len(g.trajectories) for g in chunk))
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def _rank_share(

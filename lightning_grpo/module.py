@@ -304,7 +304,7 @@ class GRPOModule(L.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that a run can't do without, unless the trainer has one of the kind."""
         present = tuple(type(c) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [make() for make in DEFAULT_CALLBACKS if not any(issubclass(p, make) for p in present)]
+        return [c() for c in DEFAULT_CALLBACKS if not any(issubclass(p, c) for p in present)]
 
     def setup(self, stage: str) -> None:
         """Let signals end the run at the boundary between two rollout batches."""

@@ -45,7 +45,7 @@ class RolloutLimits:
         at_least = {"max_attempts": 1, "reward_processes": 0, "max_filtered_batches": 0}
         for name, least in at_least.items():
             _require(vars(self)[name] >= least, f"`{name}` must be >= {least}", vars(self)[name])
-        for name in ("request_timeout_s", "reward_timeout_s", "straggler_timeout_s", "rank_timeout_s"):
+        for name in (name for name in vars(self) if name.endswith("_timeout_s")):
             value = vars(self)[name]
             _require(value is None or value > 0, f"`{name}` must be > 0 seconds", value)
         _require(

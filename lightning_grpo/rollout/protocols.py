@@ -100,7 +100,7 @@ class RolloutWorkflow(ABC):
         """Functions to be shipped to the reward processes when they start."""
         return []
 
-    def validate(self, columns: Collection[str]) -> None:
+    def validate(self, columns: Collection[str]) -> None:  # noqa: B027 - nothing, by default
         """Refuse what the prompts' columns can't serve; called at setup.
 
         Raises:

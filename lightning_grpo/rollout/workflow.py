@@ -10,7 +10,6 @@ from typing import Any
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import BoundReward
 from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
-from lightning_grpo.rollout.protocols import RolloutWorkflow as RolloutWorkflow
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()

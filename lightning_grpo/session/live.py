@@ -65,7 +65,7 @@ class Live:
 
 
 class HeldGenerator:
-    """The pool, but no request leaves before the first weight sync: its version would be a guess."""
+    """The pool, but no request leaves before the first weight sync: whose version is known."""
 
     def __init__(self, pool: ServerPool, first_sync: anyio.Event) -> None:
         self._pool = pool

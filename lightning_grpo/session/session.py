@@ -125,7 +125,8 @@ class RolloutSession:
 
     @property
     def _live(self) -> Live:
-        assert self._lead is not None and self._lead.live is not None
+        assert self._lead is not None
+        assert self._lead.live is not None
         return self._lead.live
 
     # -- rollouts -------------------------------------------------------------------------------

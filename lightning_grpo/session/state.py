@@ -1,4 +1,4 @@
-"""A session's state as a checkpoint holds it: bytes become tensors, so `weights_only` loads them."""
+"""A session's state as a checkpoint holds it: bytes as tensors, which `weights_only` loads."""
 
 from __future__ import annotations
 
