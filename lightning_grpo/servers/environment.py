@@ -32,6 +32,12 @@ def config_folder() -> Path:
     return (Path(base) if base else Path.home() / ".config") / "lightning_grpo"
 
 
+def data_folder() -> Path:
+    """Where what this package installs for this user lies."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "lightning_grpo"
+
+
 def visible_devices() -> list[int] | None:
     """The GPUs that `CUDA_VISIBLE_DEVICES` leaves; None where it is not set or names them by id."""
     value = os.environ.get("CUDA_VISIBLE_DEVICES")

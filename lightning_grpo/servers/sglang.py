@@ -12,17 +12,39 @@ from lightning_grpo.servers.devices import (
     present_devices,
     serving_devices,
 )
+from lightning_grpo.servers.installed import ServerPython, resolve_python
 from lightning_grpo.servers.owned import OwnedServers
 from lightning_grpo.servers.ports import free_ports
 from lightning_grpo.servers.process import Launch
-from lightning_grpo.servers.server_python import resolve_python
 
 OWN_FLAGS = ("model-path", "port", "tp-size", "mem-fraction-static")
 """Flags that have a parameter, or that the run sets itself."""
 
+CPU_FLAGS: dict[str, Any] = {
+    "device": "cpu",
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "dtype": "float32",
+    "disable-overlap-schedule": True,
+    "disable-cuda-graph": True,
+    "max-total-tokens": 32768,
+    "max-running-requests": 64,
+}
+"""What serves on a CPU, in the precision in which a probe is exact; `flags` overrides each."""
+
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    # Two busy OpenMP threads in each of its processes are many times slower than one.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
 
 class SGLangServers(OwnedServers):
     """Starts SGLang servers, one for every `tp` GPUs, and ends them with the run.
+
+    On the CPU if `flags` say `device: cpu`, or if `python` is an environment that
+    `lightning-grpo install-server --cpu` made.
 
     Args:
         num_servers: How many; None: as many as `devices` allow.
@@ -63,52 +85,48 @@ class SGLangServers(OwnedServers):
         self.flags = {key.lstrip("-").replace("_", "-"): v for key, v in (flags or {}).items()}
         self._check()
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether `flags` ask for the CPU."""
-        return self.flags.get("device") == "cpu"
-
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
         """One `sglang.launch_server` for each group of `tp` GPUs."""
-        python = resolve_python(self.python)
-        groups, shared = self._device_groups()
+        installed = resolve_python(self.python)
+        on_cpu = self._on_cpu(installed)
+        groups, shared = self._device_groups(on_cpu)
         folder = Path(self.log_dir) if self.log_dir else run_dir / "servers"
         ports = free_ports(len(groups), self.port_range)
+        flags = {"host": "127.0.0.1"} | (CPU_FLAGS if on_cpu else {}) | self.flags
+        fraction = self.memory_fraction
+        if fraction is None and shared:
+            fraction = SHARED_MEMORY_FRACTION
+        environment = CPU_ENVIRONMENT if on_cpu else {}
         return [
             Launch(
-                self._command(python, model_path, port, shared=shared),
+                [
+                    *(installed.python, "-m", "sglang.launch_server", "--model-path", model_path),
+                    *("--port", str(port), "--tp-size", str(self.tp)),
+                    *flag("mem-fraction-static", fraction),
+                    *(word for name, value in flags.items() for word in flag(name, value)),
+                ],
                 folder / f"sglang-{slot}.log",
-                {"CUDA_VISIBLE_DEVICES": ",".join(map(str, group))},
+                {"CUDA_VISIBLE_DEVICES": ",".join(map(str, group)), **environment},
                 f"http://127.0.0.1:{port}",
                 group,
             )
             for slot, (group, port) in enumerate(zip(groups, ports, strict=True))
         ]
 
-    def _command(self, python: str, model_path: str, port: int, *, shared: bool) -> list[str]:
-        command = [python, "-m", "sglang.launch_server", "--model-path", model_path]
-        command += ["--port", str(port), "--tp-size", str(self.tp)]
-        if "host" not in self.flags:
-            command += ["--host", "127.0.0.1"]
-        fraction = self.memory_fraction
-        if fraction is None and shared:
-            fraction = SHARED_MEMORY_FRACTION
-        if fraction is not None:
-            command += ["--mem-fraction-static", str(fraction)]
-        for name, value in self.flags.items():
-            command += flag(name, value)
-        return command
+    def _on_cpu(self, installed: ServerPython) -> bool:
+        return self.flags.get("device", installed.device) == "cpu"
 
-    def _device_groups(self) -> tuple[list[tuple[int, ...]], bool]:
+    def _device_groups(self, on_cpu: bool) -> tuple[list[tuple[int, ...]], bool]:
         """The GPUs of each server, and whether the trainer uses them, too."""
-        if self.on_cpu:
+        if on_cpu:
             return [()] * (self.num_servers or 1), False
         present = present_devices()
         devices = self.devices if self.devices is not None else serving_devices(present)
         if not devices:
             raise ConfigError(
                 "SGLangServers needs a GPU and there is none here. Use EmbeddedServers on a CPU,"
-                " RunningServers for servers elsewhere, or `flags: {device: cpu}`."
+                " RunningServers for servers elsewhere, or `flags: {device: cpu}` with an"
+                " environment made by `lightning-grpo install-server --cpu`."
             )
         num_servers = self.num_servers or len(devices) // self.tp
         if num_servers * self.tp > len(devices) or num_servers < 1:

@@ -5,8 +5,8 @@ import pytest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.devices import serving_devices
 from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.installed import ServerPython, remember_python
 from lightning_grpo.servers.ports import free_ports, is_free
-from lightning_grpo.servers.server_python import remember_python, resolve_python
 from lightning_grpo.servers.sglang import SGLangServers
 
 
@@ -29,6 +29,7 @@ def test_the_command_line_follows_the_parameters(tmp_path):
     assert "--mem-fraction-static 0.5" in text
     assert "--attention-backend triton" in text
     assert text.endswith("--disable-radix-cache")
+    assert "--host 127.0.0.1" in text
     assert "dtype" not in text
     assert launch.environment == {"CUDA_VISIBLE_DEVICES": "4,5"}
     assert launch.devices == (4, 5)
@@ -57,8 +58,27 @@ def test_without_a_gpu_the_way_out_is_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="EmbeddedServers on a CPU"):
         launches(tmp_path)
     (launch,) = launches(tmp_path, flags={"device": "cpu"})
-    assert "--device cpu" in " ".join(launch.command)
+    text = " ".join(launch.command)
+    assert "--device cpu" in text
+    assert "--dtype float32" in text
+    assert launch.environment["OMP_NUM_THREADS"] == "1"
     assert launch.devices == ()
+    (launch,) = launches(tmp_path, flags={"device": "cpu", "dtype": "bfloat16", "host": "::"})
+    text = " ".join(launch.command)
+    assert "--dtype bfloat16" in text
+    assert "float32" not in text
+    assert "127.0.0.1" not in text
+    assert launch.environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_an_environment_made_for_the_cpu_serves_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    remember_python(ServerPython(sys.executable, "0.5.19", "cpu"))
+    (launch,) = SGLangServers().launches("model", tmp_path)
+    assert "--device cpu" in " ".join(launch.command)
+    (launch,) = SGLangServers(flags={"device": "cuda"}).launches("model", tmp_path)
+    assert launch.devices == (0,)
 
 
 @pytest.mark.parametrize(
@@ -86,18 +106,6 @@ def test_half_of_the_gpus_rounded_up_serve():
     assert serving_devices([0, 1]) == [1]
     assert serving_devices([0, 1, 2]) == [1, 2]
     assert serving_devices([]) == []
-
-
-def test_the_servers_python_is_remembered(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match="install-server"):
-        resolve_python("auto")
-    python = tmp_path / "python"
-    python.touch()
-    remember_python(python)
-    assert resolve_python("auto") == str(python)
-    with pytest.raises(ConfigError, match="nowhere"):
-        resolve_python("/nowhere/python")
 
 
 def test_free_ports_are_distinct_and_free():

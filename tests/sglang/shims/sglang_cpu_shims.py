@@ -1,0 +1,39 @@
+"""Lets torchvision's GPU build be imported beside torch's CPU build.
+
+Its Python registers fakes of two operators that its library can't define there. Imported by every
+interpreter of the test environment as it starts (a `.pth` file says so), so it does nothing until
+torchvision is asked for.
+"""
+
+import importlib.machinery
+import pathlib
+import sys
+
+SIGNATURES = ("nms", "qnms")
+
+
+class TorchvisionOperators:
+    """Looks on while modules are found; before torchvision is, its operators are declared."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            declare_operators()
+
+
+def declare_operators():
+    import torch
+
+    found = importlib.machinery.PathFinder.find_spec("torchvision")
+    library = pathlib.Path(found.origin).parent / "_C.so" if found else None
+    try:
+        torch.ops.load_library(str(library))
+    except OSError:
+        for name in SIGNATURES:
+            torch.library.define(
+                f"torchvision::{name}",
+                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            )
+
+
+sys.meta_path.insert(0, TorchvisionOperators())
