@@ -17,6 +17,7 @@ SGLANG_VERSION = "0.5.19"
 """What `install-server` installs unless told otherwise; rollouts and updates were tested on it."""
 
 FILE_NAME = "server-python.json"
+MANY = 3
 
 CUDA_ONLY = frozenset(
     """
@@ -124,9 +125,7 @@ def install_server(
         _run([sys.executable, "-m", "venv", str(folder)])
 
     def pip(*packages: str) -> None:
-        say(
-            f"installing {' '.join(packages) if len(packages) < 4 else f'{len(packages)} packages'}"
-        )  # noqa: PLR2004, E501 - a readable line
+        say("installing " + (packages[-1] if len(packages) < MANY else f"{len(packages)} packages"))
         command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
         _run([*command, *pip_arguments, *packages])
 

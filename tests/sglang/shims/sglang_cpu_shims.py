@@ -9,7 +9,8 @@ import importlib.machinery
 import pathlib
 import sys
 
-SIGNATURES = ("nms", "qnms")
+OPERATORS = ("nms", "qnms")
+SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class TorchvisionOperators:
@@ -29,11 +30,8 @@ def declare_operators():
     try:
         torch.ops.load_library(str(library))
     except OSError:
-        for name in SIGNATURES:
-            torch.library.define(
-                f"torchvision::{name}",
-                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            )
+        for name in OPERATORS:
+            torch.library.define(f"torchvision::{name}", SIGNATURE)
 
 
 sys.meta_path.insert(0, TorchvisionOperators())
