@@ -1,0 +1,133 @@
+"""Token ids of what comes between two completions, in the chat template's own words.
+
+The template is rendered for a made-up conversation that ends in the new messages; what follows the
+made-up answer is exactly what the template puts between an answer and the next one. Templates that
+rewrite history (that drop earlier reasoning, for one) change nothing that was sampled this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.protocols import Tokenizer
+from lightning_grpo.types import Completion, Prompt
+
+Message = Mapping[str, Any]
+
+_QUESTION = {"role": "user", "content": "question"}
+_ANSWER = "ANSWER-OF-THE-ASSISTANT"
+
+
+def first_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any] | None = None
+) -> list[int]:
+    """The ids of a conversation that begins, ready to be continued."""
+    require_template(tokenizer)
+    arguments: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    ids = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=True,
+        return_dict=False,
+        add_generation_prompt=True,
+        **arguments,
+    )
+    return list(ids)
+
+
+def next_ids(
+    tokenizer: Tokenizer,
+    completion: Completion,
+    messages: Sequence[Message],
+    calls: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """The ids that end an answer, say the new messages, and begin the next answer.
+
+    Args:
+        tokenizer: Whose template it is.
+        completion: The answer; where it sampled its own end, that isn't said twice.
+        messages: What is said to it.
+        calls: Its tool calls; some templates take a tool's result only after its call.
+
+    Raises:
+        ConfigError: The template can't say it.
+    """
+    ids = list(tokenizer.encode(_between(tokenizer, messages, calls), add_special_tokens=False))
+    if ids and _has_ended(tokenizer, completion, ids[0]):
+        return ids[1:]
+    return ids
+
+
+def require_template(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer that can't tell turns apart."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "the tokenizer has no chat template, which episodes of several turns need. "
+            "Use a chat model's tokenizer, or set `chat_template` in tokenizer_config.json."
+        )
+
+
+def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
+    """The conversation that a prompt begins.
+
+    Raises:
+        ConfigError: The prompt was made of plain text.
+    """
+    if not prompt.messages:
+        raise ConfigError(
+            "the prompts are plain text (the tokenizer has no chat template), but the workflow "
+            "holds a conversation. Use a chat model's tokenizer."
+        )
+    return [dict(message) for message in prompt.messages]
+
+
+def _has_ended(tokenizer: Tokenizer, completion: Completion, end: int) -> bool:
+    if not completion.token_ids or completion.finish_reason != "stop":
+        return False
+    last = completion.token_ids[-1]
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    # A model may end with another mark than its template (`<|return|>` for `<|end|>`).
+    return last == end or {last, end} <= special
+
+
+def _between(
+    tokenizer: Tokenizer, messages: Sequence[Message], calls: Sequence[Mapping[str, Any]]
+) -> str:
+    answer = {"role": "assistant", "content": _ANSWER}
+    told = [dict(message) for message in messages]
+    try:
+        whole = _render(tokenizer, [_QUESTION, answer, *told], start_answer=True)
+        return _after_answer(whole)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # The template's own refusal (jinja2): results without their calls, for one.
+        if not calls:
+            raise ConfigError(f"the chat template can't say the next turn: {error}") from error
+    called = {**answer, "tool_calls": [dict(call) for call in calls]}
+    before = _render(tokenizer, [_QUESTION, called], start_answer=False)
+    whole = _render(tokenizer, [_QUESTION, called, *told], start_answer=True)
+    if not whole.startswith(before):
+        raise ConfigError(
+            "the chat template rewrites an answer with tool calls once their results follow, so "
+            "ids can't be appended. Use a template that doesn't."
+        )
+    end = _after_answer(_render(tokenizer, [_QUESTION, answer], start_answer=False))
+    return end + whole[len(before) :]
+
+
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, start_answer: bool
+) -> str:
+    rendered = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=start_answer
+    )
+    return str(rendered)
+
+
+def _after_answer(text: str) -> str:
+    _, found, after = text.partition(_ANSWER)
+    if not found:
+        raise ConfigError("the chat template leaves out the assistant's own words.")
+    return after
