@@ -23,7 +23,7 @@ from lightning_grpo.rollout.member import Member, MemberState, ServerLike
 from lightning_grpo.rollout.monitor import HealthPolicy, Monitor, Restart, Restore
 from lightning_grpo.rollout.partial import Decode, Partial
 from lightning_grpo.rollout.routing import Rank, Router
-from lightning_grpo.rollout.verify import Requirements, ServerFacts, verify_server
+from lightning_grpo.rollout.verify import Requirements, ServerFacts, check_ids, verify_server
 from lightning_grpo.types import Completion, Sampling
 
 logger = logging.getLogger(__name__)
@@ -183,6 +183,7 @@ class ServerPool:
             ServerError: It lost its server too often.
             ServersLostError: Too few servers are left for the run.
         """
+        check_ids(input_ids, self._requirements.vocab_size)
         partial = Partial(input_ids, sampling, seed)
         num_failures = 0
         while not partial.done:

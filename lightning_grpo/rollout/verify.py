@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +81,32 @@ def _check_owner(url: str, model: wire.ModelInfo, run_id: str) -> None:
 
 
 def _check_length(url: str, info: wire.ServerInfo, max_tokens: int | None) -> None:
-    limit = info.context_length
-    if max_tokens is not None and limit is not None and max_tokens > limit:
+    # SGLang names a context only where it was told one; its longest input is always known, and
+    # after an interruption prompt and partial completion are one input.
+    limits = {"context_length": info.context_length, "max_req_input_len": info.max_req_input_len}
+    known = {name: limit for name, limit in limits.items() if limit is not None}
+    name = min(known, key=known.__getitem__, default="")
+    if max_tokens is not None and known and max_tokens > known[name]:
         raise ConfigError(
-            f"{url} takes at most {limit} tokens (`context_length`), the run needs {max_tokens}"
+            f"{url} takes at most {known[name]} tokens (`{name}`), the run needs {max_tokens}"
             " (longest prompt + `max_new_tokens`). Lower `max_new_tokens`, or start the server"
             " with a longer context."
+        )
+
+
+def check_ids(input_ids: Sequence[int], vocab_size: int | None) -> None:
+    """Refuses a prompt that would end a server: SGLang dies of an id that its model doesn't have.
+
+    Raises:
+        RequestError: The prompt is empty or holds such an id.
+    """
+    if not input_ids:
+        raise RequestError("A prompt must hold at least one token, got none.")
+    low, high = min(input_ids), max(input_ids)
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise RequestError(
+            f"Token ids of a prompt must be in [0, {vocab_size}) (the model's vocabulary), got"
+            f" {low if low < 0 else high}."
         )
 
 

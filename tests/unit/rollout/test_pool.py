@@ -30,8 +30,8 @@ async def pool_of(*servers, **options):
     async with asyncio.timeout(30):
         for server in servers:
             await server.start()
-        options = {"health": FAST, **options}
-        pool = ServerPool(servers, Requirements("run"), decode, **options)
+        requirements = options.pop("requirements", Requirements("run"))
+        pool = ServerPool(servers, requirements, decode, **{"health": FAST, **options})
         await pool.start()
         try:
             yield pool
@@ -411,6 +411,7 @@ async def test_the_seed_goes_with_every_piece_of_a_completion():
         ({"version": "0.5.3"}, {}, "runs SGLang 0.5.3"),
         ({"label": "other:3"}, {}, "weights 'other:3' of another run"),
         ({"info": {"context_length": 100}}, {"max_tokens": 200}, "takes at most 100 tokens"),
+        ({"info": {"max_req_input_len": 90}}, {"max_tokens": 91}, r"at most 90 .*max_req_input_len"),
         ({"info": {"vocab_size": 16}}, {"vocab_size": 17}, "vocabulary of 16, the trainer's"),
         ({"api_key": "secret"}, {}, "wants another API key"),
     ],
@@ -430,6 +431,15 @@ async def test_a_url_where_nothing_listens_is_named():
     pool = ServerPool([fake], Requirements("run"), decode)
     with pytest.raises(ServerError, match=f"No inference server answers at {fake.url}"):
         await pool.start()
+
+
+@pytest.mark.parametrize("ids", [[], [3, -1], [16, 3]])
+async def test_a_prompt_that_would_end_a_server_is_never_sent(ids):
+    server = FakeServer()
+    async with pool_of(server, requirements=Requirements("run", vocab_size=16)) as pool:
+        with pytest.raises(RequestError, match="prompt"):
+            await pool.generate(ids, Sampling())
+    assert not server.requests
 
 
 async def test_the_api_key_is_sent_and_stays_out_of_messages():
