@@ -18,11 +18,12 @@ import torch
 from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
+from lightning_grpo.engine.about import About, EngineFacts
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
 from lightning_grpo.engine.model import ModelRunner, end_token_ids, load_model, load_tokenizer
 from lightning_grpo.engine.scheduler import Limits, Scheduler
-from lightning_grpo.engine.server import EngineServer, ServerInfo
+from lightning_grpo.engine.server import EngineServer
 from lightning_grpo.engine.stopping import StopStrings
 from lightning_grpo.engine.updates import WeightUpdates
 from lightning_grpo.engine.weights import ModelWeights
@@ -130,16 +131,20 @@ def build(
         tokenizer=tokenizer,
         deterministic=options.deterministic,
     )
-    info = ServerInfo(
+    facts = EngineFacts(
         tokenizer_path=options.model,
         model_type=model.config.model_type,
         architectures=list(model.config.architectures or [type(model).__name__]),
+        vocab_size=runner.vocab_size,
+        context_length=runner.context_length,
         max_running_requests=limits.max_running,
         max_total_tokens=limits.max_total_tokens,
         deterministic=options.deterministic,
     )
     updates = WeightUpdates(engine, ModelWeights(model), options.model)
-    return engine, EngineServer(engine, updates, intake, info, options.api_key)
+    return engine, EngineServer(
+        engine, updates, intake, About(engine, updates, facts), options.api_key
+    )
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

@@ -8,11 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.engine.errors import BadRequestError
-from lightning_grpo.engine.protocol import (
-    GenerateBody,
-    Generation,
-    SamplingBody,
+from lightning_grpo.engine.checks import (
     check_prompt,
     check_sampling,
     is_single,
@@ -20,6 +16,8 @@ from lightning_grpo.engine.protocol import (
     per_item,
     refuse_unsupported,
 )
+from lightning_grpo.engine.errors import BadRequestError
+from lightning_grpo.engine.protocol import GenerateBody, Generation, SamplingBody
 from lightning_grpo.engine.sampling import as_int64, sample_seed
 
 DETERMINISTIC_SEED = 42

@@ -59,11 +59,14 @@ class EngineThread:
     async def call(self, function: Callable[[Scheduler], T]) -> T:
         """Run `function` on the engine's thread between two steps.
 
-        What it refuses is raised here; any other error of it ends the process.
+        What it refuses is raised here; any other error of it ends the process. A caller who is
+        cancelled can't know whether it ran.
         """
         future: Future[T] = Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function(self._scheduler))
             except GRPOError as error:

@@ -7,39 +7,23 @@ while new weights wait for the running requests to end).
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from lightning_grpo.engine.batch import ABORTED, News, Reason, RunningBatch
 from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
-from lightning_grpo.engine.kv import PromptCache, PromptState, SlotCache
+from lightning_grpo.engine.kv import PromptCache
 from lightning_grpo.engine.model import ModelRunner
+from lightning_grpo.engine.reading import PromptReader
 from lightning_grpo.engine.request import Output, Request
-from lightning_grpo.engine.rows import Rows
-from lightning_grpo.engine.sampling import Noise, sample
 from lightning_grpo.engine.stopping import StopStrings
 
 PAUSE_MODES = ("abort", "retract", "in_place")
-_ABORTED: dict[str, Any] = {
-    "type": "abort",
-    "message": "Aborted",
-    "status_code": None,
-    "err_type": None,
-}
-_NOT_FINITE: dict[str, Any] = _ABORTED | {
-    "message": "the model's logits are not finite",
-    "status_code": 500,
-    "err_type": "InternalServerError",
-}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Limits:
     """How much the scheduler takes on.
 
@@ -79,14 +63,16 @@ class Scheduler:
         self.weight_version = weight_version
         self.paused = False
         self.outbox: list[tuple[Request, Output]] = []
-        self.tokens_sampled = 0
-        self._runner = runner
         self._limits = limits
-        self._stop_strings = stop_strings
-        self._noise = Noise(runner.vocab_size)
-        self._slots = SlotCache(limits.max_running, runner.context_length)
-        self._prompts = PromptCache(limits.prompt_cache_tokens)
-        self._rows = Rows(limits.max_running, runner.vocab_size)
+        self._running = RunningBatch(
+            runner, stop_strings, limits.max_running, fresh_when_empty=limits.deterministic
+        )
+        self._reader = PromptReader(
+            runner,
+            PromptCache(limits.prompt_cache_tokens),
+            # The shape of a batch shows in the last bits of a float.
+            max_batch_tokens=1 if limits.deterministic else limits.prefill_tokens,
+        )
         self._waiting: deque[Request] = deque()
         self._held: list[Request] = []
         self._holds = 0
@@ -95,7 +81,12 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests in slots."""
-        return len(self._rows)
+        return len(self._running)
+
+    @property
+    def tokens_sampled(self) -> int:
+        """Tokens sampled since the start."""
+        return self._running.tokens_sampled
 
     @property
     def num_waiting(self) -> int:
@@ -105,9 +96,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
-        return not self.paused and bool(len(self._rows) or self._waiting)
-
-    # ---- commands, between two steps ----------------------------------------------------------
+        return not self.paused and bool(len(self._running) or self._waiting)
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Take requests in; they are held while generation is paused or weights are due.
@@ -136,11 +125,11 @@ class Scheduler:
 
         for request in [*self._waiting, *self._held]:
             if chosen(request):
-                self._tell_stopped(request, _ABORTED)
+                self._tell_stopped(request, ABORTED)
         self._waiting = deque(r for r in self._waiting if not chosen(r))
         self._held = [r for r in self._held if not chosen(r)]
-        rows = [i for i, r in enumerate(self._rows.requests) if chosen(r)]
-        self._finish(dict.fromkeys(rows, _ABORTED))
+        running = [request for request in self._running.requests if chosen(request)]
+        self._tell(self._running.end(running, ABORTED))
         self._settle()
 
     def pause(self, mode: str) -> None:
@@ -158,7 +147,7 @@ class Scheduler:
             self.abort(None)
             self._held = held
         elif mode == "retract":
-            self._retract()
+            self._waiting.extendleft(reversed(self._running.take_back()))
         self._settle()
 
     def resume(self) -> None:
@@ -173,6 +162,7 @@ class Scheduler:
         """
         self._holds += 1
         future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
         self._drained.append(future)
         self._settle()
         return future
@@ -184,16 +174,16 @@ class Scheduler:
 
     def flush(self) -> bool:
         """Forget cached prompts; False (and nothing done) while requests are in flight."""
-        if len(self._rows) or self._waiting:
+        if len(self._running) or self._waiting:
             return False
-        self._prompts.clear()
-        self._slots.clear()
+        self._reader.forget()
+        self._running.free_memory()
         return True
 
     def set_version(self, version: str) -> None:
         """Name the weights; tokens from here on carry the name."""
-        for row, request in enumerate(self._rows.requests):
-            request.note_version(version, len(self._rows.output(row)[0]))
+        for row, request in enumerate(self._running.requests):
+            request.note_version(version, self._running.num_sampled(row))
         for request in self._waiting:
             if request.starts:
                 request.note_version(version, len(request.output_ids))
@@ -215,119 +205,46 @@ class Scheduler:
         Raises:
             WeightUpdateError: If the flush can't be had.
         """
-        if flush_cache and len(self._rows):
+        if flush_cache and len(self._running):
             raise WeightUpdateError(
                 f"`flush_cache` must be false while requests are paused in place, got true with "
-                f"{len(self._rows)} of them; the weights are as before"
+                f"{len(self._running)} of them; the weights are as before"
             )
         apply()
-        self._prompts.clear()
+        self._reader.forget()
         if version is not None:
             self.set_version(version)
-
-    # ---- one step ------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Admit what fits and sample one token for every running request."""
         if self.paused:
             return
-        running = len(self._rows)
-        if running:
-            logits = self._runner.decode(
-                self._slots, self._rows.tokens[:running], self._rows.lengths[:running]
-            )
-            self._rows.advance()
-            self._sample(0, logits)
+        self._tell(self._running.step())
         if self._waiting:
             self._admit()
         self._settle()
 
-    def _sample(self, first: int, logits: Tensor) -> None:
-        rows = self._rows
-        end = first + len(logits)
-        tokens, logprobs = sample(
-            logits, rows.plan(first, end), self._noise, rows.banned(first, end)
-        )
-        ended = rows.record(first, end, tokens, logprobs)
-        self.tokens_sampled += len(logits)
-        reasons: dict[int, dict[str, Any]] = {}
-        if bool(ended.any()):
-            for row in (ended.nonzero()[:, 0] + first).tolist():
-                reasons[row] = self._reason(row)
-        for row in rows.watched:
-            if row < first or row in reasons:
-                continue
-            request = rows.requests[row]
-            if request.generation.stop:
-                self._match_string(row, request, reasons)
-            if row not in reasons and request.stream:
-                self._tell(request, *rows.output(row), None)
-        self._finish(reasons)
-
-    def _match_string(self, row: int, request: Request, reasons: dict[int, dict[str, Any]]) -> None:
-        stop = request.generation.stop
-        matched = self._stop_strings.find(
-            stop, self._rows.tail(row, self._stop_strings.window(stop))
-        )
-        if matched is not None:
-            reasons[row] = {"type": "stop", "matched": matched}
-
-    def _reason(self, row: int) -> dict[str, Any]:
-        ids, logprobs = self._rows.output(row)
-        if not math.isfinite(logprobs[-1]):
-            return _NOT_FINITE
-        # As SGLang: at the length limit the reason is the length, also for an end token.
-        if len(ids) >= self._rows.requests[row].generation.max_new_tokens:
-            return {"type": "length", "length": len(ids)}
-        return {"type": "stop", "matched": ids[-1]}
-
-    def _finish(self, reasons: dict[int, dict[str, Any]]) -> None:
-        """End rows with their reasons and close the gaps."""
-        if not reasons:
-            return
-        broken = []
-        for row, reason in reasons.items():
-            ids, logprobs = self._rows.output(row)
-            if reason is _NOT_FINITE:
-                broken.append(row)
-                ids, logprobs = ids[:-1], logprobs[:-1]
-            self._tell(self._rows.requests[row], ids, logprobs, reason)
-        self._drop(list(reasons), broken)
-
-    def _drop(self, rows: list[int], broken: Sequence[int] = ()) -> None:
-        if broken:
-            self._slots.wipe(torch.tensor(broken))
-        longest = int(self._rows.lengths[: len(self._rows)].max())
-        source, target = self._rows.remove(rows)
-        if len(source):
-            self._slots.move(source, target, longest)
-        if not len(self._rows) and self._limits.deterministic:
-            self._slots.clear()
-
-    # ---- admission -----------------------------------------------------------------------------
-
     def _admit(self) -> None:
         batch = self._choose()
-        states = self._read(batch)
-        scored = [(r, s) for r, s in zip(batch, states, strict=True)]
-        for request, _ in scored:
+        states = self._reader.read(batch)
+        for request in batch:
             if not request.starts:
                 request.note_version(self.weight_version, 0)
             if not request.generation.max_new_tokens:
                 self._tell_stopped(request, {"type": "length", "length": 0})
-        placed = [(r, s) for r, s in scored if r.generation.max_new_tokens]
+        placed = [(r, s) for r, s in zip(batch, states, strict=True) if r.generation.max_new_tokens]
         if placed:
-            self._place(placed)
+            self._tell(self._running.add(placed))
 
     def _choose(self) -> list[Request]:
         """The next waiting requests that fit the slots, the memory and one round of reading."""
-        longest = max((r.generation.num_positions for r in self._rows.requests), default=0)
+        longest = max((r.generation.num_positions for r in self._running.requests), default=0)
         chosen: list[Request] = []
         tokens, seen = 0, set()
-        while self._waiting and len(self._rows) + len(chosen) < self._limits.max_running:
+        while self._waiting and len(self._running) + len(chosen) < self._limits.max_running:
             request = self._waiting[0]
             longest = max(longest, request.generation.num_positions)
-            num = len(self._rows) + len(chosen) + 1
+            num = len(self._running) + len(chosen) + 1
             ids = request.generation.input_ids
             cost = 0 if ids in seen else request.num_tokens
             full = num > 1 and num * longest > self._limits.max_total_tokens
@@ -338,116 +255,27 @@ class Scheduler:
             chosen.append(self._waiting.popleft())
         return chosen
 
-    def _read(self, batch: Sequence[Request]) -> list[PromptState]:
-        """The state of each request's tokens, reading equal prompts once."""
-        states: dict[Any, PromptState] = {}
-        unread: dict[Any, tuple[int, ...]] = {}
-        for request in batch:
-            ids = request.generation.input_ids + tuple(request.output_ids)
-            key = (request.generation.extra_key, ids)
-            if request.generation.logprob_start is not None and request.input_logprobs is None:
-                states[key] = self._score(request, ids)
-                self._keep(key, states[key], request)
-                continue
-            known = states.get(key) or self._prompts.get(key)
-            if known is not None:
-                states[key] = known
-            if known is not None or key in unread:
-                # A retracted request keeps what was said at its first admission.
-                request.cached_tokens = request.cached_tokens or len(request.generation.input_ids)
-            else:
-                unread[key] = ids
-        for keys in self._prefill_batches(unread):
-            for key, state in zip(
-                keys, self._runner.prefill([unread[k] for k in keys]), strict=True
-            ):
-                states[key] = state
-        for request in batch:
-            key = (
-                request.generation.extra_key,
-                request.generation.input_ids + tuple(request.output_ids),
+    def _tell(self, news: Iterable[News]) -> None:
+        for item in news:
+            request = item.request
+            output = Output(
+                token_ids=item.token_ids,
+                logprobs=item.logprobs,
+                finish_reason=item.reason,
+                spans=request.spans(len(item.token_ids)),
+                weight_version=self.weight_version,
+                input_logprobs=request.input_logprobs,
+                cached_tokens=request.cached_tokens,
+                num_retractions=request.num_retractions,
             )
-            self._keep(key, states[key], request)
-        return [
-            states[r.generation.extra_key, r.generation.input_ids + tuple(r.output_ids)]
-            for r in batch
-        ]
+            self.outbox.append((request, output))
 
-    def _prefill_batches(self, unread: dict[Any, tuple[int, ...]]) -> list[list[Any]]:
-        # One at a time where bits matter: the shape of a batch shows in the last bits of a float.
-        if self._limits.deterministic:
-            return [[key] for key in unread]
-        batches: list[list[Any]] = []
-        width = 0
-        for key in sorted(unread, key=lambda k: len(unread[k])):
-            width = len(unread[key])
-            if batches and (len(batches[-1]) + 1) * width <= self._limits.prefill_tokens:
-                batches[-1].append(key)
-            else:
-                batches.append([key])
-        return batches
-
-    def _score(self, request: Request, ids: tuple[int, ...]) -> PromptState:
-        start = request.generation.logprob_start or 0
-        state, scores = self._runner.score(ids, start)
-        count = len(request.generation.input_ids) - start - 1
-        request.input_logprobs = scores[:count].tolist()
-        return state
-
-    def _keep(self, key: Any, state: PromptState, request: Request) -> None:
-        if not request.output_ids and bool(state.logits.isfinite().all()):
-            self._prompts.put(key, state)
-
-    def _place(self, placed: Sequence[tuple[Request, PromptState]]) -> None:
-        first = len(self._rows)
-        longest = max(state.num_tokens for _, state in placed)
-        self._slots.reserve(first + len(placed), longest + 1, placed[0][1].kv)
-        start = 0
-        for index in range(1, len(placed) + 1):
-            if index == len(placed) or placed[index][1] is not placed[start][1]:
-                self._slots.place(first + start, index - start, placed[start][1].kv)
-                start = index
-        self._rows.append([request for request, _ in placed])
-        self._sample(first, torch.stack([state.logits for _, state in placed]))
-
-    # ---- telling -------------------------------------------------------------------------------
-
-    def _tell(
-        self,
-        request: Request,
-        ids: list[int],
-        logprobs: list[float],
-        reason: dict[str, Any] | None,
-    ) -> None:
-        output = Output(
-            token_ids=ids,
-            logprobs=logprobs,
-            finish_reason=reason,
-            spans=request.spans(len(ids)),
-            weight_version=self.weight_version,
-            input_logprobs=request.input_logprobs,
-            cached_tokens=request.cached_tokens,
-            num_retractions=request.num_retractions,
-        )
-        self.outbox.append((request, output))
-
-    def _tell_stopped(self, request: Request, reason: dict[str, Any]) -> None:
-        self._tell(request, request.output_ids, request.output_logprobs, reason)
-
-    # ---- states --------------------------------------------------------------------------------
+    def _tell_stopped(self, request: Request, reason: Reason) -> None:
+        """Say the last word on a request that is in no slot."""
+        self._tell([News(request, request.output_ids, request.output_logprobs, reason)])
 
     def _all(self) -> list[Request]:
-        return [*self._rows.requests, *self._waiting, *self._held]
-
-    def _retract(self) -> None:
-        running = list(self._rows.requests)
-        if not running:
-            return
-        for row, request in enumerate(running):
-            request.output_ids, request.output_logprobs = self._rows.output(row)
-            request.num_retractions += 1
-        self._drop(list(range(len(running))))
-        self._waiting.extendleft(reversed(running))
+        return [*self._running.requests, *self._waiting, *self._held]
 
     def _open(self) -> None:
         if self.paused or self._holds:
@@ -459,7 +287,7 @@ class Scheduler:
 
     def _settle(self) -> None:
         """Tell those who wait for the engine to be empty."""
-        if self._drained and (self.paused or not (len(self._rows) or self._waiting)):
+        if self._drained and (self.paused or not (len(self._running) or self._waiting)):
             for future in self._drained:
                 future.set_result(None)
             self._drained = []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
+from lightning_grpo.engine.about import About, json_response
 from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
@@ -34,41 +34,11 @@ from lightning_grpo.engine.updates import WeightUpdates
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-SGLANG_VERSION = "0.5.19"
-"""The version whose API this is."""
-
 _MAX_BODY = 1 << 28
 
 
-@dataclass(frozen=True)
-class ServerInfo:
-    """What `/server_info` and `/model_info` say that never changes.
-
-    Attributes:
-        tokenizer_path: Where the tokenizer came from.
-        model_type: As the model's config says.
-        architectures: As the model's config says.
-        max_running_requests: Most requests in slots.
-        max_total_tokens: Tokens that the slots may hold.
-        deterministic: Whether runs repeat bit for bit.
-    """
-
-    tokenizer_path: str
-    model_type: str
-    architectures: list[str]
-    max_running_requests: int
-    max_total_tokens: int
-    deterministic: bool
-
-
-def _json(value: Any, status: int = 200) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(value), status=status, content_type="application/json"
-    )
-
-
 def _error(message: str, status: int) -> web.Response:
-    return _json({"error": {"message": message}}, status)
+    return json_response({"error": {"message": message}}, status)
 
 
 def _refusal(error: BadRequestError | WeightUpdateError | web.HTTPException) -> web.Response:
@@ -76,7 +46,9 @@ def _refusal(error: BadRequestError | WeightUpdateError | web.HTTPException) -> 
         return _error(error.text or error.reason, error.status)
     message = str(error)
     if isinstance(error, WeightUpdateError):
-        return _json({"success": False, "message": message, "error": {"message": message}}, 400)
+        return json_response(
+            {"success": False, "message": message, "error": {"message": message}}, 400
+        )
     return _error(message, 400)
 
 
@@ -87,7 +59,7 @@ class EngineServer:
         engine: Generates.
         updates: Changes the weights.
         intake: Checks generation requests.
-        info: What it says of itself.
+        about: What it says of itself.
         api_key: The bearer token to ask for; None asks for none.
     """
 
@@ -96,15 +68,15 @@ class EngineServer:
         engine: EngineThread,
         updates: WeightUpdates,
         intake: Intake,
-        info: ServerInfo,
+        about: About,
         api_key: str | None = None,
     ) -> None:
         self._engine = engine
         self._updates = updates
         self._intake = intake
-        self._info = info
+        self._about = about
         self._api_key = api_key
-        self._started = time.time()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def app(self) -> web.Application:
         """The application with every route."""
@@ -112,11 +84,11 @@ class EngineServer:
         both: dict[str, Handler] = {
             "/health": self._health,
             "/health_generate": self._health_generate,
-            "/model_info": self._model_info,
-            "/get_model_info": self._model_info,
-            "/server_info": self._server_info,
-            "/get_server_info": self._server_info,
-            "/v1/loads": self._loads,
+            "/model_info": self._about.model_info,
+            "/get_model_info": self._about.model_info,
+            "/server_info": self._about.server_info,
+            "/get_server_info": self._about.server_info,
+            "/v1/loads": self._about.loads,
             "/flush_cache": self._flush_cache,
         }
         for path, handler in both.items():
@@ -155,6 +127,17 @@ class EngineServer:
             return True
         return request.headers.get("Authorization") == f"Bearer {self._api_key}"
 
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _health_generate(self, _: web.Request) -> web.Response:
+        if not await self._engine.call(lambda s: s.paused):
+            body = decode(
+                b'{"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}', GenerateBody
+            )
+            await self._run(self._intake.generations(body)[0])
+        return web.Response()
+
     # ---- generation ----------------------------------------------------------------------------
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
@@ -168,7 +151,7 @@ class EngineServer:
             generate_reply(g, output, self._intake.tokenizer, started)
             for g, output in zip(generations, outputs, strict=True)
         ]
-        return _json(replies if is_list else replies[0])
+        return json_response(replies if is_list else replies[0])
 
     async def _run(self, generations: list[Generation]) -> list[Output]:
         loop = asyncio.get_running_loop()
@@ -178,8 +161,8 @@ class EngineServer:
             return lambda output: None if future.done() else future.set_result(output)
 
         requests = [Request(g, listener(f)) for g, f in zip(generations, futures, strict=True)]
-        await self._engine.call(lambda s: s.submit(requests))
         try:
+            await self._engine.call(lambda s: s.submit(requests))
             return list(await asyncio.gather(*futures))
         except asyncio.CancelledError:
             self._forget(generations)
@@ -198,10 +181,10 @@ class EngineServer:
             return lambda output: updates.put_nowait((index, output))
 
         requests = [Request(g, listener(i), stream=True) for i, g in enumerate(generations)]
-        await self._engine.call(lambda s: s.submit(requests))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         running = len(generations)
         try:
+            await self._engine.call(lambda s: s.submit(requests))
             await response.prepare(request)
             while running:
                 index, output = await updates.get()
@@ -231,12 +214,12 @@ class EngineServer:
     async def _pause(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), PauseBody)
         await self._engine.call(lambda s: s.pause(body.mode))
-        return _json({"message": "Generation paused successfully.", "status": "ok"})
+        return json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
         decode(await request.read(), dict)
         await self._engine.call(lambda s: s.resume())
-        return _json({"message": "Generation continued successfully.", "status": "ok"})
+        return json_response({"message": "Generation continued successfully.", "status": "ok"})
 
     async def _flush_cache(self, _: web.Request) -> web.Response:
         if await self._engine.call(lambda s: s.flush()):
@@ -245,32 +228,44 @@ class EngineServer:
 
     # ---- weights -------------------------------------------------------------------------------
 
+    async def _finish(self, update: Coroutine[Any, Any, None]) -> None:
+        """Carry an update through, also when whoever asked for it has gone."""
+        task = asyncio.create_task(update)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+
     async def _update_from_disk(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), DiskUpdateBody)
-        await self._updates.from_disk(body)
+        await self._finish(self._updates.from_disk(body))
         message = _worded("Succeeded to update model weights.", body.weight_version)
-        return _json({"success": True, "message": message, "num_paused_requests": 0})
+        return json_response({"success": True, "message": message, "num_paused_requests": 0})
 
     async def _init_group(self, request: web.Request) -> web.Response:
-        await self._updates.init_group(decode(await request.read(), InitGroupBody))
-        return _json({"success": True, "message": "Succeeded to initialize custom process group."})
+        body = decode(await request.read(), InitGroupBody)
+        await self._finish(self._updates.init_group(body))
+        return json_response(
+            {"success": True, "message": "Succeeded to initialize custom process group."}
+        )
 
     async def _update_from_distributed(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), DistributedUpdateBody)
-        await self._updates.from_distributed(body)
-        message = _worded("Succeeded to update parameter online.", body.weight_version)
-        return _json({"success": True, "message": message})
+        await self._finish(self._updates.from_distributed(body))
+        return _succeeded(_worded("Succeeded to update parameter online.", body.weight_version))
 
     async def _destroy_group(self, request: web.Request) -> web.Response:
-        await self._updates.destroy_group(decode(await request.read(), DestroyGroupBody))
-        return _json({"success": True, "message": "Succeeded to destroy custom process group."})
+        body = decode(await request.read(), DestroyGroupBody)
+        await self._finish(self._updates.destroy_group(body))
+        return json_response(
+            {"success": True, "message": "Succeeded to destroy custom process group."}
+        )
 
     async def _update_version(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), VersionBody)
         if body.abort_all_requests:
             await self._engine.call(lambda s: s.abort(None))
         await self._engine.call(lambda s: s.set_version(body.new_version))
-        return _json(
+        return json_response(
             {
                 "success": True,
                 "message": f"Weight version updated to {body.new_version}",
@@ -278,81 +273,9 @@ class EngineServer:
             }
         )
 
-    # ---- what it is ----------------------------------------------------------------------------
 
-    async def _health(self, _: web.Request) -> web.Response:
-        return web.Response()
-
-    async def _health_generate(self, _: web.Request) -> web.Response:
-        if not await self._engine.call(lambda s: s.paused):
-            body = decode(
-                b'{"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}', GenerateBody
-            )
-            await self._run(self._intake.generations(body)[0])
-        return web.Response()
-
-    async def _model_info(self, _: web.Request) -> web.Response:
-        version = await self._engine.call(lambda s: s.weight_version)
-        return _json(
-            {
-                "model_path": self._updates.model_path,
-                "served_model_name": self._updates.model_path,
-                "tokenizer_path": self._info.tokenizer_path,
-                "is_generation": True,
-                "preferred_sampling_params": None,
-                "weight_version": version,
-                "load_format": "auto",
-                "reasoning_parser": None,
-                "tool_call_parser": None,
-                "has_image_understanding": False,
-                "has_audio_understanding": False,
-                "model_type": self._info.model_type,
-                "architectures": self._info.architectures,
-            }
-        )
-
-    async def _server_info(self, _: web.Request) -> web.Response:
-        state = await self._engine.call(
-            lambda s: {
-                "weight_version": s.weight_version,
-                "paused": s.paused,
-                "num_running_reqs": s.num_running,
-                "num_waiting_reqs": s.num_waiting,
-                "tokens_sampled": s.tokens_sampled,
-            }
-        )
-        return _json(
-            {
-                "engine": "lightning_grpo embedded CPU engine (SGLang's API, not SGLang)",
-                "version": SGLANG_VERSION,
-                "model_path": self._updates.model_path,
-                "served_model_name": self._updates.model_path,
-                "tokenizer_path": self._info.tokenizer_path,
-                "device": "cpu",
-                "dtype": "float32",
-                "context_length": self._intake.context_length,
-                "vocab_size": self._intake.vocab_size,
-                "max_running_requests": self._info.max_running_requests,
-                "max_total_num_tokens": self._info.max_total_tokens,
-                "max_req_input_len": self._intake.context_length - 1,
-                "enable_deterministic_inference": self._info.deterministic,
-                "tp_size": 1,
-                "dp_size": 1,
-                "startup_time": self._started,
-                "weight_version": state["weight_version"],
-                "internal_states": [state],
-            }
-        )
-
-    async def _loads(self, _: web.Request) -> web.Response:
-        running, waiting = await self._engine.call(lambda s: (s.num_running, s.num_waiting))
-        load = {
-            "dp_rank": 0,
-            "num_running_reqs": running,
-            "num_waiting_reqs": waiting,
-            "max_total_num_tokens": self._info.max_total_tokens,
-        }
-        return _json({"timestamp": time.time(), "version": SGLANG_VERSION, "loads": [load]})
+def _succeeded(message: str) -> web.Response:
+    return json_response({"success": True, "message": message})
 
 
 def _worded(message: str, version: str | None) -> str:

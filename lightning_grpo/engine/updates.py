@@ -36,6 +36,7 @@ async def in_thread(function: Callable[[], T]) -> T:
     future: Future[T] = Future()
 
     def run() -> None:
+        future.set_running_or_notify_cancel()
         try:
             future.set_result(function())
         except BaseException as error:  # noqa: BLE001 - recorded for the caller

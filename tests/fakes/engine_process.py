@@ -108,7 +108,7 @@ class EngineProcess:
         def run() -> None:
             try:
                 future.set_result(function(*args, **kwargs))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - recorded for the caller
                 future.set_exception(error)
 
         threading.Thread(target=run).start()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.tiny_model import make_tiny_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @pytest.fixture(scope="session")

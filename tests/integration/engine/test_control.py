@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.fakes.engine_process import EngineProcess
 from transformers import PreTrainedModel
+
+from tests.fakes.engine_process import EngineProcess
 
 PROMPT = [10, 40, 99, 7, 300]
 LONG = {"max_new_tokens": 1500, "ignore_eos": True, "sampling_seed": 4}
@@ -240,6 +243,21 @@ def test_new_requests_wait_while_an_update_waits(engine: EngineProcess, other_fo
     running.result()
     versions = late.result()["meta_info"]["weight_versions"]
     assert [v["version"] for v in versions] in (["v1"], ["default"])
+
+
+def test_an_update_goes_through_when_its_caller_has_gone(
+    engine: EngineProcess, other_folder: Path
+) -> None:
+    running = launch(engine)
+    body = json.dumps({"model_path": str(other_folder), "weight_version": "v1"})
+    connection = http.client.HTTPConnection(engine.url.removeprefix("http://"))
+    connection.request("POST", "/update_weights_from_disk", body)
+    late = engine.start(engine.generate, PROMPT, sampling={"max_new_tokens": 1})
+    engine.wait_until(lambda s: s["num_waiting_reqs"] == 1 or running.done())
+    connection.close()
+    running.result()
+    late.result()
+    engine.wait_until(lambda s: s["weight_version"] == "v1")
 
 
 def test_a_broken_folder_leaves_the_weights(

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tests.fakes.engine_process import EngineProcess
 from torch.distributed.distributed_c10d import (
     PrefixStore,
     _new_process_group_helper,
     _world,
 )
 from transformers import PreTrainedModel
+
+from tests.fakes.engine_process import EngineProcess
 
 PROMPT = [10, 40, 99, 7, 300]
 

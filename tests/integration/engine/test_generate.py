@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.tiny_model import make_tiny_tokenizer
-from transformers import PreTrainedModel
 
 PROMPT = [10, 40, 99, 7, 300]
 LONG = {"max_new_tokens": 1500, "ignore_eos": True}
@@ -218,7 +220,7 @@ def test_a_stream_is_cumulative_and_ends_like_the_plain_reply(engine: EngineProc
     messages = list(engine.stream(input_ids=PROMPT, sampling_params=sampling, return_logprob=True))
     plain = engine.generate(PROMPT, sampling=sampling)
     assert len(messages) == 10
-    for earlier, later in zip(messages, messages[1:], strict=False):
+    for earlier, later in itertools.pairwise(messages):
         assert later["output_ids"][: len(earlier["output_ids"])] == earlier["output_ids"]
         assert earlier["meta_info"]["finish_reason"] is None
         assert "weight_versions" not in earlier["meta_info"]

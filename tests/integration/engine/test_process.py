@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.tiny_model import make_tiny_model
 

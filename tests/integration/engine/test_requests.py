@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tests.fakes.engine_process import EngineProcess
 
 OK = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2}}

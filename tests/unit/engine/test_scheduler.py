@@ -1,0 +1,227 @@
+"""The scheduler without threads or sockets: slots, memory, sharing and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from lightning_grpo.engine.errors import BadRequestError
+from lightning_grpo.engine.model import ModelRunner, load_model
+from lightning_grpo.engine.request import Output, Request
+from lightning_grpo.engine.scheduler import Limits, Scheduler
+from lightning_grpo.engine.stopping import StopStrings
+from tests.fakes.engine_requests import PLAIN, ignore
+from tests.fakes.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A tiny model's forward pass."""
+    return ModelRunner(load_model(str(make_tiny_model(tmp_path_factory.mktemp("model")))))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bits and speed of one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class CountingRunner:
+    """A runner that notes the shapes it is asked for."""
+
+    def __init__(self, inner: ModelRunner) -> None:
+        self.inner = inner
+        self.vocab_size = inner.vocab_size
+        self.context_length = inner.context_length
+        self.prefilled: list[list[int]] = []
+        self.decoded: list[int] = []
+
+    def prefill(self, prompts: Any) -> Any:
+        """Note the prompts' lengths."""
+        self.prefilled.append([len(p) for p in prompts])
+        return self.inner.prefill(prompts)
+
+    def score(self, prompt: Any, start: int) -> Any:
+        """Pass on."""
+        return self.inner.score(prompt, start)
+
+    def decode(self, slots: Any, tokens: Any, lengths: Any) -> Any:
+        """Note how many rows there are."""
+        self.decoded.append(len(tokens))
+        return self.inner.decode(slots, tokens, lengths)
+
+
+def make(runner: Any, **limits: Any) -> Scheduler:
+    """A scheduler without stop strings."""
+    return Scheduler(runner, StopStrings(None), Limits(**limits))
+
+
+def requests(count: int, **changes: Any) -> list[Request]:
+    """Requests of different prompts and seeds."""
+    return [
+        Request(
+            msgspec.structs.replace(
+                PLAIN,
+                **(
+                    {
+                        "rid": f"r{i}",
+                        "input_ids": tuple(range(3 + i, 8 + 2 * i)),
+                        "seed": i,
+                        "top_k": 512,
+                        "max_new_tokens": 6,
+                    }
+                    | changes
+                ),
+            ),
+            ignore,
+        )
+        for i in range(count)
+    ]
+
+
+def drain(scheduler: Scheduler) -> dict[str, Output]:
+    """Run until nothing is left; the outputs by name."""
+    while scheduler.has_work:
+        scheduler.step()
+    outputs = {request.generation.rid: output for request, output in scheduler.outbox}
+    scheduler.outbox.clear()
+    return outputs
+
+
+def test_no_more_run_than_there_are_slots(runner: ModelRunner) -> None:
+    counting = CountingRunner(runner)
+    scheduler = make(counting, max_running=4)
+    scheduler.submit(requests(11))
+    assert len(drain(scheduler)) == 11
+    assert max(counting.decoded) == 4
+
+
+def test_slots_times_the_longest_request_stay_within_the_memory(runner: ModelRunner) -> None:
+    counting = CountingRunner(runner)
+    # 5 + 6 tokens each: three fit in 33.
+    scheduler = make(counting, max_running=8, max_total_tokens=33)
+    scheduler.submit(requests(7, input_ids=(1, 2, 3, 4, 5)))
+    assert len(drain(scheduler)) == 7
+    assert max(counting.decoded) == 3
+
+
+def test_a_request_larger_than_the_memory_still_runs_alone(runner: ModelRunner) -> None:
+    scheduler = make(runner, max_total_tokens=4)
+    scheduler.submit(requests(2))
+    assert len(drain(scheduler)) == 2
+
+
+def test_equal_prompts_are_read_once_in_one_round_and_in_later_ones(runner: ModelRunner) -> None:
+    counting = CountingRunner(runner)
+    scheduler = make(counting)
+    scheduler.submit(requests(5, input_ids=(9, 8, 7)))
+    first = drain(scheduler)
+    scheduler.submit(requests(2, input_ids=(9, 8, 7)))
+    drain(scheduler)
+    assert counting.prefilled == [[3]]
+    assert [o.cached_tokens for o in first.values()].count(0) == 1
+
+
+def test_a_round_of_reading_is_bounded_so_that_others_decode(runner: ModelRunner) -> None:
+    counting = CountingRunner(runner)
+    scheduler = make(counting, prefill_tokens=12)
+    scheduler.submit(requests(3, max_new_tokens=40))
+    scheduler.step()
+    assert scheduler.num_running < 3
+    scheduler.submit(requests(1, rid="long", input_ids=tuple(range(3, 60))))
+    assert set(drain(scheduler)) == {"r0", "r1", "r2", "long"}
+    assert [57] in counting.prefilled
+
+
+def test_a_full_batch_gives_what_each_request_gives_alone(runner: ModelRunner) -> None:
+    crowd = make(runner, max_running=5)
+    crowd.submit(requests(12, max_new_tokens=20))
+    together = drain(crowd)
+    for request in requests(12, max_new_tokens=20):
+        alone = make(runner)
+        alone.submit([request])
+        output = drain(alone)[request.generation.rid]
+        assert output.token_ids == together[request.generation.rid].token_ids
+        assert output.logprobs == pytest.approx(together[request.generation.rid].logprobs, abs=1e-5)
+
+
+def test_a_retracted_request_ends_as_if_it_had_not_been(runner: ModelRunner) -> None:
+    plain = make(runner)
+    plain.submit(requests(3, max_new_tokens=100))
+    expected = drain(plain)
+    scheduler = make(runner)
+    scheduler.submit(requests(3, max_new_tokens=100))
+    for _ in range(70):
+        scheduler.step()
+    scheduler.pause("retract")
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 3)
+    assert not scheduler.has_work
+    scheduler.resume()
+    for name, output in drain(scheduler).items():
+        assert output.token_ids == expected[name].token_ids
+        assert output.logprobs == pytest.approx(expected[name].logprobs, abs=1e-5)
+        assert output.num_retractions == 1
+
+
+def test_the_deterministic_mode_repeats_bits_after_other_work(runner: ModelRunner) -> None:
+    scheduler = make(runner, max_running=6, deterministic=True)
+
+    def run(order: int) -> dict[str, Output]:
+        scheduler.pause("abort")
+        scheduler.submit(requests(14, max_new_tokens=30)[::order])
+        scheduler.resume()
+        return drain(scheduler)
+
+    first = run(1)
+    scheduler.submit(requests(20, max_new_tokens=200))
+    drain(scheduler)
+    for again in (run(1), run(-1)):
+        for name, output in again.items():
+            assert output.token_ids == first[name].token_ids
+            assert output.logprobs == first[name].logprobs
+
+
+def test_a_hold_ends_when_those_in_flight_have_and_keeps_new_ones_out(runner: ModelRunner) -> None:
+    scheduler = make(runner)
+    scheduler.submit(requests(2))
+    drained = scheduler.hold()
+    scheduler.submit(requests(1, rid="late"))
+    assert not drained.done()
+    assert set(drain(scheduler)) == {"r0", "r1"}
+    assert drained.done()
+    scheduler.release()
+    assert set(drain(scheduler)) == {"late"}
+
+
+def test_a_pause_ends_a_hold(runner: ModelRunner) -> None:
+    scheduler = make(runner)
+    scheduler.submit(requests(2))
+    scheduler.step()
+    drained = scheduler.hold()
+    scheduler.pause("in_place")
+    assert drained.done()
+    scheduler.release()
+    scheduler.resume()
+    assert len(drain(scheduler)) == 2
+
+
+def test_a_name_twice_takes_none_of_the_request(runner: ModelRunner) -> None:
+    scheduler = make(runner)
+    scheduler.submit(requests(1))
+    with pytest.raises(BadRequestError, match="r0"):
+        scheduler.submit(requests(2))
+    assert scheduler.num_waiting == 1
+
+
+def test_an_unknown_pause_changes_nothing(runner: ModelRunner) -> None:
+    scheduler = make(runner)
+    with pytest.raises(BadRequestError, match="sleep"):
+        scheduler.pause("sleep")
+    assert not scheduler.paused
