@@ -411,7 +411,11 @@ async def test_the_seed_goes_with_every_piece_of_a_completion():
         ({"version": "0.5.3"}, {}, "runs SGLang 0.5.3"),
         ({"label": "other:3"}, {}, "weights 'other:3' of another run"),
         ({"info": {"context_length": 100}}, {"max_tokens": 200}, "takes at most 100 tokens"),
-        ({"info": {"max_req_input_len": 90}}, {"max_tokens": 91}, r"at most 90 .*max_req_input_len"),
+        (
+            {"info": {"max_req_input_len": 90}},
+            {"max_tokens": 91},
+            r"at most 90 .*max_req_input_len",
+        ),
         ({"info": {"vocab_size": 16}}, {"vocab_size": 17}, "vocabulary of 16, the trainer's"),
         ({"api_key": "secret"}, {}, "wants another API key"),
     ],
