@@ -56,6 +56,7 @@ _HOME = {
     "lightning_grpo.evaluation": ("Evaluation",),
     "lightning_grpo.module": ("GRPOModule",),
     "lightning_grpo.policy.packed": ("PackedPolicy",),
+    "lightning_grpo.replay": ("ReplayDataModule",),
     "lightning_grpo.rollout.limits": ("RolloutLimits",),
     "lightning_grpo.rollout.prompts": ("Prompts",),
     "lightning_grpo.rollout.workflow": ("RLVRWorkflow",),
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from lightning_grpo.callbacks.weight_sync import WeightSync as WeightSync
     from lightning_grpo.datamodule import RolloutDataModule as RolloutDataModule
     from lightning_grpo.module import GRPOModule as GRPOModule
+    from lightning_grpo.replay import ReplayDataModule as ReplayDataModule
     from lightning_grpo.rollout.limits import RolloutLimits as RolloutLimits
     from lightning_grpo.rollout.prompts import Prompts as Prompts
     from lightning_grpo.rollout.workflow import RLVRWorkflow as RLVRWorkflow

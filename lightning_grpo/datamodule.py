@@ -20,6 +20,7 @@ from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.servers.base import Servers
+from lightning_grpo.session.protocol import Session
 from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.session.state import from_checkpoint, to_checkpoint
@@ -85,7 +86,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._keep_group = keep_group
         self._check_sizes()
         self.evaluations: list[EvaluationRecord] = []
-        self.session: RolloutSession | None = None
+        self.session: Session | None = None
 
     def _check_sizes(self) -> None:
         least = {
@@ -127,9 +128,7 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be checked, then start the servers in the background."""
         trainer = self._attached
-        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
-        run_dir = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir))
-        session = RolloutSession(self._settings(module.model_path, run_dir), self._channel())
+        session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_trainer(trainer, self.steps_per_rollout, epoch_steps)
         # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
@@ -254,8 +253,14 @@ class RolloutDataModule(L.LightningDataModule):
 
     # -- inside ---------------------------------------------------------------------------------
 
+    def _make_session(self, trainer: L.Trainer) -> Session:
+        """Where rollouts come from under a Trainer; a collective."""
+        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        run_dir = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir))
+        return RolloutSession(self._settings(module.model_path, run_dir), self._channel())
+
     @property
-    def _open_session(self) -> RolloutSession:
+    def _open_session(self) -> Session:
         if self.session is None:
             raise ConfigError(
                 "the data module was not set up. Pass it to `trainer.fit(module, data)`, or call "

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.sources import collect
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.shipped import resolve_config
+
+if TYPE_CHECKING:
+    from lightning_grpo.datamodule import RolloutDataModule
 
 
 def run(argv: Sequence[str]) -> int:
@@ -16,22 +20,33 @@ def run(argv: Sequence[str]) -> int:
     return run_trainer("fit", argv)
 
 
-def run_trainer(command: str, argv: Sequence[str]) -> int:
+def rollouts() -> type[RolloutDataModule]:
+    """The data module of a run with servers."""
+    from lightning_grpo.datamodule import RolloutDataModule
+
+    return RolloutDataModule
+
+
+def run_trainer(
+    command: str,
+    argv: Sequence[str],
+    data_class: Callable[[], type[RolloutDataModule]] = rollouts,
+) -> int:
     """Run one of the Trainer's entry points.
 
     Args:
         command: `fit`, `validate` or `test`.
         argv: The command's options.
+        data_class: Imports the data module that the config's `data` describes.
     """
     configs, options = split_configs(argv)
     settings = collect(configs, options)
     # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
     import lightning_grpo.strategies.fsdp2  # noqa: F401
     from lightning_grpo.cli.trainer_cli import run_cli
-    from lightning_grpo.datamodule import RolloutDataModule
     from lightning_grpo.module import GRPOModule
 
-    run_cli(command, configs, options, settings, GRPOModule, RolloutDataModule)
+    run_cli(command, configs, options, settings, GRPOModule, data_class())
     return 0
 
 

@@ -80,7 +80,7 @@ def _run(module: str, arguments: list[str]) -> int:
         if not isinstance(leaving.__context__, KeyboardInterrupt):
             raise
         code, lines = explain(leaving.__context__)
-    if code != _MISUSED or is_first_rank():
+    if code == _FAILED or is_first_rank():
         for line in lines:
             _say(line)
     return code
@@ -90,7 +90,7 @@ def explain(error: GRPOError | KeyboardInterrupt) -> tuple[int, list[str]]:
     """The exit code and the words for what ended a command."""
     match error:
         case StopRun():
-            return 128 + error.signal, [f"stopped: {error}"]
+            return int(error.code or 0), [f"stopped: {error}"]
         case KeyboardInterrupt():
             return 128 + _SIGINT, ["stopped: interrupted"]
         case ConfigError():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def read_groups(path: Path) -> Iterator[list[Group]]:
     """The groups of each file (one rollout batch each), as they were consumed."""
     for file in trajectory_files(path):
-        by_group: dict[int, list[dict[str, Any]]] = {}
-        for row in _read_table(file).to_pylist():
-            by_group.setdefault(row["group"], []).append(row)
-        yield [_group(rows) for rows in by_group.values()]
+        yield read_batch(file).groups
+
+
+@dataclass(frozen=True)
+class RecordedBatch:
+    """One rollout batch as it was consumed.
+
+    Attributes:
+        version: The weights that trained on it.
+        groups: Its groups, in order.
+    """
+
+    version: int
+    groups: list[Group]
+
+
+def read_batch(file: Path) -> RecordedBatch:
+    """The rollout batch of one file."""
+    by_group: dict[int, list[dict[str, Any]]] = {}
+    rows = _read_table(file).to_pylist()
+    for row in rows:
+        by_group.setdefault(row["group"], []).append(row)
+    return RecordedBatch(rows[0]["version"], [_group(part) for part in by_group.values()])
+
+
+def recorded_version(file: Path) -> int:
+    """The weights that trained on a file's rollout batch; reads that column only."""
+    version: int = _read_table(file, ["version"])["version"][0].as_py()
+    return version
 
 
 def trajectory_files(path: Path) -> list[Path]:
@@ -188,10 +214,10 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     )
 
 
-def _read_table(file: Path) -> pa.Table:
+def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     """One file, if it is one of ours."""
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise CheckpointError(f"{str(file)!r} can't be read as Parquet: {error}") from error
     written = (table.schema.metadata or {}).get(_FORMAT_KEY)

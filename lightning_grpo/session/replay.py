@@ -1,0 +1,139 @@
+"""ReplaySession: rollout batches as a run recorded them, in place of servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
+from lightning_grpo.distributed import RankChannel
+from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.loader import Taken
+from lightning_grpo.rollout.records import (
+    RecordedBatch,
+    read_batch,
+    recorded_version,
+    trajectory_files,
+)
+from lightning_grpo.validation import EvaluationBatch
+from lightning_grpo.weights.publisher import SyncSettings
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """Files of one recording by the version that trained on them, in order; rank 0 only."""
+
+    files: list[tuple[int, Path]]
+
+    @classmethod
+    def open(cls, path: Path) -> _Recording:
+        found = [(recorded_version(file), file) for file in trajectory_files(path)]
+        return cls(sorted(found, key=lambda each: each[0]))
+
+    def left(self, version: int) -> list[Path]:
+        """What is still to be trained on by weights of that version."""
+        return [file for recorded, file in self.files if recorded >= version]
+
+
+class ReplaySession:
+    """Recorded rollout batches, in the order in which they were trained on.
+
+    Args:
+        path: A `.parquet` file, a folder of them, or a run's folder.
+        channel: To the other ranks.
+
+    Attributes:
+        channel: To the other ranks.
+        version: Rollout batches trained on so far, as the recording counts them.
+        num_batches: Recorded rollout batches.
+        num_prompts: Prompts of one pass; not known here.
+        num_val_prompts: Empty: nobody answers.
+        remaining_batches: Not used: what is recorded is there.
+        sync: Not used: there are no servers.
+    """
+
+    def __init__(self, path: Path, channel: RankChannel) -> None:
+        self.channel = channel
+        self.version = 0
+        self.num_prompts = 0
+        self.num_val_prompts: dict[str, int] = {}
+        self.remaining_batches: int | None = None
+        self.sync = SyncSettings()
+        self._path = path
+        self._recording = channel.on_rank_zero(
+            lambda: _Recording.open(path), what="opening the recording", deadline_s=600.0
+        )
+        files = self._recording.files if self._recording is not None else []
+        self.num_batches = channel.broadcast(len(files))
+
+    def num_left(self) -> int:
+        """Recorded rollout batches that are still to come; on every rank."""
+        left = self._recording.left(self.version) if self._recording is not None else []
+        return self.channel.broadcast(len(left))
+
+    def start(self) -> None:
+        """Nothing: the files are there."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+    def take(self) -> Taken:
+        """The next recorded rollout batch: groups on rank 0, its scalars on every rank."""
+        recorded = self.channel.on_rank_zero(
+            self._read, what="a recorded rollout batch", deadline_s=600.0
+        )
+        scalars = None
+        if recorded is not None:
+            version = recorded.version
+            batch = RolloutBatch.from_groups(recorded.groups, version, version)
+            scalars = (version, batch, rollout_metrics(batch))
+        self.version, batch, metrics = self.channel.broadcast(scalars)
+        groups = recorded.groups if recorded is not None else None
+        return Taken(self.version, self.version, batch, metrics, groups)
+
+    def share(self, parts: list[Any] | None) -> Any:
+        """Rank r's element of what rank 0 passes."""
+        return self.channel.scatter(parts)
+
+    def publish(self, policy: nn.Module, *, trained: bool) -> None:
+        """Count the version; nobody is waiting for the weights."""
+        self.version += int(trained)
+
+    def ask(self, name: str, first: int, last: int) -> None:
+        """Refused: there are no servers."""
+        raise ConfigError("held-out prompts can't be answered in a replay: there are no servers.")
+
+    def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
+        """Refused: there are no servers."""
+        raise ConfigError("held-out prompts can't be answered in a replay: there are no servers.")
+
+    def state_dict(self, num_unpublished: int = 0) -> dict[str, Any]:
+        """The version is all there is to go on from."""
+        version = self.version + num_unpublished
+        return {"version": version, "run_id": "replay", "producer": None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind what a checkpoint was trained on, of a replay or of the recorded run."""
+        self.version = int(state["version"])
+
+    def health(self) -> dict[str, float]:
+        """Nothing runs in the background."""
+        return {}
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the summary at the start."""
+        return {"replay": f"{self.num_batches} recorded rollout batches of {self._path}"}
+
+    def _read(self) -> RecordedBatch:
+        assert self._recording is not None
+        left = self._recording.left(self.version)
+        if not left:
+            raise CheckpointError(
+                f"the recording {str(self._path)!r} holds no rollout batch of version "
+                f"{self.version} or later ({self.num_batches} in all)."
+            )
+        return read_batch(left[0])
