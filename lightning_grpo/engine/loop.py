@@ -81,6 +81,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            # OpenMP counts threads for each thread anew; a second one only costs at this size.
+            torch.set_num_threads(1)
             # Around everything: tensors made in this mode can only be written to in it.
             with torch.inference_mode():
                 while not self._stopping:
