@@ -1,0 +1,84 @@
+"""The same tests on two servers: the embedded engine, always, and the real SGLang, on the CPU.
+
+The real one needs `make test-sglang` (or the marker `sglang`, and an environment made by
+`python -m tests.sglang.environment`). What it cannot do on a CPU, and is therefore not compared:
+
+- `/update_weights_from_tensor` by CUDA IPC, `/update_weights_from_ipc` (handles of GPU memory);
+- NCCL groups (gloo stands in), `tp` above 1, CUDA graphs, the overlap schedule;
+- `/weights_checker` (it asks the GPU to synchronize) and `/get_weights_by_name` (not of Qwen);
+- `--enable-lora` (the server dies at its start: pinned memory) and the real release of memory;
+- bf16 at a speed worth measuring.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.sglang import SGLangServers
+from tests.fakes.tiny_model import make_tiny_model
+from tests.sglang.environment import DEFAULT_FOLDER, ready_python
+from tests.sglang.server import Server
+
+FOLDER_VARIABLE = "SGLANG_TEST_ENVIRONMENT"
+
+REAL = pytest.param("sglang", marks=[pytest.mark.sglang, pytest.mark.timeout(400)])
+
+
+def real_servers(num_servers: int = 1) -> SGLangServers:
+    """SGLang on this CPU."""
+    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).absolute()
+    installed = ready_python(folder)
+    if installed is None:
+        pytest.fail(f"no SGLang in {folder}: run `make test-sglang`")
+    return SGLangServers(num_servers, python=installed.python, flags={"device": "cpu"})
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights that every test starts from."""
+    return make_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same shapes."""
+    return make_tiny_model(tmp_path_factory.mktemp("other"), seed=1, max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="session")
+def reference(model_folder: Path) -> PreTrainedModel:
+    """The same weights in plain transformers."""
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def other_reference(other_folder: Path) -> PreTrainedModel:
+    """The other weights in plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(other_folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session", params=["embedded", REAL])
+def shared_server(
+    request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """One process of each kind for all tests."""
+    servers: OwnedServers = EmbeddedServers() if request.param == "embedded" else real_servers()
+    server = Server(request.param, servers, model_folder, tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(shared_server: Server) -> Iterator[Server]:
+    """The server, generating, with the first weights under their first name and nothing to do."""
+    yield shared_server
+    shared_server.reset()

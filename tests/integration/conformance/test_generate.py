@@ -1,0 +1,249 @@
+"""`/generate`: what comes back, and that its logprobs are the model's."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedModel
+
+from tests.fakes.tiny_model import make_tiny_tokenizer
+from tests.sglang.scoring import check_sampled, full_logprobs, greedy_ids, sampled
+from tests.sglang.server import Server
+
+PROMPT = [10, 40, 99, 7, 300]
+FREE = {"ignore_eos": True}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_logprobs_are_those_of_a_full_pass_at_the_temperature(
+    server: Server, reference: PreTrainedModel, temperature: float
+) -> None:
+    sampling = FREE | {"max_new_tokens": 60, "temperature": temperature}
+    reply = server.generate(PROMPT, sampling=sampling)
+    check_sampled(reference, PROMPT, reply, temperature)
+
+
+def test_filters_do_not_change_the_logprobs_that_are_reported(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    filters = {"top_p": 0.5, "top_k": 4, "min_p": 0.1}
+    reply = server.generate(PROMPT, sampling=FREE | filters | {"max_new_tokens": 30})
+    check_sampled(reference, PROMPT, reply)
+
+
+def test_greedy_takes_the_likeliest_tokens_and_reports_raw_logprobs(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    reply = server.generate(PROMPT, sampling=FREE | {"max_new_tokens": 12, "temperature": 0})
+    assert reply["output_ids"] == greedy_ids(reference, PROMPT, 12)
+    check_sampled(reference, PROMPT, reply)
+
+
+def test_a_reply_has_ids_text_reason_counts_and_versions(server: Server) -> None:
+    reply = server.generate(PROMPT, sampling=FREE | {"max_new_tokens": 3}, rid="mine")
+    meta = reply["meta_info"]
+    assert set(reply) == {"text", "output_ids", "meta_info"}
+    assert meta["id"] == "mine"
+    assert meta["finish_reason"] == {"type": "length", "length": 3}
+    assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(PROMPT), 3)
+    assert meta["weight_version"] == "default"
+    assert meta["weight_versions"] == [{"version": "default", "start": 0, "end": 3}]
+    assert meta["input_token_logprobs"] == []
+    assert meta["num_retractions"] == 0
+    assert meta["e2e_latency"] > 0
+    assert all(entry[2] is None for entry in meta["output_token_logprobs"])
+
+
+def test_logprobs_come_only_when_asked_for(server: Server) -> None:
+    reply = server.post("/generate", input_ids=PROMPT, sampling_params={"max_new_tokens": 2})
+    assert "output_token_logprobs" not in reply["meta_info"]
+
+
+def test_text_goes_in_and_text_comes_out(server: Server) -> None:
+    tokenizer = make_tiny_tokenizer()
+    text = "Tom has 3 apples"
+    sampling = FREE | {"max_new_tokens": 8, "temperature": 0}
+    by_text = server.post("/generate", text=text, sampling_params=sampling)
+    by_ids = server.generate(tokenizer(text)["input_ids"], sampling=sampling)
+    assert by_text["output_ids"] == by_ids["output_ids"]
+    assert by_text["text"] == by_ids["text"]
+    known = [i for i in by_text["output_ids"] if i < len(tokenizer)]
+    assert by_text["text"] == tokenizer.decode(known, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_prompt_is_scored_without_generation(
+    server: Server, reference: PreTrainedModel, start: int
+) -> None:
+    ids = [3, 50, 17, 222, 9, 80]
+    sampling = {"max_new_tokens": 0, "temperature": 0.5}
+    reply = server.generate(ids, sampling=sampling, logprob_start_len=start)
+    entries = reply["meta_info"]["input_token_logprobs"]
+    assert [entry[1] for entry in entries] == ids[start:]
+    assert entries[0][0] is None
+    # Those of the prompt are never divided by the temperature.
+    expected = full_logprobs(reference, ids)[start:].tolist()
+    assert [entry[0] for entry in entries[1:]] == pytest.approx(expected, abs=2e-5)
+    assert reply["output_ids"] == []
+    assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
+
+
+def test_a_list_is_answered_in_order_each_with_its_own_sampling(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    prompts = [[5, 6], [7, 8, 9], [4]]
+    replies = server.generate(
+        prompts, sampling=[FREE | {"max_new_tokens": k} for k in (1, 2, 3)], rid=["a", "b", "c"]
+    )
+    assert [r["meta_info"]["prompt_tokens"] for r in replies] == [2, 3, 1]
+    assert [r["meta_info"]["completion_tokens"] for r in replies] == [1, 2, 3]
+    assert [r["meta_info"]["id"] for r in replies] == ["a", "b", "c"]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        check_sampled(reference, prompt, reply)
+
+
+def test_n_samples_come_as_a_list_prompt_by_prompt(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    replies = server.generate(PROMPT, sampling=FREE | {"max_new_tokens": 20, "n": 3})
+    assert len({tuple(r["output_ids"]) for r in replies}) == 3
+    assert len({r["meta_info"]["id"] for r in replies}) == 3
+    for reply in replies:
+        check_sampled(reference, PROMPT, reply)
+    replies = server.generate([[5, 6], [7, 8, 9]], sampling={"max_new_tokens": 1, "n": 2})
+    assert [r["meta_info"]["prompt_tokens"] for r in replies] == [2, 2, 3, 3]
+
+
+def test_more_requests_than_it_runs_at_once_are_all_answered(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    prompts = [[1 + i, 2 + i, 3 + i][: 1 + i % 3] for i in range(90)]
+    sampling = [FREE | {"max_new_tokens": 1 + i % 17} for i in range(90)]
+    replies = server.generate(prompts, sampling=sampling)
+    assert [len(r["output_ids"]) for r in replies] == [1 + i % 17 for i in range(90)]
+    for prompt, reply in list(zip(prompts, replies, strict=True))[::9]:
+        check_sampled(reference, prompt, reply)
+
+
+def test_a_stop_token_ends_and_stays_in_the_ids(server: Server) -> None:
+    # Every seed but the likeliest token: which one stops is known beforehand.
+    stops = list(range(100, 512))
+    sampling = {"max_new_tokens": 60, "stop_token_ids": stops}
+    reply = server.generate(PROMPT, sampling=sampling)
+    *before, last = reply["output_ids"]
+    assert last in stops or last == 2
+    assert all(token < 100 and token != 2 for token in before)
+    assert reply["meta_info"]["finish_reason"] == {"type": "stop", "matched": last}
+    assert len(sampled(reply)) == len(before) + 1
+
+
+def test_the_models_own_end_token_ends_unless_ignored(server: Server) -> None:
+    # In a random model any token is about as likely, so some of many samples end with it.
+    sampling = {"max_new_tokens": 300, "n": 20, "temperature": 2.0}
+    replies = server.generate(PROMPT, sampling=sampling)
+    ended = [r for r in replies if r["meta_info"]["finish_reason"]["type"] == "stop"]
+    assert ended
+    for reply in ended:
+        assert reply["meta_info"]["finish_reason"]["matched"] == 2
+        assert reply["output_ids"].index(2) == len(reply["output_ids"]) - 1
+        assert len(sampled(reply)) == len(reply["output_ids"])
+    replies = server.generate(PROMPT, sampling=sampling | FREE)
+    assert all(r["meta_info"]["finish_reason"]["type"] == "length" for r in replies)
+
+
+def test_no_end_token_comes_before_min_new_tokens(server: Server) -> None:
+    sampling = {"max_new_tokens": 9, "min_new_tokens": 6, "stop_token_ids": list(range(100, 512))}
+    reply = server.generate(PROMPT, sampling=sampling)
+    assert 6 < len(reply["output_ids"]) <= 9
+    assert all(token < 100 and token != 2 for token in reply["output_ids"][:6])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stop_string_ends_and_is_cut_from_the_text_not_the_ids(
+    server: Server, kept: bool
+) -> None:
+    sampling = FREE | {"max_new_tokens": 400, "temperature": 0.7, "stop": ["e", "never there"]}
+    reply = server.generate(PROMPT, sampling=sampling | {"no_stop_trim": kept})
+    assert reply["meta_info"]["finish_reason"] == {"type": "stop", "matched": "e"}
+    text = make_tiny_tokenizer().decode([i for i in reply["output_ids"] if i < 320])
+    assert "e" in text
+    assert ("e" in reply["text"]) == kept
+    assert len(sampled(reply)) == len(reply["output_ids"])
+
+
+def test_a_completion_that_meets_the_end_of_the_context_ends_by_length(server: Server) -> None:
+    reply = server.generate([1] * 2000, sampling=FREE | {"max_new_tokens": 40})
+    assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 40}
+    reply = server.generate([1, 2, 3], sampling=FREE | {"max_new_tokens": 2045})
+    # The real one stops two tokens short of the context.
+    count = len(reply["output_ids"])
+    assert count in (2043, 2045)
+    assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": count}
+
+
+def test_requests_without_a_seed_differ(server: Server) -> None:
+    sampling = FREE | {"max_new_tokens": 20}
+    one, two = (server.generate(PROMPT, sampling=sampling) for _ in range(2))
+    assert one["output_ids"] != two["output_ids"]
+
+
+def test_a_prefix_is_shared_under_one_extra_key_only(server: Server) -> None:
+    prompt = [21, 22, 23, 24, 25, 26]
+    sampling = FREE | {"max_new_tokens": 2}
+    cached = [
+        server.generate(prompt, sampling=sampling, extra_key=key)["meta_info"]["cached_tokens"]
+        for key in ("run:1", "run:1", "run:2")
+    ]
+    assert cached[0] == cached[2] == 0
+    # The real one reads at least the last token again.
+    assert cached[1] >= len(prompt) - 1
+
+
+def test_a_cached_prefix_gives_the_same_logprobs(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    prompt = list(range(30, 70))
+    for _ in range(2):
+        reply = server.generate(prompt, sampling=FREE | {"max_new_tokens": 10}, extra_key="cached")
+        check_sampled(reference, prompt, reply)
+    longer = prompt + reply["output_ids"]
+    reply = server.generate(longer, sampling=FREE | {"max_new_tokens": 10}, extra_key="cached")
+    check_sampled(reference, longer, reply)
+
+
+def test_a_stream_is_cumulative_and_ends_like_a_plain_reply(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    sampling = FREE | {"max_new_tokens": 10}
+    running = server.launch(PROMPT, sampling=sampling)
+    last = running.result()
+    assert 2 <= len(running.messages) <= 10
+    for earlier, later in zip(running.messages, running.messages[1:], strict=False):
+        assert later["output_ids"][: len(earlier["output_ids"])] == earlier["output_ids"]
+        assert earlier["meta_info"]["finish_reason"] is None
+        assert "weight_versions" not in earlier["meta_info"]
+        assert len(sampled(earlier)) == len(earlier["output_ids"])
+    assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 10}
+    assert last["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": 10}]
+    check_sampled(reference, PROMPT, last)
+
+
+def test_a_client_that_goes_away_takes_its_request_along(server: Server) -> None:
+    running = server.launch(PROMPT, sampling=FREE | {"max_new_tokens": 2000}).wait_for(3)
+    running.leave()
+    server.wait_until(lambda running, waiting: running == 0)
+
+
+def test_health_answers_without_a_body(server: Server) -> None:
+    assert server.request("/health", method="GET") == (200, "")
+    assert server.request("/health_generate", method="GET") == (200, "")
+
+
+def test_it_says_which_model_it_holds_and_what_it_can_take(server: Server) -> None:
+    model = server.get("/model_info")
+    assert model["model_path"] == model["tokenizer_path"] == str(server.model)
+    assert (model["weight_version"], model["is_generation"]) == ("default", True)
+    info = server.get("/server_info")
+    assert info["version"] == "0.5.19"
+    assert (info["max_running_requests"], info["tp_size"]) == (64, 1)
+    assert 2040 <= info["max_req_input_len"] <= 2048
+    assert info["max_total_num_tokens"] >= 16384

@@ -1,0 +1,258 @@
+"""New weights by disk and by a gloo group, whole, in pieces and refused."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from lightning_grpo.weights.buckets import make_buckets
+from lightning_grpo.weights.collective import WeightGroup
+from tests.sglang.scoring import check_sampled, greedy_ids
+from tests.sglang.server import Server
+
+PROMPT = [10, 40, 99, 7, 300]
+TOKENS = 500
+LONG = {"max_new_tokens": TOKENS, "ignore_eos": True}
+
+
+def greedy(server: Server) -> list[int]:
+    sampling = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
+    return list(server.generate(PROMPT, sampling=sampling)["output_ids"])
+
+
+def version(server: Server) -> str:
+    return str(server.get("/model_info")["weight_version"])
+
+
+class Trainer:
+    """Rank 0 of a gloo group with one server; what the package's transport does, step by step."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        name = f"weights-{uuid.uuid4().hex[:8]}"
+        self.group = WeightGroup(name, "gloo", 2, "127.0.0.1", timeout_s=30.0)
+        joining = server.start(server.post, "/init_weights_update_group", **self.group.invitation())
+        self.group.join([])
+        assert joining.result(30)["success"] is True
+
+    def send(self, tensors: dict[str, torch.Tensor], **body: Any) -> tuple[int, Any]:
+        """One broadcast for each tensor."""
+        request = {
+            "names": list(tensors),
+            "dtypes": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+            "shapes": [list(t.shape) for t in tensors.values()],
+            "group_name": self.group.name,
+            "flush_cache": False,
+        }
+        answer = self._ask(request | body)
+        for tensor in tensors.values():
+            self.group.broadcast(tensor)
+        return answer.result(30)
+
+    def send_buckets(
+        self, tensors: dict[str, torch.Tensor], label: str | None, bucket_bytes: int = 1 << 30
+    ) -> list[tuple[int, Any]]:
+        """Flat buckets; the label goes with the last."""
+        buckets = make_buckets(tensors, bucket_bytes)
+        answers = []
+        for index, bucket in enumerate(buckets):
+            last = index == len(buckets) - 1
+            answer = self._ask(bucket.request(self.group.name, label if last else None))
+            self.group.broadcast(bucket.flat)
+            answers.append(answer.result(30))
+        return answers
+
+    def close(self) -> None:
+        self.server.post("/destroy_weights_update_group", group_name=self.group.name)
+        self.group.abort()
+
+    def _ask(self, body: dict[str, Any]) -> Any:
+        return self.server.start(self.server.request, "/update_weights_from_distributed", body)
+
+
+@pytest.fixture
+def trainer(server: Server) -> Iterator[Trainer]:
+    trainer = Trainer(server)
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture
+def new_weights(other_folder: Path) -> dict[str, torch.Tensor]:
+    """The other weights as a checkpoint names them (the tied head once)."""
+    return load_file(other_folder / "model.safetensors")
+
+
+def test_a_folder_is_loaded_and_named(
+    server: Server, other_reference: PreTrainedModel, other_folder: Path
+) -> None:
+    reply = server.post(
+        "/update_weights_from_disk", model_path=str(other_folder), weight_version="run:1"
+    )
+    assert reply == {
+        "success": True,
+        "message": "Succeeded to update model weights. Weight version updated to run:1.",
+        "num_paused_requests": 0,
+    }
+    assert greedy(server) == greedy_ids(other_reference, PROMPT, 6)
+    info = server.get("/model_info")
+    assert (info["weight_version"], info["model_path"]) == ("run:1", str(other_folder))
+
+
+def test_a_folder_that_is_not_there_is_refused_and_the_weights_stay(
+    server: Server, reference: PreTrainedModel
+) -> None:
+    body = {"model_path": "/nowhere/model", "weight_version": "bad"}
+    status, reply = server.request("/update_weights_from_disk", body)
+    assert (status, reply["success"]) == (400, False)
+    assert reply["message"]
+    assert greedy(server) == greedy_ids(reference, PROMPT, 6)
+    assert version(server) == "default"
+
+
+def test_without_a_pause_a_folder_waits_for_requests_in_flight(
+    server: Server, reference: PreTrainedModel, other_folder: Path
+) -> None:
+    running = server.launch(PROMPT, sampling=LONG).wait_for(20)
+    update = server.start(
+        server.post,
+        "/update_weights_from_disk",
+        model_path=str(other_folder),
+        weight_version="v1",
+    )
+    reply = running.result()
+    assert reply["meta_info"]["weight_versions"] == [
+        {"version": "default", "start": 0, "end": TOKENS}
+    ]
+    check_sampled(reference, PROMPT, reply)
+    assert update.result(30)["success"] is True
+    assert version(server) == "v1"
+
+
+def test_a_broadcast_tensor_by_tensor_changes_the_weights(
+    trainer: Trainer, new_weights: dict[str, torch.Tensor], other_reference: PreTrainedModel
+) -> None:
+    status, reply = trainer.send(new_weights, weight_version="run:1")
+    assert (status, reply["success"]) == (200, True)
+    assert reply["message"] == (
+        "Succeeded to update parameter online. Weight version updated to run:1."
+    )
+    assert greedy(trainer.server) == greedy_ids(other_reference, PROMPT, 6)
+    assert version(trainer.server) == "run:1"
+
+
+@pytest.mark.parametrize("bucket_bytes", [1 << 30, 100_000])
+def test_flat_buckets_change_the_weights_and_the_last_one_names_them(
+    trainer: Trainer,
+    new_weights: dict[str, torch.Tensor],
+    other_reference: PreTrainedModel,
+    bucket_bytes: int,
+) -> None:
+    answers = trainer.send_buckets(new_weights, None, bucket_bytes)
+    assert (len(answers) == 1) == (bucket_bytes == 1 << 30)
+    assert all(status == 200 and reply["success"] for status, reply in answers)
+    assert version(trainer.server) == "default"
+    trainer.send_buckets(new_weights, "run:2", bucket_bytes)
+    assert version(trainer.server) == "run:2"
+    assert greedy(trainer.server) == greedy_ids(other_reference, PROMPT, 6)
+
+
+def test_weights_in_another_dtype_are_cast(
+    trainer: Trainer, new_weights: dict[str, torch.Tensor], other_reference: PreTrainedModel
+) -> None:
+    doubles = {name: tensor.double() for name, tensor in new_weights.items()}
+    assert trainer.send_buckets(doubles, "v1")[0][0] == 200
+    assert greedy(trainer.server) == greedy_ids(other_reference, PROMPT, 6)
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_buckets_while_paused_keep_the_requests(
+    trainer: Trainer,
+    new_weights: dict[str, torch.Tensor],
+    reference: PreTrainedModel,
+    other_reference: PreTrainedModel,
+    mode: str,
+) -> None:
+    server = trainer.server
+    running = [server.launch([*PROMPT, i], sampling=LONG).wait_for(30) for i in range(2)]
+    server.post("/pause_generation", mode=mode)
+    assert all(a[0] == 200 for a in trainer.send_buckets(new_weights, "v1", 100_000))
+    server.post("/continue_generation")
+    for index, request in enumerate(running):
+        reply = request.result()
+        spans = reply["meta_info"]["weight_versions"]
+        assert [s["version"] for s in spans] == ["default", "v1"]
+        assert [s["end"] for s in spans] == [spans[1]["start"], TOKENS]
+        check_sampled(reference, [*PROMPT, index], reply, span=(0, spans[0]["end"]))
+        if mode == "retract":
+            check_sampled(other_reference, [*PROMPT, index], reply, span=(spans[0]["end"], TOKENS))
+
+
+def test_a_group_can_be_left_and_another_joined(
+    server: Server, new_weights: dict[str, torch.Tensor], other_reference: PreTrainedModel
+) -> None:
+    for label in ("v1", "v2"):
+        trainer = Trainer(server)
+        assert trainer.send_buckets(new_weights, label)[0][0] == 200
+        trainer.close()
+        assert version(server) == label
+    assert greedy(server) == greedy_ids(other_reference, PROMPT, 6)
+
+
+def test_two_groups_are_apart(server: Server, new_weights: dict[str, torch.Tensor]) -> None:
+    first, second = Trainer(server), Trainer(server)
+    assert second.send_buckets(new_weights, "v2")[0][0] == 200
+    second.close()
+    assert first.send_buckets(new_weights, "v1")[0][0] == 200
+    first.close()
+
+
+def test_a_prefix_of_old_weights_is_not_used_after_a_flush(
+    trainer: Trainer, new_weights: dict[str, torch.Tensor], other_reference: PreTrainedModel
+) -> None:
+    server = trainer.server
+    prompt = list(range(40, 80))
+    sampling = {"max_new_tokens": 10, "ignore_eos": True}
+    server.generate(prompt, sampling=sampling)
+    assert server.request("/flush_cache")[0] == 200
+    trainer.send_buckets(new_weights, "v1")
+    reply = server.generate(prompt, sampling=sampling)
+    assert reply["meta_info"]["cached_tokens"] == 0
+    check_sampled(other_reference, prompt, reply)
+
+
+def test_an_extra_key_alone_keeps_prefixes_of_old_weights_apart(
+    trainer: Trainer, new_weights: dict[str, torch.Tensor], other_reference: PreTrainedModel
+) -> None:
+    server = trainer.server
+    prompt = list(range(40, 80))
+    sampling = {"max_new_tokens": 10, "ignore_eos": True}
+    server.generate(prompt, sampling=sampling, extra_key="run:0")
+    trainer.send_buckets(new_weights, "v1")
+    reply = server.generate(prompt, sampling=sampling, extra_key="run:1")
+    check_sampled(other_reference, prompt, reply)
+
+
+def test_a_wrong_shape_or_name_is_answered_with_a_refusal_and_the_group_stays_in_step(
+    trainer: Trainer, new_weights: dict[str, torch.Tensor], other_reference: PreTrainedModel
+) -> None:
+    server = trainer.server
+    wrong = {"model.norm.weight": torch.zeros(63)}
+    status, reply = trainer.send(wrong, weight_version="bad")
+    assert (status, reply["success"]) == (400, False)
+    assert reply["message"]
+    assert version(server) == "default"
+    assert trainer.send_buckets(new_weights, "v1")[0][0] == 200
+    assert greedy(server) == greedy_ids(other_reference, PROMPT, 6)
+
+
+def test_leaving_a_group_that_was_never_joined_is_refused(server: Server) -> None:
+    status, _ = server.request("/destroy_weights_update_group", {"group_name": "nobody"})
+    assert status == 400
