@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo._compat import launched_processes
@@ -54,6 +55,12 @@ class RolloutDataModule(L.LightningDataModule):
             `.has_variance` for dynamic sampling); the others are replaced by the next prompts.
         evaluation: What validation samples for each held-out prompt.
         limits: Time-outs, attempts and concurrency.
+
+    Attributes:
+        on_event: Told of every fetch, admission, take, publish and advance, from the loop's thread
+            or the main one: `on_event(name, **data)`.
+        evaluations: Every finished validation.
+        session: The rollouts, from `setup` to the end.
     """
 
     def __init__(
@@ -85,8 +92,11 @@ class RolloutDataModule(L.LightningDataModule):
         self.limits = limits
         self._keep_group = keep_group
         self._check_sizes()
+        self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
         self.session: Session | None = None
+        self._limit_val_batches: float | None = None
+        self._steps_before: int | None = None  # of the trainer, at version 0; None: not training
 
     def _check_sizes(self) -> None:
         least = {
@@ -131,16 +141,32 @@ class RolloutDataModule(L.LightningDataModule):
         session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_trainer(trainer, self.steps_per_rollout, epoch_steps)
-        # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
-        trainer.num_sanity_val_steps = 0
+        self._adapt(trainer, stage)
         self.session = session
         session.start()
+
+    def _adapt(self, trainer: L.Trainer, stage: str) -> None:
+        settings: Any = trainer  # Lightning sets these in helpers, unseen by type checkers
+        # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
+        settings.num_sanity_val_steps = 0
+        if self.val_prompts:
+            return
+        if stage != TrainerFn.FITTING:
+            raise ConfigError(
+                f"`val_prompts` must be given for `trainer.{TrainerFn(stage).value}`: there is "
+                "nothing to answer. Set `data.val_prompts`."
+            )
+        # Lightning would warn of an empty loader, or of a missing one.
+        self._limit_val_batches = settings.limit_val_batches
+        settings.limit_val_batches = 0
 
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of rollouts; sized, so that Lightning fetches none ahead."""
         module: GRPOModule = self._attached.lightning_module  # type: ignore[assignment]
         loader = self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
-        self._open_session.remaining_batches = self._remaining_batches(len(loader))
+        session = self._open_session
+        session.remaining_batches = self._remaining_batches(len(loader))
+        self._steps_before = self._attached.global_step - session.version * self.steps_per_rollout
         return loader
 
     def val_dataloader(self) -> list[EvaluationLoader]:
@@ -156,10 +182,6 @@ class RolloutDataModule(L.LightningDataModule):
         """The same sets as validation."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> list[EvaluationLoader]:
-        """Refused: there is nothing to predict that `validate` does not answer."""
-        raise ConfigError("`trainer.predict` can't be used with rollouts. Use `trainer.validate`.")
-
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
@@ -168,15 +190,20 @@ class RolloutDataModule(L.LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Stop everything that `setup` started."""
+        settings: Any = self._attached
+        if self._limit_val_batches is not None:
+            settings.limit_val_batches, self._limit_val_batches = self._limit_val_batches, None
         self.close()
 
     def on_exception(self, exception: BaseException) -> None:
         """Lightning calls no teardown on this path."""
-        self.close()
+        self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rollouts stand, at the boundary between two rollout batches."""
-        return {} if self.session is None else to_checkpoint(self.session.state_dict())
+        if self.session is None:
+            return {}
+        return to_checkpoint(self.session.state_dict(self._num_unpublished(self.session.version)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -285,6 +312,8 @@ class RolloutDataModule(L.LightningDataModule):
             keep_group=self.keep_group,
             make_prompt=self.make_prompt if overridden else None,
             seed=self.prompts.seed,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            on_event=self.on_event,
         )
 
     def _channel(self) -> RankChannel:
@@ -307,6 +336,16 @@ class RolloutDataModule(L.LightningDataModule):
         if self.trainer is None:
             raise ConfigError("the data module has no trainer. Call `trainer.fit(module, data)`.")
         return self.trainer
+
+    def _num_unpublished(self, version: int) -> int:
+        """Rollout batches that the weights have learnt from and the servers don't know of yet.
+
+        Not 0 while the callbacks of the last step run, before WeightSync's turn.
+        """
+        if self._steps_before is None:
+            return 0
+        trained = (self._attached.global_step - self._steps_before) // self.steps_per_rollout
+        return max(0, trained - version)
 
     def _remaining_batches(self, epoch_steps: int) -> int | None:
         """Rollout batches until `max_steps` or `max_epochs`, so that none is sampled in vain."""

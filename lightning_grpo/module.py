@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -303,6 +304,11 @@ class GRPOModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that a run can't do without, unless the trainer has one of the kind."""
+        if self.trainer.state.fn == TrainerFn.PREDICTING:  # the first of ours that Lightning calls
+            raise ConfigError(
+                "`trainer.predict` can't be used: completions come from the servers. To score a "
+                "model on held-out prompts use `trainer.validate`."
+            )
         present = tuple(type(c) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [c() for c in DEFAULT_CALLBACKS if not any(issubclass(p, c) for p in present)]
 

@@ -14,10 +14,10 @@ class StepZeroValidation(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate at step 0, after the servers have the weights."""
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        if trainer.global_step > 0 or loop.skip or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        unwanted = not trainer.enable_validation or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.global_step > 0 or unwanted:
             return
         trainer.validating = True
         pl_module.on_validation_model_zero_grad()
-        loop.run()
+        trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True

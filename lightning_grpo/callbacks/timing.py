@@ -25,12 +25,8 @@ class StepTimer(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find this process."""
         self._process = psutil.Process()
+        self._period_started: float | None = None
         self._validation_s = self._validation_started = 0.0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start a period: the start of the servers and the baseline are behind us."""
-        self._period_started = self._step_started = time.perf_counter()
-        self._gradients_ready, self._validation_s = self._period_started, 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -42,10 +38,14 @@ class StepTimer(Callback):
             self._validation_s += time.perf_counter() - self._validation_started
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Minibatch, batch_idx: int
     ) -> None:
-        """The batch is there."""
-        self._step_started = time.perf_counter()
+        """The batch is there; the first period begins with the wait for it."""
+        self._step_started = self._gradients_ready = time.perf_counter()
+        if self._period_started is None:
+            # The start of the servers and the baseline are no part of a step.
+            waited = batch.rollout.metrics["time/wait_rollout_s"]
+            self._period_started, self._validation_s = self._step_started - waited, 0.0
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
@@ -62,6 +62,7 @@ class StepTimer(Callback):
         batch_idx: int,
     ) -> None:
         """Log the period that ends here."""
+        assert self._period_started is not None
         now = time.perf_counter()
         period = now - self._period_started - self._validation_s
         logged = {

@@ -193,12 +193,19 @@ class StalenessGate:
         oldest = self.batch_version - self.max_staleness
         return self._by_age(t for t, v in self._admitted.items() if v < oldest)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, num_trained: int = 0) -> dict[str, Any]:
         """Counters only: the groups themselves are admitted again, or restored, by the producer.
 
         A batch whose weights are not published counts as not taken: its groups are restored too.
+
+        Args:
+            num_trained: So many of these, oldest first, count as taken and published.
         """
-        return {"version": self.version, "num_taken": self.num_taken - sum(self._pending)}
+        given_back = sum(list(self._pending)[num_trained:])
+        return {
+            "version": self.version + num_trained,
+            "num_taken": self.num_taken - given_back,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`; no group is outstanding then."""

@@ -8,6 +8,8 @@ raises ends the producer, and every `take` raises what it raised.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
 import traceback
 from collections import deque
@@ -157,17 +159,24 @@ class RolloutProducer:
             "last_errors": list(self._errors),
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, num_trained: int = 0) -> dict[str, Any]:
         """Everything to go on from, as plain data; without an await, so it is one moment.
 
         Batches that were taken but whose weights are not published count as not taken.
+
+        Args:
+            num_trained: How many of those batches, oldest first, count as trained all the same.
         """
-        handed_over = [run for runs in self._handed_over for run in runs]
+        handed_over = list(self._handed_over)
+        ledger = copy.deepcopy(self.ledger)
+        for run in itertools.chain.from_iterable(handed_over[:num_trained]):
+            ledger.record(run.key, Outcome.TRAINED)
+        given_back = list(itertools.chain.from_iterable(handed_over[num_trained:]))
         return {
-            "backlog": self._backlog.state_dict(handed_over),
+            "backlog": self._backlog.state_dict(given_back),
             "num_filtered": self._filter.num_filtered,
-            "gate": self.gate.state_dict(),
-            "ledger": self.ledger.state_dict(),
+            "gate": self.gate.state_dict(num_trained),
+            "ledger": ledger.state_dict(),
             "counters": self.counters.state_dict(),
         }
 

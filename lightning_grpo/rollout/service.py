@@ -52,6 +52,11 @@ class RolloutService:
         return self._portal is not None
 
     @property
+    def is_live(self) -> bool:
+        """Whether the producer runs: between `start` and `close`, unless it failed."""
+        return self._portal is not None and self._producer is not None
+
+    @property
     def producer(self) -> RolloutProducer:
         """The producer, for code that runs on the loop."""
         if self._producer is None:

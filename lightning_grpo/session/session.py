@@ -133,6 +133,7 @@ class RolloutSession:
 
     def take(self) -> Taken:
         """The next rollout batch: groups on rank 0, its scalars on every rank."""
+        self._emit("fetch", version=self.version)
         lead = self._lead
         future = lead.service.run(_take, self._live, self.version) if lead else None
         taken = self.channel.wait(future, what="rollouts")
@@ -195,7 +196,12 @@ class RolloutSession:
         logprobs, _ = policy(ids.to(device), lengths.cumsum(0).to(device))
         return [part.tolist() for part in logprobs.float().cpu().split(lengths[1:].tolist())]
 
+    def _emit(self, name: str, **data: Any) -> None:
+        if self.settings.on_event is not None:
+            self.settings.on_event(name, **data)
+
     def _finish_publish(self, version: int) -> None:
+        self._emit("sync", version=version)
         self.version = version
         self._synced = True
         if self._lead is not None:
@@ -236,12 +242,23 @@ class RolloutSession:
 
     # -- checkpoints ----------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from, as plain data; only rank 0 has the producer's part."""
-        producer = None
-        if self._lead is not None and self._lead.live is not None:
-            producer = self._lead.service.state_dict()
-        return {"version": self.version, "run_id": self.run_id, "producer": producer}
+    def state_dict(self, num_unpublished: int = 0) -> dict[str, Any]:
+        """Everything to go on from, as plain data; only rank 0 has the producer's part.
+
+        Also after the end, for a checkpoint that is saved then.
+
+        Args:
+            num_unpublished: Batches trained on whose weights are not on the servers yet.
+        """
+        producer, lead = self._restored, self._lead
+        if lead is not None and lead.live is not None:
+            state_dict = lead.live.producer.state_dict
+            if lead.service.is_live:
+                producer = lead.service.call(state_dict, num_unpublished)
+            else:
+                producer = state_dict(num_unpublished)
+        version = self.version + num_unpublished
+        return {"version": version, "run_id": self.run_id, "producer": producer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; before `start`."""

@@ -34,9 +34,10 @@ class SessionSettings:
         keep_group: Which groups are worth training on.
         make_prompt: A row as a prompt; None: the default of `prompts`.
         seed: Of sampling.
-        deterministic: Take groups strictly in the order of admission.
+        deterministic: Take groups strictly in the order of admission, and ask servers to answer
+            equal requests with equal bits.
         allow_biased_sampling: Whether top_p, top_k are allowed in training.
-        on_event: Told of every admission, finish, take and advance.
+        on_event: Told of every fetch, admission, finish, take, sync and advance.
     """
 
     model_path: str

@@ -1,0 +1,153 @@
+"""The order of the loop, by its own event log, on the real engine."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from lightning_grpo.rollout.filters import has_variance
+from lightning_grpo.types import NO_VERSION, Sampling
+from tests.fakes.loops import (
+    Events,
+    Recorder,
+    make_data,
+    make_module,
+    make_prompts,
+    make_trainer,
+    odd_reward,
+)
+
+
+def run(trainer, module, data):
+    """Fit with an event log and a recorder."""
+    data.on_event, recorder = Events(), Recorder()
+    trainer.callbacks.append(recorder)
+    trainer.fit(module, data)
+    return data.on_event, recorder
+
+
+def test_on_policy_every_fetch_and_request_comes_after_the_sync_before_it_across_epochs(
+    tiny_model, server, tmp_path
+):
+    trainer = make_trainer(tmp_path, max_steps=8)  # an epoch has six
+    events, recorder = run(trainer, make_module(tiny_model), make_data(server, max_staleness=0))
+    assert trainer.current_epoch >= 1
+    syncs = takes = 0
+    for name, seen in events.log:
+        if name == "sync":
+            assert seen["version"] == syncs
+            syncs += 1
+        elif name == "fetch":
+            assert (seen["version"], syncs) == (takes, takes + 1)
+        elif name == "take":
+            takes += 1
+        elif name == "admit" and seen["version"]:  # the first wait for the first sync
+            assert syncs == takes + 1
+    assert takes == 8
+    assert [b.rollout.version for b in recorder.batches] == list(range(8))
+    for batch in recorder.batches:
+        versions = {v for g in batch.rollout.groups for t in g.trajectories for v in t.versions}
+        assert versions == {NO_VERSION, batch.rollout.version}
+
+
+@pytest.mark.parametrize("max_staleness", [1, 3])
+def test_no_consumed_group_is_older_than_the_limit_with_filters_and_failures(
+    tiny_model, server, tmp_path, max_staleness
+):
+    calls = itertools.count(1)
+
+    def reward(completion: str) -> float:
+        if next(calls) % 13 == 0:
+            raise ValueError("now and then")
+        return odd_reward(completion)
+
+    data = make_data(
+        server,
+        reward,
+        prompts=make_prompts(40),
+        max_staleness=max_staleness,
+        keep_group=has_variance,
+        batch_size=4,
+    )
+    events, recorder = run(make_trainer(tmp_path, max_steps=10), make_module(tiny_model), data)
+    oldest = [
+        b.rollout.version - min(g.oldest_version for g in b.rollout.groups)
+        for b in recorder.batches
+    ]
+    assert all(0 <= age <= max_staleness for age in oldest)
+    assert max(oldest) > 0, "nothing was ever stale: the limit was not put to the test"
+    assert events.of("filtered")
+    assert events.of("retry")
+    kept = [g for b in recorder.batches for g in b.rollout.groups if has_variance(g)]
+    assert len(kept) > 30  # of 40; the rest fill batches once the filter's allowance is used up
+    for group in kept:
+        assert group.oldest_version >= group.admitted_version
+
+
+def test_the_trained_prompts_are_the_admitted_ones_whatever_their_answers_take(
+    tiny_model, server, tmp_path
+):
+
+    data = make_data(
+        server,
+        prompts=make_prompts(24),
+        max_staleness=2,
+        batch_size=4,
+        sampling=Sampling(max_new_tokens=24, stop=("a", "e")),  # lengths differ
+    )
+    events, recorder = run(make_trainer(tmp_path, max_steps=6), make_module(tiny_model), data)
+    admitted = [seen["key"] for seen in events.of("admit")]
+    taken = [key for seen in events.of("take") for key in seen["keys"]]
+    trained = [g.prompt.key for b in recorder.batches for g in b.rollout.groups]
+    assert trained == taken
+    assert len(admitted) == len(set(admitted)) == 24
+    assert sorted(trained) == sorted(admitted)  # none is left over, none came in their place
+    lengths = {t.num_response_tokens for b in recorder.batches for g in b.rollout.groups
+               for t in g.trajectories}  # fmt: skip
+    assert len(lengths) > 3
+
+
+def test_weights_that_changed_are_seen_by_the_servers_and_the_probe_tells_them_apart(
+    tiny_model, server, tmp_path
+):
+    trainer, module = make_trainer(tmp_path, max_steps=4), make_module(tiny_model)
+    data = make_data(server)
+    _, recorder = run(trainer, module, data)
+    # The recorder's turn comes before WeightSync's: each reading is the step before's.
+    agreed = [m["mismatch/probe"] for m in recorder.metrics[1:]]
+    assert max(agreed) < 1e-4
+    assert data.session.report.probe_diff < 1e-4
+    assert data.session.report.probe_change > 10 * data.session.report.probe_diff
+    # Sampled by the version that trains on them: what the trainer scores is what was sampled.
+    assert max(m["mismatch/abs_logprob_diff"] for m in recorder.metrics) < 1e-5
+
+
+def test_minibatches_and_passes_publish_once_per_rollout_batch(tiny_model, server, tmp_path):
+    data = make_data(server, batch_size=4, minibatches_per_batch=2, passes_per_batch=2)
+    trainer = make_trainer(tmp_path, max_steps=8)
+    events, recorder = run(trainer, make_module(tiny_model), data)
+    assert [seen["version"] for seen in events.of("sync")] == [0, 1, 2]
+    assert [b.index for b in recorder.batches] == [0, 1] * 4
+    assert [b.is_last for b in recorder.batches] == [False, False, False, True] * 2
+    assert recorder.steps == list(range(1, 9))
+
+
+def test_a_step_says_what_it_did_and_where_its_time_went(tiny_model, server, tmp_path):
+    data = make_data(server, max_staleness=1)
+    _, recorder = run(make_trainer(tmp_path, max_steps=3), make_module(tiny_model), data)
+    expected = """
+        reward/mean reward/std reward/zero_variance_fraction reward/odd_reward/mean
+        completion/length_mean completion/length_max completion/truncated_fraction
+        staleness/mean staleness/max staleness/dropped_groups staleness/dropped_tokens
+        ratio/mean ratio/max ratio/clip_fraction_low ratio/clip_fraction_high
+        mismatch/abs_logprob_diff mismatch/k3 policy/loss policy/entropy policy/grad_norm
+        rollout/pass rollout/groups_per_s rollout/tokens_per_s rollout/filtered rollout/failed
+        rollout/retried rollout/in_flight rollout/queued
+        time/step_s time/wait_rollout_s time/forward_backward_s time/optimizer_s time/weight_sync_s
+        time/servers_paused_s throughput/tokens_per_s idle/trainer_fraction
+        health/event_loop_lag_s health/rss_gb
+    """
+    names = re.findall(r"\S+", expected)
+    assert not set(names) - recorder.metrics[-1].keys()

@@ -1,0 +1,227 @@
+"""The Trainer settings that people use, each with the real loop."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+
+from lightning_grpo.errors import ConfigError
+from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
+
+
+class Validations(Callback):
+    """The global step at each validation."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self.steps.append(trainer.global_step)
+
+
+def data_with_validation(server, **kwargs):
+    return make_data(server, val_prompts=make_prompts(4), **kwargs)
+
+
+def test_fast_dev_run_takes_one_step_and_validates_once(tiny_model, server, tmp_path):
+    validations = Validations()
+    trainer = make_trainer(tmp_path, fast_dev_run=True, max_steps=-1, callbacks=[validations])
+    trainer.fit(make_module(tiny_model), data_with_validation(server))
+    assert trainer.global_step == 1
+    assert validations.steps == [1]
+
+
+def test_max_epochs_are_nominal_passes_over_the_prompts(tiny_model, server, tmp_path):
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(make_module(tiny_model), make_data(server, prompts=make_prompts(7)))
+    assert trainer.global_step == 2 * (7 // 2)
+
+
+def test_max_time_ends_the_run_at_a_step(tiny_model, server, tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, max_time={"seconds": 1}, callbacks=[recorder])
+    trainer.fit(make_module(tiny_model), make_data(server))
+    assert trainer.global_step == len(recorder.steps) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None}, [0, 2, 4, 6, 8]),
+        ({"val_check_interval": 0.5}, [0, 3, 6]),
+        ({"check_val_every_n_epoch": 2, "max_steps": 13}, [0, 12]),
+        ({"limit_val_batches": 0}, []),
+        ({"limit_val_batches": 1.0}, [0, 6]),
+        ({"limit_train_batches": 2, "max_steps": 4}, [0, 2, 4]),
+    ],
+)
+def test_validation_runs_when_the_trainer_says_and_once_before_the_first_step(
+    tiny_model, server, tmp_path, settings, steps
+):
+    validations = Validations()
+    trainer = make_trainer(tmp_path, callbacks=[validations], **{"max_steps": 8, **settings})
+    data = data_with_validation(server)
+    trainer.fit(make_module(tiny_model), data)
+    assert validations.steps == steps
+    assert [record.step for record in data.evaluations] == steps
+
+
+def test_limit_val_batches_limits_the_prompts_that_are_answered(tiny_model, server, tmp_path):
+    data = make_data(server, val_prompts=make_prompts(10))  # batches of four prompts
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=1)
+    trainer.fit(make_module(tiny_model), data)
+    assert len(data.evaluations[0].groups[""]) == 4
+
+
+def test_gradients_are_clipped_after_their_norm_is_logged(tiny_model, server, tmp_path):
+    module, recorder = make_module(tiny_model), Recorder()
+    trainer = make_trainer(tmp_path, max_steps=2, gradient_clip_val=1e-3, callbacks=[recorder])
+    module.configure_model()
+    before = torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+    trainer.fit(module, make_data(server, batch_size=4, group_size=4))
+    after = torch.cat([p.detach().flatten() for p in module.parameters()])
+    moved = float((after - before).norm())
+    assert max(m["policy/grad_norm"] for m in recorder.metrics) > 0.1
+    assert 0 < moved <= 2 * 0.05 * 1e-3 * 1.01  # steps x learning rate x limit
+
+
+def test_model_checkpoint_early_stopping_and_lr_monitor_work_on_what_is_logged(
+    tiny_model, server, tmp_path
+):
+    best = ModelCheckpoint(
+        tmp_path / "best", monitor="eval/avg_at_1", mode="max", filename="{step}", save_last=True
+    )
+    stopping = EarlyStopping("eval/avg_at_1", patience=2, min_delta=10.0, mode="max")
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=20,
+        val_check_interval=1,
+        enable_checkpointing=True,
+        logger=CSVLogger(tmp_path, name="", version=0),
+        callbacks=[best, stopping, LearningRateMonitor()],
+    )
+    module = make_module(
+        tiny_model,
+        lr_scheduler=lambda opt: torch.optim.lr_scheduler.LinearLR(opt, 0.5, 1.0, total_iters=4),
+    )
+    trainer.fit(module, data_with_validation(server))
+    assert trainer.global_step < 20
+    assert best.best_model_path.startswith(str(tmp_path / "best"))
+    assert (tmp_path / "best" / "last.ckpt").exists()
+    with (tmp_path / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr-SGD"]) for row in rows if row["lr-SGD"]]
+    assert rates[:2] == pytest.approx([0.025, 0.03125])
+    steps = [int(row["step"]) for row in rows if row["reward/mean"]]
+    assert steps == list(range(trainer.global_step))
+
+
+def test_bars_loggers_and_profilers_of_lightning_work_together(tiny_model, server, tmp_path):
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    trainer = make_trainer(
+        tmp_path,
+        logger=loggers,
+        profiler=SimpleProfiler(dirpath=tmp_path, filename="profile"),
+        enable_progress_bar=True,
+        callbacks=[RichProgressBar()],
+    )
+    trainer.fit(make_module(tiny_model), data_with_validation(server))
+    assert list(tmp_path.glob("csv/version_0/metrics.csv"))
+    assert list(tmp_path.glob("tb/version_0/events*"))
+    assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
+
+
+def test_the_advanced_profiler_works(tiny_model, server, tmp_path):
+    profiler = AdvancedProfiler(dirpath=tmp_path, filename="profile")
+    trainer = make_trainer(tmp_path, max_steps=1, profiler=profiler)
+    trainer.fit(make_module(tiny_model), make_data(server))
+    assert (tmp_path / "fit-profile.txt").exists()
+
+
+def test_fit_twice_goes_on_with_the_same_objects(tiny_model, server, tmp_path):
+    module, data, recorder = make_module(tiny_model), data_with_validation(server), Recorder()
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[recorder])
+    trainer.fit(module, data)
+    trainer.fit_loop.epoch_loop.max_steps = 5
+    trainer.fit(module, data)
+    assert recorder.steps == [1, 2, 3, 4, 5]
+    other = Recorder()
+    make_trainer(tmp_path, max_steps=2, callbacks=[other]).fit(module, data)
+    assert other.steps == [1, 2]
+    assert data.session.report.probe_diff < 1e-4
+
+
+def test_validate_and_test_answer_with_the_module_s_own_weights(tiny_model, server, tmp_path):
+    module, data = make_module(tiny_model), data_with_validation(server)
+    trainer = make_trainer(tmp_path)
+    before = trainer.validate(module, data, verbose=False)
+    assert before[0].keys() == {"eval/avg_at_1", "eval/avg_at_1_ci95"}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    trainer.test(module, data, verbose=False)
+    sampled = [t for g in data.evaluations[-1].groups[""] for t in g.trajectories]
+    for trajectory in sampled:
+        ids = torch.tensor(trajectory.input_ids)
+        logprobs, _ = module.policy(ids, torch.tensor([0, len(ids)]))
+        start = len(ids) - trajectory.num_response_tokens
+        assert torch.allclose(
+            logprobs[start:], torch.tensor(trajectory.logprobs[start:]), atol=1e-4
+        )
+
+
+def test_several_sets_are_logged_under_their_names(tiny_model, server, tmp_path):
+    data = make_data(server, val_prompts={"easy": make_prompts(2), "hard": make_prompts(3)})
+    (scores, *_) = make_trainer(tmp_path).validate(make_module(tiny_model), data, verbose=False)
+    assert {"eval/easy/avg_at_1", "eval/hard/avg_at_1"} <= scores.keys()
+
+
+@pytest.mark.parametrize("which", ["last", "best", "hpc"])
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(tiny_model, server, tmp_path, which):
+    def trainer(steps, recorder):
+        checkpoint = ModelCheckpoint(
+            tmp_path / "c", monitor="eval/avg_at_1", mode="max", save_last=True,
+            every_n_train_steps=None,
+        )  # fmt: skip
+        return make_trainer(
+            tmp_path,
+            max_steps=steps,
+            val_check_interval=1,
+            enable_checkpointing=True,
+            callbacks=[checkpoint, recorder],
+        )
+
+    first = trainer(2, Recorder())
+    module = make_module(tiny_model)
+    first.fit(module, data_with_validation(server))
+    if which == "hpc":
+        first.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
+    recorder = Recorder()
+    going_on = first if which == "best" else trainer(4, recorder)
+    if which == "best":
+        going_on.fit_loop.epoch_loop.max_steps = 4
+        going_on.callbacks.append(recorder)
+    going_on.fit(make_module(tiny_model), data_with_validation(server), ckpt_path=which)
+    assert recorder.steps[-1] == 4
+    assert recorder.batches[-1].rollout.version == 3
+
+
+def test_predict_is_refused_with_the_way_out(tiny_model, server, tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.predict.*trainer\.validate"):
+        make_trainer(tmp_path).predict(make_module(tiny_model), make_data(server))
+
+
+def test_validating_without_held_out_prompts_is_refused(tiny_model, server, tmp_path):
+    with pytest.raises(ConfigError, match=r"`val_prompts` must be given for `trainer.validate`"):
+        make_trainer(tmp_path).validate(make_module(tiny_model), make_data(server))
