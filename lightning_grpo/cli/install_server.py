@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.installed import (
     SGLANG_VERSION,
-    ServerPython,
+    examine_python,
     install_server,
     remember_python,
 )
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     if options.use is not None:
         if not options.use.is_file():
             raise ConfigError(f"`--use` must be an interpreter that has SGLang, got {options.use}.")
-        installed = ServerPython(str(options.use.absolute()), device=device)
+        installed = examine_python(options.use.absolute(), device)
     else:
         installed = install_server(options.folder, options.version, device, pip_arguments, print)
     file = remember_python(installed)

@@ -135,6 +135,15 @@ def install_server(
             pip(*group)
     else:
         pip(f"sglang=={version}")
+    return examine_python(python, device)
+
+
+def examine_python(python: Path, device: str) -> ServerPython:
+    """What an interpreter has.
+
+    Raises:
+        ServerError: It has no SGLang.
+    """
     found = _run([str(python), "-c", "import importlib.metadata as m; print(m.version('sglang'))"])
     return ServerPython(str(python), found.strip(), device)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,21 +25,20 @@ from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.servers.owned import OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers
 from tests.fakes.tiny_model import make_tiny_model
+from tests.sglang.engines import REAL
 from tests.sglang.environment import DEFAULT_FOLDER, ready_python
 from tests.sglang.server import Server
 
 FOLDER_VARIABLE = "SGLANG_TEST_ENVIRONMENT"
 
-REAL = pytest.param("sglang", marks=[pytest.mark.sglang, pytest.mark.timeout(400)])
 
-
-def real_servers(num_servers: int = 1) -> SGLangServers:
+def real_servers(num_servers: int = 1, **flags: Any) -> SGLangServers:
     """SGLang on this CPU."""
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).absolute()
     installed = ready_python(folder)
     if installed is None:
         pytest.fail(f"no SGLang in {folder}: run `make test-sglang`")
-    return SGLangServers(num_servers, python=installed.python, flags={"device": "cpu"})
+    return SGLangServers(num_servers, python=installed.python, flags={"device": "cpu"} | flags)
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +71,11 @@ def shared_server(
     request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """One process of each kind for all tests."""
-    servers: OwnedServers = EmbeddedServers() if request.param == "embedded" else real_servers()
-    server = Server(request.param, servers, model_folder, tmp_path_factory.mktemp("server"))
+    kind: str = request.param
+    servers: OwnedServers = EmbeddedServers()
+    if kind != "embedded":
+        servers = real_servers(disable_radix_cache="without-prefixes" in kind)
+    server = Server(kind, servers, model_folder, tmp_path_factory.mktemp("server"))
     yield server
     server.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def test_abort_all_ends_running_and_waiting_requests(
 def test_a_request_held_back_by_a_pause_is_aborted_without_tokens(server: Server) -> None:
     server.post("/pause_generation", mode="in_place")
     held = server.start(server.generate, PROMPT, sampling=LONG, rid="held")
-    server.wait_until(lambda running, waiting: waiting == 1)
+    # The real one holds it before its scheduler, which so does not count it.
+    time.sleep(0.3)
     server.post("/abort_request", rid="held")
     server.post("/continue_generation")
     reply = held.result(20)
@@ -104,29 +106,6 @@ def test_pause_abort_answers_all_and_holds_the_new_until_the_weights_are_in(
     reply = held.result(20)
     assert reply["output_ids"] == greedy_ids(other_reference, PROMPT, 6)
     assert reply["meta_info"]["weight_versions"] == [{"version": "v1", "start": 0, "end": 6}]
-
-
-def test_retract_reads_again_under_the_new_weights(
-    server: Server, reference: PreTrainedModel, other_reference: PreTrainedModel, other_folder: Path
-) -> None:
-    running = launch(server)
-    server.post("/pause_generation", mode="retract")
-    assert server.request("/flush_cache")[0] == 400
-    update(server, other_folder, "v1")
-    server.post("/continue_generation")
-    for index, request in enumerate(running):
-        reply = request.result()
-        meta = reply["meta_info"]
-        assert meta["num_retractions"] == 1
-        assert meta["finish_reason"] == {"type": "length", "length": TOKENS}
-        assert meta["weight_version"] == "v1"
-        first, second = meta["weight_versions"]
-        cut = first["end"]
-        assert 40 <= cut < TOKENS
-        assert first == {"version": "default", "start": 0, "end": cut}
-        assert second == {"version": "v1", "start": cut, "end": TOKENS}
-        check_sampled(reference, [*PROMPT, index], reply, span=(0, cut))
-        check_sampled(other_reference, [*PROMPT, index], reply, span=(cut, TOKENS))
 
 
 def test_in_place_goes_on_with_the_old_keys_and_values(

@@ -12,10 +12,18 @@ def own_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
 
 
-def test_an_environment_that_is_there_is_remembered(capsys):
-    assert main(["install-server", "--cpu", "--use", sys.executable]) == 0
-    assert "remembered in" in capsys.readouterr().out
-    assert resolve_python("auto") == ServerPython(sys.executable, device="cpu")
+def test_an_environment_that_is_there_is_remembered(tmp_path, capsys):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 0.5.19\n")
+    python.chmod(0o755)
+    assert main(["install-server", "--cpu", "--use", str(python)]) == 0
+    assert capsys.readouterr().out.startswith(f"SGLang 0.5.19 for the cpu: {python}\n")
+    assert resolve_python("auto") == ServerPython(str(python), "0.5.19", "cpu")
+
+
+def test_one_without_sglang_is_refused(capsys):
+    assert main(["install-server", "--use", sys.executable]) == 1
+    assert "sglang" in capsys.readouterr().err
 
 
 def test_one_that_is_not_there_is_refused(capsys):
