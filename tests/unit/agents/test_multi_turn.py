@@ -1,0 +1,103 @@
+"""Retry with feedback."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+from tests.fakes.agents import ScriptedContext, make_chat_tokenizer, make_prompt
+
+from lightning_grpo.agents.multi_turn import MultiTurnWorkflow
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.workflow import check_trajectory
+from lightning_grpo.types import Prompt, Sampling
+
+
+def right(completion, answer):
+    return float(completion == answer)
+
+
+def hint(completion, answer):
+    return f"{completion} is wrong, {answer} would be right."
+
+
+def play(replies, *, truncated=(), answer="5", **settings):
+    tokenizer = make_chat_tokenizer()
+    context = ScriptedContext(tokenizer, replies, truncated=truncated)
+    workflow = MultiTurnWorkflow(settings.pop("reward", right), **settings)
+    trajectory = anyio.run(workflow.run, make_prompt(tokenizer, answer=answer), context)
+    return check_trajectory(trajectory, 0), context, tokenizer
+
+
+def test_a_right_answer_ends_the_episode():
+    trajectory, context, _ = play(["5", "6"], turn_discount=0.5)
+    assert (trajectory.reward, trajectory.num_turns) == (1.0, 1)
+    assert len(context.asked) == 1
+
+
+def test_a_wrong_answer_is_told_so_and_the_next_one_costs_a_turn():
+    trajectory, context, tokenizer = play(["6", "5"], feedback=hint, turn_discount=0.5)
+    assert (trajectory.reward, trajectory.rewards) == (0.5, {"right": 1.0})
+    assert (trajectory.num_turns, trajectory.text) == (2, "5")
+    text = tokenizer.decode(trajectory.input_ids)
+    assert "user\n6 is wrong, 5 would be right.<|im_end|>\n<|im_start|>assistant\n5" in text
+    sampled = [t for t, m in zip(trajectory.input_ids, trajectory.response_mask, strict=True) if m]
+    assert tokenizer.decode(sampled) == "6<|im_end|>5<|im_end|>"
+
+
+def test_each_request_begins_with_every_id_of_the_one_before():
+    trajectory, context, _ = play(["1", "2", "3"], max_turns=3)
+    for before, after in zip(context.asked, [*context.asked[1:], trajectory.input_ids]):
+        assert after[: len(before)] == before
+        assert len(after) > len(before)
+
+
+def test_the_turns_are_counted_and_the_last_reward_stands():
+    trajectory, context, _ = play(["1", "2", "3", "5"], max_turns=3, turn_discount=0.9)
+    assert (trajectory.num_turns, trajectory.reward) == (3, 0.0)
+
+
+def test_rewards_see_the_conversation_before_the_answer():
+    seen = []
+
+    def reward(completion, messages):
+        seen.append([m["content"] for m in messages])
+        return 0.0
+
+    play(["1", "2"], reward=reward, feedback="No.")
+    assert seen == [["What is 2 + 3?"], ["What is 2 + 3?", "1", "No."]]
+
+
+def test_an_answer_that_was_cut_off_gets_no_feedback():
+    trajectory, _, _ = play(["6", "5"], truncated=[0])
+    assert (trajectory.num_turns, trajectory.truncated) == (1, True)
+
+
+def test_feedback_may_be_a_coroutine_and_may_have_nothing_to_say():
+    async def feedback(completion):
+        return None if completion == "7" else "No."
+
+    trajectory, _, _ = play(["6", "7", "5"], feedback=feedback, max_turns=3)
+    assert trajectory.num_turns == 2
+    with pytest.raises(ConfigError, match="must return a text or None, got 3"):
+        play(["6"], feedback=lambda: 3)
+
+
+def test_no_turn_begins_that_could_not_be_finished():
+    first, _, _ = play(["6", "5"])
+    room = len(first.input_ids)
+    sampling = Sampling(max_new_tokens=8)
+    assert play(["6", "5"], sampling=sampling, max_tokens=room - 8)[0].num_turns == 1
+    assert play(["6", "5"], sampling=sampling, max_tokens=room + 8)[0].num_turns == 2
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="`max_turns` must be >= 1, got 0"):
+        MultiTurnWorkflow(right, max_turns=0)
+    with pytest.raises(ConfigError, match="`turn_discount` must be > 0"):
+        MultiTurnWorkflow(right, turn_discount=1.5)
+    with pytest.raises(ConfigError, match="asks for 'solution'"):
+        MultiTurnWorkflow(right, feedback=lambda solution: "").validate(["answer"])
+    plain = Prompt((1,), "text")
+    context = ScriptedContext(make_chat_tokenizer(), [])
+    with pytest.raises(ConfigError, match="prompts are plain text"):
+        anyio.run(MultiTurnWorkflow(right).run, plain, context)

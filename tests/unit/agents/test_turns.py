@@ -1,0 +1,114 @@
+"""What stands between two answers, and the record of an episode."""
+
+from __future__ import annotations
+
+import pytest
+from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
+from tests.fakes.tokenizer import CharTokenizer
+
+from lightning_grpo.agents.record import EpisodeRecord
+from lightning_grpo.agents.turns import first_ids, next_ids
+from lightning_grpo.errors import ConfigError, RolloutError
+from lightning_grpo.types import Completion
+
+ASK = {"role": "user", "content": "What is 2 + 3?"}
+SAID = {"role": "assistant", "content": "It is 6."}
+MISSED = {"role": "user", "content": "No."}
+
+
+def completion(tokenizer, text, *, end=True, finish_reason="stop"):
+    ids = tokenizer.encode(text) + ([tokenizer.eos_token_id] if end else [])
+    return Completion(tuple(ids), (0.0,) * len(ids), (0,) * len(ids), text, finish_reason)
+
+
+def joined(tokenizer, answer, told, calls=()):
+    record = EpisodeRecord().told(first_ids(tokenizer, [ASK])).sampled(answer)
+    return tokenizer.decode(record.told(next_ids(tokenizer, answer, told, calls)).input_ids)
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_appended_ids_read_as_the_template_renders_the_whole_conversation(end):
+    tokenizer = make_chat_tokenizer()
+    answer = completion(tokenizer, SAID["content"], end=end, finish_reason="stop")
+    rendered = tokenizer.apply_chat_template(
+        [ASK, SAID, MISSED], tokenize=False, add_generation_prompt=True
+    )
+    assert joined(tokenizer, answer, [MISSED]) == rendered
+
+
+def test_an_answer_that_was_cut_off_is_ended_by_what_the_policy_did_not_sample():
+    tokenizer = make_chat_tokenizer()
+    answer = completion(tokenizer, "It is", end=False, finish_reason="length")
+    assert "It is<|im_end|>\n<|im_start|>user\nNo.<|im_end|>" in joined(tokenizer, answer, [MISSED])
+
+
+def test_a_model_that_ends_with_a_mark_of_its_own_is_not_ended_twice():
+    tokenizer = make_chat_tokenizer()
+    ids = (*tokenizer.encode("It is 6."), tokenizer.pad_token_id)
+    answer = Completion(ids, (), (), "It is 6.", "stop")
+    text = joined(tokenizer, answer, [MISSED])
+    assert "It is 6.<|endoftext|>\n<|im_start|>user" in text
+
+
+def test_a_template_that_drops_earlier_reasoning_changes_nothing_that_was_sampled():
+    drops = TOOL_TEMPLATE.replace(
+        "message['role'] + '\n' + message['content']",
+        "message['role'] + '\n' + message['content'].split('</think>')[-1]",
+    )
+    tokenizer = make_chat_tokenizer(drops)
+    answer = completion(tokenizer, "<think>hm</think>6")
+    assert "<think>hm</think>6<|im_end|>\n<|im_start|>user\nNo." in joined(
+        tokenizer, answer, [MISSED]
+    )
+
+
+REFUSES_RESULTS = TOOL_TEMPLATE.replace(
+    "{%- for message in messages -%}",
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'tool' and not messages[loop.index0 - 1]['tool_calls'] -%}"
+    "{{ raise_exception('a result without its call') }}{%- endif -%}",
+)
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+RESULT = {"role": "tool", "name": "f", "tool_call_id": "a", "content": "7"}
+
+
+@pytest.mark.parametrize("template", [TOOL_TEMPLATE, REFUSES_RESULTS])
+def test_tool_results_are_appended_also_where_the_template_wants_their_call_first(template):
+    tokenizer = make_chat_tokenizer(template)
+    answer = completion(tokenizer, "<tool_call>{}</tool_call>")
+    text = joined(tokenizer, answer, [RESULT], [CALL])
+    told = "<|im_start|>user\n<tool_response>7</tool_response><|im_end|>"
+    assert f"<tool_call>{{}}</tool_call><|im_end|>\n{told}\n<|im_start|>assistant\n" in text
+
+
+def test_a_template_that_cannot_say_it_is_a_mistake_of_the_configuration():
+    tokenizer = make_chat_tokenizer(REFUSES_RESULTS)
+    with pytest.raises(ConfigError, match="a result without its call"):
+        next_ids(tokenizer, completion(tokenizer, "x"), [RESULT])
+    silent = make_chat_tokenizer("{{ 'always the same' }}")
+    with pytest.raises(ConfigError, match="leaves out the assistant's own words"):
+        next_ids(silent, completion(silent, "x"), [MISSED])
+    with pytest.raises(ConfigError, match="no chat template"):
+        first_ids(CharTokenizer(chat=False), [ASK])
+
+
+def test_only_what_was_sampled_is_masked_in_and_carries_logprobs_and_versions():
+    record = EpisodeRecord().told([1, 2])
+    record = record.sampled(Completion((3, 4), (-0.1, -0.2), (5, 6), "a", "stop"))
+    record = record.told([7]).sampled(Completion((8,), (-0.3,), (9,), "b", "length"))
+    trajectory = record.trajectory(0.5, {"right": 0.5}, temperature=0.7)
+    assert trajectory.input_ids == (1, 2, 3, 4, 7, 8)
+    assert trajectory.response_mask == (False, False, True, True, False, True)
+    assert trajectory.logprobs == (0.0, 0.0, -0.1, -0.2, 0.0, -0.3)
+    assert trajectory.versions == (-1, -1, 5, 6, -1, 9)
+    assert (trajectory.num_turns, trajectory.text, trajectory.truncated) == (2, "b", True)
+    assert (trajectory.reward, trajectory.temperature) == (0.5, 0.7)
+
+
+def test_a_history_that_was_made_anew_is_refused():
+    sampled = Completion((3, 4), (0.0, 0.0), (0, 0), "a", "stop")
+    again = EpisodeRecord((1, 2, 5, 4), ((2, sampled),))
+    with pytest.raises(RolloutError, match="tokens 2 to 4 .* not the ids that were sampled"):
+        again.trajectory(0.0, {})
+    with pytest.raises(RolloutError, match="nothing was sampled"):
+        EpisodeRecord((1, 2)).trajectory(0.0, {})
