@@ -1,0 +1,151 @@
+"""The quickstart with each algorithm: held-out accuracy after 30 steps, several seeds, as a table.
+
+python benchmarks/algorithms.py --seeds 3 --out benchmarks/results/algorithms.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_grpo import (
+    CISPOLoss,
+    ConstantLength,
+    EmbeddedServers,
+    GroupAdvantage,
+    GRPOLoss,
+    GRPOModule,
+    GSPOLoss,
+    LeaveOneOutAdvantage,
+    Prompts,
+    RLVRWorkflow,
+    RolloutDataModule,
+    Sampling,
+    SAPOLoss,
+    SequenceMean,
+    TokenTIS,
+)
+from lightning_grpo.rewards import gsm8k
+from lightning_grpo.rollout import has_variance
+
+MAX_NEW_TOKENS = 56
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "GRPO": {"module": {"loss": GRPOLoss(clip_high=0.2, aggregation=SequenceMean())}},
+    "Dr.GRPO": {
+        "module": {
+            "loss": GRPOLoss(clip_high=0.2, aggregation=ConstantLength(MAX_NEW_TOKENS)),
+            "advantage": GroupAdvantage(divide_by_std=False),
+        }
+    },
+    "DAPO": {"module": {"loss": GRPOLoss()}, "data": {"keep_group": has_variance}},
+    "GSPO": {"module": {"loss": GSPOLoss()}},
+    "CISPO": {"module": {"loss": CISPOLoss()}},
+    "SAPO": {"module": {"loss": SAPOLoss()}},
+    "RLOO": {"module": {"loss": GRPOLoss(), "advantage": LeaveOneOutAdvantage()}},
+    "decoupled PPO, staleness 2": {
+        "module": {"loss": GRPOLoss(), "correction": TokenTIS()},
+        "data": {"max_staleness": 2},
+    },
+    "decoupled PPO, staleness 4": {
+        "module": {"loss": GRPOLoss(), "correction": TokenTIS()},
+        "data": {"max_staleness": 4},
+    },
+}
+
+
+def train(name: str, seed: int, steps: int, out: Path) -> None:
+    """One run; writes the model to `out/model` and its rewards to `out/rewards.json`."""
+    settings = ALGORITHMS[name]
+    torch.set_num_threads(1)
+    L.seed_everything(seed)
+    rewards: list[float] = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            rewards.append(float(trainer.callback_metrics["reward/mean"]))
+
+    data = RolloutDataModule(
+        prompts=Prompts("shipped:quickstart/train.jsonl", column="question", seed=seed),
+        workflow=RLVRWorkflow(gsm8k, Sampling(max_new_tokens=MAX_NEW_TOKENS)),
+        servers=EmbeddedServers(max_running_requests=128),
+        **settings.get("data", {}),
+    )
+    module = GRPOModule(
+        "shipped:quickstart",
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0),
+        **settings["module"],
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        default_root_dir=out,
+        callbacks=[Record()],
+    )
+    trainer.fit(module, data)
+    module.export(out / "model")
+    (out / "rewards.json").write_text(json.dumps(rewards))
+
+
+def main() -> None:
+    """Run every algorithm and seed, print the table, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", nargs=3, metavar=("NAME", "SEED", "FOLDER"), help="internal")
+    args = parser.parse_args()
+    if args.one:
+        train(args.one[0], int(args.one[1]), args.steps, Path(args.one[2]))
+        return
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from benchmarks.held_out import accuracy
+
+    work = Path(tempfile.mkdtemp(prefix="algorithms_"))
+    table: dict[str, list[float]] = {}
+    for name in args.only:
+        for seed in range(args.seeds):
+            out = work / f"{list(ALGORITHMS).index(name)}-{seed}"
+            out.mkdir()
+            command = [sys.executable, __file__, "--steps", str(args.steps)]
+            with (out / "log").open("w") as log:
+                subprocess.run(
+                    [*command, "--one", name, str(seed), str(out)],
+                    check=True,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )
+            table.setdefault(name, []).append(accuracy(out / "model"))
+        shown = "  ".join(f"{a:.3f}" for a in table[name])
+        print(f"{name:28s} {shown}", flush=True)
+    if args.out:
+        report = {
+            "date": time.strftime("%Y-%m-%d"),
+            "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "versions": {n: version(n) for n in ("torch", "transformers", "lightning")},
+            "steps": args.steps,
+            "base": accuracy(Path(__file__).parent.parent / "examples/quickstart/model"),
+            "held_out": table,
+        }
+        args.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

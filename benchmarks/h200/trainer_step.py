@@ -1,0 +1,265 @@
+"""One training step on recorded-like lengths, no server: tokens/s per GPU, memory, share of peak.
+
+A Qwen2.5-1.5B-shaped model with random weights, fp32 master weights sharded by FSDP2, bf16
+compute, packed sequences (log-normal lengths, mean 600 tokens), fused AdamW. The matrix peak is
+measured in the same run (8192 cubed, bf16, random data). FLOPs counted are those computed: 6 per
+parameter and token for the trunk, the head only where a logprob is wanted, causal attention.
+
+    torchrun --nproc-per-node 1 benchmarks/h200/trainer_step.py --out results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from lightning_grpo.algorithm.batch import Denominators, MicroBatch
+from lightning_grpo.algorithm.losses import GRPOLoss
+from lightning_grpo.algorithm.objective import minibatch_loss
+from lightning_grpo.algorithm.packing import plan_micro_batches
+from lightning_grpo.policy.load import checkpoint_activations
+from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.strategies.gradient_sync import sharded_modules
+from lightning_grpo.strategies.parallelize import parallelize
+
+PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the step."""
+
+    name: str
+    max_tokens: int
+    checkpointing: bool = False
+    compile: str = "none"  # none, parts (MLP and norms), blocks
+
+
+VARIANTS = (
+    Variant("eager, 8k", 8192),
+    Variant("parts compiled, 8k", 8192, compile="parts"),
+    Variant("blocks compiled, 8k", 8192, compile="blocks"),
+    Variant("blocks compiled, 16k", 16384, compile="blocks"),
+    Variant("eager, checkpointing, 16k", 16384, checkpointing=True),
+    Variant("parts compiled, 4k", 4096, compile="parts"),
+)
+
+
+def matrix_peak() -> float:
+    """TFLOP/s of an 8192-cubed bf16 product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        a @ b
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - started) / 1e12
+
+
+def lengths(num_sequences: int, seed: int) -> list[int]:
+    """Log-normal, mean about 600 tokens, at most 2048."""
+    generator = torch.Generator().manual_seed(seed)
+    sigma = 0.6
+    mu = torch.log(torch.tensor(600.0)) - sigma**2 / 2
+    drawn = torch.exp(mu + sigma * torch.randn(num_sequences, generator=generator))
+    return [int(x) for x in drawn.clamp(PROMPT_TOKENS + 16, 2048)]
+
+
+def micro_batch(sizes: list[int], vocab: int, tokens: int, sequences: int) -> MicroBatch:
+    """Random tokens of these lengths, on the GPU."""
+    total = sum(sizes)
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    mask = torch.ones(total, dtype=torch.bool)
+    for start in starts[:-1].tolist():
+        mask[start : start + PROMPT_TOKENS] = False
+    per_token = {
+        "behavior_logprobs": torch.full((total,), -12.0),
+        "advantages": torch.randn(total),
+        "temperature": torch.ones(total),
+    }
+    return MicroBatch(
+        input_ids=torch.randint(0, vocab, (total,)).cuda(),
+        cu_seqlens=starts.cuda(),
+        response_mask=mask.cuda(),
+        loss_mask=mask.cuda(),
+        weight_versions=torch.zeros(total, dtype=torch.int64).cuda(),
+        trajectory_index=torch.arange(len(sizes)).cuda(),
+        denominators=Denominators(tokens, sequences, sequences),
+        **{name: value.cuda() for name, value in per_token.items()},
+    )
+
+
+def flops(sizes: list[int], model: Qwen2ForCausalLM) -> float:
+    """Of forward and backward."""
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    trunk = sum(p.numel() for p in model.parameters()) - head
+    wanted = sum(size - PROMPT_TOKENS for size in sizes)
+    attention = sum(
+        2 * 2 * size * size / 2 * config.hidden_size * config.num_hidden_layers for size in sizes
+    )
+    return 6.0 * trunk * sum(sizes) + 6.0 * head * wanted + 3 * attention
+
+
+def build(variant: Variant, layers: int) -> tuple[PackedPolicy, Qwen2ForCausalLM]:
+    """The sharded policy of one variant."""
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = Qwen2ForCausalLM(config)
+    model.train()
+    if variant.checkpointing:
+        checkpoint_activations(model)
+    policy = PackedPolicy(model, share_prefixes=False)
+    for block in model.model.layers:
+        if variant.compile == "blocks":
+            block.compile(dynamic=True)
+        elif variant.compile == "parts":
+            for part in (block.mlp, block.input_layernorm, block.post_attention_layernorm):
+                part.compile(dynamic=True)
+    parallelize(policy, init_device_mesh("cuda", (dist.get_world_size(),)))
+    return policy, model
+
+
+def run(variant: Variant, sequences_per_gpu: int, layers: int, steps: int) -> dict[str, float]:
+    """Seconds and memory of the best step."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    policy, model = build(variant, layers)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes = lengths(sequences_per_gpu, seed=rank)
+    plan = plan_micro_batches(sizes, variant.max_tokens)
+    count = torch.tensor([len(plan)], device="cuda")
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)
+    while len(plan) < int(count):  # equal counts on all ranks
+        largest = max(plan, key=len)
+        plan.remove(largest)
+        plan += [largest[::2], largest[1::2]]
+    tokens = torch.tensor([sum(sizes) - PROMPT_TOKENS * len(sizes)], device="cuda")
+    dist.all_reduce(tokens)
+    batches = [
+        micro_batch([sizes[i] for i in rows], 151936, int(tokens), sequences_per_gpu * world)
+        for rows in plan
+    ]
+    loss_function = GRPOLoss()
+
+    def step() -> None:
+        for k, batch in enumerate(batches):
+            for module in sharded_modules(policy):
+                module.set_requires_gradient_sync(k == len(batches) - 1, recurse=False)
+                module.set_is_last_backward(k == len(batches) - 1)
+            logprobs, _ = policy(
+                batch.input_ids,
+                batch.cu_seqlens,
+                batch.temperature,
+                positions_mask=batch.loss_mask,
+            )
+            loss, _ = minibatch_loss(
+                logprobs, batch, loss_function, aggregation=loss_function.aggregation
+            )
+            (loss * world).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    best = timed(step, steps)
+    total = sum(sizes)
+    return {
+        "step_s": best,
+        "tokens_per_s_per_gpu": total / best,
+        "tflops_per_gpu": flops(sizes, model) / best / 1e12,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "micro_batches": len(batches),
+        "tokens": total,
+    }
+
+
+def timed(step: Callable[[], None], steps: int) -> float:
+    """Seconds of the best of `steps`, after two to warm up."""
+    for _ in range(2):
+        step()
+    best = float("inf")
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        dist.barrier()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def profile(variant: Variant, out: Path) -> None:
+    """Where the GPU's time goes in one step of a variant: the 25 costliest kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run(variant, 64, 28, 1)
+    table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25)
+    out.write_text(table)
+
+
+def main() -> None:
+    """Run the variants; one that fails says why and the others go on."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--profile", type=Path)
+    args = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    leads = dist.get_rank() == 0
+    report = {
+        "gpu": torch.cuda.get_device_name(),
+        "gpus": dist.get_world_size(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "matrix_peak_tflops": matrix_peak(),
+        "variants": {},
+    }
+    for variant in VARIANTS:
+        if args.only and not any(word in variant.name for word in args.only):
+            continue
+        torch._dynamo.reset()
+        try:
+            row = run(variant, args.sequences, args.layers, args.steps)
+            row["share_of_peak"] = row["tflops_per_gpu"] / report["matrix_peak_tflops"]
+        except Exception as error:  # noqa: BLE001 - one variant's failure is a result
+            row = {"error": f"{type(error).__name__}: {error}"[:500]}
+            if leads:
+                traceback.print_exc()
+        report["variants"][variant.name] = row
+        if leads:
+            print(variant.name, json.dumps(row), flush=True)
+            args.out.write_text(json.dumps(report, indent=1))
+    if args.profile and leads and dist.get_world_size() == 1:
+        profile(VARIANTS[2], args.profile)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
