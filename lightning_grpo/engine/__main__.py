@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="repeat bit for bit what is submitted while paused",
+        help="answer equal seeds and prompts with equal bits, whoever else runs; slower",
     )
     parser.add_argument("--weight-version", default="default", help="name of the first weights")
     parser.add_argument("--log-level", default="warning", help="debug, info, warning or error")
@@ -107,7 +107,7 @@ def build(
     """Load the model and wire the parts."""
     model = load_model(options.model)
     tokenizer = load_tokenizer(options.model)
-    runner = ModelRunner(model)
+    runner = ModelRunner(model, row_by_row=options.deterministic)
     # One prompt through: shows what can't be served before anyone is told that this is ready.
     state = runner.prefill([[0, 0]])[0]
     token_bytes = state.kv[..., 0, :].numel() * state.kv.element_size()

@@ -99,21 +99,22 @@ class SlotCache:
         if self._store is not None:
             self._store[:, :, slots] = 0
 
-    def step(self, lengths: Tensor, max_length: int) -> DecodeStep:
-        """What one decode step of the first `len(lengths)` slots writes to and reads from.
+    def step(self, lengths: Tensor, max_length: int, first_slot: int = 0) -> DecodeStep:
+        """What one decode step of `len(lengths)` slots writes to and reads from.
 
         Args:
             lengths: Tokens already in each slot; the new one goes behind them, `[slots]`.
             max_length: The largest of `lengths`, plus one.
+            first_slot: Of them.
         """
         if self._store is None:
             raise RuntimeError("no slot was ever filled")
         heads, capacity = self._store.shape[3], self._store.shape[4]
-        num = lengths.shape[0]
-        index = torch.arange(num) * (heads * capacity) + lengths
+        end_slot = first_slot + lengths.shape[0]
+        index = torch.arange(first_slot, end_slot) * (heads * capacity) + lengths
         if heads > 1:
             index = (index[:, None] + torch.arange(heads) * capacity).flatten()
-        window = self._store[:, :, :num, :, :max_length]
+        window = self._store[:, :, first_slot:end_slot, :, :max_length]
         return DecodeStep(self._flat, window, index)
 
     def _set(self, store: Tensor) -> None:

@@ -107,10 +107,13 @@ class ModelRunner:
 
     Args:
         model: A causal language model from `load_model`.
+        row_by_row: Decode each request by itself: slower, and its bits don't depend on who else
+            runs (the shape of a batch shows in the last bits of a float).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, row_by_row: bool = False) -> None:
         self.model = model
+        self.row_by_row = row_by_row
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.context_length = int(model.config.get_text_config().max_position_embeddings)
         self._positions = torch.arange(self.context_length + 1)
@@ -158,13 +161,24 @@ class ModelRunner:
         Returns:
             fp32 logits `[running, vocab]`.
         """
+        slots.grow(int(lengths.max()) + 1)
+        if not self.row_by_row:
+            return self._decode(slots, tokens, lengths)
+        rows = [
+            self._decode(slots, tokens[row : row + 1], lengths[row : row + 1], row)
+            for row in range(len(tokens))
+        ]
+        return torch.cat(rows)
+
+    def _decode(
+        self, slots: SlotCache, tokens: Tensor, lengths: Tensor, first_slot: int = 0
+    ) -> Tensor:
         max_length = int(lengths.max()) + 1
-        slots.grow(max_length)
         mask = torch.zeros(len(tokens), max_length)
         mask.masked_fill_(self._positions[:max_length] > lengths[:, None], float("-inf"))
         return self._forward(
             tokens[:, None],
-            slots.step(lengths, max_length),
+            slots.step(lengths, max_length, first_slot),
             positions=lengths[:, None],
             mask=mask[:, None, None],
         )

@@ -33,7 +33,8 @@ class Limits:
         prefill_tokens: Prompt tokens read between two decode steps.
         prompt_cache_tokens: Prompt tokens kept for requests with the same prompt.
         deterministic: Read prompts one at a time, start each busy period with fresh slots, and let
-            held requests in sorted by seed and prompt, so that they repeat bit for bit.
+            held requests in sorted by prompt and seed; with a runner that decodes row by row
+            everything repeats bit for bit.
     """
 
     max_running: int = 64

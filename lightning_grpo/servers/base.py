@@ -48,6 +48,8 @@ class Servers(ABC):
     """Starts or finds inference servers. Calls block; the caller keeps them off its event loop."""
 
     api_key: str | None = None
+    deterministic: bool = False
+    """Whether equal requests must get equal bits; set before `start` by a deterministic run."""
 
     @abstractmethod
     def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:

@@ -46,6 +46,7 @@ class EmbeddedServers(OwnedServers):
             *(sys.executable, "-m", "lightning_grpo.engine"),
             *("--model", model_path, "--port", "0", "--exit-with-stdin"),
             *("--max-running-requests", str(self.max_running_requests)),
+            *(["--deterministic"] if self.deterministic else []),
         ]
         environment = {"OMP_NUM_THREADS": "1", **own_package_first()}
         return [

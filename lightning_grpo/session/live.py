@@ -112,6 +112,7 @@ async def open_live(
 
     Servers start at once, the rest when `beginning` is there.
     """
+    settings.servers.deterministic = settings.deterministic
     try:
         handles = await anyio.to_thread.run_sync(
             settings.servers.start, settings.model_path, settings.run_dir
@@ -182,6 +183,7 @@ def _publisher(
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
     probe = Probe(material.probe_sequences, exact=material.exact)
+    pool.check_interruption(begun.sync.interruption)
     return WeightPublisher(pool, transport, begun.run_id, probe, begun.sync)
 
 
