@@ -1,4 +1,4 @@
-"""Held-out accuracy of a model folder on the quickstart's fixed problems, by the embedded engine."""
+"""Held-out accuracy of a model folder on the quickstart's problems, by the embedded engine."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_grpo.algorithm.batch import Denominators, MicroBatch
@@ -30,7 +31,6 @@ from lightning_grpo.algorithm.objective import minibatch_loss
 from lightning_grpo.algorithm.packing import plan_micro_batches
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.strategies.gradient_sync import sharded_modules
 from lightning_grpo.strategies.parallelize import parallelize
 
 PROMPT_TOKENS = 128
@@ -165,10 +165,11 @@ def run(variant: Variant, sequences_per_gpu: int, layers: int, steps: int) -> di
         for rows in plan
     ]
     loss_function = GRPOLoss()
+    sharded = [m for m in policy.modules() if isinstance(m, FSDPModule)]
 
     def step() -> None:
         for k, batch in enumerate(batches):
-            for module in sharded_modules(policy):
+            for module in sharded:
                 module.set_requires_gradient_sync(k == len(batches) - 1, recurse=False)
                 module.set_is_last_backward(k == len(batches) - 1)
             logprobs, _ = policy(
