@@ -59,9 +59,7 @@ def reply_parser(
     """
     own: Any = tokenizer
     if getattr(own, "response_template", None):
-        return lambda text: _from_message(
-            own.parse_response(text, prefix=prefix, tools=list(schemas)), text
-        )
+        return lambda text: _parsed(own, text, prefix, schemas)
     template = str(tokenizer.chat_template or "")
     if _OPEN in template and "<function=" in template:
         return lambda text: _tagged(text, _read_function)
@@ -83,9 +81,18 @@ def strip_specials(tokenizer: Tokenizer, text: str) -> str:
     return text
 
 
-def _from_message(message: Mapping[str, Any], text: str) -> ParsedReply:
+def _parsed(
+    tokenizer: Any, text: str, prefix: str, schemas: Sequence[Mapping[str, Any]]
+) -> ParsedReply:
+    try:
+        message = tokenizer.parse_response(text, prefix=prefix, tools=list(schemas))
+    except Exception as error:  # noqa: BLE001 - whatever the policy wrote; told to it
+        return ParsedReply(text, (_unreadable(text, str(error)[:_SHOWN]),))
     calls = []
     for call in message.get("tool_calls") or ():
+        if not isinstance(call, Mapping):
+            calls.append(_unreadable(str(call), "it must be an object"))
+            continue
         function = call.get("function", call)
         calls.append(_call(function.get("name"), function.get("arguments"), str(call)))
     content = message.get("content")

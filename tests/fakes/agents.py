@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import anyio
-from tests.fakes.tiny_model import make_tiny_tokenizer
 
 from lightning_grpo.types import Completion, Prompt
+from tests.fakes.tiny_model import make_tiny_tokenizer
 
 TOOL_TEMPLATE = (
     "{%- if tools -%}{{ '<|im_start|>system\n<tool_call>' }}"

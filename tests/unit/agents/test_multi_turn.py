@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from tests.fakes.agents import ScriptedContext, make_chat_tokenizer, make_prompt
 
 from lightning_grpo.agents.multi_turn import MultiTurnWorkflow
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Prompt, Sampling
+from tests.fakes.agents import ScriptedContext, make_chat_tokenizer, make_prompt
 
 
 def right(completion, answer):
@@ -35,7 +35,7 @@ def test_a_right_answer_ends_the_episode():
 
 
 def test_a_wrong_answer_is_told_so_and_the_next_one_costs_a_turn():
-    trajectory, context, tokenizer = play(["6", "5"], feedback=hint, turn_discount=0.5)
+    trajectory, _context, tokenizer = play(["6", "5"], feedback=hint, turn_discount=0.5)
     assert (trajectory.reward, trajectory.rewards) == (0.5, {"right": 1.0})
     assert (trajectory.num_turns, trajectory.text) == (2, "5")
     text = tokenizer.decode(trajectory.input_ids)
@@ -46,13 +46,15 @@ def test_a_wrong_answer_is_told_so_and_the_next_one_costs_a_turn():
 
 def test_each_request_begins_with_every_id_of_the_one_before():
     trajectory, context, _ = play(["1", "2", "3"], max_turns=3)
-    for before, after in zip(context.asked, [*context.asked[1:], trajectory.input_ids]):
+    for before, after in zip(
+        context.asked, [*context.asked[1:], trajectory.input_ids], strict=False
+    ):
         assert after[: len(before)] == before
         assert len(after) > len(before)
 
 
 def test_the_turns_are_counted_and_the_last_reward_stands():
-    trajectory, context, _ = play(["1", "2", "3", "5"], max_turns=3, turn_discount=0.9)
+    trajectory, _context, _ = play(["1", "2", "3", "5"], max_turns=3, turn_discount=0.9)
     assert (trajectory.num_turns, trajectory.reward) == (3, 0.0)
 
 

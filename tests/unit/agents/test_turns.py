@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
-from tests.fakes.tokenizer import CharTokenizer
 
 from lightning_grpo.agents.record import EpisodeRecord
 from lightning_grpo.agents.turns import first_ids, next_ids
 from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.types import Completion
+from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
+from tests.fakes.tokenizer import CharTokenizer
 
 ASK = {"role": "user", "content": "What is 2 + 3?"}
 SAID = {"role": "assistant", "content": "It is 6."}

@@ -1,0 +1,126 @@
+"""An episode with tools."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from lightning_grpo.agents.tool_calls import ParsedReply, ToolCall
+from lightning_grpo.agents.tool_process import ToolLimits
+from lightning_grpo.agents.tool_workflow import ToolWorkflow
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.workflow import check_trajectory
+from lightning_grpo.types import Sampling
+from tests.fakes.agents import ScriptedContext, call_text, make_chat_tokenizer, make_prompt
+
+
+def add(a: int, b: int) -> int:
+    """Adds.
+
+    Args:
+        a: One number.
+        b: Another.
+    """
+    return a + b
+
+
+def right(completion, answer):
+    return float(completion == answer)
+
+
+def play(replies, *, truncated=(), **settings):
+    tokenizer = make_chat_tokenizer()
+    context = ScriptedContext(tokenizer, replies, truncated=truncated)
+    settings.setdefault("limits", ToolLimits(processes=1))
+    workflow = ToolWorkflow([add], settings.pop("reward", right), **settings)
+    trajectory = anyio.run(workflow.run, make_prompt(tokenizer, answer="5"), context)
+    return check_trajectory(trajectory, 0), context, workflow, tokenizer
+
+
+def test_a_result_is_appended_and_not_trained_on():
+    said = call_text("add", '{"a": 2, "b": 3}')
+    trajectory, context, workflow, tokenizer = play([said, "5"])
+    assert trajectory.reward == 1.0
+    assert trajectory.rewards == {"right": 1.0, "tool_calls": 1.0, "tool_failures": 0.0}
+    assert tokenizer.decode(trajectory.input_ids) == (
+        "<|im_start|>system\n<tool_call> add<|im_end|>\n"
+        "<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
+        f"{said}<|im_end|>\n<|im_start|>user\n<tool_response>5</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n5<|im_end|>"
+    )
+    sampled = [t for t, m in zip(trajectory.input_ids, trajectory.response_mask, strict=True) if m]
+    assert tokenizer.decode(sampled) == f"{said}<|im_end|>5<|im_end|>"
+    assert workflow.counts.value == 1
+    assert trajectory.input_ids[: len(context.asked[1])] == context.asked[1]
+
+
+def test_an_answer_without_a_call_needs_no_process():
+    trajectory, _, workflow, _ = play(["5"])
+    assert (trajectory.reward, trajectory.num_turns) == (1.0, 1)
+    assert vars(workflow.counts) == dict.fromkeys(vars(workflow.counts), 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("<tool_call>{</tool_call>", "error: the call can't be read"),
+        (call_text("subtract", "{}"), "error: there is no tool 'subtract', only add"),
+        (call_text("add", '{"a": 1}'), "error: TypeError: add() missing"),
+    ],
+)
+def test_a_mistake_is_told_to_the_policy_and_counted(said, told):
+    trajectory, _, workflow, tokenizer = play([said, "5"])
+    assert f"<tool_response>{told}" in tokenizer.decode(trajectory.input_ids)
+    assert trajectory.rewards["tool_failures"] == 1.0
+    assert workflow.counts.raised == 1
+
+
+def test_calls_and_turns_have_limits():
+    said = call_text("add", '{"a": 2, "b": 3}')
+    trajectory, _, workflow, tokenizer = play([said * 2, said, "5"], max_calls=2)
+    assert "no more than 2 calls" in tokenizer.decode(trajectory.input_ids)
+    assert (workflow.counts.value, trajectory.rewards["tool_failures"]) == (2, 1.0)
+    trajectory, _, workflow, _ = play([said, said, "5"], max_turns=2)
+    assert (trajectory.num_turns, workflow.counts.value, trajectory.reward) == (2, 1, 0.0)
+    _, _, workflow, _ = play([said * 50, "5"], max_calls=3)
+    assert workflow.counts.value == 3
+
+
+def test_an_answer_that_was_cut_off_calls_nothing():
+    said = call_text("add", '{"a": 2, "b": 3}')
+    trajectory, _, workflow, _ = play([said, "5"], truncated=[0])
+    assert (trajectory.num_turns, workflow.counts.value) == (1, 0)
+
+
+def test_no_turn_begins_that_could_not_be_finished():
+    said = call_text("add", '{"a": 2, "b": 3}')
+    sampling = Sampling(max_new_tokens=8)
+    trajectory, _, _, _ = play([said, "5"], sampling=sampling, max_tokens=20)
+    assert trajectory.num_turns == 1
+    assert sum(trajectory.response_mask)
+    assert trajectory.response_mask[-1]
+
+
+def test_rewards_see_calls_and_results_before_the_answer():
+    seen = []
+
+    def reward(completion, messages):
+        seen.append([m["role"] for m in messages])
+        return 0.0
+
+    play([call_text("add", '{"a": 2, "b": 3}'), "5"], reward=reward)
+    assert seen == [["user", "assistant", "tool"]]
+
+
+def test_the_form_of_calls_may_be_the_users():
+    def parse(text):
+        calls = (ToolCall("add", {"a": 2, "b": 3}),) if text == "do add" else ()
+        return ParsedReply(text, calls)
+
+    trajectory, _, _, _ = play(["do add", "5"], parse=parse)
+    assert (trajectory.reward, trajectory.num_turns) == (1.0, 2)
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ConfigError, match="`max_turns` must be >= 1"):
+        ToolWorkflow([add], right, max_turns=0)

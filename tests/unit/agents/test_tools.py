@@ -1,0 +1,258 @@
+"""Tools in processes of their own: whatever one does, it is ended, counted and told."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from lightning_grpo.agents.tool_calls import ToolCall
+from lightning_grpo.agents.tool_process import ToolLimits, ToolProcesses
+from lightning_grpo.agents.tools import ToolBox
+from lightning_grpo.errors import ConfigError
+
+LIMITS = ToolLimits(timeout_s=1.5, memory_mb=256, output_mb=1, processes=1)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp")
+
+
+def call(*tools, limits=LIMITS):
+    """Call each tool (or `(tool, arguments)`) in turn in one pool, then a harmless one."""
+    pairs = [tool if isinstance(tool, tuple) else (tool, {}) for tool in tools]
+
+    async def play():
+        processes = ToolProcesses([*(tool for tool, _ in pairs), lambda: "fine"], limits)
+        async with processes.in_use():
+            results = [await processes.call(i, pairs[i][1]) for i in range(len(pairs))]
+            last = await processes.call(len(pairs), {})
+        return results, last, processes.counts
+
+    results, last, counts = anyio.run(play)
+    assert (last.kind, last.text) == ("value", "fine")
+    kinds = [result.kind for result in results] + ["value"]
+    assert vars(counts) == {kind: kinds.count(kind) for kind in vars(counts)}
+    return results
+
+
+def add(a, b):
+    return a + b
+
+
+async def sleep(seconds):
+    await asyncio.sleep(seconds)
+    return "slept"
+
+
+def test_a_function_and_a_coroutine_give_a_text():
+    results = call((add, {"a": 2, "b": 3}), (sleep, {"seconds": 0.01}), lambda: {"a": [1]})
+    assert [result.text for result in results] == ["5", "slept", '{"a": [1]}']
+
+
+def test_a_mistake_is_told():
+    missing, zero, leaves = call((add, {"a": 1}), lambda: 1 / 0, lambda: sys.exit(3))
+    assert missing.text.startswith("TypeError: add() missing 1 required")
+    assert zero.text == "ZeroDivisionError: division by zero"
+    assert leaves.text == "SystemExit: 3"
+
+
+def test_an_endless_loop_is_ended():
+    def loop():
+        while True:
+            pass
+
+    assert [result.kind for result in call(loop, (sleep, {"seconds": 60}))] == 2 * ["timed_out"]
+
+
+def test_an_end_of_its_own_is_told():
+    leaves, crashes = call(lambda: os._exit(7), lambda: ctypes.string_at(0))
+    assert (leaves.kind, leaves.text) == ("killed", "its process ended by itself (status 7)")
+    assert crashes.kind == "killed"
+
+
+def test_a_gigabyte_returned_or_printed_or_held_is_refused():
+    def prints():
+        while True:
+            print("x" * 10_000)
+
+    def writes():
+        with Path("big").open("w") as file:
+            while True:
+                file.write("x" * 100_000)
+
+    long, held, printed, written = call(lambda: "x" * 100_000, lambda: "x" * 2**30, prints, writes)
+    assert long.kind == "too_long"
+    assert held.text.startswith("MemoryError")
+    assert printed.text == written.text == "it wrote more than 1 MB"
+
+
+@linux
+def test_a_fork_a_child_and_a_connection_are_refused():
+    def connects():
+        return socket.create_connection(("127.0.0.1", 9))
+
+    forks, starts, offline = call(os.fork, lambda: subprocess.run(["true"], check=True), connects)
+    assert "Operation not permitted" in forks.text
+    assert "Operation not permitted" in starts.text
+    assert "Permission denied" in offline.text
+    (online,) = call(connects, limits=ToolLimits(network=True, processes=1))
+    assert "refused" in online.text
+
+
+@linux
+def test_threads_are_allowed():
+    def threads():
+        thread = threading.Thread(target=print)
+        thread.start()
+        thread.join()
+        return "ran"
+
+    assert call(threads)[0].text == "ran"
+
+
+@linux
+def test_a_write_outside_the_scratch_folder_is_refused():
+    outside = Path(tempfile.gettempdir(), "written-by-a-tool")
+
+    def write(path):
+        Path(path).write_text("x")
+        return ",".join(sorted(os.listdir()))
+
+    here = __file__
+    out, within, removes, signals = call(
+        (write, {"path": str(outside)}),
+        (write, {"path": "inside"}),
+        lambda: os.remove(here),
+        lambda: os.kill(os.getppid(), 0),
+    )
+    assert not outside.exists()
+    assert within.text == "inside"
+    assert "Permission denied" in out.text
+    assert "Permission denied" in removes.text
+    assert "not permitted" in signals.text
+
+
+def test_the_scratch_folder_is_empty_at_every_call():
+    def write(name):
+        Path(name).write_text("x")
+        Path(name + "-folder").mkdir()
+        return ",".join(sorted(os.listdir()))
+
+    async def play():
+        processes = ToolProcesses([write], LIMITS)
+        async with processes.in_use():
+            return [(await processes.call(0, {"name": name})).text for name in "ab"]
+
+    assert anyio.run(play) == ["a,a-folder", "b,b-folder"]
+
+
+def test_what_is_no_answer_ends_the_process():
+    def forges():
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, b"\xff" * 8)
+            except OSError:
+                continue
+        return "x"
+
+    assert call(forges)[0].kind == "killed"
+
+
+def test_a_cancelled_call_ends_its_process_and_the_last_user_ends_the_rest():
+    async def play():
+        processes = ToolProcesses([time.sleep, os.getpid], LIMITS)
+        before = set(psutil.Process().children())
+        async with processes.in_use():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(processes.call, 0, {"seconds": 60})
+                await anyio.sleep(1.0)
+                tasks.cancel_scope.cancel()
+            pid = int((await processes.call(1, {})).text)
+            assert psutil.pid_exists(pid)
+        assert not psutil.pid_exists(pid)
+        assert set(psutil.Process().children()) <= before
+
+    anyio.run(play)
+
+
+def test_tools_run_at_once_as_many_as_there_are_processes():
+    async def play():
+        processes = ToolProcesses([os.getpid, sleep], ToolLimits(processes=2))
+        pids = set()
+
+        async def ask():
+            await processes.call(1, {"seconds": 0.05})
+            pids.add((await processes.call(0, {})).text)
+
+        async with processes.in_use(), anyio.create_task_group() as tasks:
+            for _ in range(6):
+                tasks.start_soon(ask)
+        return pids, processes.counts.value
+
+    pids, count = anyio.run(play)
+    assert len(pids) <= 2
+    assert count == 12
+
+
+def test_a_tool_that_cannot_be_loaded_is_a_mistake_of_the_configuration():
+    class Broken:
+        def __reduce__(self):
+            return (int, ("no number",))
+
+        def __call__(self):
+            return ""
+
+    async def play():
+        processes = ToolProcesses([Broken()], LIMITS)
+        async with processes.in_use():
+            await processes.call(0, {})
+
+    with pytest.raises(ConfigError, match=r"can't be loaded in a process: (.|\n)*invalid literal"):
+        anyio.run(play)
+
+
+def described(a: int, b: int = 2) -> int:
+    """Adds.
+
+    Args:
+        a: One number.
+        b: Another.
+    """
+    return a + b
+
+
+def test_a_function_is_described_by_its_hints_and_docstring():
+    (schema,) = ToolBox([described], LIMITS).schemas
+    function = schema["function"]
+    assert (function["name"], function["description"]) == ("described", "Adds.")
+    assert function["parameters"]["required"] == ["a"]
+    with pytest.raises(ConfigError, match="tool 'add' can't be described .*under `Args:`"):
+        ToolBox([add], LIMITS)
+    with pytest.raises(ConfigError, match="different names, two are named 'described'"):
+        ToolBox([described, described], LIMITS)
+    with pytest.raises(ConfigError, match="got none"):
+        ToolBox([], LIMITS)
+
+
+def test_a_call_of_no_tool_is_answered_and_counted():
+    async def play():
+        box = ToolBox([described], LIMITS)
+        return await box.call(ToolCall("subtract", {})), box.counts.raised
+
+    result, raised = anyio.run(play)
+    assert result.text == "there is no tool 'subtract', only described"
+    assert raised == 1
+
+
+def test_limits_that_nothing_could_run_under_are_refused():
+    with pytest.raises(ConfigError, match=r"`limits.timeout_s` must be > 0, got 0"):
+        ToolLimits(timeout_s=0)
