@@ -1,0 +1,115 @@
+"""The examples as their users start them: a process of its own, an empty folder, few steps."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = REPOSITORY / "examples"
+MAX_FABRIC_LINES = 120
+
+
+def python(folder: Path, *arguments: str | Path) -> str:
+    """What a program prints, run in `folder` with the package importable."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def shortened(script: Path, folder: Path, **values: int) -> Path:
+    """A copy of a script with other numbers: `name=value` for each keyword."""
+    text = script.read_text()
+    for name, value in values.items():
+        text, count = re.subn(rf"\b{name}=\d+", f"{name}={value}", text)
+        assert count == 1, f"{script} has {count} times {name}="
+    copy = folder / script.name
+    copy.write_text(text)
+    return copy
+
+
+def rewards(printed: str) -> list[float]:
+    return [float(value) for value in re.findall(r"step +\d+.*?reward ([\d.]+)", printed)]
+
+
+@pytest.mark.slow
+def test_a_reward_may_stand_in_a_script_that_has_no_main_guard(tmp_path):
+    script = shortened(
+        EXAMPLES / "custom_reward/train.py",
+        tmp_path,
+        **{"max_steps": 2, "val_check_interval": 2, "limit": 16, "batch_size": 4, "group_size": 4},
+    )
+    printed = python(tmp_path, script)
+    assert len(rewards(printed)) == 2
+    assert "held-out at step 2" in printed
+
+
+@pytest.mark.slow
+def test_a_module_of_the_current_folder_trains_from_the_command_line(tmp_path):
+    (tmp_path / "maxrl.py").write_text((EXAMPLES / "custom_module/maxrl.py").read_text())
+    printed = python(
+        tmp_path,
+        *("-m", "lightning_grpo.cli.main", "fit", "--config", "quickstart.yaml"),
+        *("--model", "maxrl.MaxRL", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"),
+        *("--data.batch_size", "4", "--data.group_size", "4"),
+    )
+    assert len(rewards(printed)) == 2
+    saved = (tmp_path / "runs/quickstart/version_0/config.yaml").read_text()
+    assert "class_path: maxrl.MaxRL" in saved
+
+
+@pytest.mark.slow
+def test_the_fabric_loop_learns_publishes_and_exports(tmp_path):
+    script = EXAMPLES / "fabric/train.py"
+    printed = python(tmp_path, script, "--steps", "6", "--held-out", "16", "--out", "model")
+    reward = rewards(printed)
+    assert len(reward) == 6
+    assert sum(reward[3:]) > sum(reward[:3]) + 0.1
+    assert "held-out after" in printed
+    assert (tmp_path / "model/model.safetensors").is_file()
+
+
+def test_the_fabric_loop_can_be_read_in_one_sitting():
+    lines = (EXAMPLES / "fabric/train.py").read_text().splitlines()
+    assert len(lines) <= MAX_FABRIC_LINES
+
+
+def test_the_front_page_shows_the_program_the_module_and_the_config_that_ship():
+    page = (REPOSITORY / "README.md").read_text()
+    program, module = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    assert structure(program) == structure((EXAMPLES / "custom_reward/train_gsm8k.py").read_text())
+    assert structure(module) == structure((EXAMPLES / "custom_module/maxrl.py").read_text())
+    assert len([line for line in program.splitlines() if line.strip()]) <= 16
+    (config,) = re.findall(r"^```yaml\n(.*?)^```", page, re.S | re.M)
+    shipped = (REPOSITORY / "configs/quickstart.yaml").read_text()
+    assert config == shipped.split("\n", 1)[1]
+
+
+def test_the_program_of_the_front_page_builds_without_a_gpu_or_the_hub(tmp_path):
+    text = (EXAMPLES / "custom_reward/train_gsm8k.py").read_text()
+    built = text.replace("trainer.fit(module, data)", "print(module.model_name, data.batch_size)")
+    (tmp_path / "built.py").write_text(built)
+    assert "Qwen/Qwen2.5-1.5B-Instruct 256" in python(tmp_path, "built.py")
+
+
+def structure(source: str) -> str:
+    """A program without its formatting and its docstring."""
+    tree = ast.parse(source)
+    if isinstance(tree.body[0], ast.Expr):
+        tree.body.pop(0)
+    return ast.dump(tree)
