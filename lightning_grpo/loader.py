@@ -258,21 +258,15 @@ def split(taken: Taken, trained: Tensor, shape: Shape) -> list[RankShare]:
     rank_plans: list[list[MinibatchPlan]] = [[] for _ in range(shape.num_ranks)]
     denominators = []
     for first, last in _minibatch_bounds(groups, shape.minibatches):
-        rows = _trained_rows(range(first, last), trained, shape.num_ranks)
+        rows = [i for i in range(first, last) if trained[i]]
         row_lengths = [lengths[i] for i in rows]
         shares = balance(row_lengths, shape.num_ranks)
         plans = plan_ranks(row_lengths, shares, shape.max_tokens)
         for rank, plan in enumerate(plans):
-            rank_plans[rank].append([[rows[j] for j in micro] for micro in plan])
+            # Every rank joins every reduction: one without a sequence has an empty micro-batch.
+            rank_plans[rank].append([[rows[j] for j in micro] for micro in plan or [[]]])
         denominators.append(taken.batch.denominators(range(first, last)))
     return [_rank_share(whole, plans, denominators) for plans in rank_plans]
-
-
-def _trained_rows(rows: range, trained: Tensor, num_ranks: int) -> list[int]:
-    """Rows with a gradient, filled up to one per rank: every rank joins every reduction."""
-    chosen = [i for i in rows if trained[i]]
-    others = [i for i in rows if not trained[i]]
-    return sorted(chosen + others[: max(0, num_ranks - len(chosen))])
 
 
 def _minibatch_bounds(groups: list[Group], minibatches: int) -> list[tuple[int, int]]:

@@ -56,13 +56,30 @@ class Objective:
         weighted = type(self.loss) in _ADVANTAGE_WEIGHTED
         return weighted and self.kl is None and self.entropy_coefficient == 0.0
 
-    def anchor(self, policy: nn.Module, rollout: Rollout, steps: int, device: torch.device) -> None:
+    def anchor(
+        self,
+        policy: nn.Module,
+        rollout: Rollout,
+        steps: int,
+        device: torch.device,
+        reference: nn.Module | None = None,
+    ) -> None:
         """Fix where the clip is anchored, before the first of `steps` steps on a rollout batch.
 
         Without a correction that is the behavior policy; with one the proximal policy, which is
         scored in the same micro-batches as training, or, if there is one step only, is the policy
-        itself, detached.
+        itself, detached. A KL penalty's reference is scored here, too.
+
+        Args:
+            policy: A `PackedPolicy`, before the first step.
+            rollout: Gets the logprobs.
+            steps: Optimizer steps on it.
+            device: Where they are computed.
+            reference: Another `PackedPolicy`, frozen; needed with a KL penalty.
         """
+        if self.kl is not None:
+            assert reference is not None, "a KL penalty needs its reference policy"
+            rollout.reference_logprobs = score(reference, rollout, device)
         if self.correction is None:
             rollout.proximal_logprobs = rollout.sequences.behavior_logprobs
         elif steps > 1:
@@ -116,7 +133,8 @@ class Objective:
 @torch.no_grad()
 def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
     """Logprobs of this rank's share under `policy`, `[share tokens]`, in training's own passes."""
-    scores = torch.zeros_like(rollout.sequences.behavior_logprobs)
+    dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    scores = torch.zeros_like(rollout.sequences.behavior_logprobs, dtype=dtype)
     for index, plan in enumerate(rollout.plans):
         minibatch = Minibatch(rollout, index, 0, is_first=False, is_last=False)
         for k, rows in enumerate(plan):
@@ -128,5 +146,5 @@ def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
                 positions_mask=batch.response_mask,
             )
             if rows:
-                scores[token_rows(rollout.sequences, rows)] = logprobs.float().cpu()
+                scores[token_rows(rollout.sequences, rows)] = logprobs.cpu()
     return scores
