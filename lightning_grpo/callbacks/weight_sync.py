@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
-from lightning_grpo.weights.transport import Transport
+from lightning_grpo.weights.transport import Interruption, Transport
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -31,6 +31,11 @@ class WeightSync(Callback):
         gather_timeout_s: Deadline of gathering the shards.
         request_timeout_s: Deadline of each request to a server.
         verify: Whether a probe must agree after each publish.
+        interruption: What becomes of requests in flight. `abort` takes them back and sends them
+            again with what they have, and is exact on every server. `retract` has the server read
+            them again (SGLang from 0.5.19, started with `disable-radix-cache`). `in_place` keeps
+            the old weights' keys and values: quickest, and the logprobs behind an update are then
+            those of no version.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class WeightSync(Callback):
         gather_timeout_s: float = 60.0,
         request_timeout_s: float = 60.0,
         verify: bool = True,
+        interruption: Interruption = "abort",
     ) -> None:
         if bucket_mb < 1:
             raise ConfigError(f"`bucket_mb` must be >= 1, got {bucket_mb}.")
@@ -48,12 +54,18 @@ class WeightSync(Callback):
                 "`gather_timeout_s` and `request_timeout_s` must be > 0 seconds, got "
                 f"{gather_timeout_s} and {request_timeout_s}."
             )
+        if interruption not in get_args(Interruption):
+            raise ConfigError(
+                f"`interruption` must be one of {', '.join(get_args(Interruption))}, got"
+                f" {interruption!r}."
+            )
         self.settings = SyncSettings(
             transport=transport,
             bucket_bytes=bucket_mb << 20,
             gather_timeout_s=gather_timeout_s,
             request_timeout_s=request_timeout_s,
             verify=verify,
+            interruption=interruption,
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

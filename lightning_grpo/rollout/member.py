@@ -75,6 +75,7 @@ class Member:
         self.paused = False
         self._labels: dict[str, int] = {}
         self._scopes: set[anyio.CancelScope] = set()
+        self._settled = anyio.Event()
 
     def __repr__(self) -> str:
         return f"Member({self.describe()})"
@@ -115,14 +116,24 @@ class Member:
         self.state = MemberState.UPDATING
         self.reason = ""
 
+    def expect(self, version: int, label: str) -> None:
+        """It is about to get the weights of `version`, which it will call `label`."""
+        self._labels[label] = version
+        for old in list(self._labels)[:-64]:
+            del self._labels[old]
+
     def mark_clean(self, version: int, label: str) -> None:
         """It holds the weights of `version`, which it calls `label`."""
         self.state = MemberState.CLEAN
         self.version = version
         self.reason = ""
-        self._labels[label] = version
-        for old in list(self._labels)[:-64]:
-            del self._labels[old]
+        self.expect(version, label)
+        self._settle()
+
+    async def settled(self) -> None:
+        """Waits while its weights are being changed: until they are proved, or given up."""
+        while self.state is MemberState.UPDATING:
+            await self._settled.wait()
 
     def mark_dirty(self, reason: str) -> None:
         """Its weights are unknown: whatever it holds of ours is sent elsewhere."""
@@ -131,12 +142,14 @@ class Member:
         self.state = MemberState.DIRTY
         self.reason = reason
         self._give_up_requests()
+        self._settle()
 
     def mark_dead(self, reason: str) -> None:
         """It is gone, or as good as gone."""
         self.state = MemberState.DEAD
         self.reason = reason
         self._give_up_requests()
+        self._settle()
 
     def version_of(self, label: str) -> int:
         """The version of a label that the server reports.
@@ -152,9 +165,9 @@ class Member:
             )
         return version
 
-    async def pause(self) -> None:
-        """Holds new requests back on the server."""
-        await self.client.pause()
+    async def pause(self, mode: str = "retract") -> None:
+        """Stops the server between two tokens; it holds requests back until `unpause`."""
+        await self.client.pause(mode)
         self.paused = True
 
     async def unpause(self) -> None:
@@ -171,6 +184,10 @@ class Member:
     def forget(self, scope: anyio.CancelScope) -> None:
         """The request of this scope has ended."""
         self._scopes.discard(scope)
+
+    def _settle(self) -> None:
+        self._settled.set()
+        self._settled = anyio.Event()
 
     def _give_up_requests(self) -> None:
         for scope in list(self._scopes):

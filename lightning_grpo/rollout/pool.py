@@ -18,7 +18,11 @@ import anyio
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError, ServersLostError
 from lightning_grpo.rollout.client import ServerClient, new_session
-from lightning_grpo.rollout.interruption import take_back
+from lightning_grpo.rollout.interruption import (
+    Interruption,
+    check_interruption,
+    stop_generation,
+)
 from lightning_grpo.rollout.member import Member, MemberState, ServerLike
 from lightning_grpo.rollout.monitor import HealthPolicy, Monitor, Restart, Restore
 from lightning_grpo.rollout.partial import Decode, Partial
@@ -202,17 +206,23 @@ class ServerPool:
                 self._router.release(member)
         return partial.completion(self._decode)
 
-    async def interrupt(self, timeout_s: float = 30.0) -> None:
-        """Stops handing out servers, takes back every request, then pauses the servers.
+    def check_interruption(self, mode: Interruption) -> None:
+        """Refuses a way of interruption that a server does not support exactly."""
+        check_interruption(mode, self._members)
 
-        On return no request of ours is in flight: partial tokens are kept and wait for `resume`.
-        A server that does not give its requests back in time is dirty, its requests go elsewhere.
+    async def interrupt(self, timeout_s: float = 30.0, mode: Interruption = "abort") -> None:
+        """Stops handing out servers and pauses them.
+
+        After `abort` no request of ours is in flight: partial tokens are kept and wait for
+        `resume`. A server that does not play along in time is dirty, its requests go elsewhere.
         """
         self._router.close()
         async with anyio.create_task_group() as tasks:
             for member in self._members:
                 if member.alive:
-                    tasks.start_soon(take_back, member, timeout_s, self._monitor.suspect)
+                    tasks.start_soon(
+                        stop_generation, member, timeout_s, self._monitor.suspect, mode
+                    )
 
     async def resume(self) -> None:
         """Hands servers out again, clean ones; a clean server still paused is continued."""
@@ -262,6 +272,9 @@ class ServerPool:
         try:
             with scope:
                 reply = await member.client.generate(request)
+                # Unless it aborts, an update is under way with requests in flight: what they got
+                # since counts once the new weights are proved.
+                await member.settled()
         finally:
             member.forget(scope)
         if scope.cancelled_caught:

@@ -84,6 +84,7 @@ class ServerInfo(msgspec.Struct):
     max_req_input_len: int | None = None
     max_running_requests: int | None = None
     enable_deterministic_inference: bool | None = None
+    disable_radix_cache: bool | None = None
     tp_size: int = 1
     vocab_size: int | None = None
 

@@ -153,7 +153,8 @@ class WeightPublisher:
 
     async def _interrupt(self, report: PublishReport) -> None:
         started = time.monotonic()
-        await self._fleet.interrupt(self._settings.request_timeout_s)
+        mode = self._settings.interruption
+        await self._fleet.interrupt(self._settings.request_timeout_s, mode)
         report.seconds["interrupt"] = time.monotonic() - started
 
     async def _bring(self, target: Target, report: PublishReport) -> None:
@@ -178,10 +179,9 @@ class WeightPublisher:
     async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s
         label = f"{self._run_id}:{report.version}"
-        async with report.phase("flush", timeout_s):
-            # Over HTTP there is nothing to wait on but another answer.
-            while not await client.flush_cache():  # noqa: ASYNC110
-                await anyio.sleep(FLUSH_WAIT_S)
+        if self._settings.interruption == "abort":
+            await self._flush(client, report)
+        target.expect(report.version, label)
         refused = False
         try:
             await self._transfer(target, label, report)
@@ -204,6 +204,16 @@ class WeightPublisher:
             raise WeightSyncError(f"{client.url} was lost while it was updated")
         report.updated.append(client.url)
         target.mark_clean(report.version, label)
+
+    async def _flush(self, client: UpdateClient, report: PublishReport) -> None:
+        """Empties the prefix cache; a server that holds requests refuses.
+
+        It holds some unless they were aborted; then no prefix is kept (retract), or all (in_place).
+        """
+        async with report.phase("flush", self._settings.request_timeout_s):
+            # Over HTTP there is nothing to wait on but another answer.
+            while not await client.flush_cache():  # noqa: ASYNC110
+                await anyio.sleep(FLUSH_WAIT_S)
 
     async def _transfer(self, target: Target, label: str, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s

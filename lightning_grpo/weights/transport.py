@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,12 @@ from lightning_grpo.errors import WeightSyncError
 
 Snapshot = Mapping[str, Tensor]
 """Whole weights under their checkpoint names; nobody writes to it once it is handed over."""
+
+
+Interruption = Literal["abort", "retract", "in_place"]
+"""What becomes of requests in flight during an update: taken back by the client and sent again; put
+back in the server's queue and read again under the new weights; or kept, with the old weights' keys
+and values."""
 
 
 class Reply(Protocol):
@@ -91,6 +97,10 @@ class Target(Protocol):
         """Its weights are unknown from here on."""
         ...
 
+    def expect(self, version: int, label: str) -> None:
+        """It is about to get `version`, which it will call `label`."""
+        ...
+
     def mark_clean(self, version: int, label: str) -> None:
         """It holds `version`, proved."""
         ...
@@ -116,8 +126,8 @@ class Fleet(Protocol):
         """All servers."""
         ...
 
-    async def interrupt(self, timeout_s: float = 30.0) -> None:
-        """Takes every request back and pauses the servers."""
+    async def interrupt(self, timeout_s: float = 30.0, mode: Interruption = "abort") -> None:
+        """Pauses the servers, every request taken back or kept."""
         ...
 
     async def resume(self) -> None:

@@ -114,11 +114,7 @@ class Server:
         self.post("/abort_request", abort_all=True)
         self.post("/continue_generation")
         self.wait_until(lambda running, waiting: running == waiting == 0)
-        info = self.get("/model_info")
-        if info["weight_version"] != "default":
-            self.post(
-                "/update_weights_from_disk", model_path=str(self.model), weight_version="default"
-            )
+        self.post("/update_weights_from_disk", model_path=str(self.model), weight_version="default")
 
 
 class InFlight:
