@@ -28,9 +28,10 @@ class MultiTurnWorkflow(RewardedWorkflow):
     Args:
         reward: A function, or several, called on every answer. `messages` is the conversation
             before the answer.
-        feedback: What is said after a miss: a text, or a function (sync or async) that names its
+        feedback: Makes what is said after a miss: a function (sync or async) that names its
             arguments as a reward does and returns a text, or None to end. It runs on the event
-            loop, so it must be quick.
+            loop, so it must be quick. None: `retry_text` is said.
+        retry_text: What is said where there is no `feedback`.
         sampling: How each answer is sampled; `max_new_tokens` is for one turn.
         reward_weights: A weight for each function; None: all 1.
         max_turns: Most answers.
@@ -42,7 +43,8 @@ class MultiTurnWorkflow(RewardedWorkflow):
     def __init__(  # noqa: PLR0913 - config surface: what a YAML file may set
         self,
         reward: list[Callable[..., Any]] | Callable[..., Any],
-        feedback: str | Callable[..., Any] = _TRY_AGAIN,
+        feedback: Callable[..., Any] | None = None,
+        retry_text: str = _TRY_AGAIN,
         sampling: Sampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | None = None,
         max_turns: int = 2,
@@ -58,12 +60,13 @@ class MultiTurnWorkflow(RewardedWorkflow):
                 f"`turn_discount` must be > 0 and <= 1 (a factor for each turn), got "
                 f"{turn_discount}. 1 makes turns free."
             )
-        self.feedback = feedback
+        self.retry_text = retry_text
         self.max_turns = max_turns
         self.turn_discount = turn_discount
         self.passing_reward = passing_reward
         self.max_tokens = max_tokens
-        self._asked = None if isinstance(feedback, str) else BoundReward(feedback)
+        # No union with text: a mistyped import path would become what is said.
+        self._asked = None if feedback is None else BoundReward(feedback)
 
     def validate(self, columns: Collection[str]) -> None:
         """Refuse rewards and feedback that ask for what the prompts don't have."""
@@ -103,7 +106,7 @@ class MultiTurnWorkflow(RewardedWorkflow):
         self, prompt: Prompt, record: EpisodeRecord, messages: list[dict[str, Any]]
     ) -> str | None:
         if self._asked is None:
-            return str(self.feedback)
+            return self.retry_text
         told = replace(prompt, messages=tuple(messages))
         arguments = self._asked.arguments(told, record.last.text, record.last.token_ids)
         said = self._asked.reward(**arguments)

@@ -65,7 +65,7 @@ def test_rewards_see_the_conversation_before_the_answer():
         seen.append([m["content"] for m in messages])
         return 0.0
 
-    play(["1", "2"], reward=reward, feedback="No.")
+    play(["1", "2"], reward=reward, retry_text="No.")
     assert seen == [["What is 2 + 3?"], ["What is 2 + 3?", "1", "No."]]
 
 

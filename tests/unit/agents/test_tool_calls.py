@@ -80,7 +80,7 @@ def test_a_whole_answer_may_be_the_call():
 
 def test_the_tokenizers_own_parser_goes_first():
     class Own(CharTokenizer):
-        response_template = {"some": "template"}
+        response_template = "some template"
 
         def parse_response(self, text, *, prefix, tools):
             assert (prefix, tools) == ("before", [{"t": 1}])
@@ -116,7 +116,7 @@ def test_transformers_own_parser_is_spoken_to_as_it_wants():
 
 
 def test_a_template_that_knows_no_tools_is_refused_with_the_way_out():
-    with pytest.raises(ConfigError, match="states no form of tool calls.*pass `parse`"):
+    with pytest.raises(ConfigError, match=r"states no form of tool calls.*pass `parse`"):
         parse("{{ messages }}", "x")
 
 

@@ -235,7 +235,7 @@ def test_a_function_is_described_by_its_hints_and_docstring():
     function = schema["function"]
     assert (function["name"], function["description"]) == ("described", "Adds.")
     assert function["parameters"]["required"] == ["a"]
-    with pytest.raises(ConfigError, match="tool 'add' can't be described .*under `Args:`"):
+    with pytest.raises(ConfigError, match=r"tool 'add' can't be described .*under `Args:`"):
         ToolBox([add], LIMITS)
     with pytest.raises(ConfigError, match="different names, two are named 'described'"):
         ToolBox([described, described], LIMITS)

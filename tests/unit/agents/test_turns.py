@@ -108,7 +108,7 @@ def test_only_what_was_sampled_is_masked_in_and_carries_logprobs_and_versions():
 def test_a_history_that_was_made_anew_is_refused():
     sampled = Completion((3, 4), (0.0, 0.0), (0, 0), "a", "stop")
     again = EpisodeRecord((1, 2, 5, 4), ((2, sampled),))
-    with pytest.raises(RolloutError, match="tokens 2 to 4 .* not the ids that were sampled"):
+    with pytest.raises(RolloutError, match=r"tokens 2 to 4 .* not the ids that were sampled"):
         again.trajectory(0.0, {})
     with pytest.raises(RolloutError, match="nothing was sampled"):
         EpisodeRecord((1, 2)).trajectory(0.0, {})
