@@ -27,13 +27,8 @@ _REFUSED_CALLBACKS = {
 }
 
 
-def check_trainer(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int) -> None:
-    """Refuse Trainer settings that can't work with rollouts.
-
-    Args:
-        trainer: The trainer about to fit.
-        steps_per_rollout: Optimizer steps on one rollout batch.
-        epoch_steps: Optimizer steps of a nominal epoch.
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse Trainer settings that can't work with rollouts, before anything is opened.
 
     Raises:
         ConfigError: A setting can't work; the message says what to set instead.
@@ -47,6 +42,19 @@ def check_trainer(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int) 
             f"`trainer.overfit_batches` must be 0 (rollouts are sampled anew), got "
             f"{settings.overfit_batches}. To train on few prompts set `data.prompts.limit`."
         )
+
+
+def check_intervals(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int) -> None:
+    """Refuse what would stop, save or validate in the middle of a rollout batch.
+
+    Args:
+        trainer: The trainer about to fit.
+        steps_per_rollout: Optimizer steps on one rollout batch.
+        epoch_steps: Optimizer steps of a nominal epoch.
+
+    Raises:
+        ConfigError: Which setting, and the nearest value that works.
+    """
     if steps_per_rollout > 1:
         for name, steps in _intervals(trainer, epoch_steps):
             _check_interval(name, steps, steps_per_rollout)

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo._compat import launched_processes
-from lightning_grpo.contract import check_trainer
+from lightning_grpo.contract import check_intervals, check_trainer
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import Evaluation, EvaluationRecord
@@ -138,9 +138,10 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be checked, then start the servers in the background."""
         trainer = self._attached
+        check_trainer(trainer)
         session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
-        check_trainer(trainer, self.steps_per_rollout, epoch_steps)
+        check_intervals(trainer, self.steps_per_rollout, epoch_steps)
         self._adapt(trainer, stage)
         self.session = session
         session.start()

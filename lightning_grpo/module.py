@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,8 @@ class GRPOModule(L.LightningModule):
         self._gradient_checkpointing = gradient_checkpointing
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
+        # In a list, so that it is no submodule: neither trained, sharded nor saved.
+        self._reference: list[PackedPolicy] = []
 
     # -- the policy -----------------------------------------------------------------------------
 
@@ -217,6 +220,12 @@ class GRPOModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Zero the gradients: Lightning's own place for it would wipe the micro-batches'."""
+        if self.trainer.num_training_batches == math.inf:
+            raise ConfigError(
+                "the training loader must have a length, or Lightning fetches a batch before the "
+                "step on the one before it. Give it `__len__`, or set "
+                "`trainer.limit_train_batches` to a number of steps."
+            )
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
 
@@ -227,7 +236,8 @@ class GRPOModule(L.LightningModule):
         """Run the micro-batches of one optimizer step; Lightning does the last one's backward."""
         policy = self.sharding_root()
         if batch.is_first:
-            self.objective.anchor(policy, batch.rollout, self._data.steps_per_rollout, self.device)
+            steps, reference = self._data.steps_per_rollout, self._reference_policy()
+            self.objective.anchor(policy, batch.rollout, steps, self.device, reference)
         metrics: Metrics = {}
         loss = torch.zeros(())
         for k in range(batch.num_micro_batches):
@@ -243,6 +253,16 @@ class GRPOModule(L.LightningModule):
             metrics = merge(metrics, more)
         self._log_step(batch, metrics)
         return loss
+
+    def _reference_policy(self) -> PackedPolicy | None:
+        """The reference of a KL penalty, whole on each rank; without one nothing is loaded."""
+        if self.kl is None:
+            return None
+        if not self._reference:
+            path = resolve_path(self.kl.reference or self.model_name)
+            reference = PackedPolicy(load_policy(path, model_kwargs=self._model_kwargs))
+            self._reference.append(reference.to(self.device).requires_grad_(False))
+        return self._reference[0]
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
         sums, maxima = to_tensors(metrics, self.device)
@@ -304,6 +324,11 @@ class GRPOModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that a run can't do without, unless the trainer has one of the kind."""
+        if self.trainer.datamodule is None:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "GRPOModule needs the rollouts of a RolloutDataModule. Call "
+                "`trainer.fit(module, datamodule=data)`."
+            )
         if self.trainer.state.fn == TrainerFn.PREDICTING:  # the first of ours that Lightning calls
             raise ConfigError(
                 "`trainer.predict` can't be used: completions come from the servers. To score a "

@@ -1,0 +1,122 @@
+"""Trainer settings that can't work with rollouts, each refused with the way out."""
+
+from __future__ import annotations
+
+import re
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
+
+from lightning_grpo.contract import check_intervals, check_trainer
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+
+
+def make_trainer(**settings) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", devices=1, **{**quiet, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"accumulate_grad_batches": 2},
+            "`trainer.accumulate_grad_batches` must be 1 (one batch is one optimizer step, its "
+            "micro-batches run inside it), got 2. To save memory lower "
+            "`model.max_tokens_per_microbatch`.",
+        ),
+        (
+            {"reload_dataloaders_every_n_epochs": 1},
+            "`trainer.reload_dataloaders_every_n_epochs` must be 0 (the prompt stream never "
+            "ends), got 1. Leave it out.",
+        ),
+        (
+            {"precision": "bf16-true"},
+            "`trainer.precision` must be `32-true` (updates of 1e-6 vanish in bf16 weights), got "
+            "`bf16-true`. For bf16 compute use `trainer.strategy: fsdp2`",
+        ),
+        ({"precision": "64-true"}, "`trainer.precision` must be `32-true`"),
+        (
+            {"overfit_batches": 1},
+            "`trainer.overfit_batches` must be 0 (rollouts are sampled anew), got 1. To train on "
+            "few prompts set `data.prompts.limit`.",
+        ),
+        (
+            {"callbacks": [GradientAccumulationScheduler({4: 2})]},
+            "`trainer.callbacks` must not hold GradientAccumulationScheduler (it changes what a "
+            "batch is). Remove it and bound memory with `model.max_tokens_per_microbatch`.",
+        ),
+        (
+            {"callbacks": [LearningRateFinder()]},
+            "must not hold LearningRateFinder (it changes what a batch is). Remove it and set the "
+            "learning rate of `model.optimizer`.",
+        ),
+        ({"callbacks": [BatchSizeFinder()]}, "must not hold BatchSizeFinder"),
+    ],
+)
+def test_what_can_t_work_is_refused_with_the_way_out(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_trainer(make_trainer(**settings))
+
+
+def test_a_sharded_strategy_takes_no_precision_but_its_own():
+    with pytest.raises(ConfigError, match=r"`precision` must be 32-true with FSDP2.*param_dtype"):
+        make_trainer(strategy=FSDP2Strategy(), precision="bf16-mixed")
+    check_trainer(make_trainer(strategy=FSDP2Strategy()))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"precision": "bf16-mixed"},
+        {"gradient_clip_val": 1.0, "max_steps": 7, "val_check_interval": 3},
+        {"fast_dev_run": True},
+        {"max_time": "00:01:00:00"},
+    ],
+)
+def test_what_works_passes(settings):
+    trainer = make_trainer(**settings)
+    check_trainer(trainer)
+    check_intervals(trainer, steps_per_rollout=1, epoch_steps=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "got", "nearest"),
+    [
+        ({"max_steps": 10}, "trainer.max_steps", 10, 12),
+        ({"val_check_interval": 5}, "trainer.val_check_interval", 5, 4),
+        ({"val_check_interval": 0.25}, "trainer.val_check_interval", 10, 12),
+        ({"limit_train_batches": 6}, "trainer.limit_train_batches", 6, 8),
+        ({"limit_train_batches": 0.55}, "trainer.limit_train_batches", 22, 24),
+        (
+            {"callbacks": [ModelCheckpoint(every_n_train_steps=1)]},
+            "ModelCheckpoint.every_n_train_steps",
+            1,
+            4,
+        ),
+    ],
+)
+def test_what_would_cut_a_rollout_batch_is_refused_with_the_nearest(settings, name, got, nearest):
+    with pytest.raises(ConfigError) as refusal:
+        check_intervals(make_trainer(**settings), steps_per_rollout=4, epoch_steps=40)
+    assert str(refusal.value).startswith(f"`{name}` must be a multiple of 4")
+    assert f"got {got} steps" in str(refusal.value)
+    assert str(refusal.value).endswith(f"The nearest is {nearest}.")
+
+
+def test_intervals_between_rollout_batches_pass():
+    trainer = make_trainer(
+        max_steps=12,
+        val_check_interval=0.5,
+        callbacks=[ModelCheckpoint(every_n_train_steps=8), ModelCheckpoint(monitor="eval/x")],
+    )
+    check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
+    check_intervals(make_trainer(fast_dev_run=2), steps_per_rollout=2, epoch_steps=40)

@@ -1,0 +1,77 @@
+"""Constructor arguments as plain data, and back."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from lightning_grpo import hparams
+from lightning_grpo.algorithm.aggregation import SequenceMean
+from lightning_grpo.algorithm.corrections import TokenTIS
+from lightning_grpo.algorithm.kl import K3, KLPenalty
+from lightning_grpo.algorithm.losses import GRPOLoss
+from lightning_grpo.errors import CheckpointError
+from tests.fakes.user_objects import ScaledLoss, make_adam, own_loss
+
+OBJECTS = [
+    GRPOLoss(clip_high=0.3, aggregation=SequenceMean()),
+    KLPenalty(0.1, K3()),
+    TokenTIS(cap=3.0),
+    ScaledLoss(0.5),
+]
+
+
+@pytest.mark.parametrize("value", OBJECTS, ids=lambda value: type(value).__name__)
+def test_objects_become_a_class_path_and_arguments_and_come_back(value, tmp_path):
+    plain = hparams.to_plain({"loss": value})
+    torch.save(plain, tmp_path / "file")
+    loaded = torch.load(tmp_path / "file", weights_only=True)
+    assert loaded["loss"]["class_path"].endswith(type(value).__name__)
+    assert loaded["not_restored"] == []
+    restored = hparams.from_plain(loaded["loss"])
+    assert type(restored) is type(value)
+    assert vars(restored) == vars(value)
+
+
+def test_functions_and_containers_become_import_paths_and_containers():
+    given = {"optimizer": make_adam, "loss": own_loss, "kwargs": {"a": [1, (2.0, None)]}}
+    plain = hparams.to_plain(given)
+    assert plain["kwargs"] == {"a": [1, [2.0, None]]}
+    assert hparams.from_plain(plain["loss"]) is own_loss
+    assert hparams.factory(plain["optimizer"]) is make_adam
+
+
+def test_a_config_s_factory_is_built_from_its_class_path():
+    build = hparams.factory({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}})
+    optimizer = build([torch.nn.Parameter(torch.ones(1))])
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["lr"] == 0.5
+    assert hparams.factory(None) is None
+
+
+class Opaque:
+    def __init__(self, number):
+        self._hidden = number
+
+
+@pytest.mark.parametrize(
+    "value", [lambda params: None, functools.partial(make_adam, lr=1.0), Opaque(3)]
+)
+def test_what_has_no_import_path_or_hides_its_arguments_is_listed_and_not_kept(value):
+    plain = hparams.to_plain({"model": "m", "optimizer": value})
+    assert plain == {"model": "m", "not_restored": ["optimizer"]}
+
+
+def test_what_could_not_be_kept_must_be_passed_again():
+    saved = {"model": "m", "not_restored": ["optimizer", "loss"]}
+    hparams.require_restored(saved, {"optimizer", "loss"}, "GRPOModule")
+    with pytest.raises(CheckpointError, match=r"`loss` of this.*GRPOModule\(loss=\.\.\.\)"):
+        hparams.require_restored(saved, {"optimizer"}, "GRPOModule")
+
+
+@pytest.mark.parametrize("path", ["no_such_module.Loss", "torch.optim.NoSuch", "Loss"])
+def test_an_import_path_that_is_gone_is_named(path):
+    with pytest.raises(CheckpointError, match=f"`{path}` of the checkpoint's hyper-parameters"):
+        hparams.from_plain({"class_path": path, "init_args": {}})

@@ -1,0 +1,225 @@
+"""From groups to minibatches: whatever the split, the same loss and the same gradient."""
+
+from __future__ import annotations
+
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import nn
+
+from lightning_grpo.algorithm.advantages import GroupAdvantage
+from lightning_grpo.algorithm.aggregation import ConstantLength, SequenceMean, TokenMean
+from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.algorithm.corrections import SequenceTIS, TokenTIS
+from lightning_grpo.algorithm.losses import GRPOLoss, GSPOLoss
+from lightning_grpo.loader import (
+    Minibatch,
+    Rollout,
+    RolloutLoader,
+    Shape,
+    Taken,
+    minibatches,
+    split,
+)
+from lightning_grpo.objective import Objective
+from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
+
+VOCAB = 11
+
+
+class Bigrams(nn.Module):
+    """A policy whose token depends on the one before it in the same sequence."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        noise = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
+        self.table = nn.Parameter(noise.to(dtype))
+
+    def forward(self, input_ids, cu_seqlens, temperature, with_entropy=False, positions_mask=None):
+        before = torch.roll(input_ids, 1)
+        distributions = (self.table[before] / temperature[:, None]).log_softmax(-1)
+        logprobs = distributions.gather(1, input_ids[:, None])[:, 0]
+        first = torch.zeros_like(input_ids, dtype=torch.bool)
+        first[cu_seqlens[:-1]] = True
+        entropy = -(distributions.exp() * distributions).sum(-1)
+        return torch.where(first, 0.0, logprobs), entropy if with_entropy else None
+
+
+def make_groups(lengths: list[list[tuple[int, int]]], seed: int) -> list[Group]:
+    """Groups with (prompt, response) lengths of each trajectory, all else random."""
+    noise = torch.Generator().manual_seed(seed)
+
+    def numbers(count: int) -> list[float]:
+        return torch.rand(count, generator=noise).tolist()
+
+    groups = []
+    for row, members in enumerate(lengths):
+        trajectories = []
+        for prompt, response in members:
+            ids = torch.randint(0, VOCAB, (prompt + response,), generator=noise).tolist()
+            reward = numbers(1)[0]
+            trajectories.append(
+                Trajectory(
+                    input_ids=tuple(ids),
+                    response_mask=(False,) * prompt + (True,) * response,
+                    logprobs=(0.0,) * prompt + tuple(-3 * x for x in numbers(response)),
+                    versions=(NO_VERSION,) * prompt + (0,) * response,
+                    reward=reward,
+                    rewards={"right": reward},
+                    text="",
+                    truncated=False,
+                    temperature=0.7,
+                )
+            )
+        groups.append(Group(Prompt((1,), "", row=row), tuple(trajectories), 0))
+    return groups
+
+
+def shares(groups: list[Group], shape: Shape, trained: torch.Tensor | None = None) -> list[Rollout]:
+    """Each rank's rollout."""
+    batch = RolloutBatch.from_groups(groups, version=0)
+    advantages = GroupAdvantage()(batch.rewards, batch.group_ids)
+    if trained is None:
+        trained = torch.ones(len(batch), dtype=torch.bool)
+    parts = split(Taken(0, 0, batch, {}, groups), trained, shape)
+    return [Rollout(0, 0, batch, advantages, p.sequences, p.plans, p.denominators) for p in parts]
+
+
+def losses_and_gradients(
+    rollouts: list[Rollout], shape: Shape, objective: Objective, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per minibatch: what all micro-batches of all ranks add up to."""
+    policy, results = Bigrams(dtype), []
+    cpu = torch.device("cpu")
+    for rollout in rollouts:
+        objective.anchor(policy, rollout, shape.steps, cpu)
+    for index in range(shape.minibatches):
+        total, policy.table.grad = torch.zeros((), dtype=dtype), None
+        for rollout in rollouts:
+            minibatch = Minibatch(rollout, index, 0, is_first=False, is_last=False)
+            for k in range(minibatch.num_micro_batches):
+                loss, _ = objective.micro_batch_loss(policy, minibatch, k, cpu)
+                loss.backward()
+                total += loss.detach()
+        results.append((total, policy.table.grad.clone()))
+    return results
+
+
+OBJECTIVES = [
+    Objective(GRPOLoss()),
+    Objective(GRPOLoss(aggregation=SequenceMean()), entropy_coefficient=0.1),
+    Objective(GRPOLoss(aggregation=ConstantLength(9)), correction=TokenTIS()),
+    Objective(GRPOLoss(aggregation=TokenMean()), correction=SequenceTIS()),
+    Objective(GSPOLoss(clip_low=0.1, clip_high=0.1)),
+]
+LENGTHS = st.lists(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 12)), min_size=2, max_size=4),
+    min_size=4,
+    max_size=8,
+).filter(lambda groups: len(groups) % 2 == 0)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=LENGTHS,
+    ranks=st.integers(1, 5),
+    minibatches=st.sampled_from([1, 2]),
+    max_tokens=st.integers(4, 80),
+    objective=st.sampled_from(OBJECTIVES),
+    seed=st.integers(0, 99),
+)
+def test_any_split_over_ranks_and_micro_batches_adds_up_to_the_same_loss_and_gradient(
+    dtype, limit, lengths, ranks, minibatches, max_tokens, objective, seed
+):
+    groups = make_groups(lengths, seed)
+    whole = Shape(minibatches, 2, max_tokens=10**6)
+    cut = Shape(minibatches, 2, max_tokens, ranks)
+    expected = losses_and_gradients(shares(groups, whole), whole, objective, dtype)
+    got = losses_and_gradients(shares(groups, cut), cut, objective, dtype)
+    for (loss, gradient), (whole_loss, whole_gradient) in zip(got, expected, strict=True):
+        assert abs(float(loss - whole_loss)) <= limit * max(1.0, abs(float(whole_loss)))
+        difference = float((gradient - whole_gradient).norm())
+        assert difference <= limit * max(1.0, float(whole_gradient.norm()))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_trajectories_without_a_gradient_cost_no_pass_and_change_no_gradient(ranks):
+    groups = make_groups([[(2, 5), (3, 4), (1, 6)]] * 6, seed=1)
+    batch = RolloutBatch.from_groups(groups, version=0)
+    trained = torch.arange(len(batch)) % 3 != 0
+    shape = Shape(2, 1, max_tokens=20, num_ranks=ranks)
+    left_out, everything = shares(groups, shape, trained), shares(groups, shape)
+    for rollout in [*left_out, *everything]:
+        rollout.advantages = torch.where(trained, rollout.advantages, 0.0)
+    objective = Objective(GRPOLoss())
+    fewer = losses_and_gradients(left_out, shape, objective, torch.float64)
+    all_of_them = losses_and_gradients(everything, shape, objective, torch.float64)
+    for (_, gradient), (_, expected) in zip(fewer, all_of_them, strict=True):
+        assert torch.allclose(gradient, expected, atol=1e-12)
+    assert sum(len(r.sequences) for r in left_out) == int(trained.sum())
+    assert left_out[0].denominators == everything[0].denominators
+
+
+def test_every_rank_has_the_same_number_of_micro_batches_and_whole_groups_make_minibatches():
+    groups = make_groups([[(2, 30), (1, 2)], [(1, 1), (1, 1)], [(4, 9), (2, 2)], [(1, 3)] * 2], 2)
+    rollouts = shares(groups, Shape(2, 1, max_tokens=8, num_ranks=3))
+    for index in range(2):
+        assert len({len(r.plans[index]) for r in rollouts}) == 1
+        rows = [
+            int(r.sequences.trajectory_index[row])
+            for r in rollouts
+            for micro in r.plans[index]
+            for row in micro
+        ]
+        assert sorted(rows) == list(range(4 * index, 4 * index + 4))
+
+
+def test_with_nothing_to_learn_each_rank_still_has_a_micro_batch():
+    groups = make_groups([[(2, 3), (2, 3)]] * 2, seed=0)
+    nothing = torch.zeros(4, dtype=torch.bool)
+    for rollout in shares(groups, Shape(1, 1, 100, num_ranks=3), nothing):
+        assert len(rollout.plans[0]) == 1
+        assert len(rollout.sequences) == 1
+
+
+class Source:
+    """Hands out the same groups, one version after the other; one rank."""
+
+    def __init__(self, groups):
+        self.groups = groups
+        self.version = 0
+
+    def take(self):
+        batch = RolloutBatch.from_groups(self.groups, self.version)
+        self.version += 1
+        return Taken(self.version - 1, self.version - 1, batch, {"reward/mean": 0.5}, self.groups)
+
+    def share(self, parts):
+        return parts[0]
+
+
+def test_the_loader_has_a_length_and_no_end_and_marks_first_and_last_steps():
+    source = Source(make_groups([[(1, 2), (1, 2)]] * 4, seed=3))
+    shape = Shape(minibatches=2, passes=3, max_tokens=100)
+    trained = torch.ones(8, dtype=torch.bool)
+    loader = RolloutLoader(source, lambda batch: (batch.rewards, trained), shape, num_batches=5)
+    assert len(loader) == 5 * 6
+    steps = list(itertools.islice(loader, 13))
+    assert source.version == 3  # nothing is fetched ahead
+    assert [s.is_first for s in steps] == [True, *[False] * 5] * 2 + [True]
+    assert [s.is_last for s in steps] == [*[False] * 5, True] * 2 + [False]
+    assert [(s.pass_index, s.index) for s in steps[:6]] == [
+        (p, m) for p in range(3) for m in range(2)
+    ]
+    assert steps[0].rollout.metrics.keys() == {"reward/mean", "time/wait_rollout_s"}
+    assert steps[12].rollout.version == 2
+    loader.load_state_dict(loader.state_dict())
+
+
+def test_the_steps_of_a_rollout_are_known_without_the_loader():
+    (rollout,) = shares(make_groups([[(1, 2), (1, 2)]] * 2, seed=3), Shape(2, 1, 100))
+    assert len(list(minibatches(rollout, Shape(2, 2, 100)))) == 4

@@ -1,0 +1,118 @@
+"""What is minimized, and where the clip is anchored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_grpo.algorithm.aggregation import SequenceMean, TokenMean
+from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.algorithm.corrections import TokenTIS
+from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.algorithm.losses import GRPOLoss
+from lightning_grpo.algorithm.trust_losses import M2POLoss
+from lightning_grpo.loader import Minibatch, Rollout, Shape, Taken, split
+from lightning_grpo.objective import Objective, score
+from lightning_grpo.policy.packed import PackedPolicy
+from tests.fakes.causal_models import make_causal_model
+from tests.fakes.tiny_run import make_group
+
+CPU = torch.device("cpu")
+
+
+def make_rollout(max_tokens: int = 9) -> Rollout:
+    groups = [make_group(row, (0.0, 1.0, 0.25)) for row in range(2)]
+    batch = RolloutBatch.from_groups(groups, version=0)
+    trained = torch.ones(len(batch), dtype=torch.bool)
+    (share,) = split(Taken(0, 0, batch, {}, groups), trained, Shape(1, 1, max_tokens))
+    return Rollout(0, 0, batch, batch.rewards, share.sequences, share.plans, share.denominators)
+
+
+@pytest.fixture(scope="module")
+def policy() -> PackedPolicy:
+    return PackedPolicy(make_causal_model())
+
+
+def test_without_a_correction_the_clip_is_anchored_at_the_behavior_policy(policy):
+    rollout = make_rollout()
+    Objective(GRPOLoss()).anchor(policy, rollout, 4, CPU)
+    assert rollout.proximal_logprobs is rollout.sequences.behavior_logprobs
+
+
+def test_with_a_correction_and_one_step_the_policy_anchors_itself_without_a_pass(policy):
+    rollout = make_rollout()
+    Objective(GRPOLoss(), TokenTIS()).anchor(policy, rollout, 1, CPU)
+    assert rollout.proximal_logprobs is None
+
+
+def test_with_a_correction_and_several_steps_the_policy_is_scored_in_training_s_own_passes(policy):
+    rollout = make_rollout()
+    Objective(GRPOLoss(), TokenTIS()).anchor(policy, rollout, 2, CPU)
+    minibatch = Minibatch(rollout, 0, 0, is_first=True, is_last=True)
+    assert minibatch.num_micro_batches > 1
+    for k in range(minibatch.num_micro_batches):
+        batch = minibatch.micro_batch(k)
+        logprobs, _ = policy(batch.input_ids, batch.cu_seqlens, batch.temperature)
+        mask = batch.response_mask
+        assert torch.equal(batch.proximal_logprobs[mask], logprobs[mask].detach())
+
+
+def test_scores_do_not_depend_on_how_sequences_are_packed(policy):
+    narrow, wide = make_rollout(4), make_rollout(1000)
+    row_order = torch.argsort(narrow.sequences.trajectory_index)
+    one = score(policy, narrow, CPU).view(6, 4)[row_order]
+    other = score(policy, wide, CPU).view(6, 4)[torch.argsort(wide.sequences.trajectory_index)]
+    assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_kl_penalty_scores_its_reference(policy):
+    rollout, reference = make_rollout(), PackedPolicy(make_causal_model(seed=1))
+    objective = Objective(GRPOLoss(), kl=KLPenalty(0.1))
+    objective.anchor(policy, rollout, 1, CPU, reference)
+    assert torch.equal(rollout.reference_logprobs, score(reference, rollout, CPU))
+    minibatch = Minibatch(rollout, 0, 0, is_first=True, is_last=True)
+    _, metrics = objective.micro_batch_loss(policy, minibatch, 0, CPU)
+    assert float(metrics["policy/kl_reference"].value()) > 0
+    with pytest.raises(AssertionError, match="reference"):
+        objective.anchor(policy, make_rollout(), 1, CPU)
+
+
+def test_only_losses_that_are_proportional_to_the_advantage_skip_zeros():
+    assert Objective(GRPOLoss()).skips_zero_advantages
+    assert not Objective(M2POLoss()).skips_zero_advantages
+    assert not Objective(GRPOLoss(), kl=KLPenalty(0.1)).skips_zero_advantages
+    assert not Objective(GRPOLoss(), entropy_coefficient=0.01).skips_zero_advantages
+    assert not Objective(lambda logprobs, batch: (logprobs, {})).skips_zero_advantages
+
+
+def test_a_plain_function_is_a_loss_and_gets_the_mean_over_tokens(policy):
+    def reinforce(logprobs, batch):
+        return -batch.advantages * logprobs, {}
+
+    assert isinstance(Objective(reinforce).aggregation, TokenMean)
+    assert isinstance(Objective(GRPOLoss(aggregation=SequenceMean())).aggregation, SequenceMean)
+    rollout = make_rollout(1000)
+    objective = Objective(reinforce)
+    objective.anchor(policy, rollout, 1, CPU)
+    minibatch = Minibatch(rollout, 0, 0, is_first=True, is_last=True)
+    loss, metrics = objective.micro_batch_loss(policy, minibatch, 0, CPU)
+    batch = minibatch.micro_batch(0)
+    logprobs, _ = policy(batch.input_ids, batch.cu_seqlens, batch.temperature)
+    expected = -(batch.advantages * logprobs)[batch.loss_mask].mean()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert {"policy/loss", "policy/entropy", "mismatch/abs_logprob_diff"} <= metrics.keys()
+
+
+def test_entropy_is_reported_without_a_gradient_unless_it_is_rewarded(policy):
+    rollout = make_rollout(1000)
+    minibatch = Minibatch(rollout, 0, 0, is_first=False, is_last=True)
+    gradients = []
+    for coefficient in (0.0, 1.0):
+        objective = Objective(lambda logprobs, batch: (0 * logprobs, {}), None, None, coefficient)
+        loss, metrics = objective.micro_batch_loss(policy, minibatch, 0, CPU)
+        policy.zero_grad()
+        loss.backward()
+        gradients.append(float(torch.nn.utils.get_total_norm(p.grad for p in policy.parameters())))
+        assert "mismatch/abs_logprob_diff" not in metrics  # only where the batch is new
+    assert gradients[0] == 0
+    assert gradients[1] > 0
