@@ -29,11 +29,13 @@ from lightning_grpo.algorithm.batch import Denominators, MicroBatch
 from lightning_grpo.algorithm.losses import GRPOLoss
 from lightning_grpo.algorithm.objective import minibatch_loss
 from lightning_grpo.algorithm.packing import plan_micro_batches
+from lightning_grpo.policy import head
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.strategies.parallelize import parallelize
 
 PROMPT_TOKENS = 128
+EAGER_HEAD = {name: getattr(head, name) for name in ("_log_softmax", "_grad_logits", "_entropy")}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Variant:
     max_tokens: int
     checkpointing: bool = False
     compile: str = "none"  # none, parts (MLP and norms), blocks
+    keep: bool = False  # gathered bf16 parameters stay between the micro-batches of a step
+    compile_head: bool = False
+    max_logits: int = 2**26  # of one chunk of the head
 
 
 VARIANTS = (
@@ -53,6 +58,11 @@ VARIANTS = (
     Variant("blocks compiled, 16k", 16384, compile="blocks"),
     Variant("eager, checkpointing, 16k", 16384, checkpointing=True),
     Variant("parts compiled, 4k", 4096, compile="parts"),
+    Variant("kept, blocks compiled, 8k", 8192, compile="blocks", keep=True),
+    Variant("kept, blocks compiled, head by 2^28, 8k", 8192, False, "blocks", True, False, 2**28),
+    Variant("kept, all compiled, head by 2^28, 8k", 8192, False, "blocks", True, True, 2**28),
+    Variant("kept, all compiled, head by 2^28, 10k", 10240, False, "blocks", True, True, 2**28),
+    Variant("kept, all compiled, head by 2^28, 20k", 20480, False, "blocks", True, True, 2**28),
 )
 
 
@@ -132,14 +142,15 @@ def build(variant: Variant, layers: int) -> tuple[PackedPolicy, Qwen2ForCausalLM
     model.train()
     if variant.checkpointing:
         checkpoint_activations(model)
-    policy = PackedPolicy(model, share_prefixes=False)
+    policy = PackedPolicy(model, max_logits=variant.max_logits, share_prefixes=False)
     for block in model.model.layers:
         if variant.compile == "blocks":
             block.compile(dynamic=True)
         elif variant.compile == "parts":
             for part in (block.mlp, block.input_layernorm, block.post_attention_layernorm):
                 part.compile(dynamic=True)
-    parallelize(policy, init_device_mesh("cuda", (dist.get_world_size(),)))
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    parallelize(policy, mesh, reshard_after_forward=not variant.keep)
     return policy, model
 
 
@@ -147,6 +158,9 @@ def run(variant: Variant, sequences_per_gpu: int, layers: int, steps: int) -> di
     """Seconds and memory of the best step."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    for name, function in EAGER_HEAD.items():
+        compiled = torch.compile(function, dynamic=True) if variant.compile_head else function
+        setattr(head, name, compiled)
     policy, model = build(variant, layers)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -172,6 +186,8 @@ def run(variant: Variant, sequences_per_gpu: int, layers: int, steps: int) -> di
             for module in sharded:
                 module.set_requires_gradient_sync(k == len(batches) - 1, recurse=False)
                 module.set_is_last_backward(k == len(batches) - 1)
+                if variant.keep:
+                    module.set_reshard_after_backward(k == len(batches) - 1)
             logprobs, _ = policy(
                 batch.input_ids,
                 batch.cu_seqlens,
@@ -258,7 +274,7 @@ def main() -> None:
             print(variant.name, json.dumps(row), flush=True)
             args.out.write_text(json.dumps(report, indent=1))
     if args.profile and leads and dist.get_world_size() == 1:
-        profile(VARIANTS[2], args.profile)
+        profile(VARIANTS[-2], args.profile)
     dist.destroy_process_group()
 
 

@@ -17,6 +17,14 @@ MAX_CHUNK_LOGITS = 2**26
 """Logits of one chunk: 256 MiB in fp32."""
 
 
+def largest_chunk(device: torch.device) -> int:
+    """Logits of one chunk: on GPUs each chunk's share of the head's gradient costs memory traffic.
+
+    On one H200 with a vocabulary of 152k, 2^28 instead of 2^26 took 7 % off a whole step.
+    """
+    return MAX_CHUNK_LOGITS if device.type == "cpu" else 4 * MAX_CHUNK_LOGITS
+
+
 def chunk_rows(vocab_size: int, max_logits: int = MAX_CHUNK_LOGITS) -> int:
     """How many rows are computed at once."""
     return max(1, max_logits // vocab_size)

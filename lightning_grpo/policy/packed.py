@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PACKED, PackedLayout, register_packed_attention
-from lightning_grpo.policy.head import MAX_CHUNK_LOGITS, head_logprobs
+from lightning_grpo.policy.head import head_logprobs, largest_chunk
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -22,14 +22,14 @@ class PackedPolicy(nn.Module):
 
     Args:
         model: The model; its attention implementation is set to the packed one.
-        max_logits: Largest number of logits held at once.
+        max_logits: Largest number of logits held at once; None: 2^26 on CPUs, 2^28 (1 GiB) on GPUs.
         share_prefixes: Computes a prompt once for sequences in a row that begin with it.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        max_logits: int = MAX_CHUNK_LOGITS,
+        max_logits: int | None = None,
         share_prefixes: bool = True,
     ) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class PackedPolicy(nn.Module):
             input_ids[predicted],
             _per_row(temperature, predicted, hidden),
             with_entropy,
-            self.max_logits,
+            self.max_logits or largest_chunk(hidden.device),
         )
         empty = logprobs.new_zeros(len(input_ids))
         logprobs = empty.index_copy(0, predicted, logprobs)

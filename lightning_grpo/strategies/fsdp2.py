@@ -59,7 +59,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         param_dtype: Of parameters in forward and backward; auto is bfloat16 on GPUs, float32 on
             CPUs.
         reduce_dtype: Of the gradients' reduction over ranks.
-        reshard_after_forward: Free a block's full parameters between forward and backward.
+        reshard_after_forward: Free a block's full parameters between forward and backward; if not,
+            they stay gathered until the step's last backward (faster, and more memory).
         cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
         save_distributed_checkpoint: Each rank writes its shards into a folder; otherwise rank 0
             writes one file. Either can be resumed on another number of ranks.
@@ -91,7 +92,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._blocks = blocks
         self._param_dtype = param_dtype
         self._reduce_dtype = reduce_dtype
-        self._reshard_after_forward = reshard_after_forward
+        self.reshard_after_forward = reshard_after_forward
         self._cpu_offload = cpu_offload
 
     @override
@@ -125,7 +126,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 blocks=self._blocks,
                 param_dtype=self._param_dtype,
                 reduce_dtype=self._reduce_dtype,
-                reshard_after_forward=self._reshard_after_forward,
+                reshard_after_forward=self.reshard_after_forward,
                 cpu_offload=self._cpu_offload,
             )
         if any(p.is_meta for p in root.parameters()):

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Protocol, runtime_checkable
 
 import lightning as L
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+
+@runtime_checkable
+class KeepsParameters(Protocol):
+    """A strategy that says whether full parameters are freed after the forward pass."""
+
+    @property
+    def reshard_after_forward(self) -> bool:
+        """Free them between forward and backward."""
 
 
 @contextmanager
@@ -28,14 +38,19 @@ def gradient_sync(module: L.LightningModule, enabled: bool) -> Iterator[None]:
             yield
         return
     sharded = [each for each in module.modules() if isinstance(each, FSDPModule)]
-    _set(sharded, enabled)
+    strategy = module.trainer.strategy
+    keeps = isinstance(strategy, KeepsParameters) and not strategy.reshard_after_forward
+    _set(sharded, enabled, keeps)
     try:
         yield
     finally:
-        _set(sharded, True)
+        _set(sharded, True, keeps)
 
 
-def _set(sharded: Sequence[FSDPModule], enabled: bool) -> None:
+def _set(sharded: Sequence[FSDPModule], enabled: bool, keeps: bool) -> None:
     for each in sharded:
         each.set_requires_gradient_sync(enabled, recurse=False)
         each.set_is_last_backward(enabled)
+        if keeps:
+            # What stays gathered after the forward pass serves the step's later micro-batches too.
+            each.set_reshard_after_backward(enabled, recurse=False)
