@@ -114,3 +114,21 @@ class Events:
 
     def of(self, name: str) -> list[dict[str, Any]]:
         return [data for n, data in self.log if n == name]
+
+
+class NeverServers(Servers):
+    """For runs that must be refused before anything is started."""
+
+    def __init__(self) -> None:
+        self.started = False
+
+    @property
+    def handles(self):
+        return []
+
+    def start(self, model_path, run_dir):
+        self.started = True
+        raise AssertionError("servers were started")
+
+    def stop(self) -> None:
+        pass

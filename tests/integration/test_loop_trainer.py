@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
-from lightning_grpo.errors import ConfigError
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
 
 
@@ -215,13 +214,3 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(tiny_model, server, tmp
     going_on.fit(make_module(tiny_model), data_with_validation(server), ckpt_path=which)
     assert recorder.steps[-1] == 4
     assert recorder.batches[-1].rollout.version == 3
-
-
-def test_predict_is_refused_with_the_way_out(tiny_model, server, tmp_path):
-    with pytest.raises(ConfigError, match=r"trainer\.predict.*trainer\.validate"):
-        make_trainer(tmp_path).predict(make_module(tiny_model), make_data(server))
-
-
-def test_validating_without_held_out_prompts_is_refused(tiny_model, server, tmp_path):
-    with pytest.raises(ConfigError, match=r"`val_prompts` must be given for `trainer.validate`"):
-        make_trainer(tmp_path).validate(make_module(tiny_model), make_data(server))

@@ -1,0 +1,119 @@
+"""What may go wrong while a run goes on, and how it goes on or ends."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import time
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.errors import FailureBudgetError, ServersLostError
+from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.servers.embedded import EmbeddedServers
+from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
+
+
+def rewards_of(recorder):
+    return {t.reward for b in recorder.batches for g in b.rollout.groups for t in g.trajectories}
+
+
+def test_a_reward_that_raises_or_returns_nan_now_and_then_is_tried_again_and_never_zero(
+    tiny_model, server, tmp_path
+):
+    calls = itertools.count(1)
+
+    def reward(completion: str) -> float:
+        number = next(calls)
+        if number % 11 == 0:
+            raise ValueError("a bad day")
+        return float("nan") if number % 13 == 0 else 1.0
+
+    data, recorder = make_data(server, reward, prompts=make_prompts(40), batch_size=4), Recorder()
+    data.on_event = events = Events()
+    trainer = make_trainer(tmp_path, max_steps=8, callbacks=[recorder])
+    trainer.fit(make_module(tiny_model), data)
+    assert rewards_of(recorder) == {1.0}
+    retried = sum(m["rollout/retried"] for m in recorder.metrics)
+    assert 0 < retried <= len(events.of("retry"))
+    assert trainer.global_step == 8
+
+
+def test_a_reward_that_hangs_is_killed_and_the_group_tried_again(tiny_model, server, tmp_path):
+    from tests.fakes.rewards_that_fail import hangs_on_some
+
+    limits = RolloutLimits(reward_processes=2, reward_timeout_s=0.5, max_failed_fraction=1.0)
+    data = make_data(server, hangs_on_some, limits=limits, batch_size=4)
+    data.on_event, recorder = Events(), Recorder()
+    make_trainer(tmp_path, max_steps=2, callbacks=[recorder]).fit(make_module(tiny_model), data)
+    assert rewards_of(recorder) == {1.0}
+    assert data.on_event.of("retry")
+
+
+def test_a_reward_that_always_raises_ends_the_run_with_that_traceback(tiny_model, server, tmp_path):
+    def reward(completion: str) -> float:
+        raise ZeroDivisionError("the dataset is empty")
+
+    with pytest.raises(FailureBudgetError) as ended:
+        make_trainer(tmp_path).fit(make_module(tiny_model), make_data(server, reward))
+    message = str(ended.value)
+    assert "groups all failed; nothing has worked yet" in message
+    assert 'raise ZeroDivisionError("the dataset is empty")' in message
+    assert "ZeroDivisionError: the dataset is empty" in message
+
+
+def test_a_failed_run_can_be_fitted_again(tiny_model, server, tmp_path):
+    broken = [True]
+
+    def reward(completion: str) -> float:
+        if broken:
+            raise ZeroDivisionError
+        return 1.0
+
+    data, module = make_data(server, reward), make_module(tiny_model)
+    with pytest.raises(FailureBudgetError):
+        make_trainer(tmp_path).fit(module, data)
+    broken.clear()
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)
+    assert trainer.global_step == 2
+
+
+class Killer(Callback):
+    """Kills the engine after some steps; slows the run down so that it is noticed in it."""
+
+    def __init__(self, data, after: tuple[int, ...]) -> None:
+        self.data = data
+        self.after = after
+        self.pids: list[int] = []
+        self.killed_at = 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step in self.after:
+            (handle,) = self.data.servers.handles
+            self.pids.append(handle.pid)
+            os.kill(handle.pid, signal.SIGKILL)
+            self.killed_at = time.monotonic()
+
+
+def test_a_killed_engine_is_restarted_once_with_the_current_weights_then_the_run_ends(
+    tiny_model, tmp_path
+):
+    data = make_data(EmbeddedServers(), prompts=make_prompts(40), max_staleness=1)
+    killer, recorder = Killer(data, after=(2, 5)), Recorder()
+    trainer = make_trainer(tmp_path, max_steps=30, callbacks=[killer, recorder])
+    with pytest.raises(ServersLostError) as ended:
+        trainer.fit(make_module(tiny_model), data)
+    assert time.monotonic() - killer.killed_at < 60
+    message = str(ended.value)
+    assert re.search(
+        r"Server http://127\.0\.0\.1:\d+ died again \(its process \d+ is gone\)", message
+    )
+    assert "0 of 1 servers are left" in message
+    assert len(set(killer.pids)) == 2
+    assert trainer.global_step >= 5
+    # Between the two deaths the servers held the trainer's weights.
+    assert max(m["mismatch/probe"] for m in recorder.metrics[3:]) < 1e-4

@@ -1,0 +1,211 @@
+"""What can't work is refused before a server is started, message by message."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+from lightning.pytorch.tuner import Tuner
+
+from lightning_grpo.algorithm.losses import GRPOLoss
+from lightning_grpo.errors import ConfigError, ServerStartError
+from lightning_grpo.types import Sampling
+from tests.fakes.loops import (
+    NeverServers,
+    make_data,
+    make_module,
+    make_prompts,
+    make_trainer,
+)
+from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
+
+
+def needs_solution(completion: str, solution: str) -> float:
+    return float(completion == solution)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 1}, "`group_size` must be >= 2 (an advantage needs a baseline), got 1."),
+        ({"batch_size": 0}, "`batch_size` must be >= 1 (a batch needs a prompt), got 0."),
+        ({"max_staleness": -1}, "`max_staleness` must be >= 0 (0 is exactly on-policy), got -1."),
+        ({"passes_per_batch": 0}, "`passes_per_batch` must be >= 1"),
+        (
+            {"batch_size": 4, "minibatches_per_batch": 3},
+            "`minibatches_per_batch` must divide `batch_size` (groups are not split), got 3 and 4.",
+        ),
+    ],
+)
+def test_sizes_are_refused_by_the_constructor(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_data(NeverServers(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"reward": needs_solution},
+            "reward 'needs_solution' asks for 'solution', which is no column. Columns: ['answer', "
+            "'question']",
+        ),
+        (
+            {"prompts": make_prompts(), "sampling": Sampling(max_new_tokens=512)},
+            "`sampling.max_new_tokens` must leave room for a prompt in the model's context of 512 "
+            "tokens, got 512.",
+        ),
+        (
+            {"sampling": Sampling(max_new_tokens=505)},
+            "have more than the 7 tokens that the context leaves beside `max_new_tokens`: row 0 (",
+        ),
+        (
+            {"sampling": Sampling(top_p=0.9)},
+            "`sampling.top_p` must be 1.0 in training (it changes the distribution that tokens "
+            "come from, which biases the ratio), got 0.9.",
+        ),
+        ({"sampling": Sampling(top_k=20)}, "`sampling.top_k` must be -1 in training"),
+        (
+            {"sampling": Sampling(temperature=0.0)},
+            "`sampling.temperature` must be > 0 in training (a group of greedy completions has no "
+            "variance), got 0.0.",
+        ),
+        (
+            {"prompts": make_prompts(), "batch_size": 2, "val_prompts": make_prompts(2),
+             "reward": needs_solution},
+            "asks for 'solution'",
+        ),
+    ],
+)  # fmt: skip
+def test_prompts_rewards_and_sampling_that_don_t_fit_are_refused(
+    tiny_model, tmp_path, settings, message
+):
+    servers = NeverServers()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_trainer(tmp_path).fit(make_module(tiny_model), make_data(servers, **settings))
+    assert not servers.started
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate_grad_batches": 2}, "`trainer.accumulate_grad_batches` must be 1"),
+        ({"precision": "bf16-true"}, "`trainer.precision` must be `32-true`"),
+        ({"reload_dataloaders_every_n_epochs": 1}, "`trainer.reload_dataloaders_every_n_epochs`"),
+        ({"max_steps": 3}, "`trainer.max_steps` must be a multiple of 2"),
+        ({"limit_train_batches": 5}, "`trainer.limit_train_batches` must be a multiple of 2"),
+    ],
+)
+def test_trainer_settings_that_can_t_work_are_refused(tiny_model, tmp_path, settings, message):
+    servers = NeverServers()
+    data = make_data(servers, minibatches_per_batch=2)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_trainer(tmp_path, **settings).fit(make_module(tiny_model), data)
+    assert not servers.started
+
+
+def test_the_model_is_not_even_looked_at_where_the_trainer_can_t_work(tmp_path):
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=2)
+    with pytest.raises(ConfigError, match="accumulate_grad_batches"):
+        trainer.fit(make_module("no-such-organization/no-such-model"), make_data(NeverServers()))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", vocab=270)
+    make_tiny_tokenizer(320).save_pretrained(folder)
+    servers = NeverServers()
+    with pytest.raises(ConfigError, match=r"must come with its own tokenizer: .* 320 tok.* 270\."):
+        make_trainer(tmp_path).fit(make_module(folder), make_data(servers))
+    assert not servers.started
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    servers, folder = NeverServers(), tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"`model` must be .*empty"):
+        make_trainer(tmp_path).fit(make_module(folder), make_data(servers))
+    assert not servers.started
+
+
+def test_the_learning_rate_finder_and_the_batch_size_scaler_are_refused(tiny_model, tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigError, match="must not hold LearningRateFinder"):
+        Tuner(trainer).lr_find(make_module(tiny_model), datamodule=make_data(NeverServers()))
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigError, match="must not hold BatchSizeFinder"):
+        Tuner(trainer).scale_batch_size(
+            make_module(tiny_model), datamodule=make_data(NeverServers())
+        )
+
+
+def test_predict_is_refused_with_the_way_out(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.predict.*trainer\.validate"):
+        make_trainer(tmp_path).predict(make_module(tiny_model), make_data(NeverServers()))
+
+
+def test_validating_without_held_out_prompts_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match=r"`val_prompts` must be given for `trainer.validate`"):
+        make_trainer(tmp_path).validate(make_module(tiny_model), make_data(NeverServers()))
+
+
+def test_plain_dataloaders_are_refused(tiny_model, tmp_path):
+    with pytest.raises(ConfigError, match="needs the rollouts of a RolloutDataModule"):
+        make_trainer(tmp_path).fit(make_module(tiny_model), train_dataloaders=[1, 2])
+
+
+def test_a_url_where_nothing_listens_is_named(tiny_model, tmp_path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    data = make_data(url)
+    data.servers.connect_timeout_s = 0.3
+    with pytest.raises(ServerStartError, match=f"Nothing healthy answers at {url} after 0.3 s"):
+        make_trainer(tmp_path).fit(make_module(tiny_model), data)
+
+
+def test_a_server_of_another_model_is_refused(server, tmp_path):
+    other = make_tiny_model(tmp_path / "other", vocab=300)
+    with pytest.raises(ConfigError, match=r"vocab.*512.*300|300.*512"):
+        make_trainer(tmp_path).fit(make_module(other), make_data(server))
+
+
+def test_a_port_in_use_is_named_without_a_traceback(tiny_model):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_grpo.engine", "--model", str(tiny_model),
+             "--port", str(port)],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert str(port) in done.stderr
+    assert "in use" in done.stderr
+
+
+def test_overriding_a_final_method_is_refused_where_the_class_is_written():
+    from lightning_grpo.module import GRPOModule
+
+    for name, hook in (("training_step", "token_loss"), ("optimizer_zero_grad", "configure_opt")):
+        with pytest.raises(ConfigError, match=rf"`Mine.{name}` can't be overridden.*`{hook}"):
+            type("Mine", (GRPOModule,), {name: lambda self: None})
+
+
+def test_a_budget_without_tokens_is_refused(tiny_model):
+    with pytest.raises(ConfigError, match="`max_tokens_per_microbatch` must be >= 1, got 0"):
+        make_module(tiny_model, max_tokens_per_microbatch=0, loss=GRPOLoss())
+
+
+def test_a_model_folder_whose_weights_are_missing_is_refused(tmp_path, tiny_model):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    servers = NeverServers()
+    with pytest.raises(ConfigError, match=r"`model` must be .*model"):
+        make_trainer(tmp_path).fit(make_module(folder), make_data(servers))
