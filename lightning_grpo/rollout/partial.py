@@ -21,12 +21,20 @@ class Partial:
         input_ids: The prompt.
         sampling: The whole budget; what is left of it goes into each next request.
         seed: Goes unchanged into every piece: the server's noise depends on the position.
+        end_ids: Tokens that end a completion, beside those of `sampling`.
     """
 
-    def __init__(self, input_ids: Sequence[int], sampling: Sampling, seed: int | None) -> None:
+    def __init__(
+        self,
+        input_ids: Sequence[int],
+        sampling: Sampling,
+        seed: int | None,
+        end_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._prompt = list(input_ids)
         self._sampling = sampling
         self._seed = seed
+        self._end_ids = end_ids.union(sampling.stop_token_ids)
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
@@ -79,7 +87,10 @@ class Partial:
             return
         self._num_interruptions += 1
         self._num_idle_aborts = 0 if ids else self._num_idle_aborts + 1
-        if len(self._ids) >= self._sampling.max_new_tokens:
+        if ids and ids[-1] in self._end_ids:
+            # SGLang calls a request aborted that sampled its last token in the same step.
+            self._finish = "stop"
+        elif len(self._ids) >= self._sampling.max_new_tokens:
             self._finish = "length"
         elif self._num_idle_aborts > MAX_IDLE_ABORTS:
             raise ServerError(

@@ -188,7 +188,7 @@ class ServerPool:
             ServersLostError: Too few servers are left for the run.
         """
         check_ids(input_ids, self._requirements.vocab_size)
-        partial = Partial(input_ids, sampling, seed)
+        partial = Partial(input_ids, sampling, seed, self._requirements.end_ids)
         num_failures = 0
         while not partial.done:
             rank = Rank.CONTINUED if partial.started or num_failures else Rank.FRESH

@@ -24,11 +24,13 @@ class Requirements:
         run_id: Name of the run; servers that carry another run's weights are refused.
         vocab_size: Rows of the trainer's embedding (`config.vocab_size`).
         max_tokens: Longest sequence: prompt and completion together.
+        end_ids: Tokens that end a completion, those of the model.
     """
 
     run_id: str
     vocab_size: int | None = None
     max_tokens: int | None = None
+    end_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,7 +159,7 @@ async def _open_pool(
         needed = material.longest_prompt + material.sampling.max_new_tokens
     pool = ServerPool(
         handles,
-        Requirements(run_id, material.vocab_size, needed),
+        Requirements(run_id, material.vocab_size, needed, material.end_ids),
         lambda ids: material.tokenizer.decode(ids, skip_special_tokens=True),
         api_key=servers.api_key,
         limits=PoolLimits(request_timeout_s=settings.limits.request_timeout_s),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import check_source, load_tokenizer
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Sampling
+
+logger = logging.getLogger(__name__)
 
 PROBE_SEQUENCES = 4
 PROBE_TOKENS = 32
@@ -30,6 +33,7 @@ class Material:
         prompts: Training prompts.
         val_prompts: Held-out prompts by name.
         exact: Whether trainer and servers compute alike, in fp32 on CPUs.
+        end_ids: Tokens that end a completion, as servers find them.
     """
 
     tokenizer: Any
@@ -39,6 +43,7 @@ class Material:
     prompts: PromptSet
     val_prompts: dict[str, PromptSet]
     exact: bool
+    end_ids: frozenset[int] = frozenset()
 
     @property
     def longest_prompt(self) -> int:
@@ -94,7 +99,21 @@ def open_material(settings: SessionSettings) -> Material:
         prompts,
         val_prompts,
         exact=not torch.cuda.is_available(),
+        end_ids=end_token_ids(settings.model_path, config, tokenizer),
     )
+
+
+def end_token_ids(model_path: str, config: Any, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a completion: the config's, the generation config's, the tokenizer's."""
+    sources = [getattr(config, "eos_token_id", None), tokenizer.eos_token_id]
+    try:
+        sources.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
+    except OSError:
+        logger.debug("%s has no generation config", model_path)
+    ids: set[int] = set()
+    for source in sources:
+        ids.update(source if isinstance(source, list) else [] if source is None else [source])
+    return frozenset(ids)
 
 
 def load_config(model_path: str) -> Any:

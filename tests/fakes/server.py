@@ -69,6 +69,7 @@ class FakeServer:
     api_key: str | None = None
     end_token: int | None = None
     drop_last_logprob_of_aborted: bool = False
+    abort_hides_the_end: bool = False
     pid: int | None = None
     tail: str = ""
 
@@ -223,7 +224,7 @@ class FakeServer:
             entries.append([logprobs[last], last, None])
             labels.append(self.label)
             if last == self.end_token:
-                finish = "stop"
+                finish = "abort" if self.abort_hides_the_end else "stop"
                 break
             await asyncio.sleep(self.token_delay_s)
         if finish == "abort" and self.drop_last_logprob_of_aborted:

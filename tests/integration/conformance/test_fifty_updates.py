@@ -101,7 +101,7 @@ class Traffic:
 async def syncing(
     server: Server, tmp_path: Path, transport: Transport, mode: Interruption
 ) -> AsyncIterator[tuple[ServerPool, WeightPublisher]]:
-    pool = ServerPool([server.handle], Requirements("run", 512, 400), str)
+    pool = ServerPool([server.handle], Requirements("run", 512, 400, frozenset([2])), str)
     transport.bind(Place(tmp_path, server.model, bucket_bytes=100_000))
     settings = SyncSettings(request_timeout_s=30.0, interruption=mode)
     publisher = WeightPublisher(pool, transport, "run", PROBE, settings)

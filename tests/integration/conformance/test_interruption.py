@@ -71,16 +71,20 @@ def test_abort_all_ends_running_and_waiting_requests(
     check_sampled(reference, [*PROMPT, 0], replies[0])
 
 
-def test_a_request_held_back_by_a_pause_is_aborted_without_tokens(server: Server) -> None:
+def test_a_request_held_back_by_a_pause_can_only_be_aborted_where_it_is_known(
+    server: Server,
+) -> None:
     server.post("/pause_generation", mode="in_place")
     held = server.start(server.generate, PROMPT, sampling=LONG, rid="held")
-    # The real one holds it before its scheduler, which so does not count it.
+    # The real one holds it before its scheduler, which so neither counts nor aborts it. Nothing is
+    # sent to a server that is paused, so this does not matter to a run.
     time.sleep(0.3)
     server.post("/abort_request", rid="held")
     server.post("/continue_generation")
     reply = held.result(20)
-    assert reply["output_ids"] == []
-    assert reply["meta_info"]["finish_reason"]["type"] == "abort"
+    aborted = server.kind == "embedded"
+    assert len(reply["output_ids"]) == (0 if aborted else TOKENS)
+    assert reply["meta_info"]["finish_reason"]["type"] == ("abort" if aborted else "length")
 
 
 def test_pause_abort_answers_all_and_holds_the_new_until_the_weights_are_in(

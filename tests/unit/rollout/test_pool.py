@@ -437,6 +437,19 @@ async def test_a_url_where_nothing_listens_is_named():
         await pool.start()
 
 
+@pytest.mark.parametrize("of_the_model", [True, False])
+async def test_an_end_token_ends_a_completion_that_its_server_calls_aborted(of_the_model):
+    server = FakeServer(end_token=5, abort_hides_the_end=True)
+    ends = frozenset([5] if of_the_model else [])
+    requirements = Requirements("run", end_ids=ends)
+    sampling = Sampling(max_new_tokens=500, stop_token_ids=() if of_the_model else (5,))
+    async with pool_of(server, requirements=requirements) as pool:
+        completion = await pool.generate([1], sampling)
+    assert completion.finish_reason == "stop"
+    assert completion.token_ids.index(5) == len(completion.token_ids) - 1
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("ids", [[], [3, -1], [16, 3]])
 async def test_a_prompt_that_would_end_a_server_is_never_sent(ids):
     server = FakeServer()
