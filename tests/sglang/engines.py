@@ -1,6 +1,17 @@
 """Which servers the conformance tests run on."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
+
+from lightning_grpo.servers.sglang import SGLangServers
+from tests.sglang.environment import DEFAULT_FOLDER, ready_python
+
+FOLDER_VARIABLE = "SGLANG_TEST_ENVIRONMENT"
 
 MARKS = [pytest.mark.sglang, pytest.mark.timeout(400)]
 REAL = pytest.param("sglang", marks=MARKS)
@@ -11,3 +22,12 @@ weights (0.5.19): `retract` is exact only without."""
 RETRACTING = pytest.mark.parametrize(
     "shared_server", ["embedded", WITHOUT_PREFIXES], indirect=True, scope="session"
 )
+
+
+def real_servers(num_servers: int = 1, **flags: Any) -> SGLangServers:
+    """SGLang on this CPU."""
+    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).absolute()
+    installed = ready_python(folder)
+    if installed is None:
+        pytest.fail(f"no SGLang in {folder}: run `make test-sglang`")
+    return SGLangServers(num_servers, python=installed.python, flags={"device": "cpu"} | flags)

@@ -12,10 +12,8 @@ The real one needs `make test-sglang` (or the marker `sglang`, and an environmen
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,22 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.servers.owned import OwnedServers
-from lightning_grpo.servers.sglang import SGLangServers
 from tests.fakes.tiny_model import make_tiny_model
-from tests.sglang.engines import REAL
-from tests.sglang.environment import DEFAULT_FOLDER, ready_python
+from tests.sglang.engines import REAL, real_servers
 from tests.sglang.server import Server
-
-FOLDER_VARIABLE = "SGLANG_TEST_ENVIRONMENT"
-
-
-def real_servers(num_servers: int = 1, **flags: Any) -> SGLangServers:
-    """SGLang on this CPU."""
-    folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).absolute()
-    installed = ready_python(folder)
-    if installed is None:
-        pytest.fail(f"no SGLang in {folder}: run `make test-sglang`")
-    return SGLangServers(num_servers, python=installed.python, flags={"device": "cpu"} | flags)
 
 
 @pytest.fixture(scope="session")

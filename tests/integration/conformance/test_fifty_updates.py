@@ -9,92 +9,34 @@ recomputed under the version that each token claims.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
-from lightning_grpo.types import Completion, Sampling
+from lightning_grpo.types import Completion
 from lightning_grpo.weights.disk import DiskTransport
-from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.probe import Probe
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.report import PublishReport
 from lightning_grpo.weights.transport import Interruption, Place, Transport
 from tests.sglang.engines import RETRACTING
-from tests.sglang.scoring import full_logprobs
 from tests.sglang.server import Server
+from tests.sglang.traffic import PROBE, TOKENS, MovingWeights, Traffic, largest_difference
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(400)]
 
-IN_FLIGHT = 16
 UPDATES = {"embedded": 10}
 MANY_UPDATES = 50
-TOKENS = 150
 EXACT = 1e-4
-PROBE = Probe(((3, 9, 4, 200, 31), (77, 5, 12)), exact=True)
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class Trainer:
-    """Weights that move with every version; any version's can be had again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-        self._first = {n: p.detach().clone() for n, p in self._model.named_parameters()}
-
-    def at(self, version: int) -> torch.nn.Module:
-        """The model of a version."""
-        noise = torch.Generator().manual_seed(version)
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                step = torch.randn(parameter.shape, generator=noise) * 0.03 * bool(version)
-                parameter.copy_(self._first[name] + step)
-        return self._model
-
-    def scores(self, version: int) -> list[list[float]]:
-        model = self.at(version)
-        return [[0.0, *full_logprobs(model, list(ids)).tolist()] for ids in PROBE.sequences]
-
-    async def publish(self, publisher: WeightPublisher, version: int) -> PublishReport:
-        snapshot = {n: t.clone() for n, t in gather_weights(self.at(version)).items()}
-        return await publisher.publish(snapshot, version, self.scores(version))
-
-
-class Traffic:
-    """Keeps requests in flight until told to stop."""
-
-    def __init__(self, pool: ServerPool) -> None:
-        self.done: list[tuple[list[int], Completion]] = []
-        self.stopping = False
-        self._pool = pool
-
-    @asynccontextmanager
-    async def flowing(self) -> AsyncIterator[None]:
-        async with asyncio.TaskGroup() as tasks:
-            for index in range(IN_FLIGHT):
-                tasks.create_task(self._one_after_the_other(index))
-            yield
-            self.stopping = True
-
-    async def _one_after_the_other(self, index: int) -> None:
-        for number in range(10_000):
-            if self.stopping:
-                return
-            prompt = [10 + index, 20 + number % 400, 30, 40]
-            completion = await self._pool.generate(prompt, Sampling(max_new_tokens=TOKENS))
-            self.done.append((prompt, completion))
 
 
 @asynccontextmanager
@@ -124,23 +66,6 @@ def check_lengths(done: list[tuple[list[int], Completion]]) -> None:
         assert 2 not in completion.token_ids[:-1]
 
 
-def check_versions(trainer: Trainer, done: list[tuple[list[int], Completion]]) -> float:
-    """Recomputes every token's logprob under the version that it claims; the largest difference."""
-    by_version: dict[int, list[tuple[list[int], Completion]]] = defaultdict(list)
-    for prompt, completion in done:
-        for version in set(completion.versions):
-            by_version[version].append((prompt, completion))
-    worst = 0.0
-    for version, completions in by_version.items():
-        model = trainer.at(version)
-        for prompt, completion in completions:
-            expected = full_logprobs(model, [*prompt, *completion.token_ids])[len(prompt) - 1 :]
-            mine = torch.tensor(completion.versions) == version
-            difference = (expected - torch.tensor(completion.logprobs)).abs()[mine]
-            worst = max(worst, float(difference.max()))
-    return worst
-
-
 def report(
     name: str, reports: list[PublishReport], done: list[tuple[list[int], Completion]]
 ) -> str:
@@ -162,7 +87,7 @@ TRANSPORTS = [
 
 
 async def run(server: Server, tmp_path: Path, transport: Transport, mode: Interruption) -> None:
-    trainer = Trainer(server.model)
+    trainer = MovingWeights(server.model)
     updates = UPDATES.get(server.kind, MANY_UPDATES)
     reports: list[PublishReport] = []
     async with (
@@ -188,7 +113,7 @@ async def run(server: Server, tmp_path: Path, transport: Transport, mode: Interr
     assert len({v for _, c in traffic.done for v in c.versions}) > updates // 2
     print(report(f"{server.kind} {type(transport).__name__} {mode}", reports, traffic.done))
     if mode != "in_place":
-        worst = check_versions(trainer, traffic.done)
+        worst = largest_difference(trainer, traffic.done)
         print(f"largest |dlogprob| under the claimed version: {worst:.1e}")
         assert worst < EXACT
     assert server.request("/health", method="GET")[0] == 200
