@@ -1,0 +1,113 @@
+"""Programs that nobody has read: whatever one does, it is ended and told."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rewards.sandbox import CodeLimits, run_python
+
+LIMITS = CodeLimits(timeout_s=1.5, memory_mb=128)
+OUTSIDE = str(Path(tempfile.gettempdir(), "written-by-a-program"))
+linux = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp")
+
+
+def run(source, tests="", stdin=""):
+    return run_python(source, tests, stdin, LIMITS)
+
+
+def test_a_program_prints_reads_and_passes_its_tests():
+    result = run("def f(x): return 2 * x\nprint(f(int(input())))", "assert f(3) == 6", "21\n")
+    assert (result.ending, result.stdout, result.stderr) == ("done", "42\n", "")
+
+
+def test_a_failed_test_is_raised_with_its_traceback():
+    result = run("def f(x): return x", "assert f(3) == 6, 'no'")
+    assert result.ending == "raised"
+    assert "AssertionError: no" in result.stderr
+    assert run("def f(:").ending == "raised"
+
+
+@pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "import os; os._exit(0)", "exit()"])
+def test_leaving_early_is_not_passing(leave):
+    assert run(leave, "assert False").ending == "exited"
+
+
+def test_printing_what_the_end_looks_like_is_not_passing():
+    forged = "import os\nos.write(1, b'0' * 32)\nos._exit(0)"
+    assert run(forged, "assert False").ending == "exited"
+
+
+def test_the_program_cannot_read_its_tests_or_orders():
+    seen = run("import os, sys\nprint(sys.argv, os.listdir('.'), os.listdir('..'))", "secret = 1")
+    assert "secret" not in seen.stdout
+    assert "orders" not in seen.stdout
+    assert run("print(open('/proc/self/fd/0').read())", stdin="mine").stdout == "mine\n"
+
+
+def test_it_has_no_environment_of_ours():
+    assert "PATH" not in run("import os; print(dict(os.environ))").stdout
+
+
+def test_an_endless_loop_is_ended():
+    assert run("while True: pass").ending == "timed_out"
+
+
+def test_output_files_and_memory_have_limits():
+    assert run("while True: print('x' * 1000)").ending == "too_much_output"
+    big = "f = open('a', 'w')\nwhile True: f.write('x' * 100000)"
+    assert run(big).ending == "too_much_output"
+    assert "MemoryError" in run("x = 'x' * 10**9").stderr
+
+
+def test_a_crash_of_the_interpreter_is_told():
+    assert run("import ctypes; ctypes.string_at(0)").ending == "killed"
+
+
+@linux
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os; os.fork()",
+        "import subprocess; subprocess.run(['true'])",
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "import os; os.kill(os.getppid(), 9)",
+        f"import os; os.remove({__file__!r})",
+        f"open({OUTSIDE!r}, 'w')",
+        "import os; os.mkdir('../x')",
+        "import os; os.symlink('/', '../x')",
+    ],
+)
+def test_forks_connections_signals_and_writes_outside_are_refused(source):
+    result = run(source)
+    assert result.ending == "raised"
+    assert "PermissionError" in result.stderr
+    assert result.missing == ()
+    assert not Path(OUTSIDE).exists()
+
+
+@linux
+def test_a_fork_bomb_ends_with_its_time_and_leaves_nothing():
+    before = {p.pid for p in psutil.process_iter()}
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    assert run(bomb).ending == "timed_out"
+    new = [p for p in psutil.process_iter() if p.pid not in before]
+    assert not [p for p in new if "confined_python" in " ".join(p.cmdline())]
+
+
+def test_threads_and_the_scratch_folder_work():
+    source = (
+        "import threading\nopen('a', 'w').write('inside')\n"
+        "t = threading.Thread(target=lambda: print(open('a').read()))\nt.start()\nt.join()"
+    )
+    assert run(source).stdout == "inside\n"
+
+
+def test_limits_that_nothing_could_run_under_are_refused():
+    with pytest.raises(ConfigError, match="`timeout_s` must be > 0, got 0"):
+        CodeLimits(timeout_s=0)
