@@ -7,6 +7,7 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_given_hyperparameters` | lightning.pytorch.core.mixins.hparams_mixin | lightning 2.6.6 |
 | `_optimizers_to_device` | lightning.fabric.utilities.optimizer | lightning 2.6.6 |
 | `_checkpoint_connector.hpc_save_path` | lightning.pytorch.trainer.Trainer | lightning 2.6.6 |
+| `_accelerator_connector.cluster_environment` | lightning.pytorch.Trainer | lightning 2.6.6 |
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 """
@@ -18,6 +19,7 @@ from subprocess import Popen
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -40,6 +42,11 @@ def hpc_checkpoint_path(trainer: Trainer) -> str:
     """Where Lightning looks for a requeued job's checkpoint by itself (the next free number)."""
     path: str = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
     return path
+
+
+def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
+    """Where the ranks come from; the strategy of one device does not keep it."""
+    return trainer._accelerator_connector.cluster_environment
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:

@@ -20,10 +20,9 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_grpo._compat import hpc_checkpoint_path
+from lightning_grpo._compat import cluster_environment, hpc_checkpoint_path
 from lightning_grpo.callbacks.stop_flag import StopFlag
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import StopRun
@@ -35,7 +34,7 @@ _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 def save_for_resume(trainer: L.Trainer) -> str:
     """Save where `ckpt_path="hpc"` finds it, as a requeued Slurm job does by itself; collective."""
     path = trainer.strategy.broadcast(hpc_checkpoint_path(trainer))
-    trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path, weights_only=False)
     return path
 
 
@@ -158,8 +157,7 @@ class SignalHandling(Callback):
 
 
 def _slurm(trainer: L.Trainer) -> SLURMEnvironment | None:
-    strategy = trainer.strategy
-    environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
+    environment = cluster_environment(trainer)
     return environment if isinstance(environment, SLURMEnvironment) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -146,6 +147,9 @@ class RolloutService:
     ) -> None:
         self._stop, self._ended = anyio.Event(), anyio.Event()
         self._last_beat = time.monotonic()
+        # What is started from this thread, servers and rewards, inherits the mask: Slurm sends its
+        # warning before the time limit to every process of the job, and it would end them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
             async with build() as producer, anyio.create_task_group() as tasks:
                 self._producer = producer

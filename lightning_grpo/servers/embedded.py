@@ -44,7 +44,7 @@ class EmbeddedServers(OwnedServers):
         """The engine's command, once for each server."""
         command = [
             *(sys.executable, "-m", "lightning_grpo.engine"),
-            *("--model", model_path, "--port", "0", "--exit-with-stdin"),
+            *("--model", model_path, "--host", self.host, "--port", "0", "--exit-with-stdin"),
             *("--max-running-requests", str(self.max_running_requests)),
             *(["--deterministic"] if self.deterministic else []),
         ]

@@ -14,8 +14,14 @@ from lightning_grpo.servers.process import Launch, ServerProcess
 
 
 class OwnedServers(Servers):
-    """What EmbeddedServers and SGLangServers share; they differ in the command only."""
+    """What EmbeddedServers and SGLangServers share; they differ in the command only.
 
+    Attributes:
+        host: The name or address that the servers listen on.
+        start_timeout_s: How long all of them may take to answer.
+    """
+
+    host = "127.0.0.1"
     start_timeout_s: float
 
     def __init__(self) -> None:

@@ -92,7 +92,7 @@ class SGLangServers(OwnedServers):
         groups, shared = self._device_groups(on_cpu)
         folder = Path(self.log_dir) if self.log_dir else run_dir / "servers"
         ports = free_ports(len(groups), self.port_range)
-        flags = {"host": "127.0.0.1"} | (CPU_FLAGS if on_cpu else {}) | self.flags
+        flags = {"host": self.host} | (CPU_FLAGS if on_cpu else {}) | self.flags
         fraction = self.memory_fraction
         if fraction is None and shared:
             fraction = SHARED_MEMORY_FRACTION
@@ -107,7 +107,7 @@ class SGLangServers(OwnedServers):
                 ],
                 folder / f"sglang-{slot}.log",
                 {"CUDA_VISIBLE_DEVICES": ",".join(map(str, group)), **environment},
-                f"http://127.0.0.1:{port}",
+                f"http://{self.host}:{port}",
                 group,
             )
             for slot, (group, port) in enumerate(zip(groups, ports, strict=True))

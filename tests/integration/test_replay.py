@@ -45,6 +45,7 @@ def test_a_replay_has_the_batches_and_the_losses_of_the_recorded_run_and_ends_wi
     assert len({round(step["policy/loss"], 7) for step in curves(live)}) > 3
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_replay_goes_on_from_a_checkpoint_of_the_run_or_of_a_replay(tiny_model, server, tmp_path):
     saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
     live = fit(
