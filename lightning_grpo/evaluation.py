@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +25,17 @@ class Evaluation:
         greedy: Whether to answer each prompt once more at temperature 0.
         sampled: Whether to take the `num_samples` sampled completions at all.
         pass_threshold: Reward from which a completion counts as right in pass@k.
+        extract_answer: What a completion's text answers (a text, a number), or None where it
+            answers nothing; then maj@k is logged: the reward of the most common answer. For
+            mathematics `lightning_grpo.rewards.boxed_answer.last_boxed` or
+            `lightning_grpo.rewards.final_answer.final_number`.
     """
 
     num_samples: int = 1
     greedy: bool = True
     sampled: bool = True
     pass_threshold: float = 0.5
+    extract_answer: Callable[[str], Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse an evaluation that samples nothing."""
@@ -84,6 +92,26 @@ def pass_at_k(num_samples: Tensor, num_right: Tensor, k: int) -> Tensor:
     return torch.where(possible, 1 - log_ratio.exp(), torch.ones_like(n))
 
 
+def majority_reward(answers: Sequence[Hashable | None], rewards: Sequence[float]) -> float:
+    """The reward of the most common answer of one prompt's completions.
+
+    Answers that tie are drawn from at random, so theirs is averaged; completions with the same
+    answer may differ in reward, so that is, too. No answer at all: 0.
+
+    Args:
+        answers: One of each completion; None does not vote.
+        rewards: One of each completion.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    tied = [answer for answer, count in votes.items() if count == most]
+    earned = [r for a, r in zip(answers, rewards, strict=True) if a in tied]
+    # Each tied answer has the same number of votes, so one mean is the mean of their means.
+    return sum(earned) / len(earned)
+
+
 class PromptMean(Metric):
     """The mean over prompts of one number per prompt, with its 95 % confidence interval.
 
@@ -126,6 +154,48 @@ def score_matrix(groups: list[Group], num_samples: int) -> Tensor:
     """Rewards of sampled completions, fp64 `[prompts, num_samples]`."""
     rows = [[t.reward for t in g.trajectories[:num_samples]] for g in groups]
     return torch.tensor(rows, dtype=torch.float64).reshape(len(groups), num_samples)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What some prompts' completions came to; small, and the same on every rank.
+
+    Attributes:
+        sampled: Rewards of the sampled completions, fp64 `[prompts, k]`, or None.
+        greedy: Reward of the greedy completion, fp64 `[prompts]`, or None.
+        majority: Reward of the most common sampled answer, fp64 `[prompts]`, or None.
+    """
+
+    sampled: Tensor | None = None
+    greedy: Tensor | None = None
+    majority: Tensor | None = None
+
+
+def score_groups(
+    sampled: list[Group] | None, greedy: list[Group] | None, evaluation: Evaluation
+) -> Scores:
+    """The scores of groups, one group for each prompt.
+
+    Args:
+        sampled: With `num_samples` trajectories each.
+        greedy: With one each.
+        evaluation: What was sampled, and how answers are read.
+    """
+    majority = None
+    if sampled is not None and evaluation.extract_answer is not None and evaluation.num_samples > 1:
+        majority = torch.tensor(
+            [_majority(group, evaluation.extract_answer) for group in sampled], dtype=torch.float64
+        )
+    return Scores(
+        None if sampled is None else score_matrix(sampled, evaluation.num_samples),
+        None if greedy is None else score_matrix(greedy, 1).squeeze(1),
+        majority,
+    )
+
+
+def _majority(group: Group, extract_answer: Callable[[str], Any]) -> float:
+    answers = [extract_answer(trajectory.text) for trajectory in group.trajectories]
+    return majority_reward(answers, [trajectory.reward for trajectory in group.trajectories])
 
 
 def sampled_metrics(rewards: Tensor, threshold: float) -> dict[str, Tensor]:

@@ -25,12 +25,14 @@ class EvaluationBatch:
         sampled: Rewards of the sampled completions, fp64 `[prompts, k]`, or None.
         greedy: Reward of the greedy completion, fp64 `[prompts]`, or None.
         groups: The trajectories (greedy last); rank 0 only, else empty.
+        majority: Reward of the most common sampled answer, fp64 `[prompts]`, or None.
     """
 
     name: str
     sampled: Tensor | None
     greedy: Tensor | None
     groups: list[Group]
+    majority: Tensor | None = None
 
 
 Answer = Callable[[str, int, int], EvaluationBatch]
@@ -95,6 +97,8 @@ class EvaluationMeans:
         scores: dict[str, Tensor] = {}
         if batch.sampled is not None:
             scores |= sampled_metrics(batch.sampled, self._evaluation.pass_threshold)
+        if batch.majority is not None:
+            scores[f"maj_at_{self._evaluation.num_samples}"] = batch.majority
         if batch.greedy is not None:
             scores["greedy"] = batch.greedy
         for name, per_prompt in scores.items():
@@ -108,3 +112,13 @@ class EvaluationMeans:
             metrics[name] = float(mean.compute())
             metrics[f"{name}_ci95"] = mean.half_width()
         return EvaluationRecord(step, metrics, self._groups)
+
+
+def joined_groups(groups: list[list[Group]]) -> list[Group]:
+    """One group per prompt: sampled trajectories first, the greedy one last."""
+    if len(groups) < 2 or not groups[0]:  # noqa: PLR2004 - sampled and greedy
+        return groups[0] if groups else []
+    return [
+        Group(a.prompt, (*a.trajectories, *b.trajectories), a.admitted_version)
+        for a, b in zip(*groups, strict=True)
+    ]

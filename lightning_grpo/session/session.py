@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.evaluation import score_matrix
+from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.service import RolloutService
@@ -28,7 +28,7 @@ from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Group, Sampling
-from lightning_grpo.validation import EvaluationBatch
+from lightning_grpo.validation import EvaluationBatch, joined_groups
 from lightning_grpo.weights.gather import gather_weights
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 
@@ -236,9 +236,13 @@ class RolloutSession:
             groups.append(answered or [])
         scores = None
         if self._lead is not None:
-            scores = _scores(groups, evaluation.sampled, evaluation.greedy, evaluation.num_samples)
-        sampled, greedy = self.channel.broadcast(scores)
-        return EvaluationBatch(name, sampled, greedy, _joined(groups))
+            sampled = groups[0] if evaluation.sampled else None
+            greedy = groups[-1] if evaluation.greedy else None
+            scores = score_groups(sampled, greedy, evaluation)
+        scores = self.channel.broadcast(scores)
+        return EvaluationBatch(
+            name, scores.sampled, scores.greedy, joined_groups(groups), scores.majority
+        )
 
     # -- checkpoints ----------------------------------------------------------------------------
 
@@ -287,22 +291,3 @@ async def _take(live: Live, version: int) -> Taken:
 def _advance(live: Live, version: int) -> None:
     live.producer.advance(version)
     live.first_sync.set()
-
-
-def _scores(
-    groups: list[list[Group]], sampled: bool, greedy: bool, num_samples: int
-) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        score_matrix(groups[0], num_samples) if sampled else None,
-        score_matrix(groups[-1], 1).squeeze(1) if greedy else None,
-    )
-
-
-def _joined(groups: list[list[Group]]) -> list[Group]:
-    """One group per prompt: sampled trajectories first, the greedy one last."""
-    if len(groups) < 2 or not groups[0]:  # noqa: PLR2004 - sampled and greedy
-        return groups[0] if groups else []
-    return [
-        Group(a.prompt, (*a.trajectories, *b.trajectories), a.admitted_version)
-        for a, b in zip(*groups, strict=True)
-    ]
