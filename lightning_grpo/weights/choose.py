@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from lightning_grpo.weights.disk import DiskTransport
+from lightning_grpo.weights.ipc import IPCTransport
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.transport import Transport
 
@@ -34,7 +34,7 @@ def choose_transport(given: Transport | None, servers: Started) -> Transport:
     """The given transport, else one by what is there.
 
     On CPUs a gloo group. On GPUs an NCCL group, unless trainer and servers share one GPU: NCCL
-    refuses two ranks on one device, so weights go by disk there.
+    refuses two ranks on one device, so the server maps the trainer's memory there.
     """
     if given is not None:
         return given
@@ -42,5 +42,5 @@ def choose_transport(given: Transport | None, servers: Started) -> Transport:
         return ProcessGroupTransport("gloo")
     serving = {device for handle in servers.handles for device in handle.devices}
     if torch.cuda.device_count() == 1 and serving:
-        return DiskTransport()
+        return IPCTransport()
     return ProcessGroupTransport("nccl")
