@@ -66,7 +66,12 @@ class StopRun(GRPOError, SystemExit):
         signal: The number of the signal; the command line exits with 128 + it.
         exit_code: The process's exit status instead of 128 + signal. Ranks above 0 end with 0:
             Lightning's launcher takes anything else for a crash and kills rank 0.
+
+    Attributes:
+        saved_to: The checkpoint to go on from; empty if none was saved.
     """
+
+    saved_to: str = ""
 
     def __init__(
         self,

@@ -122,7 +122,9 @@ class SignalHandling(Callback):
             return
         name = self._channel.agree_on_stop()
         if name:
-            raise self._channel.stop_run(name, self._stop(trainer, name))
+            stop = self._channel.stop_run(name, self._stop(trainer, name))
+            stop.saved_to = self._saved_to
+            raise stop
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -135,6 +137,7 @@ class SignalHandling(Callback):
                     _LOG.error("the cause lies elsewhere: %s", cause)
             elif self.flag.installed and not self._saved_to:
                 exception.args = (self._stop(trainer, signal.Signals(exception.signal).name),)
+                exception.saved_to = self._saved_to
         finally:
             self.flag.uninstall(exit_on_signal=True)
 

@@ -6,6 +6,7 @@ called, so that help and a mistyped command cost no import of torch.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = available_commands()
     if command in commands:
         prepare_imports()
-        return _run(commands[command][0], arguments[1:])
+        return _run(command, commands[command][0], arguments[1:])
     if command in ("-h", "--help", "help"):
         sys.stdout.write(_help())
     elif command in ("-V", "--version"):
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(module: str, arguments: list[str]) -> int:
+def _run(command: str, module: str, arguments: list[str]) -> int:
     """Run a command's module and turn what ends it into an exit code."""
     run: Callable[[list[str]], int] = import_module(f"lightning_grpo.cli.{module}").run
     try:
@@ -75,6 +76,8 @@ def _run(module: str, arguments: list[str]) -> int:
         if wants_traceback():
             raise
         code, lines = explain(error)
+        if isinstance(error, StopRun) and error.saved_to:
+            lines = [f"go on with: {resume_command(command, arguments, error.saved_to)}"]
     except SystemExit as leaving:
         # Lightning turns an interrupt into exit code 1.
         if not isinstance(leaving.__context__, KeyboardInterrupt):
@@ -98,6 +101,18 @@ def explain(error: GRPOError | KeyboardInterrupt) -> tuple[int, list[str]]:
         case _:
             hint = "(LIGHTNING_GRPO_TRACEBACK=1 shows where it came from)"
             return _FAILED, [f"{type(error).__name__}: {error}", hint]
+
+
+def resume_command(command: str, arguments: list[str], checkpoint: str) -> str:
+    """The same command, from a checkpoint, to copy."""
+    words = ["lightning-grpo", command]
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--ckpt_path":
+            next(rest, None)
+        elif not word.startswith("--ckpt_path="):
+            words.append(word)
+    return shlex.join([*words, "--ckpt_path", checkpoint])
 
 
 def _unknown(command: str, known: list[str]) -> int:
