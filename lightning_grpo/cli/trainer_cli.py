@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import set_one_thread_default, silence_jsonargparse
@@ -24,6 +25,7 @@ from lightning_grpo.cli.refusals import condense, locate
 from lightning_grpo.cli.runs import RUNS, default_loggers, last_checkpoint, version_of
 from lightning_grpo.cli.sources import Setting
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -94,8 +96,9 @@ class GRPOCLI(LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Name the run's folder, and find the checkpoint that `last` means."""
+        """Name the run's folder, share out the GPUs, find the checkpoint that `last` means."""
         config = self.config[self._command]
+        _share_gpus(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
         if config.ckpt_path == "last" and _is_default(config.trainer.logger):
@@ -111,8 +114,9 @@ class GRPOCLI(LightningCLI):
         self._refuse_unknown_strategy(config.strategy)
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # Lightning's own for accelerators, strategies and precisions
-            raise locate(str(error), self._settings) from error
+        except (ValueError, MisconfigurationException) as error:
+            # Lightning's own for accelerators, strategies and precisions.
+            raise locate(_explained(str(error)), self._settings) from error
         if isinstance(trainer.accelerator, CPUAccelerator) and set_one_thread_default():
             torch.set_num_threads(1)
         if self._command != "fit":
@@ -127,6 +131,37 @@ class GRPOCLI(LightningCLI):
             place = self._settings.value["trainer"].value["strategy"].where
             rule = f"`{name}` is not a registered strategy"
             raise ConfigProblem("trainer.strategy", rule, place, nearest(name, known))
+
+
+def _share_gpus(config: Any) -> None:
+    """Let the Trainer have the GPUs that SGLangServers leave, where neither was told which."""
+    servers = config.data.servers
+    class_path = str(servers.class_path) if "class_path" in servers else ""
+    wants_gpus = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    if not class_path.endswith("SGLangServers") or not wants_gpus:
+        return
+    present = present_devices()
+    if config.trainer.devices != "auto" or not present or not torch.cuda.is_available():
+        return
+    serving = servers.init_args.devices or serving_devices(present)
+    training = training_devices(present, serving)
+    if not training:
+        raise ConfigError(
+            f"`data.servers.init_args.devices` must leave a GPU to train on, got {serving} of "
+            f"{present}. Name fewer."
+        )
+    config.trainer.devices = training
+    rank_zero_info(f"GPUs {serving} serve, {[present[i] for i in training]} train")
+
+
+def _explained(message: str) -> str:
+    """Lightning's refusals that name no setting, with the setting and a way out."""
+    if "No supported gpu backend found" in message:
+        return (
+            "`trainer.accelerator` must be one that this machine has, got `gpu`, and there is no "
+            "GPU. Run on a machine with one; on a CPU start with `--config quickstart.yaml`."
+        )
+    return message
 
 
 def _is_default(logger: Any) -> bool:

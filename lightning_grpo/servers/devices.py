@@ -34,3 +34,13 @@ def present_devices() -> list[int]:
 def serving_devices(present: list[int]) -> list[int]:
     """Half of the GPUs, rounded up, serve, the last ones; one GPU is shared with the trainer."""
     return present[len(present) // 2 :] if len(present) > 1 else present
+
+
+def training_devices(present: list[int], serving: list[int]) -> list[int]:
+    """Positions, among the GPUs that are here, of those left to train: what `Trainer` counts in.
+
+    One GPU is shared.
+    """
+    if len(present) == 1:
+        return [0]
+    return [position for position, device in enumerate(present) if device not in serving]
