@@ -63,6 +63,7 @@ _HOME = {
     "lightning_grpo.servers.embedded": ("EmbeddedServers",),
     "lightning_grpo.servers.running": ("RunningServers",),
     "lightning_grpo.servers.sglang": ("SGLangServers",),
+    "lightning_grpo.servers.slurm": ("SlurmServers",),
     "lightning_grpo.strategies.fsdp2": ("FSDP2Strategy",),
     "lightning_grpo.strategies.parallelize": ("parallelize",),
     "lightning_grpo.types": (
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from lightning_grpo.servers.embedded import EmbeddedServers as EmbeddedServers
     from lightning_grpo.servers.running import RunningServers as RunningServers
     from lightning_grpo.servers.sglang import SGLangServers as SGLangServers
+    from lightning_grpo.servers.slurm import SlurmServers as SlurmServers
     from lightning_grpo.strategies.fsdp2 import FSDP2Strategy as FSDP2Strategy
     from lightning_grpo.types import Group as Group
     from lightning_grpo.types import Prompt as Prompt

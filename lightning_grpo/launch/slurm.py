@@ -14,7 +14,7 @@ from lightning_grpo.errors import ConfigError
 WARNING_S = 120
 """Slurm warns with SIGUSR1 so long before the time limit: time to save and to be requeued."""
 
-_SLURM_SERVERS = "lightning_grpo.servers.slurm.SlurmServers"
+_SLURM_SERVERS = "lightning_grpo.SlurmServers"
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class SlurmServers(Servers):
                 reply = self._wait(number, limit_s)
                 self._handles += [(node, _handle(each)) for each in reply["handles"]]
         except BaseException:
-            self._stop_nodes()
+            self.stop()
             raise
         return self.handles
 
