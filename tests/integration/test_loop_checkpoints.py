@@ -1,0 +1,167 @@
+"""Checkpoints: what they hold, what loads them, and a curve that goes on where it stopped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.algorithm.losses import GRPOLoss
+from lightning_grpo.callbacks.signals import SignalHandling
+from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.errors import CheckpointError
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.types import Sampling
+from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
+from tests.fakes.user_objects import MaxRL, ScaledLoss, make_adam
+
+
+def fit_and_save(tmp_path, module, server, **settings):
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.fit(module, make_data(server))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")  # after the end, as people do
+    return tmp_path / "run.ckpt"
+
+
+def test_a_checkpoint_is_plain_data_and_makes_the_module_again(tiny_model, server, tmp_path):
+    module = make_module(
+        tiny_model,
+        loss=GRPOLoss(clip_high=0.3),
+        optimizer=make_adam,
+        max_tokens_per_microbatch=999,
+    )
+    path = fit_and_save(tmp_path, module, server)
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["hyper_parameters"]["loss"]["init_args"]["clip_high"] == 0.3
+    assert checkpoint["hyper_parameters"]["not_restored"] == []
+    assert checkpoint["RolloutDataModule"]["version"] == 2
+    loaded = GRPOModule.load_from_checkpoint(path)
+    assert loaded.loss == GRPOLoss(clip_high=0.3)
+    assert loaded.max_tokens_per_microbatch == 999
+    for name, value in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_user_s_loss_object_and_subclass_come_back(tiny_model, server, tmp_path):
+    path = fit_and_save(tmp_path, make_module(tiny_model, MaxRL, loss=ScaledLoss(0.5)), server)
+    loaded = MaxRL.load_from_checkpoint(path)
+    assert isinstance(loaded.loss, ScaledLoss)
+    assert loaded.loss.scale == 0.5
+
+
+def test_a_lambda_must_be_passed_again_to_train_on_and_the_error_says_so(
+    tiny_model, server, tmp_path
+):
+    def build():
+        return make_module(tiny_model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+
+    path = fit_and_save(tmp_path, build(), server)
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["not_restored"] == ["optimizer"]
+    # To look at it, export it or go on with the optimizer passed again nothing is missing.
+    loaded = GRPOModule.load_from_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"`optimizer`.*GRPOModule\(optimizer=\.\.\.\)"):
+        make_trainer(tmp_path, max_steps=4).fit(loaded, make_data(server), ckpt_path=path)
+    trainer = make_trainer(tmp_path, max_steps=4)
+    trainer.fit(build(), make_data(server), ckpt_path=path)
+    assert trainer.global_step == 4
+
+
+def test_the_exported_folder_of_a_loaded_checkpoint_is_the_policy(tiny_model, server, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    module = make_module(tiny_model)
+    path = fit_and_save(tmp_path, module, server)
+    folder = GRPOModule.load_from_checkpoint(path).export(tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    ours = module.policy.model.state_dict()
+    assert all(torch.equal(exported[name], ours[name]) for name in ours)
+
+
+class SaveBefore(Callback):
+    """Saves in the middle of the callbacks of a step, before WeightSync's turn."""
+
+    def __init__(self, path, step: int) -> None:
+        self.path = path
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_a_checkpoint_from_before_the_sync_trains_on_no_batch_twice(
+    tiny_model, server, tmp_path, max_staleness
+):
+    def fit(steps, callbacks, ckpt_path=None):
+        recorder = Recorder()
+        data = make_data(server, prompts=make_prompts(40), max_staleness=max_staleness)
+        # User's callbacks come first, unless the user has a WeightSync of their own in front.
+        trainer = make_trainer(tmp_path, max_steps=steps, callbacks=[*callbacks, recorder])
+        trainer.fit(make_module(tiny_model), data, ckpt_path=ckpt_path)
+        keys = [g.prompt.key for b in recorder.batches for g in b.rollout.groups]
+        return keys, recorder
+
+    for first in ([], [WeightSync()]):
+        path = tmp_path / f"{len(first)}.ckpt"
+        before, _ = fit(5, [*first, SaveBefore(path, 3)])
+        after, recorder = fit(5, [], path)
+        assert [b.rollout.version for b in recorder.batches] == [3, 4]
+        assert [b.rollout.index for b in recorder.batches] == [3, 4]
+        assert not set(after) & set(before[:6])
+        if max_staleness == 0:
+            assert after == before[6:]
+        recorded = torch.load(path, weights_only=True)["RolloutDataModule"]
+        assert recorded["version"] == recorded["producer"]["gate"]["version"] == 3
+        assert recorded["producer"]["ledger"]["counts"]["trained"] == 6
+
+
+@pytest.fixture
+def deterministic_off():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("minibatches", [2])
+@pytest.mark.usefixtures("deterministic_off")
+def test_in_deterministic_mode_a_resumed_run_is_the_run_bit_for_bit(
+    tiny_model, tmp_path, minibatches
+):
+    steps = 3 * minibatches
+
+    def fit(until, ckpt_path=None):
+        recorder, module = Recorder(), make_module(tiny_model, optimizer=make_adam)
+        data = make_data(
+            EmbeddedServers(),
+            batch_size=4,
+            group_size=3,
+            minibatches_per_batch=minibatches,
+            sampling=Sampling(max_new_tokens=12),
+            prompts=make_prompts(20),
+        )
+        trainer = make_trainer(tmp_path, max_steps=until, deterministic=True, callbacks=[recorder])
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{until}.ckpt")
+        trajectories = [
+            (t.input_ids, t.logprobs, t.reward)
+            for b in recorder.batches
+            for g in b.rollout.groups
+            for t in g.trajectories
+        ]
+        return trajectories, module.state_dict()
+
+    whole, expected = fit(2 * steps)
+    first, _ = fit(steps)
+    second, weights = fit(2 * steps, tmp_path / f"{steps}.ckpt")
+    assert first + second == whole
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_signals_are_wired_to_the_boundary_of_rollout_batches(tiny_model, server, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(make_module(tiny_model), make_data(server, minibatches_per_batch=2))
+    (handling,) = [c for c in trainer.callbacks if isinstance(c, SignalHandling)]
+    assert handling.requested is None
+    assert not handling.flag.installed
