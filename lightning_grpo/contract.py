@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_grpo.errors import ConfigError
 
@@ -131,3 +132,68 @@ def _check_interval(name: str, steps: int, steps_per_rollout: int) -> None:
         f"batch (`data.minibatches_per_batch` x `data.passes_per_batch`), got {steps} steps, which "
         f"would cut one. The nearest is {nearest}."
     )
+
+
+def check_sizes(
+    batch_size: int,
+    group_size: int,
+    minibatches_per_batch: int,
+    passes_per_batch: int,
+    max_staleness: int,
+) -> None:
+    """Refuse sizes of a rollout batch that can't work."""
+    least = {
+        "batch_size": (batch_size, 1, "a batch needs a prompt"),
+        "group_size": (group_size, 2, "an advantage needs a baseline"),
+        "minibatches_per_batch": (minibatches_per_batch, 1, "a batch takes an optimizer step"),
+        "passes_per_batch": (passes_per_batch, 1, "a batch is trained on at least once"),
+        "max_staleness": (max_staleness, 0, "0 is exactly on-policy"),
+    }
+    for name, (value, smallest, why) in least.items():
+        if value < smallest:
+            raise ConfigError(
+                f"`{name}` must be >= {smallest} ({why}), got {value}. "
+                f"Set `data.{name}: {smallest}` or more."
+            )
+    if batch_size % minibatches_per_batch:
+        raise ConfigError(
+            f"`minibatches_per_batch` must divide `batch_size` (groups are not split), got "
+            f"{minibatches_per_batch} and {batch_size}."
+        )
+
+
+def check_callers(trainer: L.Trainer) -> None:
+    """Refuse a Trainer without a data module, and `predict`."""
+    settings: Any = trainer
+    if settings.datamodule is None:
+        raise ConfigError(
+            "GRPOModule needs the rollouts of a RolloutDataModule. Call "
+            "`trainer.fit(module, datamodule=data)`."
+        )
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        raise ConfigError(
+            "`trainer.predict` can't be used: completions come from the servers. To score a "
+            "model on held-out prompts use `trainer.validate`."
+        )
+
+
+def check_sized(trainer: L.Trainer) -> None:
+    """Refuse a training loader without a length."""
+    if trainer.num_training_batches == math.inf:
+        raise ConfigError(
+            "the training loader must have a length, or Lightning fetches a batch before the "
+            "step on the one before it. Give it `__len__`, or set "
+            "`trainer.limit_train_batches` to a number of steps."
+        )
+
+
+def remaining_steps(trainer: L.Trainer, epoch_steps: int) -> int | None:
+    """Optimizer steps until `max_steps` or `max_epochs`; None if neither is set."""
+    limit: Any = trainer.limit_train_batches
+    epoch_steps = limit if isinstance(limit, int) else int(epoch_steps * limit)
+    ends = []
+    if trainer.max_steps > 0:
+        ends.append(trainer.max_steps - trainer.global_step)
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        ends.append(trainer.max_epochs * epoch_steps - trainer.global_step)
+    return max(0, min(ends)) if ends else None

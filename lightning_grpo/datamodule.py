@@ -11,8 +11,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from lightning_grpo._compat import launched_processes
-from lightning_grpo.contract import check_intervals, check_trainer
+from lightning_grpo.contract import (
+    check_intervals,
+    check_sizes,
+    check_trainer,
+    remaining_steps,
+)
+from lightning_grpo.describe import describe_data
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import Evaluation, EvaluationRecord
@@ -22,6 +27,7 @@ from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.session.protocol import Session
+from lightning_grpo.session.ranks import connect_ranks
 from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.session.state import from_checkpoint, to_checkpoint
@@ -91,32 +97,12 @@ class RolloutDataModule(L.LightningDataModule):
         self.evaluation = evaluation
         self.limits = limits
         self._keep_group = keep_group
-        self._check_sizes()
+        check_sizes(batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness)
         self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
         self.session: Session | None = None
         self._limit_val_batches: float | None = None
         self._steps_before: int | None = None  # of the trainer, at version 0; None: not training
-
-    def _check_sizes(self) -> None:
-        least = {
-            "batch_size": (1, "a batch needs a prompt"),
-            "group_size": (2, "an advantage needs a baseline"),
-            "minibatches_per_batch": (1, "a batch takes at least one optimizer step"),
-            "passes_per_batch": (1, "a batch is trained on at least once"),
-            "max_staleness": (0, "0 is exactly on-policy"),
-        }
-        for name, (smallest, why) in least.items():
-            if vars(self)[name] < smallest:
-                raise ConfigError(
-                    f"`{name}` must be >= {smallest} ({why}), got {vars(self)[name]}. "
-                    f"Set `data.{name}: {smallest}` or more."
-                )
-        if self.batch_size % self.minibatches_per_batch:
-            raise ConfigError(
-                f"`minibatches_per_batch` must divide `batch_size` (groups are not split), got "
-                f"{self.minibatches_per_batch} and {self.batch_size}."
-            )
 
     # -- hooks of a subclass --------------------------------------------------------------------
 
@@ -166,7 +152,9 @@ class RolloutDataModule(L.LightningDataModule):
         module: GRPOModule = self._attached.lightning_module  # type: ignore[assignment]
         loader = self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
         session = self._open_session
-        session.remaining_batches = self._remaining_batches(len(loader))
+        remaining = remaining_steps(self._attached, len(loader))
+        steps = self.steps_per_rollout
+        session.remaining_batches = None if remaining is None else -(-remaining // steps)
         self._steps_before = self._attached.global_step - session.version * self.steps_per_rollout
         return loader
 
@@ -263,21 +251,8 @@ class RolloutDataModule(L.LightningDataModule):
     def describe(self) -> dict[str, str]:
         """What is rolled out, as resolved: lines for the summary at the start."""
         session = self._open_session
-        steps = f"{self.steps_per_rollout} optimizer step"
-        if self.steps_per_rollout > 1:
-            steps += f"s ({self.minibatches_per_batch} x {self.passes_per_batch} passes)"
-        stale = "exactly on-policy: rollouts wait for the weights of every step"
-        if self.max_staleness:
-            stale = (
-                f"{self.max_staleness}: groups are sampled by weights at most {self.max_staleness} "
-                f"version{'s' * (self.max_staleness > 1)} older than those that train on them"
-            )
-        return {
-            "prompts": f"{session.num_prompts}, and held out {_counts(session.num_val_prompts)}",
-            "batch": f"{self.batch_size} prompts x {self.group_size} samples, {steps}",
-            "staleness": stale,
-            **session.describe(),
-        }
+        held_out = session.num_val_prompts
+        return describe_data(self, session.num_prompts, held_out) | session.describe()
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -318,19 +293,7 @@ class RolloutDataModule(L.LightningDataModule):
         )
 
     def _channel(self) -> RankChannel:
-        trainer = self.trainer
-        if trainer is None or trainer.world_size == 1:
-            return RankChannel.single()
-        strategy: Any = trainer.strategy
-        channel = RankChannel.connect(
-            trainer.global_rank,
-            trainer.world_size,
-            host=strategy.cluster_environment.main_address,
-            rank_timeout_s=self.limits.rank_timeout_s,
-        )
-        channel.watch_processes(launched_processes(trainer))
-        channel.start_watchdog()
-        return channel
+        return connect_ranks(self.trainer, self.limits.rank_timeout_s)
 
     @property
     def _attached(self) -> L.Trainer:
@@ -348,20 +311,6 @@ class RolloutDataModule(L.LightningDataModule):
         trained = (self._attached.global_step - self._steps_before) // self.steps_per_rollout
         return max(0, trained - version)
 
-    def _remaining_batches(self, epoch_steps: int) -> int | None:
-        """Rollout batches until `max_steps` or `max_epochs`, so that none is sampled in vain."""
-        trainer = self._attached
-        limit: Any = trainer.limit_train_batches
-        epoch_steps = limit if isinstance(limit, int) else int(epoch_steps * limit)
-        ends = []
-        if trainer.max_steps > 0:
-            ends.append(trainer.max_steps - trainer.global_step)
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            ends.append(trainer.max_epochs * epoch_steps - trainer.global_step)
-        if not ends:
-            return None
-        return max(0, -(-min(ends) // self.steps_per_rollout))
-
     def _epoch_batches(self, num_prompts: int) -> int:
         return max(1, num_prompts // self.batch_size)
 
@@ -370,9 +319,3 @@ def _named(prompts: Prompts | dict[str, Prompts] | None) -> dict[str, Prompts]:
     if prompts is None:
         return {}
     return prompts if isinstance(prompts, dict) else {"": prompts}
-
-
-def _counts(num_prompts: Mapping[str, int]) -> str:
-    if not num_prompts:
-        return "none"
-    return ", ".join(f"{n} {name}".strip() for name, n in num_prompts.items())

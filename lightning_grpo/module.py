@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -26,10 +23,13 @@ from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
-from lightning_grpo.algorithm.metrics import Metrics, from_tensors, merge, to_tensors, values
+from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.algorithm.objective import TokenLoss
 from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
 from lightning_grpo.callbacks.signals import SignalHandling
+from lightning_grpo.contract import check_callers, check_sized
+from lightning_grpo.describe import describe_module
+from lightning_grpo.distributed.metrics import reduced
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.objective import Objective
@@ -37,9 +37,10 @@ from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
 from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.policy.reference import ReferencePolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.gradient_sync import gradient_sync
-from lightning_grpo.validation import EvaluationBatch, EvaluationMeans
+from lightning_grpo.validation import EvaluatedModule
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -56,7 +57,7 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-class GRPOModule(L.LightningModule):
+class GRPOModule(EvaluatedModule):
     """A language model trained by group-relative policy optimization.
 
     Subclasses may override `build_policy`, `shape_rewards`, `advantages`, `token_loss`,
@@ -128,8 +129,7 @@ class GRPOModule(L.LightningModule):
         self._gradient_checkpointing = gradient_checkpointing
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
-        # In a list, so that it is no submodule: neither trained, sharded nor saved.
-        self._reference: list[PackedPolicy] = []
+        self._reference = ReferencePolicy()
 
     # -- the policy -----------------------------------------------------------------------------
 
@@ -220,12 +220,7 @@ class GRPOModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Zero the gradients: Lightning's own place for it would wipe the micro-batches'."""
-        if self.trainer.num_training_batches == math.inf:
-            raise ConfigError(
-                "the training loader must have a length, or Lightning fetches a batch before the "
-                "step on the one before it. Give it `__len__`, or set "
-                "`trainer.limit_train_batches` to a number of steps."
-            )
+        check_sized(self.trainer)
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
 
@@ -255,21 +250,14 @@ class GRPOModule(L.LightningModule):
         return loss
 
     def _reference_policy(self) -> PackedPolicy | None:
-        """The reference of a KL penalty, whole on each rank; without one nothing is loaded."""
+        """The reference of a KL penalty; without one nothing is loaded."""
         if self.kl is None:
             return None
-        if not self._reference:
-            path = resolve_path(self.kl.reference or self.model_name)
-            reference = PackedPolicy(load_policy(path, model_kwargs=self._model_kwargs))
-            self._reference.append(reference.to(self.device).requires_grad_(False))
-        return self._reference[0]
+        path = resolve_path(self.kl.reference or self.model_name)
+        return self._reference.on(self.device, path, self._model_kwargs)
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
-        sums, maxima = to_tensors(metrics, self.device)
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(sums)
-            torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX)
-        logged = values(from_tensors(metrics, sums, maxima))
+        logged = values(reduced(metrics, self.device))
         if batch.is_first:
             logged.update(batch.rollout.metrics)
         self.log_dict(logged)
@@ -294,28 +282,6 @@ class GRPOModule(L.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    # -- validation -----------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Start new means."""
-        self._means = EvaluationMeans(self._data.evaluation)
-
-    def validation_step(
-        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Collect the scores of some held-out prompts; every rank has all of them."""
-        self._means.update(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the means with half of their 95 % confidence intervals, and keep the record."""
-        record = self._means.record(self.global_step)
-        self.log_dict(record.metrics)
-        self._data.evaluations.append(record)
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
     @property
     def _data(self) -> RolloutDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
@@ -324,16 +290,7 @@ class GRPOModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that a run can't do without, unless the trainer has one of the kind."""
-        if self.trainer.datamodule is None:  # type: ignore[attr-defined]
-            raise ConfigError(
-                "GRPOModule needs the rollouts of a RolloutDataModule. Call "
-                "`trainer.fit(module, datamodule=data)`."
-            )
-        if self.trainer.state.fn == TrainerFn.PREDICTING:  # the first of ours that Lightning calls
-            raise ConfigError(
-                "`trainer.predict` can't be used: completions come from the servers. To score a "
-                "model on held-out prompts use `trainer.validate`."
-            )
+        check_callers(self.trainer)
         present = tuple(type(c) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [c() for c in DEFAULT_CALLBACKS if not any(issubclass(p, c) for p in present)]
 
@@ -355,21 +312,7 @@ class GRPOModule(L.LightningModule):
 
     def describe(self) -> dict[str, str]:
         """What trains, as resolved: lines for the summary at the start."""
-        policy = self.sharding_root()
-        count = sum(p.numel() for p in policy.parameters())
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in policy.parameters()})
-        anchor = "the behavior policy"
-        if self.correction is not None:
-            anchor = "the proximal policy"
-            if self._data.steps_per_rollout == 1:
-                anchor += " (the policy itself: one optimizer step per rollout batch)"
-        return {
-            "model": f"{self.model_name} ({count / 1e6:.2f}M parameters, {', '.join(dtypes)})",
-            "loss": f"{self.loss}, clip anchored at {anchor}",
-            "advantage": str(self.advantage),
-            "correction": str(self.correction or "none"),
-            "kl": str(self.kl or "none"),
-        }
+        return describe_module(self, self._data.steps_per_rollout)
 
     def _remember(self, arguments: dict[str, Any]) -> None:
         """Keep the arguments as plain data; the CLI knows those that were built from a config."""

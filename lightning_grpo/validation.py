@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import lightning as L
 from torch import Tensor
 
 from lightning_grpo.evaluation import (
@@ -122,3 +123,27 @@ def joined_groups(groups: list[list[Group]]) -> list[Group]:
         Group(a.prompt, (*a.trajectories, *b.trajectories), a.admitted_version)
         for a, b in zip(*groups, strict=True)
     ]
+
+
+class EvaluatedModule(L.LightningModule):
+    """The validation (and test) loop of a module whose data module answers held-out prompts."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Start new means."""
+        self._means = EvaluationMeans(self.trainer.datamodule.evaluation)  # type: ignore[attr-defined]
+
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Collect the scores of some held-out prompts; every rank has all of them."""
+        self._means.update(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means with half of their 95 % confidence intervals, and keep the record."""
+        record = self._means.record(self.global_step)
+        self.log_dict(record.metrics)
+        self.trainer.datamodule.evaluations.append(record)  # type: ignore[attr-defined]
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end

@@ -14,6 +14,11 @@ def server_addresses() -> list[str]:
     return [a.strip() for a in os.environ.get(ADDRESSES_VARIABLE, "").split(",") if a.strip()]
 
 
+def main_address() -> str:
+    """Where rank 0 of a process group that somebody else started listens."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with `extra` on top."""
     return {**os.environ, **extra}

@@ -70,7 +70,8 @@ def test_the_blocker_of_the_test_above_does_block():
 @pytest.mark.parametrize("path", python_files(), ids=named)
 def test_a_module_is_ascii_and_stays_readable_in_one_go(path):
     text = path.read_text(encoding="ascii")
-    assert len(text.splitlines()) <= MAX_LINES
+    # Blank lines are no reading; past the limit a concept waits to be named.
+    assert len([line for line in text.splitlines() if line.strip()]) <= MAX_LINES
 
 
 @pytest.mark.parametrize(

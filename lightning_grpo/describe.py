@@ -1,0 +1,57 @@
+"""What was resolved, in words: the lines that the summary prints before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_grpo.datamodule import RolloutDataModule
+    from lightning_grpo.module import GRPOModule
+
+
+def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str]:
+    """Model, loss, anchor of the clip, advantage, correction and KL penalty."""
+    parameters = list(module.sharding_root().parameters())
+    count = sum(p.numel() for p in parameters)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    anchor = "the behavior policy"
+    if module.correction is not None:
+        anchor = "the proximal policy"
+        if steps_per_rollout == 1:
+            anchor += " (the policy itself: one optimizer step per rollout batch)"
+    return {
+        "model": f"{module.model_name} ({count / 1e6:.2f}M parameters, {', '.join(dtypes)})",
+        "loss": f"{_hook(module, 'token_loss') or module.loss}, clip anchored at {anchor}",
+        "advantage": _hook(module, "advantages") or str(module.advantage),
+        "correction": str(module.correction or "none"),
+        "kl": str(module.kl or "none"),
+    }
+
+
+def _hook(module: GRPOModule, name: str) -> str:
+    """`Class.name` where a subclass of the user's overrides a hook, else nothing."""
+    owner = next(c for c in type(module).__mro__ if name in vars(c))
+    own = owner.__module__.startswith("lightning_grpo.")
+    return "" if own else f"{owner.__name__}.{name}"
+
+
+def describe_data(
+    data: RolloutDataModule, num_prompts: int, held_out: Mapping[str, int]
+) -> dict[str, str]:
+    """Prompts, the rollout batch and what its staleness means."""
+    steps = f"{data.steps_per_rollout} optimizer step"
+    if data.steps_per_rollout > 1:
+        steps += f"s ({data.minibatches_per_batch} x {data.passes_per_batch} passes)"
+    stale = "exactly on-policy: rollouts wait for the weights of every step"
+    if data.max_staleness:
+        stale = (
+            f"{data.max_staleness}: groups are sampled by weights at most {data.max_staleness} "
+            f"version{'s' * (data.max_staleness > 1)} older than those that train on them"
+        )
+    counts = ", ".join(f"{n} {name}".strip() for name, n in held_out.items())
+    return {
+        "prompts": f"{num_prompts}, and held out {counts or 'none'}",
+        "batch": f"{data.batch_size} prompts x {data.group_size} samples, {steps}",
+        "staleness": stale,
+    }
