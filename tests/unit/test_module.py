@@ -1,0 +1,165 @@
+"""GRPOModule without a Trainer: its hooks, its arguments, its optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.algorithm.advantages import LeaveOneOutAdvantage
+from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss
+from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
+from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.module import GRPOModule
+from tests.fakes.loops import NeverServers, make_data, make_module, make_trainer
+from tests.fakes.tiny_model import make_tiny_model
+from tests.fakes.tiny_run import make_group
+from tests.fakes.user_objects import MaxRL, OwnTokenLoss
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"), num_layers=1, hidden_size=32)
+
+
+def make_batch():
+    groups = [make_group(0, (0.0, 1.0, 1.0)), make_group(1, (0.5, 0.5, 0.5))]
+    return RolloutBatch.from_groups(groups, version=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("training_step", "token_loss"),
+        ("optimizer_zero_grad", "configure_optimizers"),
+        ("on_train_batch_start", "on_train_batch_end"),
+    ],
+)
+def test_final_methods_name_the_hook_to_use(name, instead):
+    with pytest.raises(ConfigError, match=rf"`Mine\.{name}` can't be.*Override `{instead}`"):
+        type("Mine", (GRPOModule,), {name: lambda self: None})
+
+
+def test_advantages_come_from_the_object_or_from_a_subclass():
+    batch = make_batch()
+    advantages, trained = make_module("m", advantage=LeaveOneOutAdvantage()).prepare_rollout(batch)
+    assert advantages.tolist() == pytest.approx([-1.0, 0.5, 0.5, 0, 0, 0])
+    assert trained.tolist() == [True] * 3 + [False] * 3
+    advantages, _ = make_module("m", MaxRL).prepare_rollout(batch)
+    assert advantages.tolist() == pytest.approx([-1.0, 0.5, 0.5, 0, 0, 0])
+
+
+def test_shaped_rewards_are_what_advantages_are_computed_from():
+    class Shorter(GRPOModule):
+        def shape_rewards(self, batch):
+            return batch.rewards - 0.5 * (torch.arange(len(batch)) == 3)
+
+    advantages, trained = make_module("m", Shorter).prepare_rollout(make_batch())
+    assert advantages[3] < 0 < advantages[4]
+    assert trained.all()
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (OwnTokenLoss, {}),
+        (GRPOModule, {"loss": lambda logprobs, batch: (logprobs, {})}),
+        (GRPOModule, {"kl": KLPenalty(0.1)}),
+        (GRPOModule, {"entropy_coefficient": 0.1}),
+    ],
+)
+def test_no_trajectory_is_left_out_where_a_zero_advantage_may_have_a_gradient(cls, settings):
+    _, trained = make_module("m", cls, **settings).prepare_rollout(make_batch())
+    assert trained.all()
+
+
+def test_advantages_per_token_leave_nothing_out():
+    class PerToken(GRPOModule):
+        def advantages(self, rewards, group_ids):
+            return torch.zeros(24)  # six sequences of four tokens
+
+    advantages, trained = make_module("m", PerToken).prepare_rollout(make_batch())
+    assert len(advantages) == 24
+    assert trained.all()
+
+
+def test_the_policy_is_built_once_by_the_hook(folder):
+    class Counted(GRPOModule):
+        built = 0
+
+        def build_policy(self):
+            self.built += 1
+            return super().build_policy()
+
+    module = make_module(folder, Counted)
+    module.configure_model()
+    module.configure_model()
+    assert module.built == 1
+    assert module.sharding_root() is module.policy
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_the_default_optimizer_is_adamw_for_rl_and_a_schedule_counts_steps(folder):
+    module = GRPOModule(str(folder))
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["lr"] == 1e-6
+    assert optimizer.defaults["weight_decay"] == 0.0
+    module = make_module(
+        folder, lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.5, 3)
+    )
+    module.configure_model()
+    assert module.configure_optimizers()["lr_scheduler"]["interval"] == "step"
+
+
+def test_arguments_are_kept_as_plain_data_and_a_class_without_arguments_is_none():
+    module = make_module("shipped:quickstart", loss=CISPOLoss(clip_high=0.5))
+    assert module.hparams["loss"]["class_path"].endswith("CISPOLoss")
+    assert module.hparams["loss"]["init_args"]["clip_high"] == 0.5
+    assert module.hparams["kl"] is None
+    assert module.hparams["not_restored"] == []
+    again = GRPOModule(**{k: v for k, v in module.hparams.items() if k != "not_restored"})
+    assert again.loss == module.loss
+    assert isinstance(GRPOModule("m").loss, GRPOLoss)
+
+
+def test_a_reference_is_no_part_of_the_module(folder):
+    module = make_module(folder, kl=KLPenalty(0.1, reference=str(folder)))
+    module.configure_model()
+    before = {name: p.shape for name, p in module.state_dict().items()}
+    reference = module._reference_policy()
+    assert reference is module._reference_policy()
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert {name: p.shape for name, p in module.state_dict().items()} == before
+    assert make_module(folder)._reference_policy() is None
+
+
+def test_the_callbacks_that_a_run_needs_are_supplied_unless_they_are_there(folder, tmp_path):
+    class Quicker(WeightSync):
+        pass
+
+    class Seen(Callback):
+        names: list[str]
+
+        def setup(self, trainer, pl_module, stage):
+            self.names = [type(c).__name__ for c in trainer.callbacks]
+            raise KeyError("seen")
+
+    seen = Seen()
+    trainer = make_trainer(tmp_path, callbacks=[seen, Quicker()])
+    with pytest.raises(KeyError, match="seen"):
+        trainer.fit(make_module(folder), make_data(SlowServers()))
+    assert "Quicker" in seen.names
+    assert "WeightSync" not in seen.names
+    assert {c.__name__ for c in DEFAULT_CALLBACKS} - {"WeightSync"} <= set(seen.names)
+
+
+class SlowServers(NeverServers):
+    """Asked to start in the background, and ended before anybody waits for them."""
+
+    def start(self, model_path, run_dir):
+        return []

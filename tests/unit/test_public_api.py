@@ -1,0 +1,69 @@
+"""The public API, pinned in one text file: a change to it is a change to that file.
+
+python tests/unit/test_public_api.py      # writes the file anew
+"""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+from pathlib import Path
+
+import lightning_grpo
+
+FILE = Path(__file__).with_name("public_api.txt")
+HOOKS = {
+    "GRPOModule": (
+        "build_policy", "shape_rewards", "advantages", "token_loss", "configure_optimizers",
+        "configure_model", "export", "load_from_checkpoint",
+    ),
+    "RolloutDataModule": (
+        "make_prompt", "keep_group", "start", "batches", "publish", "close", "state_dict",
+        "load_state_dict",
+    ),
+}  # fmt: skip
+"""What a subclass may override, and what programs without a Trainer call."""
+
+
+def describe(name: str) -> list[str]:
+    value = getattr(lightning_grpo, name)
+    if not callable(value):
+        return [name]
+    if inspect.isclass(value) and issubclass(value, enum.Enum):
+        return [f"{name}: {', '.join(value.__members__)}"]
+    lines = [f"{name}{signature(value)}"]
+    lines += [f"    .{hook}{signature(getattr(value, hook))}" for hook in HOOKS.get(name, ())]
+    return lines
+
+
+def signature(function: object) -> str:
+    """Names, kinds and defaults; annotations stand in the code, where a type checker reads them."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return "(...)"
+    shown = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    # A default that is a function shows its address.
+    return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.Signature(shown)))
+
+
+def current() -> str:
+    names = [name for name in lightning_grpo.__all__ if name != "__version__"]
+    return "\n".join(line for name in sorted(names) for line in describe(name)) + "\n"
+
+
+def test_the_public_api_is_what_the_file_says():
+    assert current() == FILE.read_text(), (
+        "the public API changed. If that is meant: python tests/unit/test_public_api.py"
+    )
+
+
+def test_every_public_name_is_listed_and_resolves():
+    assert sorted(lightning_grpo.__all__) == dir(lightning_grpo)
+    for name in lightning_grpo.__all__:
+        assert getattr(lightning_grpo, name) is not None
+
+
+if __name__ == "__main__":
+    FILE.write_text(current())

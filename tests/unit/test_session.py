@@ -1,0 +1,72 @@
+"""The session's settings, material and state, without servers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.session.material import check_sampling, open_material, room_for_prompts
+from lightning_grpo.session.state import from_checkpoint, to_checkpoint
+from lightning_grpo.types import Sampling
+from tests.fakes.loops import NeverServers, make_data, make_prompts
+from tests.fakes.tiny_model import make_tiny_model
+
+
+def test_state_survives_a_checkpoint_that_is_loaded_with_weights_only(tmp_path):
+    state = {"a": b"\x00\x01\xff", "empty": b"", "list": [1, {"deep": b"x"}], "n": None, "f": 0.5}
+    torch.save(to_checkpoint(state), tmp_path / "file")
+    assert from_checkpoint(torch.load(tmp_path / "file", weights_only=True)) == state
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("model"), num_layers=1, hidden_size=32)
+
+
+def settings_of(folder, tmp_path, **kwargs):
+    return make_data(NeverServers(), **kwargs)._settings(str(folder), tmp_path)
+
+
+def test_material_holds_prompts_and_short_sequences_for_the_probe(folder, tmp_path):
+    settings = settings_of(folder, tmp_path, val_prompts=make_prompts(3))
+    material = open_material(settings)
+    assert len(material.prompts) == 12
+    assert {name: len(p) for name, p in material.val_prompts.items()} == {"": 3}
+    assert material.vocab_size == 512
+    assert material.greedy == Sampling(max_new_tokens=6, temperature=0.0)
+    assert len(material.probe_sequences) == 4
+    assert all(1 < len(s) <= 32 for s in material.probe_sequences)
+    assert material.longest_prompt == max(len(p.input_ids) for p in (
+        material.prompts[i] for i in range(12)))  # fmt: skip
+
+
+def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
+    from lightning_grpo.datamodule import RolloutDataModule
+
+    class Shouting(RolloutDataModule):
+        def make_prompt(self, row, tokenizer):
+            return super().make_prompt({**row, "question": row["question"].upper()}, tokenizer)
+
+    data = make_data(NeverServers())
+    shouting = Shouting(data.prompts, data.workflow, data.servers)
+    material = open_material(shouting._settings(str(folder), tmp_path))
+    assert "WHAT IS 0 + 0?" in material.prompts[0].text
+
+
+@pytest.mark.parametrize(
+    "name_and_value", [("top_p", 0.9), ("top_k", 5), ("min_new_tokens", 1)], ids=str
+)
+def test_sampling_that_biases_the_ratio_is_refused_unless_allowed(folder, tmp_path, name_and_value):
+    name, value = name_and_value
+    sampling = Sampling(max_new_tokens=6, **{name: value})
+    with pytest.raises(ConfigError, match=rf"`sampling\.{name}` must be .* got {value}"):
+        check_sampling(sampling)
+
+
+def test_room_for_prompts_is_what_the_context_leaves():
+    assert room_for_prompts(Sampling(max_new_tokens=10), 64) == 54
+    assert room_for_prompts(None, 64) is None
+    assert room_for_prompts(Sampling(), None) is None
+    with pytest.raises(ConfigError, match="must leave room for a prompt"):
+        room_for_prompts(Sampling(max_new_tokens=64), 64)
