@@ -12,6 +12,8 @@ from lightning_grpo.servers.sglang import SGLangServers
 from tests.sglang.environment import DEFAULT_FOLDER, ready_python
 
 FOLDER_VARIABLE = "SGLANG_TEST_ENVIRONMENT"
+OVERLAY_VARIABLE = "SGLANG_TEST_OVERLAY"
+"""A folder with the unpacked wheel of another SGLang, which goes before the installed one."""
 
 MARKS = [pytest.mark.sglang, pytest.mark.timeout(400)]
 REAL = pytest.param("sglang", marks=MARKS)
@@ -30,4 +32,11 @@ def real_servers(num_servers: int = 1, **flags: Any) -> SGLangServers:
     installed = ready_python(folder)
     if installed is None:
         pytest.fail(f"no SGLang in {folder}: run `make test-sglang`")
-    return SGLangServers(num_servers, python=installed.python, flags={"device": "cpu"} | flags)
+    python = installed.python
+    overlay = os.environ.get(OVERLAY_VARIABLE)
+    if overlay:
+        script = folder / "bin" / f"python-{Path(overlay).name}"
+        script.write_text(f'#!/bin/sh\nPYTHONPATH={overlay} exec {python} "$@"\n')
+        script.chmod(0o755)
+        python = str(script)
+    return SGLangServers(num_servers, python=python, flags={"device": "cpu"} | flags)

@@ -81,8 +81,7 @@ async def run(
                 None if first.routable else asked_while_unknown.append(first.describe())
             )
             traffic = Traffic(pool)
-            version = 1
-            await trainer.publish(publisher, version)
+            version = 0
             async with traffic.flowing():
                 for number, point in enumerate(points, start=1):
                     doomed.kill_at = point
@@ -106,6 +105,7 @@ async def run(
 
 
 DISK = ["/pause_generation", "/flush_cache", "/update_weights_from_disk", "/continue_generation"]
+# The first one is asked for in the first update only.
 GROUP = ["/init_weights_update_group", "/update_weights_from_distributed"]
 
 
@@ -121,7 +121,7 @@ async def test_an_engine_killed_in_an_update_by_group_comes_back(
     model_folder: Path, tmp_path: Path
 ) -> None:
     transport = ProcessGroupTransport("gloo", 20.0)
-    await run(EmbeddedServers(), model_folder, tmp_path, transport, GROUP[1:])
+    await run(EmbeddedServers(), model_folder, tmp_path, transport, GROUP[:1])
 
 
 @pytest.mark.sglang
