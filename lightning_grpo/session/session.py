@@ -182,7 +182,8 @@ class RolloutSession:
 
     @property
     def _serving_dtype(self) -> torch.dtype | None:
-        return None
+        """Servers on GPUs compute in bf16, so no more than that travels; on CPUs in fp32."""
+        return torch.bfloat16 if torch.cuda.is_available() else None
 
     @torch.no_grad()
     def _probe_scores(self, policy: nn.Module) -> list[list[float]]:

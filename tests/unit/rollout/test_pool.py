@@ -437,6 +437,45 @@ async def test_a_url_where_nothing_listens_is_named():
         await pool.start()
 
 
+@pytest.mark.parametrize(
+    ("server", "mode", "message"),
+    [
+        ({"version": "0.5.17"}, "retract", "does not say which weights sampled which token"),
+        ({"version": "0.5.17"}, "in_place", "must be abort"),
+        ({"info": {"disable_radix_cache": False}}, "retract", "disable-radix-cache: true"),
+    ],
+)
+async def test_a_way_of_interruption_that_would_be_wrong_is_refused(server, mode, message):
+    async with pool_of(FakeServer(**server)) as pool:
+        pool.check_interruption("abort")
+        with pytest.raises(ConfigError, match=message):
+            pool.check_interruption(mode)
+
+
+async def test_a_reply_that_comes_while_weights_change_counts_once_they_are_proved():
+    server = FakeServer(token_delay_s=0.002)
+    tables = {0: server.table, 1: make_table(1)}
+    async with pool_of(server) as pool:
+        (member,) = pool.members
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=40)))
+        await until(lambda: server.running)
+        await pool.interrupt(mode="in_place")
+        assert server.running
+        member.mark_updating()
+        member.expect(1, "run:1")
+        server.table, server.label = tables[1], "run:1"
+        await until(lambda: not server.running)
+        await asyncio.sleep(0.05)
+        assert not generating.done()
+        await member.unpause()
+        member.mark_clean(1, "run:1")
+        await pool.resume()
+        completion = await generating
+    assert set(completion.versions) == {0, 1}
+    assert completion.num_interruptions == 0
+    assert completion.logprobs == pytest.approx(expected_logprobs([1], completion, tables))
+
+
 @pytest.mark.parametrize("of_the_model", [True, False])
 async def test_an_end_token_ends_a_completion_that_its_server_calls_aborted(of_the_model):
     server = FakeServer(end_token=5, abort_hides_the_end=True)
