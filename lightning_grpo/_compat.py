@@ -8,6 +8,7 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_optimizers_to_device` | lightning.fabric.utilities.optimizer | lightning 2.6.6 |
 | `_checkpoint_connector.hpc_save_path` | lightning.pytorch.trainer.Trainer | lightning 2.6.6 |
 | `_accelerator_connector.cluster_environment` | lightning.pytorch.Trainer | lightning 2.6.6 |
+| `_last_global_step_saved` | lightning.pytorch.callbacks.ModelCheckpoint | lightning 2.6.6 |
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 """
@@ -22,6 +23,7 @@ import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -47,6 +49,11 @@ def hpc_checkpoint_path(trainer: Trainer) -> str:
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
     """Where the ranks come from; the strategy of one device does not keep it."""
     return trainer._accelerator_connector.cluster_environment
+
+
+def last_saved_step(callback: ModelCheckpoint) -> int:
+    """The global step of the newest checkpoint that a ModelCheckpoint wrote; 0 before the first."""
+    return callback._last_global_step_saved
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.baseline import StepZeroValidation
+from lightning_grpo.callbacks.final_checkpoint import FinalCheckpoint
 from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.progress import GRPOProgress
 from lightning_grpo.callbacks.signals import SignalHandling
@@ -22,5 +23,6 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     StepZeroValidation,
     HealthMonitor,
     TrajectoryWriter,
+    FinalCheckpoint,
     GRPOProgress,
 )

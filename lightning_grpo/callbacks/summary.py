@@ -148,8 +148,9 @@ def end_lines(
     yield ""
     yield from held_out_lines(evaluations)
     if tally.seconds > 0:
-        rate = tally.samples / tally.seconds
-        speed = f"{tally.samples} samples in {tally.seconds:.0f} s: {rate:.2f} samples/s"
+        training_s = max(tally.seconds - tally.phases.get("validation", 0.0), 1e-9)
+        speed = f"{tally.samples} samples in {training_s:.0f} s without validation"
+        speed += f": {tally.samples / training_s:.0f} samples/s"
         yield from _row("speed", speed)
         yield from _row("time", phase_shares(tally))
     yield from _row("model", checkpoint or "not saved: no checkpoint was due (ModelCheckpoint)")

@@ -15,15 +15,20 @@ _METRICS = "metrics.csv"
 def last_checkpoint(root: Path) -> Path | None:
     """The checkpoint that `--ckpt_path last` means: the newest below `root`, if there is one.
 
-    Lightning looks in the new run's own folder, which is empty.
+    Lightning looks in the new run's own folder, which is empty. A run that a signal stopped has
+    left its last one in `root` itself.
     """
-    found = list(root.glob("version_*/checkpoints/*.ckpt"))
+    found = [*root.glob("version_*/checkpoints/*.ckpt"), *root.glob("hpc_ckpt_*.ckpt")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def version_of(checkpoint: Path) -> int:
-    """The N of the `version_N` folder that a checkpoint lies in."""
-    return int(checkpoint.parent.parent.name.removeprefix("version_"))
+    """The N of the `version_N` folder that a checkpoint lies in, or that a signal stopped."""
+    folder = checkpoint.parent.parent.name
+    if folder.startswith("version_"):
+        return int(folder.removeprefix("version_"))
+    versions = [int(p.name.removeprefix("version_")) for p in checkpoint.parent.glob("version_*")]
+    return max(versions, default=0)
 
 
 def default_loggers(root: Path, version: int | None = None) -> list[Logger]:

@@ -227,6 +227,9 @@ def _refusal_behind(error: BaseException) -> ConfigError | None:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Drop what says nothing about a run from Lightning's log, for the time of the run."""
+    # Of Lightning's own code, about nothing that a user could change.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(_is_news)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PACKED, register_packed_attention
@@ -123,9 +126,22 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+    with _without_bars():
+        policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
     assert isinstance(policy, PreTrainedModel)
     return policy
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Loading is quick or happens on every rank: a bar for each says nothing."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _meta(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:

@@ -59,7 +59,7 @@ def test_time_is_shared_out_largest_first_with_the_rest_as_other():
 
 def test_what_to_run_next_names_the_checkpoint():
     lines = list(end_lines(Tally(seconds=2.0, samples=8), [], "runs/a/x.ckpt", "runs/a"))
-    assert "speed         8 samples in 2 s: 4.00 samples/s" in lines
+    assert "speed         8 samples in 2 s without validation: 4 samples/s" in lines
     assert "next          lightning-grpo export runs/a/x.ckpt runs/a/model" in lines
     assert "              lightning-grpo show runs/a" in lines
 
