@@ -21,6 +21,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "lightning_grpo.agents.agent_workflow": ("AgentWorkflow",),
+    "lightning_grpo.agents.multi_turn": ("MultiTurnWorkflow",),
+    "lightning_grpo.agents.tool_process": ("ToolLimits",),
+    "lightning_grpo.agents.tool_workflow": ("ToolWorkflow",),
     "lightning_grpo.algorithm.advantages": (
         "GroupAdvantage",
         "LeaveOneOutAdvantage",
@@ -64,6 +68,7 @@ _HOME = {
     "lightning_grpo.servers.running": ("RunningServers",),
     "lightning_grpo.servers.sglang": ("SGLangServers",),
     "lightning_grpo.servers.slurm": ("SlurmServers",),
+    "lightning_grpo.strategies.checkpoints": ("AtomicCheckpointIO",),
     "lightning_grpo.strategies.fsdp2": ("FSDP2Strategy",),
     "lightning_grpo.strategies.parallelize": ("parallelize",),
     "lightning_grpo.types": (
@@ -94,6 +99,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from lightning_grpo.agents.agent_workflow import AgentWorkflow as AgentWorkflow
+    from lightning_grpo.agents.multi_turn import MultiTurnWorkflow as MultiTurnWorkflow
+    from lightning_grpo.agents.tool_workflow import ToolWorkflow as ToolWorkflow
     from lightning_grpo.algorithm.advantages import GroupAdvantage as GroupAdvantage
     from lightning_grpo.algorithm.advantages import group_mean as group_mean
     from lightning_grpo.algorithm.corrections import TokenTIS as TokenTIS

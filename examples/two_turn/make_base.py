@@ -17,7 +17,7 @@ import game
 from lightning_grpo.agents.turns import first_ids, next_ids
 from lightning_grpo.types import Completion
 
-NUM_TRAIN, NUM_TEST = 600, 120
+NUM_TRAIN, NUM_TEST = 640, 120
 HASTY_SHARE = 0.65
 END = "<|im_end|>"
 

@@ -69,6 +69,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     [("two_turn", "two_turn.yaml"), ("two_turn", "agent.yaml"), ("calculator", "calculator.yaml")],
 )
 def test_an_example_runs_and_only_sampled_tokens_are_trained_on(example, config, bases, tmp_path):
+    if config == "agent.yaml":
+        pytest.importorskip("openai", reason="needs the extra [openai]")
     printed = fit(EXAMPLES / example / config, bases[example], tmp_path, *SMALL)
     assert len(re.findall(r"^step +\d/2", printed, re.M)) == 2
     assert "maj_at_4" in printed
@@ -95,6 +97,8 @@ def turns(mask: list[bool]) -> int:
     [("two_turn", "two_turn.yaml"), ("two_turn", "agent.yaml"), ("calculator", "calculator.yaml")],
 )
 def test_an_example_learns(example, config, tmp_path):
+    if config == "agent.yaml":
+        pytest.importorskip("openai", reason="needs the extra [openai]")
     base = BUILD / example
     if not (base / "model").is_dir():
         pytest.skip(f"no base: python examples/{example}/make_base.py --out build/{example}")

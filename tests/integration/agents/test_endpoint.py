@@ -7,7 +7,6 @@ import json
 
 import aiohttp
 import anyio
-import openai
 import pytest
 
 from lightning_grpo.agents.agent_workflow import AgentWorkflow
@@ -16,6 +15,8 @@ from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Sampling
 from tests.fakes.agents import ScriptedContext, call_text, make_chat_tokenizer, make_prompt
+
+openai = pytest.importorskip("openai", reason="needs the extra [openai]")
 
 TOOLS = [
     {
