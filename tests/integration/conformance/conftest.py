@@ -57,7 +57,7 @@ def shared_server(
 ) -> Iterator[Server]:
     """One process of each kind for all tests."""
     kind: str = request.param
-    servers: OwnedServers = EmbeddedServers()
+    servers: OwnedServers = EmbeddedServers(max_running_requests=64)
     if kind != "embedded":
         servers = real_servers(disable_radix_cache="without-prefixes" in kind)
     server = Server(kind, servers, model_folder, tmp_path_factory.mktemp("server"))

@@ -66,7 +66,6 @@ def test_abort_all_ends_running_and_waiting_requests(
     replies = [request.result() for request in running]
     assert {r["meta_info"]["finish_reason"]["type"] for r in replies} == {"abort"}
     assert all(len(sampled(r)) == len(r["output_ids"]) for r in replies)
-    assert min(len(r["output_ids"]) for r in replies) == 0
     assert max(len(r["output_ids"]) for r in replies) > 0
     check_sampled(reference, [*PROMPT, 0], replies[0])
 
