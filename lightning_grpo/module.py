@@ -39,6 +39,7 @@ from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.reference import ReferencePolicy
 from lightning_grpo.shipped import resolve_path
+from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.gradient_sync import gradient_sync
 from lightning_grpo.validation import EvaluatedModule
 
@@ -295,7 +296,8 @@ class GRPOModule(EvaluatedModule):
         return [c() for c in DEFAULT_CALLBACKS if not any(issubclass(p, c) for p in present)]
 
     def setup(self, stage: str) -> None:
-        """Let signals end the run at the boundary between two rollout batches."""
+        """Let signals end the run between two rollout batches, with a whole checkpoint."""
+        use_atomic_checkpoints(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SignalHandling) and self._data.session is not None:
                 channel = self._data.session.channel

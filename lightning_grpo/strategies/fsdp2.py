@@ -19,11 +19,18 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grpo._compat import optimizers_to_device, set_data_parallel_size
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.strategies.checkpoints import (
+    AtomicCheckpointIO,
+    first_error,
+    remove,
+    replace,
+)
 from lightning_grpo.strategies.parallelize import is_sharded, parallelize
 
 
@@ -159,6 +166,37 @@ class FSDP2Strategy(ModelParallelStrategy):
             for entry in state.get("state", {}).values():
                 entry.update({key: value * 0 for key, value in entry.items() if key == "step"})
         return state
+
+    @override
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: Any | None = None,
+    ) -> None:
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(self.broadcast(filepath))
+        partial = path.with_name(f".{path.name}.partial")
+        if self.is_global_zero:
+            remove(partial)
+        self.barrier()
+        error: BaseException | None = None
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            if self.is_global_zero:
+                replace(partial, path)
+        except (OSError, RuntimeError, CheckpointException) as found:
+            error = found
+        reason = first_error(error)
+        if self.is_global_zero and reason:
+            remove(partial)
+        keeper = self.checkpoint_io
+        if isinstance(keeper, AtomicCheckpointIO):
+            keeper.failed(path, reason) if reason else keeper.succeeded()
+        elif reason:
+            raise CheckpointError(f"the checkpoint {str(path)!r} can't be written: {reason}")
 
     @override
     def load_checkpoint(
