@@ -22,7 +22,7 @@ help:
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
 	@echo "make base         make the quickstart's model and data again, from nothing"
-	@echo "make bench        the benchmarks;  make wheel: build the package"
+	@echo "make bench        this package against TRL;  make wheel: build the package"
 
 install: $(VENV)/.installed
 
@@ -55,7 +55,7 @@ base: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/make_base.py --out examples/quickstart
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/vs_trl.py --out benchmarks/results/vs_trl.json
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
