@@ -8,6 +8,7 @@ rollout batch, so nothing may stop, save or validate in the middle of one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -132,6 +133,23 @@ def _check_interval(name: str, steps: int, steps_per_rollout: int) -> None:
         f"batch (`data.minibatches_per_batch` x `data.passes_per_batch`), got {steps} steps, which "
         f"would cut one. The nearest is {nearest}."
     )
+
+
+def check_gpus(training: Sequence[int], serving: Sequence[int]) -> None:
+    """Refuse GPUs that both train and serve, unless all do: then they are shared.
+
+    Args:
+        training: GPUs of the Trainer, by their number on the machine.
+        serving: GPUs of the servers.
+    """
+    overlap = sorted(set(training) & set(serving))
+    if overlap and set(training) != set(serving):
+        free = sorted(set(training) - set(serving))
+        raise ConfigError(
+            f"`trainer.devices` and `data.servers` must not overlap unless equal, both use GPU "
+            f"{overlap}. Set `trainer.devices` to what the servers leave"
+            f"{f': {free}' if free else ', or name fewer in `servers.devices`'}."
+        )
 
 
 def check_sizes(

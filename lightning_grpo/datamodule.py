@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo.contract import (
+    check_gpus,
     check_intervals,
     check_sizes,
     check_trainer,
@@ -26,6 +28,7 @@ from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.servers.base import Servers
+from lightning_grpo.servers.devices import present_devices
 from lightning_grpo.session.protocol import Session
 from lightning_grpo.session.ranks import connect_ranks
 from lightning_grpo.session.session import RolloutSession
@@ -125,6 +128,10 @@ class RolloutDataModule(L.LightningDataModule):
         """Check everything that can be checked, then start the servers in the background."""
         trainer = self._attached
         check_trainer(trainer)
+        if isinstance(trainer.accelerator, CUDAAccelerator):
+            present = present_devices()
+            training = [present[i] for i in trainer.device_ids if i < len(present)]
+            check_gpus(training, self.servers.planned_devices)
         session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_intervals(trainer, self.steps_per_rollout, epoch_steps)

@@ -66,6 +66,11 @@ class Servers(ABC):
         """The servers that answer now; empty before `start` and after `stop`."""
 
     @property
+    def planned_devices(self) -> tuple[int, ...]:
+        """The GPUs, by their number on this machine, that `start` will use; empty if none."""
+        return ()
+
+    @property
     def can_restart(self) -> bool:
         """Whether `restart` works."""
         return False

@@ -116,6 +116,15 @@ class SGLangServers(OwnedServers):
     def _on_cpu(self, installed: ServerPython) -> bool:
         return self.flags.get("device", installed.device) == "cpu"
 
+    @property
+    def planned_devices(self) -> tuple[int, ...]:
+        """The GPUs that serve, as resolved from `devices` and what is here."""
+        if self.flags.get("device") == "cpu":
+            return ()
+        return tuple(
+            self.devices if self.devices is not None else serving_devices(present_devices())
+        )
+
     def _device_groups(self, on_cpu: bool) -> tuple[list[tuple[int, ...]], bool]:
         """The GPUs of each server, and whether the trainer uses them, too."""
         if on_cpu:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 
-from lightning_grpo.contract import check_intervals, check_trainer
+from lightning_grpo.contract import check_gpus, check_intervals, check_trainer
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 
@@ -120,3 +120,13 @@ def test_intervals_between_rollout_batches_pass():
     )
     check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
     check_intervals(make_trainer(fast_dev_run=2), steps_per_rollout=2, epoch_steps=40)
+
+
+def test_gpus_that_train_and_serve_must_be_the_same_or_apart():
+    check_gpus([0], [0])
+    check_gpus([0, 1], [2, 3])
+    check_gpus([0, 1], [])
+    with pytest.raises(ConfigError, match=r"both use GPU \[1\].*what the servers leave: \[0\]"):
+        check_gpus([0, 1], [1])
+    with pytest.raises(ConfigError, match="name fewer in `servers.devices`"):
+        check_gpus([1], [0, 1])
