@@ -8,18 +8,19 @@ VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 PIP_TORCH_ARGS ?=
 PYTEST_ARGS ?=
-ELSEWHERE = not gpu and not ray and not sglang and not slurm
+ELSEWHERE = not gpu and not ray and not sglang and not slow and not slurm
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
 
-.PHONY: help install quickstart test lint format test-gpu test-ray test-sglang test-slurm base bench wheel clean
+.PHONY: help install quickstart test lint format test-gpu test-ray test-sglang test-slow test-slurm base bench wheel clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the small model on this CPU"
 	@echo "make test         unit and integration tests"
 	@echo "make lint         ruff, mypy, import-linter"
+	@echo "make test-slow    what takes a process minutes: signals, ranks, memory, whole examples"
 	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
 	@echo "make base         make the quickstart's model and data again, from nothing"
 	@echo "make bench        this package against TRL;  make wheel: build the package"
@@ -40,7 +41,7 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
 
-test-slurm test-ray: $(VENV)/.test
+test-slow test-slurm test-ray: $(VENV)/.test
 	$(BIN)/python -m pytest -m $(subst test-,,$@) $(PYTEST_ARGS)
 
 # The real SGLang on this CPU, in an environment of its own (3.3 GB, minutes the first time).

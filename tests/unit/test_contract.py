@@ -128,5 +128,5 @@ def test_gpus_that_train_and_serve_must_be_the_same_or_apart():
     check_gpus([0, 1], [])
     with pytest.raises(ConfigError, match=r"both use GPU \[1\].*what the servers leave: \[0\]"):
         check_gpus([0, 1], [1])
-    with pytest.raises(ConfigError, match="name fewer in `servers.devices`"):
+    with pytest.raises(ConfigError, match=r"name fewer in `servers\.devices`"):
         check_gpus([1], [0, 1])
