@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from tests.fakes.loops import make_data, make_module, make_prompts, make_trainer, odd_reward
 from tests.fakes.ranks import start_ranks
@@ -32,6 +35,8 @@ class Marks(Callback):
             time.sleep(1.0)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 0 and trainer.is_global_zero:
+            print("SERVERS", [h.pid for h in trainer.datamodule.servers.handles], flush=True)
         if trainer.global_step == 2:
             self.say("step")
 
@@ -65,7 +70,7 @@ def train(place: str, url: str, model: str, folder: str) -> None:
 
     marks = Marks(place)
     data = make_data(
-        url,
+        url or EmbeddedServers(),
         reward,
         limits=RolloutLimits(
             reward_processes=0, rank_timeout_s=10.0, max_attempts=10**6, max_failed_fraction=1.0
@@ -115,14 +120,22 @@ def test_a_signal_anywhere_saves_the_last_boundary_and_ends_both_ranks(
     assert "Traceback" not in zero.output + one.output
 
 
+def is_running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 @pytest.mark.parametrize("place", ["wait", "step"])
 @pytest.mark.parametrize(("culprit", "name"), [(0, "SIGSTOP"), (1, "SIGKILL")])
-def test_a_lost_rank_is_named_and_the_other_ends(
-    tiny_model, server, tmp_path, place, culprit, name
+def test_a_lost_rank_is_named_the_other_ends_and_no_server_stays(
+    tiny_model, tmp_path, place, culprit, name
 ):
-    with start_ranks(train, 2, place, server, str(tiny_model), str(tmp_path)) as ranks:
+    with start_ranks(train, 2, place, "", str(tiny_model), str(tmp_path)) as ranks:
         ranks.wait_for(f"AT {place}", timeout_s=100)
         os.kill(ranks.processes[culprit].pid, signal.Signals[name])
         (other,) = ranks.join([1 - culprit], timeout_s=120)
+        pids = [int(n) for n in re.findall(r"SERVERS \[(\d+)\]", ranks.output(0))]
     assert other.returncode not in (None, 0), other.output
     assert f"rank {culprit} failed" in other.output
+    assert len(pids) == 1
+    _, left = psutil.wait_procs([psutil.Process(p) for p in pids if is_running(p)], timeout=30)
+    assert not left
