@@ -19,15 +19,15 @@ SGLANG_VERSION = "0.5.19"
 FILE_NAME = "server-python.json"
 MANY = 3
 
-CUDA_ONLY = frozenset(
+NOT_ON_CPU = frozenset(
     """
-    cuda-python cuda-tile flash-attn-4 flashinfer-python humming-kernels kernels
+    build cuda-python cuda-tile flash-attn-4 flashinfer-python humming-kernels kernels
     nvidia-cutlass-dsl nvidia-mathdx quack-kernels sgl-deep-ep sgl-deep-gemm sgl-kernel
-    sglang-kernel smg-grpc-servicer tilelang tokenspeed-mla torch-memory-saver torchaudio
+    sglang-kernel smg-grpc-servicer tilelang timm tokenspeed-mla torch-memory-saver torchaudio
     torchcodec
     """.split()
 )
-"""Needs of SGLang that a server on the CPU never calls."""
+"""Needs of SGLang that a server of text models on a CPU never calls."""
 
 NEEDLESS = ("outlines", "xgrammar")
 """Imported by SGLang; what they themselves need is not."""
@@ -149,16 +149,16 @@ def examine_python(python: Path, device: str) -> ServerPython:
 
 
 def needs_on_cpu(listed: str) -> list[list[str]]:
-    """Arguments of pip, call by call: torch first, so that the others accept the build it has.
+    """Arguments of pip, call by call: torch first, and again, so that nothing moves its build.
 
     Args:
         listed: What `LIST_NEEDS` prints.
     """
     needs = dict(line.split("\t") for line in listed.splitlines() if line)
     torch = needs.pop("torch", "torch")
-    kept = {name: need for name, need in needs.items() if name not in CUDA_ONLY}
+    kept = {name: need for name, need in needs.items() if name not in NOT_ON_CPU}
     alone = [kept.pop(name) for name in NEEDLESS if name in kept]
-    groups = [[torch], [*kept.values(), "triton"]]
+    groups = [[torch], [torch, *kept.values(), "triton"]]
     return [*groups, ["--no-deps", *alone]] if alone else groups
 
 

@@ -5,6 +5,7 @@ interpreter of the test environment as it starts (a `.pth` file says so), so it 
 torchvision is asked for.
 """
 
+import contextlib
 import importlib.machinery
 import pathlib
 import sys
@@ -26,11 +27,13 @@ def declare_operators():
     import torch
 
     found = importlib.machinery.PathFinder.find_spec("torchvision")
-    library = pathlib.Path(found.origin).parent / "_C.so" if found else None
-    try:
-        torch.ops.load_library(str(library))
-    except OSError:
-        for name in OPERATORS:
+    if found is None:
+        return
+    for library in pathlib.Path(found.origin).parent.glob("_C*.so"):
+        with contextlib.suppress(OSError):
+            torch.ops.load_library(str(library))
+    for name in OPERATORS:
+        if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", SIGNATURE)
 
 

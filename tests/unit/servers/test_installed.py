@@ -4,7 +4,7 @@ import pytest
 
 from lightning_grpo.errors import ConfigError, ServerError
 from lightning_grpo.servers.installed import (
-    CUDA_ONLY,
+    NOT_ON_CPU,
     ServerPython,
     install_server,
     needs_on_cpu,
@@ -42,17 +42,17 @@ def test_an_interpreter_that_is_not_there_is_refused():
         resolve_python("/nowhere/python")
 
 
-def test_torch_comes_first_and_nothing_for_gpus_on_a_cpu():
+def test_torch_comes_first_and_stays_and_nothing_for_gpus_comes_on_a_cpu():
     listed = (
         "aiohttp\taiohttp\ntorch\ttorch==2.13.0\nsglang-kernel\tsglang-kernel==0.4.6\n"
         "xgrammar\txgrammar==0.2.1\nflashinfer-python\tflashinfer_python[cu13]==0.6.18\n"
     )
     assert needs_on_cpu(listed) == [
         ["torch==2.13.0"],
-        ["aiohttp", "triton"],
+        ["torch==2.13.0", "aiohttp", "triton"],
         ["--no-deps", "xgrammar==0.2.1"],
     ]
-    assert not {"torch", "aiohttp"} & CUDA_ONLY
+    assert not {"torch", "aiohttp"} & NOT_ON_CPU
 
 
 def test_a_package_that_cannot_be_had_is_named(tmp_path):
