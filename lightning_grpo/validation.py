@@ -141,7 +141,8 @@ class EvaluatedModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means with half of their 95 % confidence intervals, and keep the record."""
         record = self._means.record(self.global_step)
-        self.log_dict(record.metrics)
+        # Equal on all ranks already; Lightning would warn of what is not reduced.
+        self.log_dict(record.metrics, sync_dist=self.trainer.world_size > 1)
         self.trainer.datamodule.evaluations.append(record)  # type: ignore[attr-defined]
 
     on_test_epoch_start = on_validation_epoch_start
