@@ -8,6 +8,7 @@ VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 PIP_TORCH_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 ELSEWHERE = not gpu and not ray and not sglang and not slow and not slurm
 
 BIN = $(VENV)/bin
@@ -31,7 +32,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/lightning-grpo fit --config quickstart.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "$(ELSEWHERE)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "$(ELSEWHERE)" $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
