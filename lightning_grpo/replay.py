@@ -49,8 +49,12 @@ class ReplayDataModule(RolloutDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of the recording; the Trainer stops where it ends."""
-        loader = super().train_dataloader()
         trainer = self._attached
+        # A checkpoint of the run itself holds the state of another class of data module, which
+        # Lightning does not hand to this one; how many batches were trained on says it all.
+        done = trainer.global_step // self.steps_per_rollout
+        self._replay.version = max(self._replay.version, done)
+        loader = super().train_dataloader()
         end = trainer.global_step + self._replay.num_left() * self.steps_per_rollout
         if not 0 < trainer.max_steps < end:
             trainer.fit_loop.epoch_loop.max_steps = end
