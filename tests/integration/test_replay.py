@@ -24,7 +24,8 @@ def fit(model: Path, data, folder: Path, ckpt_path: str | None = None, **kwargs)
 
 
 def curves(recorder: Recorder) -> list[dict[str, float]]:
-    return [{name: step[name] for name in TRAINED} for step in recorder.metrics]
+    # A batch whose groups have no spread trains on nothing and logs less.
+    return [{name: step[name] for name in TRAINED if name in step} for step in recorder.metrics]
 
 
 def keys(recorder: Recorder) -> list[tuple[int, list]]:
