@@ -63,7 +63,9 @@ def test_a_replay_goes_on_from_a_checkpoint_of_the_run_or_of_a_replay(tiny_model
     )
     assert keys(replayed) == keys(live)[2:]
     for ours, theirs in zip(curves(replayed), curves(live)[2:], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-6)
+        assert "policy/loss" in ours
+        # The recorded run still shows what its earlier steps logged and this one did not.
+        assert ours == pytest.approx({name: theirs[name] for name in ours}, abs=1e-6)
 
 
 def test_a_folder_without_a_recording_is_named(tiny_model, tmp_path):
