@@ -79,7 +79,6 @@ class GRPOModule(EvaluatedModule):
         entropy_coefficient: Weight of the entropy bonus.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the learning-rate schedule from the optimizer; counts optimizer steps.
-        lora: Train a low-rank adapter instead of all weights (needs the extra `lora`).
         max_tokens_per_microbatch: Token budget of one forward and backward pass.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, ...).
@@ -105,7 +104,6 @@ class GRPOModule(EvaluatedModule):
         entropy_coefficient: float = 0.0,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lora: None = None,
         max_tokens_per_microbatch: int = 16384,
         gradient_checkpointing: bool = False,
         model_kwargs: dict[str, Any] | None = None,
