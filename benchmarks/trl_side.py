@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def main() -> None:
                 "models": clock.models,
                 "phases": {"step_time_s": sum(seconds)},
                 "rewards": [entry["reward"] for entry in history],
+                "trl": version("trl"),
             }
         )
     )

@@ -102,7 +102,8 @@ def main() -> None:
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {n: version(n) for n in ("torch", "transformers", "lightning")},
+        "versions": {n: version(n) for n in ("torch", "transformers", "lightning")}
+        | {"trl": theirs["trl"]},
         "trl_threads": trials,
         "steps": args.steps,
         "median_ratio": statistics.median(p["ratio"] for p in pairs),
