@@ -266,6 +266,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _make_session(self, trainer: L.Trainer) -> Session:
         """Where rollouts come from under a Trainer; a collective."""
         module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        module.truncation.check(self.workflow.sampling)
         run_dir = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir))
         return RolloutSession(self._settings(module.model_path, run_dir), self._channel())
 

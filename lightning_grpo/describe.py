@@ -24,6 +24,7 @@ def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str
         "model": f"{module.model_name} ({count / 1e6:.2f}M parameters, {', '.join(dtypes)})",
         "loss": f"{_hook(module, 'token_loss') or module.loss}, clip anchored at {anchor}",
         "advantage": _hook(module, "advantages") or str(module.advantage),
+        "truncated": str(module.truncation),
         "correction": str(module.correction or "none"),
         "kl": str(module.kl or "none"),
     }

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,24 @@ from lightning_grpo.types import Group
 MinibatchPlan = list[list[int]]
 """Rows of this rank's `Sequences`, per micro-batch of one minibatch."""
 
-Prepare = Callable[[RolloutBatch], tuple[Tensor, Tensor]]
-"""`batch -> (advantages [trajectories] or [tokens], which trajectories have a gradient)`."""
+
+class Prepared(NamedTuple):
+    """What is computed of a whole rollout batch before its tokens are shared out.
+
+    Attributes:
+        advantages: `[trajectories]`, or `[tokens]` over all sequences of the batch in order.
+        trained: Which trajectories have a gradient, bool `[trajectories]`.
+        in_loss: Which of them the loss is divided by, bool `[trajectories]`; None: all.
+        metrics: What is to be logged of it.
+    """
+
+    advantages: Tensor
+    trained: Tensor
+    in_loss: Tensor | None = None
+    metrics: Mapping[str, float] = {}
+
+
+Prepare = Callable[[RolloutBatch], Prepared]
 
 
 @dataclass
@@ -196,21 +212,21 @@ class RolloutLoader:
         """Take one rollout batch and cut this rank's share of it."""
         started = time.perf_counter()
         taken = self._source.take()
-        metrics = {"time/wait_rollout_s": time.perf_counter() - started, **taken.metrics}
-        advantages, trained = self._prepare(taken.batch)
+        waited = {"time/wait_rollout_s": time.perf_counter() - started}
+        prepared = self._prepare(taken.batch)
         parts = None
         if taken.groups is not None:
-            parts = split(taken, trained, self._shape)
+            parts = split(taken, prepared, self._shape)
         share: RankShare = self._source.share(parts)
         return Rollout(
             index=taken.index,
             version=taken.version,
             batch=taken.batch,
-            advantages=advantages,
+            advantages=prepared.advantages,
             sequences=share.sequences,
             plans=share.plans,
             denominators=share.denominators,
-            metrics=metrics,
+            metrics={**waited, **taken.metrics, **prepared.metrics},
             groups=taken.groups,
         )
 
@@ -240,15 +256,15 @@ class RankShare:
     denominators: list[Denominators]
 
 
-def split(taken: Taken, trained: Tensor, shape: Shape) -> list[RankShare]:
+def split(taken: Taken, prepared: Prepared, shape: Shape) -> list[RankShare]:
     """Cut a rollout batch into minibatches, ranks and micro-batches (rank 0 only).
 
     Trajectories without a gradient stay out of the forward pass but count in the denominators, so
-    that the loss is the same as with them.
+    that the loss is the same as with them; those that are not in the loss count nowhere.
 
     Args:
         taken: The batch, with its groups.
-        trained: Which trajectories carry a gradient, bool `[trajectories]`.
+        prepared: Which trajectories carry a gradient, which are in the loss.
         shape: How to cut.
     """
     groups = taken.groups or []
@@ -257,15 +273,17 @@ def split(taken: Taken, trained: Tensor, shape: Shape) -> list[RankShare]:
     lengths = whole.lengths.tolist()
     rank_plans: list[list[MinibatchPlan]] = [[] for _ in range(shape.num_ranks)]
     denominators = []
+    in_loss = torch.ones_like(prepared.trained) if prepared.in_loss is None else prepared.in_loss
     for first, last in _minibatch_bounds(groups, shape.minibatches):
-        rows = [i for i in range(first, last) if trained[i]]
+        rows = [i for i in range(first, last) if prepared.trained[i]]
         row_lengths = [lengths[i] for i in rows]
         shares = balance(row_lengths, shape.num_ranks)
         plans = plan_ranks(row_lengths, shares, shape.max_tokens)
         for rank, plan in enumerate(plans):
             # Every rank joins every reduction: one without a sequence has an empty micro-batch.
             rank_plans[rank].append([[rows[j] for j in micro] for micro in plan or [[]]])
-        denominators.append(taken.batch.denominators(range(first, last)))
+        counted = [i for i in range(first, last) if in_loss[i]]
+        denominators.append(taken.batch.denominators(counted))
     return [_rank_share(whole, plans, denominators) for plans in rank_plans]
 
 

@@ -24,14 +24,15 @@ from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
-from lightning_grpo.algorithm.objective import TokenLoss
+from lightning_grpo.algorithm.minibatch_loss import TokenLoss
+from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.contract import check_callers, check_sized
 from lightning_grpo.describe import describe_module
 from lightning_grpo.distributed.metrics import reduced
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.loader import Minibatch
+from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
@@ -77,6 +78,8 @@ class GRPOModule(EvaluatedModule):
             proximal policy (decoupled PPO, arXiv 2505.24298).
         kl: Penalty towards a reference policy; without one no reference model is built.
         entropy_coefficient: Weight of the entropy bonus.
+        truncation: What a completion that ran into the length limit gets, and whether it counts
+            in its group.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the learning-rate schedule from the optimizer; counts optimizer steps.
         max_tokens_per_microbatch: Token budget of one forward and backward pass.
@@ -102,6 +105,7 @@ class GRPOModule(EvaluatedModule):
         correction: Correction | None = None,
         kl: KLPenalty | None = None,
         entropy_coefficient: float = 0.0,
+        truncation: Truncation = Truncation(),
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_tokens_per_microbatch: int = 16384,
@@ -123,6 +127,7 @@ class GRPOModule(EvaluatedModule):
         self.correction = hparams.from_plain(correction)
         self.kl = hparams.from_plain(kl)
         self.entropy_coefficient = entropy_coefficient
+        self.truncation: Truncation = hparams.from_plain(truncation)
         self._optimizer = hparams.factory(optimizer) or default_optimizer
         self._lr_scheduler = hparams.factory(lr_scheduler)
         self._gradient_checkpointing = gradient_checkpointing
@@ -171,11 +176,11 @@ class GRPOModule(EvaluatedModule):
     # -- hooks of a subclass --------------------------------------------------------------------
 
     def shape_rewards(self, batch: RolloutBatch) -> Tensor:
-        """Rewards that advantages are computed from, `[trajectories]`; the default changes none.
+        """Rewards that advantages are computed from, `[trajectories]`; by default `truncation`'s.
 
         Called once per rollout batch, on every rank, on the CPU, with the whole batch.
         """
-        return batch.rewards
+        return self.truncation.rewards(batch)
 
     def advantages(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """Advantages of the whole rollout batch, the same on every rank.
@@ -203,14 +208,17 @@ class GRPOModule(EvaluatedModule):
 
     # -- the step -------------------------------------------------------------------------------
 
-    def prepare_rollout(self, batch: RolloutBatch) -> tuple[Tensor, Tensor]:
-        """Advantages of a whole rollout batch and which trajectories carry a gradient."""
+    def prepare_rollout(self, batch: RolloutBatch) -> Prepared:
+        """Advantages of a whole rollout batch, and which trajectories carry a gradient."""
         rewards = self.shape_rewards(batch)
-        advantages = self.advantages(rewards, batch.group_ids).detach()
+        advantages = self.truncation.advantages(self.advantages, rewards, batch).detach()
+        in_loss = self.truncation.in_loss(batch)
+        trained = in_loss
         ours = type(self).token_loss is GRPOModule.token_loss
         if ours and self.objective.skips_zero_advantages and advantages.numel() == len(batch):
-            return advantages, advantages != 0
-        return advantages, torch.ones(len(batch), dtype=torch.bool)
+            trained = in_loss & (advantages != 0)
+        shaped = {} if rewards is batch.rewards else {"reward/shaped_mean": float(rewards.mean())}
+        return Prepared(advantages, trained, in_loss, shaped)
 
     @functools.cached_property
     def objective(self) -> Objective:

@@ -19,8 +19,8 @@ from lightning_grpo.algorithm.losses import (
     PolicyLoss,
 )
 from lightning_grpo.algorithm.metrics import Metrics, Sum
+from lightning_grpo.algorithm.minibatch_loss import TokenLoss, minibatch_loss
 from lightning_grpo.algorithm.mismatch import mismatch_metrics
-from lightning_grpo.algorithm.objective import TokenLoss, minibatch_loss
 from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
 from lightning_grpo.loader import Minibatch, Rollout, token_rows
 

@@ -7,6 +7,7 @@ lists of one record have the same length and the same alignment: entry `t` is ab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -113,6 +114,7 @@ class Trajectory:
         truncated: Whether the length limit ended the last completion.
         temperature: The temperature that the tokens were sampled at.
         num_turns: How many completions it holds.
+        length_limit: The `max_new_tokens` of the last completion; None where nobody said it.
     """
 
     input_ids: tuple[int, ...]
@@ -125,11 +127,17 @@ class Trajectory:
     truncated: bool
     temperature: float = 1.0
     num_turns: int = 1
+    length_limit: int | None = None
 
     @property
     def num_response_tokens(self) -> int:
         """How many tokens the policy sampled."""
         return sum(self.response_mask)
+
+    @property
+    def num_last_tokens(self) -> int:
+        """How many tokens its last completion has, if it ends with one."""
+        return sum(1 for _ in itertools.takewhile(bool, reversed(self.response_mask)))
 
     @property
     def oldest_version(self) -> int:

@@ -27,7 +27,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_grpo.algorithm.batch import Denominators, MicroBatch
 from lightning_grpo.algorithm.losses import GRPOLoss
-from lightning_grpo.algorithm.objective import minibatch_loss
+from lightning_grpo.algorithm.minibatch_loss import minibatch_loss
 from lightning_grpo.algorithm.packing import plan_micro_batches
 from lightning_grpo.policy import head
 from lightning_grpo.policy.load import checkpoint_activations

@@ -23,7 +23,7 @@ from lightning_grpo import (
     Sampling,
 )
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
-from lightning_grpo.loader import Minibatch
+from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import load_policy, load_tokenizer
@@ -49,10 +49,10 @@ def make_data(num_held_out: int) -> RolloutDataModule:
     )
 
 
-def prepare(batch: RolloutBatch) -> tuple[torch.Tensor, torch.Tensor]:
+def prepare(batch: RolloutBatch) -> Prepared:
     """Advantages of a whole rollout batch, and which trajectories have a gradient."""
     advantages = ADVANTAGE(batch.rewards, batch.group_ids)
-    return advantages, advantages != 0
+    return Prepared(advantages, advantages != 0)
 
 
 def train_on(

@@ -47,6 +47,8 @@ class RolloutBatch:
         response_lengths: Sampled tokens, int64 `[trajectories]`.
         loss_lengths: Those of them in `loss_mask`, int64 `[trajectories]`.
         sequence_lengths: All tokens, int64 `[trajectories]`.
+        last_lengths: Tokens of its last completion, int64 `[trajectories]`.
+        length_limits: The most that one could have; 0 where nobody said it, int64 `[trajectories]`.
         truncated: Whether the length limit ended it, bool `[trajectories]`.
         oldest_versions: Oldest weights that sampled a token of it, int64 `[trajectories]`.
         newest_versions: Newest such weights, int64 `[trajectories]`.
@@ -63,6 +65,8 @@ class RolloutBatch:
     response_lengths: Tensor
     loss_lengths: Tensor
     sequence_lengths: Tensor
+    last_lengths: Tensor
+    length_limits: Tensor
     truncated: Tensor
     oldest_versions: Tensor
     newest_versions: Tensor
@@ -89,7 +93,6 @@ class RolloutBatch:
         pairs = [(g, i, t) for i, g in enumerate(groups) for t in g.trajectories]
         trajectories = [t for _, _, t in pairs]
         names = sorted({name for t in trajectories for name in t.rewards})
-        lengths = torch.tensor([t.num_response_tokens for t in trajectories], dtype=torch.int64)
         return cls(
             group_ids=torch.tensor([i for _, i, _ in pairs], dtype=torch.int64),
             rewards=_floats(trajectories, lambda t: t.reward),
@@ -97,20 +100,14 @@ class RolloutBatch:
                 name: _floats(trajectories, lambda t, n=name: t.rewards.get(n, float("nan")))  # type: ignore[misc]
                 for name in names
             },
-            response_lengths=lengths,
-            loss_lengths=torch.tensor(
-                [sum(t.response_mask[1:]) for t in trajectories], dtype=torch.int64
-            ),
-            sequence_lengths=torch.tensor(
-                [len(t.input_ids) for t in trajectories], dtype=torch.int64
-            ),
+            response_lengths=_integers(trajectories, lambda t: t.num_response_tokens),
+            loss_lengths=_integers(trajectories, lambda t: sum(t.response_mask[1:])),
+            sequence_lengths=_integers(trajectories, lambda t: len(t.input_ids)),
+            last_lengths=_integers(trajectories, lambda t: t.num_last_tokens),
+            length_limits=_integers(trajectories, lambda t: t.length_limit or 0),
             truncated=torch.tensor([t.truncated for t in trajectories], dtype=torch.bool),
-            oldest_versions=torch.tensor(
-                [t.oldest_version for t in trajectories], dtype=torch.int64
-            ),
-            newest_versions=torch.tensor(
-                [max(t.versions, default=NO_VERSION) for t in trajectories], dtype=torch.int64
-            ),
+            oldest_versions=_integers(trajectories, lambda t: t.oldest_version),
+            newest_versions=_integers(trajectories, lambda t: max(t.versions, default=NO_VERSION)),
             temperatures=_floats(trajectories, lambda t: t.temperature),
             keys=[g.prompt.key for g, _, _ in pairs],
             columns=[g.prompt.columns for g, _, _ in pairs],
@@ -130,6 +127,10 @@ class RolloutBatch:
 
 def _floats(trajectories: Sequence[Trajectory], read: Callable[[Trajectory], float]) -> Tensor:
     return torch.tensor([read(t) for t in trajectories], dtype=torch.float32)
+
+
+def _integers(trajectories: Sequence[Trajectory], read: Callable[[Trajectory], int]) -> Tensor:
+    return torch.tensor([read(t) for t in trajectories], dtype=torch.int64)
 
 
 def _per_token(values: Tensor, rollout: RolloutBatch, sequences: Sequences) -> Tensor:

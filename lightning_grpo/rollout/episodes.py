@@ -57,6 +57,7 @@ class Episode:
         self.tokenizer: Tokenizer = runner.tokenizer
         self.num_tokens = 0
         self.temperatures: set[float] = set()
+        self.length_limit: int | None = None
         self._generator = runner.generator
         self._scorer = runner.scorer
         self._request = request
@@ -77,6 +78,7 @@ class Episode:
         )
         self.num_tokens += len(completion.token_ids)
         self.temperatures.add(chosen.temperature)
+        self.length_limit = chosen.max_new_tokens
         return completion
 
     async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:
@@ -159,10 +161,10 @@ class EpisodeRunner:
             attempt.failure = attempt.failure or error
             tasks.cancel_scope.cancel()
             return
+        # What the tokens were really sampled at, whatever the workflow said.
         if len(episode.temperatures) == 1:
-            # What the tokens were really sampled at, whatever the workflow said.
             checked = replace(checked, temperature=next(iter(episode.temperatures)))
-        attempt.trajectories[sample] = checked
+        attempt.trajectories[sample] = replace(checked, length_limit=episode.length_limit)
 
 
 def first_line(error: BaseException) -> str:

@@ -44,6 +44,7 @@ SCHEMA = pa.schema(
         ("num_prompt_tokens", pa.int64()),
         ("temperature", pa.float64()),
         ("num_turns", pa.int64()),
+        ("length_limit", pa.int64()),
         ("admitted_version", pa.int64()),
         ("attempts", pa.int64()),
         ("messages", pa.string()),  # JSON
@@ -181,6 +182,7 @@ def _rows(
             "versions": trajectory.versions,
             "temperature": trajectory.temperature,
             "num_turns": trajectory.num_turns,
+            "length_limit": trajectory.length_limit,
         }
 
 
@@ -211,6 +213,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         truncated=row["truncated"],
         temperature=row["temperature"],
         num_turns=row["num_turns"],
+        length_limit=row.get("length_limit"),
     )
 
 

@@ -29,7 +29,7 @@ from lightning_grpo.algorithm.corrections import OPSM, Correction, TokenTIS
 from lightning_grpo.algorithm.kl import K3, KLPenalty, WeightedK3
 from lightning_grpo.algorithm.layout import expand
 from lightning_grpo.algorithm.losses import CappedCISPOLoss, GRPOLoss, GSPOLoss, PolicyLoss
-from lightning_grpo.algorithm.objective import minibatch_loss
+from lightning_grpo.algorithm.minibatch_loss import minibatch_loss
 from lightning_grpo.algorithm.trust_losses import SAPOLoss
 from lightning_grpo.policy.packed import PackedPolicy
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -56,6 +57,7 @@ model:
     init_args: {dual_clip: 3.0}
   correction: lightning_grpo.TokenTIS
   kl: {coefficient: 0.01}
+  truncation: {penalty_buffer: 8}
 data:
   val_prompts: {limit: 4}
   evaluation: {num_samples: 2, greedy: true}
@@ -177,3 +179,14 @@ def test_every_metric_has_a_meaning():
     for line in METRIC.finditer((REPOSITORY / "docs/metrics.md").read_text()):
         meaning, _healthy, _otherwise = line["cells"].split("|")
         assert meaning.strip(), line["name"]
+
+
+def test_grpo_dapo_and_gspo_differ_in_at_most_four_lines():
+    page = (REPOSITORY / "docs/algorithms.md").read_text()
+    section = page.split("## From GRPO to DAPO to GSPO")[1].split("\n## ")[0]
+    recipes = [m["text"].splitlines() for m in BLOCK.finditer(section)]
+    assert len(recipes) == 3
+    for before, after in itertools.pairwise(recipes):
+        removed, added = set(before) - set(after), set(after) - set(before)
+        assert 1 <= max(len(removed), len(added)) <= 4
+    assert max(map(len, recipes)) <= 4

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.rollout.filters import has_variance
 from lightning_grpo.types import NO_VERSION, Sampling
 from tests.fakes.loops import (
@@ -151,3 +152,20 @@ def test_a_step_says_what_it_did_and_where_its_time_went(tiny_model, server, tmp
     """
     names = re.findall(r"\S+", expected)
     assert not set(names) - recorder.metrics[-1].keys()
+
+
+def test_truncated_completions_can_be_left_out_and_near_ones_lose_reward(
+    tiny_model, server, tmp_path
+):
+    truncation = Truncation("mask", penalty_buffer=6)
+    trainer = make_trainer(tmp_path, max_steps=2)
+    data = make_data(server, batch_size=4, sampling=Sampling(max_new_tokens=6))
+    _, recorder = run(trainer, make_module(tiny_model, truncation=truncation), data)
+    for minibatch, logged in zip(recorder.batches, recorder.metrics, strict=True):
+        batch, (counted,) = minibatch.rollout.batch, minibatch.rollout.denominators
+        finished = ~batch.truncated
+        assert set(batch.length_limits.tolist()) == {6}
+        assert counted.tokens == int(batch.loss_lengths[finished].sum())
+        assert counted.sequences == int(finished.sum())
+        penalty = float((batch.response_lengths / 6).mean())
+        assert logged["reward/shaped_mean"] == pytest.approx(logged["reward/mean"] - penalty)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +18,7 @@ from lightning_grpo.algorithm.corrections import SequenceTIS, TokenTIS
 from lightning_grpo.algorithm.losses import GRPOLoss, GSPOLoss
 from lightning_grpo.loader import (
     Minibatch,
+    Prepared,
     Rollout,
     RolloutLoader,
     Shape,
@@ -84,7 +86,8 @@ def shares(groups: list[Group], shape: Shape, trained: torch.Tensor | None = Non
     advantages = GroupAdvantage()(batch.rewards, batch.group_ids)
     if trained is None:
         trained = torch.ones(len(batch), dtype=torch.bool)
-    parts = split(Taken(0, 0, batch, {}, groups), trained, shape)
+    prepared = Prepared(advantages, trained)
+    parts = split(Taken(0, 0, batch, {}, groups), prepared, shape)
     return [Rollout(0, 0, batch, advantages, p.sequences, p.plans, p.denominators) for p in parts]
 
 
@@ -164,6 +167,25 @@ def test_trajectories_without_a_gradient_cost_no_pass_and_change_no_gradient(ran
     assert left_out[0].denominators == everything[0].denominators
 
 
+@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMean(), ConstantLength(9)])
+def test_what_is_not_in_the_loss_counts_nowhere(aggregation):
+    groups = make_groups([[(2, 5), (3, 4), (1, 6)]] * 2, seed=1)
+    fewer = [replace(g, trajectories=g.trajectories[:2]) for g in groups]
+    shape, objective = Shape(1, 1, max_tokens=20), Objective(GRPOLoss(aggregation=aggregation))
+    (expected,) = shares(fewer, shape)
+    batch = RolloutBatch.from_groups(groups, version=0)
+    in_loss = torch.arange(len(batch)) % 3 != 2
+    advantages = torch.zeros(len(batch))
+    advantages[in_loss] = expected.advantages
+    prepared = Prepared(advantages, in_loss, in_loss)
+    (part,) = split(Taken(0, 0, batch, {}, groups), prepared, shape)
+    masked = Rollout(0, 0, batch, advantages, part.sequences, part.plans, part.denominators)
+    ((loss, gradient),) = losses_and_gradients([masked], shape, objective, torch.float64)
+    ((its_loss, its_gradient),) = losses_and_gradients([expected], shape, objective, torch.float64)
+    assert torch.allclose(loss, its_loss, atol=1e-12)
+    assert torch.allclose(gradient, its_gradient, atol=1e-12)
+
+
 def test_every_rank_has_the_same_number_of_micro_batches_and_whole_groups_make_minibatches():
     groups = make_groups([[(2, 30), (1, 2)], [(1, 1), (1, 1)], [(4, 9), (2, 2)], [(1, 3)] * 2], 2)
     rollouts = shares(groups, Shape(2, 1, max_tokens=8, num_ranks=3))
@@ -206,7 +228,7 @@ def test_the_loader_has_a_length_and_no_end_and_marks_first_and_last_steps():
     source = Source(make_groups([[(1, 2), (1, 2)]] * 4, seed=3))
     shape = Shape(minibatches=2, passes=3, max_tokens=100)
     trained = torch.ones(8, dtype=torch.bool)
-    loader = RolloutLoader(source, lambda batch: (batch.rewards, trained), shape, num_batches=5)
+    loader = RolloutLoader(source, lambda batch: Prepared(batch.rewards, trained), shape, 5)
     assert len(loader) == 5 * 6
     steps = list(itertools.islice(loader, 13))
     assert source.version == 3  # nothing is fetched ahead

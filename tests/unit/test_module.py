@@ -45,10 +45,12 @@ def test_final_methods_name_the_hook_to_use(name, instead):
 
 def test_advantages_come_from_the_object_or_from_a_subclass():
     batch = make_batch()
-    advantages, trained = make_module("m", advantage=LeaveOneOutAdvantage()).prepare_rollout(batch)
+    advantages, trained, *_ = make_module("m", advantage=LeaveOneOutAdvantage()).prepare_rollout(
+        batch
+    )
     assert advantages.tolist() == pytest.approx([-1.0, 0.5, 0.5, 0, 0, 0])
     assert trained.tolist() == [True] * 3 + [False] * 3
-    advantages, _ = make_module("m", MaxRL).prepare_rollout(batch)
+    advantages, *_ = make_module("m", MaxRL).prepare_rollout(batch)
     assert advantages.tolist() == pytest.approx([-1.0, 0.5, 0.5, 0, 0, 0])
 
 
@@ -57,7 +59,7 @@ def test_shaped_rewards_are_what_advantages_are_computed_from():
         def shape_rewards(self, batch):
             return batch.rewards - 0.5 * (torch.arange(len(batch)) == 3)
 
-    advantages, trained = make_module("m", Shorter).prepare_rollout(make_batch())
+    advantages, trained, *_ = make_module("m", Shorter).prepare_rollout(make_batch())
     assert advantages[3] < 0 < advantages[4]
     assert trained.all()
 
@@ -72,7 +74,7 @@ def test_shaped_rewards_are_what_advantages_are_computed_from():
     ],
 )
 def test_no_trajectory_is_left_out_where_a_zero_advantage_may_have_a_gradient(cls, settings):
-    _, trained = make_module("m", cls, **settings).prepare_rollout(make_batch())
+    _, trained, *_ = make_module("m", cls, **settings).prepare_rollout(make_batch())
     assert trained.all()
 
 
@@ -81,7 +83,7 @@ def test_advantages_per_token_leave_nothing_out():
         def advantages(self, rewards, group_ids):
             return torch.zeros(24)  # six sequences of four tokens
 
-    advantages, trained = make_module("m", PerToken).prepare_rollout(make_batch())
+    advantages, trained, *_ = make_module("m", PerToken).prepare_rollout(make_batch())
     assert len(advantages) == 24
     assert trained.all()
 

@@ -11,7 +11,7 @@ from lightning_grpo.algorithm.corrections import TokenTIS
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss
 from lightning_grpo.algorithm.trust_losses import M2POLoss
-from lightning_grpo.loader import Minibatch, Rollout, Shape, Taken, split
+from lightning_grpo.loader import Minibatch, Prepared, Rollout, Shape, Taken, split
 from lightning_grpo.objective import Objective, score
 from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import make_causal_model
@@ -24,7 +24,8 @@ def make_rollout(max_tokens: int = 9) -> Rollout:
     groups = [make_group(row, (0.0, 1.0, 0.25)) for row in range(2)]
     batch = RolloutBatch.from_groups(groups, version=0)
     trained = torch.ones(len(batch), dtype=torch.bool)
-    (share,) = split(Taken(0, 0, batch, {}, groups), trained, Shape(1, 1, max_tokens))
+    prepared = Prepared(batch.rewards, trained)
+    (share,) = split(Taken(0, 0, batch, {}, groups), prepared, Shape(1, 1, max_tokens))
     return Rollout(0, 0, batch, batch.rewards, share.sequences, share.plans, share.denominators)
 
 

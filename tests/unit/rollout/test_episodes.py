@@ -60,6 +60,11 @@ def test_a_trajectory_has_the_temperature_that_its_tokens_were_sampled_at():
     assert {trajectory.temperature for trajectory in greedy} == {0.0}
 
 
+def test_a_trajectory_knows_how_long_its_last_completion_could_have_been():
+    _, _, trajectories = run(TwoTurns(), Request(sampling=Sampling(max_new_tokens=9)))
+    assert {trajectory.length_limit for trajectory in trajectories} == {9}
+
+
 def test_the_first_failure_ends_the_other_episodes_and_is_what_is_raised():
     generator = FakeGenerator(
         lambda ids, n: 1.0 + n, fail=lambda n: OSError("first") if n == 0 else None

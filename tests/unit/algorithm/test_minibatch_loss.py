@@ -10,7 +10,7 @@ from lightning_grpo.algorithm.corrections import IcePop, SequenceTIS, TokenTIS
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss, GSPOLoss
 from lightning_grpo.algorithm.metrics import merge, values
-from lightning_grpo.algorithm.objective import minibatch_loss
+from lightning_grpo.algorithm.minibatch_loss import minibatch_loss
 from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
 from tests.fakes.micro_batches import make_micro_batch, select_sequences
 
