@@ -60,6 +60,7 @@ _HOME = {
     "lightning_grpo.datamodule": ("RolloutDataModule",),
     "lightning_grpo.evaluation": ("Evaluation",),
     "lightning_grpo.module": ("GRPOModule",),
+    "lightning_grpo.policy.lora": ("LoRA",),
     "lightning_grpo.policy.packed": ("PackedPolicy",),
     "lightning_grpo.replay": ("ReplayDataModule",),
     "lightning_grpo.rollout.limits": ("RolloutLimits",),

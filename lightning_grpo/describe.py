@@ -14,6 +14,7 @@ def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str
     """Model, loss, anchor of the clip, advantage, correction and KL penalty."""
     parameters = list(module.sharding_root().parameters())
     count = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     anchor = "the behavior policy"
     if module.correction is not None:
@@ -22,6 +23,9 @@ def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str
             anchor += " (the policy itself: one optimizer step per rollout batch)"
     return {
         "model": f"{module.model_name} ({count / 1e6:.2f}M parameters, {', '.join(dtypes)})",
+        "lora": f"{module.lora} ({trained / 1e6:.2f}M parameters trained)"
+        if module.lora
+        else "none",
         "loss": f"{_hook(module, 'token_loss') or module.loss}, clip anchored at {anchor}",
         "advantage": _hook(module, "advantages") or str(module.advantage),
         "truncated": str(module.truncation),

@@ -44,13 +44,23 @@ def import_object(path: str) -> Any:
         ) from error
 
 
-def to_plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` as plain data, with the names of those that could not be under `not_restored`."""
+def to_plain(
+    arguments: Mapping[str, Any], from_config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """`arguments` as plain data, with the names of those that could not be under `not_restored`.
+
+    Args:
+        arguments: What the constructor got.
+        from_config: How a config spells some of them; None outside the CLI.
+    """
+    spelled = from_config or {}
     plain: dict[str, Any] = {}
     not_restored: list[str] = []
     for name, value in arguments.items():
+        # A config may give a dataclass's fields without its name; such objects tell both.
+        read_back = dataclasses.is_dataclass(value)
         try:
-            plain[name] = _plain(value)
+            plain[name] = _plain(value if read_back else spelled.get(name, value))
         except _NoImportPathError:
             not_restored.append(name)
     plain[NOT_RESTORED] = not_restored

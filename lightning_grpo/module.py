@@ -36,6 +36,7 @@ from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
+from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
 from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.reference import ReferencePolicy
@@ -43,6 +44,7 @@ from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.gradient_sync import gradient_sync
 from lightning_grpo.validation import EvaluatedModule
+from lightning_grpo.weights.gather import gather_weights
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -82,6 +84,8 @@ class GRPOModule(EvaluatedModule):
             in its group.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the learning-rate schedule from the optimizer; counts optimizer steps.
+        lora: Train a low-rank adapter instead of all weights (needs the extra `lora`). Servers get
+            the merged weights; a KL penalty's reference is the model without the adapter.
         max_tokens_per_microbatch: Token budget of one forward and backward pass.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, ...).
@@ -108,6 +112,7 @@ class GRPOModule(EvaluatedModule):
         truncation: Truncation = Truncation(),
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
+        lora: LoRA | None = None,
         max_tokens_per_microbatch: int = 16384,
         gradient_checkpointing: bool = False,
         model_kwargs: dict[str, Any] | None = None,
@@ -126,6 +131,7 @@ class GRPOModule(EvaluatedModule):
         self.advantage = hparams.from_plain(advantage) or GroupAdvantage()
         self.correction = hparams.from_plain(correction)
         self.kl = hparams.from_plain(kl)
+        self.lora: LoRA | None = hparams.from_plain(lora)
         self.entropy_coefficient = entropy_coefficient
         self.truncation: Truncation = hparams.from_plain(truncation)
         self._optimizer = hparams.factory(optimizer) or default_optimizer
@@ -150,12 +156,16 @@ class GRPOModule(EvaluatedModule):
     def materialize(self, module: nn.Module, device: torch.device) -> None:
         """Bring the model's values to a sharding root that was built on the meta device."""
         assert isinstance(module, PackedPolicy)
-        materialize_from_folder(module.model, self.model_path, device=device)
+        adapt = self.lora.add_to if self.lora else None
+        materialize_from_folder(module.model, self.model_path, device=device, adapt=adapt)
 
     def configure_model(self) -> None:
         """Lightning's hook: build the policy, once."""
         if self.policy is None:
-            self.policy = PackedPolicy(self.build_policy())
+            model = self.build_policy()
+            if self.lora is not None:
+                self.lora.add_to(model)
+            self.policy = PackedPolicy(model)
             if self._gradient_checkpointing:
                 checkpoint_activations(self.policy.model)
 
@@ -167,11 +177,19 @@ class GRPOModule(EvaluatedModule):
         return self.policy
 
     def export(self, folder: str | Path) -> Path:
-        """Write the policy as a Hugging Face folder that transformers loads."""
+        """Write the policy as a Hugging Face folder that transformers loads; LoRA is merged."""
         root = self.sharding_root()
         assert isinstance(root, PackedPolicy)
-        tokenizer = load_tokenizer(self.model_path)
-        return export_policy(root.model, tokenizer, folder)
+        weights = gather_weights(root) if self.lora is not None else None
+        return export_policy(root.model, load_tokenizer(self.model_path), folder, weights)
+
+    def export_adapter(self, folder: str | Path) -> Path:
+        """Write the LoRA adapter alone, as a folder that PEFT loads."""
+        root = self.sharding_root()
+        assert isinstance(root, PackedPolicy)
+        if self.lora is None:
+            raise ConfigError("`lora` must be set for an adapter to export. Export the policy.")
+        return export_adapter(root.model, self.model_path, folder)
 
     # -- hooks of a subclass --------------------------------------------------------------------
 
@@ -256,10 +274,12 @@ class GRPOModule(EvaluatedModule):
         self._log_step(batch, metrics)
         return loss
 
-    def _reference_policy(self) -> PackedPolicy | None:
-        """The reference of a KL penalty; without one nothing is loaded."""
+    def _reference_policy(self) -> nn.Module | None:
+        """The reference of a KL penalty; loaded only where the policy doesn't contain it."""
         if self.kl is None:
             return None
+        if self.lora is not None and self.kl.reference is None:
+            return WithoutAdapter(self.sharding_root())
         path = resolve_path(self.kl.reference or self.model_name)
         return self._reference.on(self.device, path, self._model_kwargs)
 
@@ -326,6 +346,4 @@ class GRPOModule(EvaluatedModule):
         """Keep the arguments as plain data; the CLI knows those that were built from a config."""
         defaults = inspect.signature(GRPOModule.__init__).parameters
         self._given = {n for n, v in arguments.items() if v is not defaults[n].default}
-        from_config = given_hyperparameters() or {}
-        arguments = {n: from_config.get(n, value) for n, value in arguments.items()}
-        self.hparams.update(hparams.to_plain(arguments))
+        self.hparams.update(hparams.to_plain(arguments, given_hyperparameters()))

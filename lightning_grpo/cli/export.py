@@ -23,13 +23,17 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file, or a folder of shards")
     parser.add_argument("out", type=Path, help="the folder to write; must be new or empty")
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a run with LoRA: the adapter alone, for PEFT"
+    )
     options = parser.parse_args(list(argv))
     check_paths(options.checkpoint, options.out)
     from lightning_grpo.module import GRPOModule
 
     with whole_checkpoint(options.checkpoint) as file:
         module = GRPOModule.load_from_checkpoint(file, map_location="cpu")
-    sys.stdout.write(f"{module.export(options.out)}\n")
+    export = module.export_adapter if options.adapter else module.export
+    sys.stdout.write(f"{export(options.out)}\n")
     return 0
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -27,21 +28,29 @@ def export_policy(
         model: The model of transformers (not the wrapper around it).
         tokenizer: Written along, if given.
         folder: Where to.
-        state_dict: Full tensors under the model's own names, where its parameters are sharded.
+        state_dict: Full tensors under the checkpoint's names, where the model's own parameters are
+            not those (sharded, or with an adapter beside them).
 
     Returns:
         The folder.
     """
     target = Path(folder).expanduser().absolute()
+    with whole_folder(target) as written:
+        _write(model, tokenizer, written, state_dict)
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, beside `target`, whose place it takes if the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        _write(model, tokenizer, written, state_dict)
+        yield written
         written.chmod(0o777 & ~_umask())
         _put_in_place(written, target)
     finally:
         shutil.rmtree(written, ignore_errors=True)
-    return target
 
 
 def _write(

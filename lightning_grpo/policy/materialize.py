@@ -7,6 +7,7 @@ frequencies): the model would run and be wrong, so they are made again here.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def materialize_from_folder(
     *,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    adapt: Callable[[PreTrainedModel], None] | None = None,
 ) -> None:
     """Fills a meta model (after `fully_shard`, if it is sharded) with a checkpoint's values.
 
@@ -33,6 +35,8 @@ def materialize_from_folder(
         folder: Hub id or folder of the checkpoint.
         device: Where this rank computes.
         revision: Of the hub's repository.
+        adapt: What was done to the model after it was built (`LoRA.add_to`); new parameters get
+            their first values so.
 
     Raises:
         ConfigError: The checkpoint lacks a parameter, or a buffer can't be made again.
@@ -41,7 +45,7 @@ def materialize_from_folder(
     model.tie_weights()
     many = distributed.is_initialized() and distributed.get_world_size() > 1
     reads = not many or distributed.get_rank() == 0
-    values: dict[str, Any] = _read(model, folder, revision) if reads else {}
+    values: dict[str, Any] = _read(model, folder, revision, adapt) if reads else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     set_model_state_dict(model, values, options=options)
     rebuild_buffers(model)
@@ -78,9 +82,16 @@ def _fresh(name: str, module: nn.Module) -> nn.Module:
         return type(module)(config=config)
 
 
-def _read(model: PreTrainedModel, folder: str, revision: str | None) -> dict[str, Tensor]:
+def _read(
+    model: PreTrainedModel,
+    folder: str,
+    revision: str | None,
+    adapt: Callable[[PreTrainedModel], None] | None,
+) -> dict[str, Tensor]:
     options = {} if revision is None else {"revision": revision}
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **options)
+    if adapt is not None:
+        adapt(source)
     values: dict[str, Tensor] = source.state_dict()
     missing = sorted(set(model.state_dict()) - set(values))
     if missing:

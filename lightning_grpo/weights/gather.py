@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_grpo.weights.names import checkpoint_names, pretrained_prefix, ties_head
+from lightning_grpo.weights.names import (
+    ADAPTED_PART,
+    checkpoint_names,
+    pretrained_prefix,
+    ties_head,
+)
+
+
+@runtime_checkable
+class AdaptedLayer(Protocol):
+    """A linear layer of PEFT: its own weight, and adapters that are added to it."""
+
+    base_layer: nn.Module
+    active_adapters: list[str]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the weight; sharded where its parameters are."""
 
 
 @torch.no_grad()
@@ -22,7 +40,8 @@ def gather_weights(
 
     Collective where parameters are sharded: every rank must call it. Shards are cast before they
     are gathered, so that no more travels than needed. The copies share no memory with the model,
-    which may train on while they are sent.
+    which may train on while they are sent. Adapters are merged in the parameters' own precision,
+    before the cast, so that servers need not know of them.
 
     Args:
         module: The policy, plain, wrapped, or sharded by `fully_shard`.
@@ -39,14 +58,26 @@ def gather_weights(
         pretrained_prefix(module),
         tied=ties_head(module),
     )
+    adapted = {
+        f"{name}.{ADAPTED_PART}.weight": layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, AdaptedLayer)
+    }
     gathered: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if name not in names:
             continue
-        whole = _whole(parameter, dtype)
+        merged = _merged(parameter, adapted[name]) if name in adapted else parameter
+        whole = _whole(merged, dtype)
         if keep:
             gathered[names[name]] = _copy(whole, parameter, device)
     return gathered
+
+
+def _merged(weight: Tensor, layer: AdaptedLayer) -> Tensor:
+    for adapter in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(adapter)
+    return weight
 
 
 def _whole(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:

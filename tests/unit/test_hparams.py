@@ -35,6 +35,14 @@ def test_objects_become_a_class_path_and_arguments_and_come_back(value, tmp_path
     assert vars(restored) == vars(value)
 
 
+def test_a_config_s_spelling_is_kept_but_for_dataclasses_whose_name_it_may_leave_out():
+    spelled = {"kl": {"coefficient": 0.1}, "loss": {"class_path": "my.Loss", "init_args": {}}}
+    plain = hparams.to_plain({"kl": KLPenalty(0.1), "loss": Opaque(3)}, spelled)
+    assert hparams.from_plain(plain["kl"]) == KLPenalty(0.1)
+    assert plain["loss"] == spelled["loss"]
+    assert plain["not_restored"] == []
+
+
 def test_functions_and_containers_become_import_paths_and_containers():
     given = {"optimizer": make_adam, "loss": own_loss, "kwargs": {"a": [1, (2.0, None)]}}
     plain = hparams.to_plain(given)

@@ -1,0 +1,136 @@
+"""LoRA: a low-rank adapter of PEFT that is trained in the place of the model's own weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.export import whole_folder
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank update B A * alpha / rank for each adapted weight (arXiv 2106.09685).
+
+    The model's own weights stay as they are and B begins at 0, so training begins at the model.
+    Without dropout: two passes over a token must give the same logprob. Needs the extra `lora`.
+
+    Args:
+        rank: Rows of A, columns of B.
+        alpha: Scale of the update; with alpha = rank it is B A itself.
+        targets: Which linear layers, by the last part of their names (`q_proj`); None is all but
+            the head.
+    """
+
+    rank: int = 32
+    alpha: int = 32
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if value < 1:
+                raise ConfigError(f"`lora.{name}` must be >= 1, got {value}. The usual is 32.")
+        if self.targets is not None and not self.targets:
+            raise ConfigError("`lora.targets` must name a layer, got none. Leave it out for all.")
+        if importlib.util.find_spec("peft") is None:
+            raise ConfigError(
+                "`lora` needs PEFT, which is not installed. "
+                "Way out: pip install 'lightning-grpo[lora]'."
+            )
+
+    def add_to(self, model: PreTrainedModel) -> None:
+        """Puts the adapter into `model`, in place; nothing else of it is trained from then on.
+
+        Raises:
+            ConfigError: `targets` names no layer, or one that can't be adapted.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules="all-linear" if self.targets is None else list(self.targets),
+            task_type="CAUSAL_LM",
+        )
+        self._check_targets(model)
+        inject_adapter_in_model(config, model, _ADAPTER)
+
+    def _check_targets(self, model: PreTrainedModel) -> None:
+        head = model.get_output_embeddings()
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        unknown = sorted(set(self.targets or ()) - linear)
+        if unknown:
+            raise ConfigError(
+                f"`lora.targets` must name linear layers of the model (not the embedding or the "
+                f"head), got {', '.join(unknown)}. It has {', '.join(sorted(linear))}."
+            )
+
+
+class WithoutAdapter(nn.Module):
+    """A policy with its adapter switched off: the model that training began with.
+
+    It shares all weights with the policy, so a reference costs a pass and no memory.
+
+    Args:
+        policy: A `PackedPolicy` whose model has an adapter.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """See `PackedPolicy`."""
+        with _switched_off(self.policy):
+            return self.policy(*args, **kwargs)
+
+
+@contextmanager
+def _switched_off(policy: nn.Module) -> Iterator[None]:
+    """PEFT's own switch freezes the adapter too, which sharded parameters would not forget."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.set_scale(_ADAPTER, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(_ADAPTER, 1.0)
+
+
+def export_adapter(model: PreTrainedModel, base: str, folder: str | Path) -> Path:
+    """Writes the adapter alone, as PEFT's `PeftModel.from_pretrained(base_model, folder)` reads it.
+
+    Args:
+        model: With an adapter.
+        base: Hub id or folder of the model that it belongs to.
+        folder: Where to; it is there whole or not at all.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict
+
+    configs: dict[str, PeftConfig] = model.peft_config  # type: ignore[assignment]
+    configs[_ADAPTER].base_model_name_or_path = base
+    values = get_peft_model_state_dict(model, adapter_name=_ADAPTER)
+    tensors = {f"base_model.model.{name}": value for name, value in values.items()}
+    target = Path(folder).expanduser().absolute()
+    with whole_folder(target) as written:
+        save_file(tensors, written / "adapter_model.safetensors", metadata={"format": "pt"})
+        configs[_ADAPTER].save_pretrained(str(written))
+    return target

@@ -1,0 +1,88 @@
+"""A LoRA adapter through the whole loop: pushed merged, resumed exactly, exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.cli.main import main
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.policy.lora import LoRA
+from lightning_grpo.replay import ReplayDataModule
+from lightning_grpo.weights.gather import gather_weights
+from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
+from tests.fakes.recordings import write_recording
+from tests.fakes.user_objects import make_adam
+
+
+def make_lora_module(model, **kwargs):
+    return make_module(model, lora=LoRA(rank=4), optimizer=make_adam, **kwargs)
+
+
+def test_the_servers_get_the_merged_weights_and_the_reference_is_the_base(
+    tiny_model, server, tmp_path
+):
+    module, recorder = make_lora_module(tiny_model, kl=KLPenalty(0.1)), Recorder()
+    data = make_data(server)
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder])
+    trainer.fit(module, data)
+    assert data.session.report.probe_diff < 1e-4
+    assert data.session.report.probe_change > 10 * data.session.report.probe_diff
+    # At the first step the policy is the base; then the adapter leaves it, and it alone.
+    kl = [m["policy/kl_reference"] for m in recorder.metrics]
+    assert kl[0] == pytest.approx(0.0, abs=1e-7)
+    assert max(kl[1:]) > 1e-6
+    assert max(m["mismatch/abs_logprob_diff"] for m in recorder.metrics) < 1e-5
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    own = {name.replace(".base_layer", ""): v for name, v in module.policy.model.named_parameters()}
+    assert all(torch.equal(own[n], v) for n, v in base.items() if n in own)
+
+
+def test_a_checkpoint_exports_as_a_merged_folder_or_as_the_adapter(
+    tiny_model, server, tmp_path, capsys
+):
+    module, trainer = make_lora_module(tiny_model), make_trainer(tmp_path)
+    trainer.fit(module, make_data(server))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    assert main(["export", str(tmp_path / "run.ckpt"), str(tmp_path / "merged")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    merged = gather_weights(module)
+    assert all(torch.equal(exported[name], value) for name, value in merged.items())
+    out = str(tmp_path / "adapter")
+    assert main(["export", "--adapter", str(tmp_path / "run.ckpt"), out]) == 0
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    capsys.readouterr()
+
+
+def test_a_resumed_run_is_the_run_bit_for_bit(tiny_model, tmp_path):
+    write_recording(tmp_path / "recording", 1, batches=4, groups=4, vocab=300)
+
+    def fit(until, seed, ckpt_path=None):
+        torch.manual_seed(seed)
+        trainer, module = make_trainer(tmp_path, max_steps=until), make_lora_module(tiny_model)
+        trainer.fit(module, ReplayDataModule(tmp_path / "recording"), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{until}.ckpt")
+        return module.state_dict()
+
+    expected = fit(4, seed=5)
+    halfway = fit(2, seed=5)
+    # Another seed: the adapter that goes on is the checkpoint's, not a new one.
+    weights = fit(4, seed=6, ckpt_path=tmp_path / "2.ckpt")
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+        assert torch.equal(weights[name], halfway[name]) == ("lora_" not in name), name
+
+
+def test_a_loaded_checkpoint_has_its_adapter(tiny_model, server, tmp_path):
+    module, trainer = make_lora_module(tiny_model), make_trainer(tmp_path)
+    trainer.fit(module, make_data(server))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = GRPOModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert loaded.lora == LoRA(rank=4)
+    for name, value in module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)

@@ -1,0 +1,125 @@
+import copy
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.export import export_policy
+from lightning_grpo.policy.load import load_policy
+from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
+from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.weights.gather import gather_weights
+from tests.fakes.adapters import LORA, make_trained
+from tests.fakes.causal_models import make_sequences, pack
+from tests.fakes.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", hidden_size=32))
+
+
+def test_training_begins_at_the_model_and_only_the_adapter_is_trained(folder):
+    packed = pack(make_sequences([9, 12]))
+    expected, _ = PackedPolicy(load_policy(folder))(*packed)
+    model = load_policy(folder)
+    LORA.add_to(model)
+    policy = PackedPolicy(model)
+    found, _ = policy(*packed)
+    assert torch.equal(found, expected)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 7  # A and B, two layers, seven matrices each
+    assert all("lora_" in name for name in trained)
+    found.sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_merged_weights_are_those_that_peft_merges_under_the_checkpoint_s_names(folder):
+    policy = make_trained(folder)
+    theirs = copy.deepcopy(policy.model)
+    for layer in theirs.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+    expected = {
+        name.replace(".base_layer", ""): value
+        for name, value in theirs.named_parameters()
+        if "lora_" not in name
+    }
+    merged = gather_weights(policy)
+    assert merged.keys() == expected.keys()
+    with safe_open(f"{folder}/model.safetensors", "pt") as file:
+        assert merged.keys() == set(file.keys())
+        moved = [n for n, value in merged.items() if not torch.equal(value, file.get_tensor(n))]
+    assert len(moved) == 2 * 7
+    assert all(torch.equal(merged[name], value) for name, value in expected.items())
+
+
+def test_the_merge_is_rounded_once_after_the_sum(folder):
+    policy = make_trained(folder)
+    whole, sent = gather_weights(policy), gather_weights(policy, torch.bfloat16)
+    assert all(torch.equal(sent[name], value.bfloat16()) for name, value in whole.items())
+
+
+def test_the_policy_without_its_adapter_is_the_model_itself_and_trains_on_after_it(folder):
+    packed = pack(make_sequences([9, 12]))
+    expected, _ = PackedPolicy(load_policy(folder))(*packed)
+    policy = make_trained(folder)
+    before, _ = policy(*packed)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    found, _ = WithoutAdapter(policy)(*packed)
+    assert torch.equal(found, expected)
+    after, _ = policy(*packed)
+    assert torch.equal(after, before)
+    after.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in policy.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked by PEFT
+def test_the_exported_folder_and_the_exported_adapter_compute_what_the_policy_does(
+    folder, tmp_path
+):
+    policy, ids = make_trained(folder), make_sequences([12])
+    with torch.no_grad():
+        expected, _ = policy(*pack(ids))
+    export_policy(policy.model, None, tmp_path / "merged", gather_weights(policy))
+    merged = PackedPolicy(load_policy(str(tmp_path / "merged")))
+    assert torch.allclose(merged(*pack(ids))[0], expected, atol=1e-5)
+    export_adapter(policy.model, folder, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    logprobs = torch.log_softmax(theirs(ids[0].unsqueeze(0)).logits[0], -1)[:-1]
+    found = logprobs.gather(1, ids[0][1:].unsqueeze(1)).squeeze(1)
+    assert torch.allclose(found, expected[1:], atol=1e-5)
+
+
+def test_named_targets_are_adapted_and_nothing_else(folder):
+    model = load_policy(folder)
+    LoRA(targets=("q_proj", "down_proj")).add_to(model)
+    adapted = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("target", ["q_prj", "lm_head", "embed_tokens", "self_attn"])
+def test_a_target_that_is_no_linear_layer_below_the_head_is_refused_with_those_that_are(
+    folder, target
+):
+    with pytest.raises(ConfigError, match=rf"lora\.targets.*{target}\. It has .*q_proj"):
+        LoRA(targets=("q_proj", target)).add_to(load_policy(folder))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0}, {"targets": ()}])
+def test_settings_that_make_no_adapter_are_refused(settings):
+    (name,) = settings
+    with pytest.raises(ConfigError, match=rf"`lora\.{name}` must"):
+        LoRA(**settings)
+
+
+def test_without_peft_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    with pytest.raises(ConfigError, match=r"pip install 'lightning-grpo\[lora\]'"):
+        LoRA()
