@@ -60,6 +60,7 @@ def check_intervals(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int
     if steps_per_rollout > 1:
         for name, steps in _intervals(trainer, epoch_steps):
             _check_interval(name, steps, steps_per_rollout)
+        _check_times(trainer)
 
 
 def _check_accumulation(trainer: L.Trainer) -> None:
@@ -124,6 +125,18 @@ def _intervals(trainer: L.Trainer, epoch_steps: int) -> list[tuple[str, int]]:
     return [(name, steps) for name, steps in found if steps > 0]
 
 
+def _check_times(trainer: L.Trainer) -> None:
+    """A clock knows nothing of rollout batches."""
+    for callback in trainer.checkpoint_callbacks:
+        # Lightning offers no public reading of this setting.
+        if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
+            raise ConfigError(
+                "`ModelCheckpoint.train_time_interval` must be null where a rollout batch takes "
+                f"several optimizer steps (it would save between them), got "
+                f"{callback._train_time_interval}. Use `every_n_train_steps`."
+            )
+
+
 def _check_interval(name: str, steps: int, steps_per_rollout: int) -> None:
     if steps % steps_per_rollout == 0:
         return
@@ -177,6 +190,21 @@ def check_sizes(
         raise ConfigError(
             f"`minibatches_per_batch` must divide `batch_size` (groups are not split), got "
             f"{minibatches_per_batch} and {batch_size}."
+        )
+
+
+def check_ranks(num_ranks: int, num_sequences: int) -> None:
+    """Refuse more ranks than a minibatch has sequences: some would never have work.
+
+    Args:
+        num_ranks: Of the Trainer, over all nodes.
+        num_sequences: Of one minibatch.
+    """
+    if num_ranks > num_sequences:
+        raise ConfigError(
+            f"`trainer.devices` x `trainer.num_nodes` must be at most the sequences of a minibatch "
+            f"(`batch_size` / `minibatches_per_batch` x `group_size` = {num_sequences}), got "
+            f"{num_ranks} ranks. Use fewer devices, or raise `data.batch_size`."
         )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_grpo.contract import (
     check_gpus,
     check_intervals,
+    check_ranks,
     check_sizes,
     check_trainer,
     remaining_steps,
@@ -33,7 +34,7 @@ from lightning_grpo.session.protocol import Session
 from lightning_grpo.session.ranks import connect_ranks
 from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.session.state import from_checkpoint, to_checkpoint
+from lightning_grpo.session.state import from_checkpoint, require_same, to_checkpoint
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.types import Group, Prompt
 from lightning_grpo.validation import EvaluationLoader
@@ -135,6 +136,8 @@ class RolloutDataModule(L.LightningDataModule):
         session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_intervals(trainer, self.steps_per_rollout, epoch_steps)
+        sequences = self.batch_size // self.minibatches_per_batch * self.group_size
+        check_ranks(trainer.world_size, sequences)
         self._adapt(trainer, stage)
         self.session = session
         session.start()
@@ -199,12 +202,16 @@ class RolloutDataModule(L.LightningDataModule):
         """Where the rollouts stand, at the boundary between two rollout batches."""
         if self.session is None:
             return {}
-        return to_checkpoint(self.session.state_dict(self._num_unpublished(self.session.version)))
+        state = self.session.state_dict(self._num_unpublished(self.session.version))
+        return to_checkpoint({**state, "settings": self._pinned})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         if state_dict and self.session is not None:
-            self.session.load_state_dict(from_checkpoint(state_dict))
+            state = from_checkpoint(state_dict)
+            if self._attached.state.fn == TrainerFn.FITTING:
+                require_same(state.get("settings", {}), self._pinned)
+            self.session.load_state_dict(state)
 
     # -- without a Trainer (Fabric) -------------------------------------------------------------
 
@@ -302,6 +309,12 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _channel(self) -> RankChannel:
         return connect_ranks(self.trainer, self.limits.rank_timeout_s)
+
+    @property
+    def _pinned(self) -> dict[str, Any]:
+        """Settings that a checkpoint's positions depend on."""
+        cut = ("minibatches_per_batch", "passes_per_batch")
+        return {name: vars(self)[name] for name in cut} | self._open_session.pinned
 
     @property
     def _attached(self) -> L.Trainer:

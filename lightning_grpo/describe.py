@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
+
+import lightning as L
+from torch import Tensor, nn
+
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -15,14 +20,13 @@ def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str
     parameters = list(module.sharding_root().parameters())
     count = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     anchor = "the behavior policy"
     if module.correction is not None:
         anchor = "the proximal policy"
         if steps_per_rollout == 1:
             anchor += " (the policy itself: one optimizer step per rollout batch)"
     return {
-        "model": f"{module.model_name} ({count / 1e6:.2f}M parameters, {', '.join(dtypes)})",
+        "model": f"{module.model_name} ({count / 1e6:.2f}M parameters)",
         "lora": f"{module.lora} ({trained / 1e6:.2f}M parameters trained)"
         if module.lora
         else "none",
@@ -32,6 +36,29 @@ def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str
         "correction": str(module.correction or "none"),
         "kl": str(module.kl or "none"),
     }
+
+
+def describe_dtypes(trainer: L.Trainer, policy: nn.Module, served: Mapping[str, str]) -> str:
+    """Precision everywhere: of weights, compute, gradients and optimizer, then what is `served`."""
+    weights = compute = gradients = _dtypes(policy.parameters())
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        compute, gradients = trainer.strategy.compute_dtype, trainer.strategy.reduce_dtype
+    elif trainer.precision == "bf16-mixed":
+        compute = "bfloat16 (autocast)"
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    state = {
+        "weights": weights,
+        "compute": compute,
+        "gradients": gradients,
+        # Before the first step there is no state; it is made like the parameters.
+        "optimizer": _dtypes(parameter for group in groups for parameter in group["params"]),
+        **served,
+    }
+    return ", ".join(f"{name} {dtype}" for name, dtype in state.items())
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> str:
+    return " and ".join(sorted({str(each.dtype).removeprefix("torch.") for each in tensors}))
 
 
 def _hook(module: GRPOModule, name: str) -> str:

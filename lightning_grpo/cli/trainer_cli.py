@@ -26,6 +26,7 @@ from lightning_grpo.cli.runs import RUNS, default_loggers, last_checkpoint, vers
 from lightning_grpo.cli.sources import Setting
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
+from lightning_grpo.strategies.restoring import require_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -105,6 +106,9 @@ class GRPOCLI(LightningCLI):
             checkpoint = last_checkpoint(Path(config.trainer.default_root_dir))
             if checkpoint is not None:
                 config.ckpt_path, self._version = str(checkpoint), version_of(checkpoint)
+        named = config.ckpt_path in (None, "best", "hpc", "last")
+        if not (named or config.ckpt_path.startswith("registry")):
+            require_checkpoint(config.ckpt_path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""

@@ -87,6 +87,7 @@ class ServerInfo(msgspec.Struct):
     disable_radix_cache: bool | None = None
     tp_size: int = 1
     vocab_size: int | None = None
+    dtype: str = "unknown"
 
 
 def sampling_params(

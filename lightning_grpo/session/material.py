@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_SEQUENCES = 4
 PROBE_TOKENS = 32
+FINGERPRINT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class Material:
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt looked at; a bound for servers with a shorter context."""
         return max(len(self.prompts[i].input_ids) for i in range(min(64, len(self.prompts))))
+
+    @property
+    def fingerprint(self) -> str:
+        """The prompts in a few characters: how many, and what some of them ask."""
+        count = len(self.prompts)
+        rows = range(0, count, -(-count // FINGERPRINT_ROWS))
+        asked = hashlib.sha256(repr([self.prompts[i].input_ids for i in rows]).encode())
+        return f"{count} prompts ({asked.hexdigest()[:8]})"
 
     @property
     def greedy(self) -> Sampling:

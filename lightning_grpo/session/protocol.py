@@ -20,6 +20,7 @@ class Session(RolloutSource, Protocol):
         version: Weight version of the trainer: rollout batches trained on so far.
         num_prompts: Prompts of one pass.
         num_val_prompts: Held-out prompts by set.
+        pinned: What a checkpoint's positions depend on: it must not change on the way.
         remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
         sync: How weights travel.
     """
@@ -28,6 +29,7 @@ class Session(RolloutSource, Protocol):
     version: int
     num_prompts: int
     num_val_prompts: dict[str, int]
+    pinned: dict[str, Any]
     remaining_batches: int | None
     sync: SyncSettings
 
@@ -61,6 +63,10 @@ class Session(RolloutSource, Protocol):
 
     def health(self) -> dict[str, float]:
         """`health/...` of rank 0; empty elsewhere."""
+        ...
+
+    def dtypes(self) -> dict[str, str]:
+        """Of the weights on the wire and in the servers, where there are any; rank 0 only."""
         ...
 
     def describe(self) -> dict[str, str]:

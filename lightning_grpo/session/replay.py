@@ -52,6 +52,7 @@ class ReplaySession:
         num_batches: Recorded rollout batches.
         num_prompts: Prompts of one pass; not known here.
         num_val_prompts: Empty: nobody answers.
+        pinned: Empty: what is recorded stays as it is.
         remaining_batches: Not used: what is recorded is there.
         sync: Not used: there are no servers.
     """
@@ -61,6 +62,7 @@ class ReplaySession:
         self.version = 0
         self.num_prompts = 0
         self.num_val_prompts: dict[str, int] = {}
+        self.pinned: dict[str, Any] = {}
         self.remaining_batches: int | None = None
         self.sync = SyncSettings()
         self._path = path
@@ -122,6 +124,10 @@ class ReplaySession:
 
     def health(self) -> dict[str, float]:
         """Nothing runs in the background."""
+        return {}
+
+    def dtypes(self) -> dict[str, str]:
+        """No weights travel."""
         return {}
 
     def describe(self) -> dict[str, str]:

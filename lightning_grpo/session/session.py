@@ -64,6 +64,7 @@ class RolloutSession:
         run_id: Names this run's weights on the servers.
         num_prompts: Prompts of one pass.
         num_val_prompts: Held-out prompts by set.
+        pinned: What a checkpoint's positions depend on: it must not change on the way.
         report: The last publish's report; rank 0 only.
         remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
         sync: How weights travel.
@@ -87,8 +88,15 @@ class RolloutSession:
         sizes = None
         if material is not None:
             held_out = {name: len(rows) for name, rows in material.val_prompts.items()}
-            sizes = (len(material.prompts), held_out)
-        self.num_prompts, self.num_val_prompts = channel.broadcast(sizes)
+            sizes = (len(material.prompts), held_out, material.fingerprint)
+        self.num_prompts, self.num_val_prompts, fingerprint = channel.broadcast(sizes)
+        self.pinned = {
+            "batch_size": settings.batch_size,
+            "group_size": settings.group_size,
+            "prompts.shuffle": settings.prompts.shuffle,
+            "prompts.seed": settings.prompts.seed,
+            "prompts": fingerprint,
+        }
 
     # -- start and end --------------------------------------------------------------------------
 
@@ -276,6 +284,14 @@ class RolloutSession:
         if self._lead is None or self._lead.live is None:
             return {}
         return {"health/event_loop_lag_s": self._lead.service.lag_s()}
+
+    def dtypes(self) -> dict[str, str]:
+        """Of the weights on the wire and in the servers; rank 0 only."""
+        if self._lead is None or self._lead.live is None:
+            return {}
+        wire = str(self._serving_dtype or torch.float32).removeprefix("torch.")
+        serving = {member.facts.info.dtype for member in self._live.pool.members}
+        return {"wire": wire, "server": ", ".join(sorted(serving))}
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""

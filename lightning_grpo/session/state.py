@@ -1,4 +1,4 @@
-"""A session's state as a checkpoint holds it: bytes as tensors, which `weights_only` loads."""
+"""A session's state as a checkpoint holds it, and which settings it holds for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from lightning_grpo.errors import ConfigError
+
+_WHY = {
+    "batch_size": "versions are counted in batches",
+    "group_size": "finished groups go on with the run",
+    "minibatches_per_batch": "the Trainer's steps are counted by it",
+    "passes_per_batch": "the Trainer's steps are counted by it",
+    "prompts.shuffle": "a position in the stream would be another prompt",
+    "prompts.seed": "a position in the stream would be another prompt",
+    "prompts": "a position in the stream would be another prompt",
+}
+"""Settings of the data module that a checkpoint's positions and counts depend on."""
 
 
 def to_checkpoint(value: Any) -> Any:
@@ -28,3 +41,22 @@ def from_checkpoint(value: Any) -> Any:
     if isinstance(value, list):
         return [from_checkpoint(v) for v in value]
     return value
+
+
+def require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse to go on where the checkpoint's positions would mean something else.
+
+    Args:
+        saved: Settings of the checkpoint's run that matter.
+        given: The same of this run.
+
+    Raises:
+        ConfigError: The first that differs.
+    """
+    for name, value in saved.items():
+        if given.get(name, value) != value:
+            raise ConfigError(
+                f"`data.{name}` must be what the checkpoint's run had ({_WHY[name]}), {value}, got "
+                f"{given[name]}. Set it back, or begin a new run from these weights: "
+                "`lightning-grpo export` the checkpoint and set `model.model` to the folder."
+            )

@@ -21,6 +21,12 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.strategies.restoring import (
+    reading,
+    refuse_shards,
+    require_checkpoint,
+    require_state,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +65,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.failed(path, str(error))
         else:
             self.succeeded()
+
+    @override
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any | None = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        require_checkpoint(path)
+        refuse_shards(path)
+        with reading(path):
+            checkpoint = super().load_checkpoint(path, map_location, weights_only)
+        require_state(checkpoint, path)
+        return checkpoint
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -32,6 +32,13 @@ from lightning_grpo.strategies.checkpoints import (
     replace,
 )
 from lightning_grpo.strategies.parallelize import is_sharded, parallelize
+from lightning_grpo.strategies.restoring import (
+    reading,
+    require_checkpoint,
+    require_same_model,
+    saved_shapes,
+    shapes,
+)
 
 
 @runtime_checkable
@@ -98,9 +105,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._requested_size = data_parallel_size
         self._blocks = blocks
         self._param_dtype = param_dtype
-        self._reduce_dtype = reduce_dtype
+        self.reduce_dtype = reduce_dtype
         self.reshard_after_forward = reshard_after_forward
         self._cpu_offload = cpu_offload
+
+    @property
+    def compute_dtype(self) -> str:
+        """What forward and backward compute in."""
+        if self._param_dtype != "auto":
+            return self._param_dtype
+        return "float32" if self.root_device.type == "cpu" else "bfloat16"
 
     @override
     def _configure_launcher(self) -> None:
@@ -131,8 +145,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 root,
                 self.device_mesh,
                 blocks=self._blocks,
-                param_dtype=self._param_dtype,
-                reduce_dtype=self._reduce_dtype,
+                param_dtype=self.compute_dtype,
+                reduce_dtype=self.reduce_dtype,
                 reshard_after_forward=self.reshard_after_forward,
                 cpu_offload=self._cpu_offload,
             )
@@ -202,9 +216,16 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        path = self.broadcast(checkpoint_path)
+        require_checkpoint(path)
+        assert self.lightning_module is not None
+        with reading(path):
+            saved = saved_shapes(path)
+        if self.lightning_module.strict_loading:
+            require_same_model(saved, shapes(self.lightning_module.state_dict()))
         # Lightning passes None here whatever was asked for; checkpoints of ours are plain data.
         safe = True if weights_only is None else weights_only
-        return super().load_checkpoint(checkpoint_path, weights_only=safe)
+        return super().load_checkpoint(path, weights_only=safe)
 
     def _sharding_root(self) -> nn.Module:
         module = self.lightning_module

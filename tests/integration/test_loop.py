@@ -169,3 +169,10 @@ def test_truncated_completions_can_be_left_out_and_near_ones_lose_reward(
         assert counted.sequences == int(finished.sum())
         penalty = float((batch.response_lengths / 6).mean())
         assert logged["reward/shaped_mean"] == pytest.approx(logged["reward/mean"] - penalty)
+
+
+def test_a_run_begins_with_the_precision_of_everything(tiny_model, server, tmp_path, capsys):
+    make_trainer(tmp_path, max_steps=1).fit(make_module(tiny_model), make_data(server))
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("dtypes")]
+    asked = ("weights", "compute", "gradients", "optimizer", "wire", "server")
+    assert line.split(maxsplit=1)[1] == ", ".join(f"{name} float32" for name in asked)

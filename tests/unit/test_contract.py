@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 
 import lightning as L
 import pytest
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 
-from lightning_grpo.contract import check_gpus, check_intervals, check_trainer
+from lightning_grpo.contract import check_gpus, check_intervals, check_ranks, check_trainer
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 
@@ -120,6 +121,19 @@ def test_intervals_between_rollout_batches_pass():
     )
     check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
     check_intervals(make_trainer(fast_dev_run=2), steps_per_rollout=2, epoch_steps=40)
+
+
+def test_a_clock_may_not_save_between_the_steps_of_a_rollout_batch():
+    saving = {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(minutes=5))]}
+    check_intervals(make_trainer(**saving), steps_per_rollout=1, epoch_steps=40)
+    with pytest.raises(ConfigError, match=r"train_time_interval` must be null.*0:05:00"):
+        check_intervals(make_trainer(**saving), steps_per_rollout=4, epoch_steps=40)
+
+
+def test_more_ranks_than_a_minibatch_has_sequences_are_refused():
+    check_ranks(8, 8)
+    with pytest.raises(ConfigError, match=r"at most the sequences .* = 8\), got 9 ranks"):
+        check_ranks(9, 8)
 
 
 def test_gpus_that_train_and_serve_must_be_the_same_or_apart():

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.cli.export import whole_checkpoint
-from lightning_grpo.errors import CheckpointError
+from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.replay import ReplayDataModule
 from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
@@ -21,6 +21,7 @@ from tests.fakes.loops import Recorder, make_trainer
 from tests.fakes.ranks import run_ranks
 from tests.fakes.recordings import write_recording
 from tests.fakes.tiny_lm import VOCAB, make_lm
+from tests.fakes.tiny_model import make_tiny_model
 
 BATCHES = 4
 
@@ -137,6 +138,24 @@ def test_the_best_and_the_newest_are_kept_and_resume_on_another_number_of_ranks(
                 assert len(losses) == BATCHES - 2
                 for found, expected in zip(losses, whole[2:], strict=True):
                     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def resume_another_model(folder: str) -> list[str]:
+    fit(folder, 1, "sharded", "fsdp2")
+    make_tiny_model(Path(folder) / "model", num_layers=1, hidden_size=16)
+    said = []
+    for strategy in ("fsdp2", "auto"):
+        with pytest.raises(ConfigError) as refusal:
+            fit(folder, 1, "again", strategy, f"{folder}/sharded/step=2.ckpt")
+        said.append(str(refusal.value))
+    return said
+
+
+@pytest.mark.slow
+def test_shards_of_another_model_are_refused_and_shards_where_none_are_read(folder):
+    ((another, shards),) = run_ranks(resume_another_model, 1, folder, timeout_s=100)
+    assert "must be a checkpoint of the same model as `model.model`" in another
+    assert "which only FSDP2Strategy reads" in shards
 
 
 @pytest.mark.timeout(200)

@@ -70,6 +70,10 @@ def refusal(folder: Path, arguments: str, config: str = GOOD) -> list[str]:
 
 
 COMMAND_LINE = {
+    "--ckpt_path gone.ckpt": [
+        "ckpt_path (command line)",
+        "`ckpt_path` must name a checkpoint, and there is no 'gone.ckpt'.",
+    ],
     "--data.max_stal 7": [
         "data.max_stal (command line)",
         "is not a setting of RolloutDataModule, got 7",

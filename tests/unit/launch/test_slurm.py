@@ -52,6 +52,24 @@ def test_an_impossible_number_of_nodes_is_refused_by_its_option(name, value):
         job(**{name: value})
 
 
+def test_a_refusal_of_slurm_s_is_told_in_its_own_words(capsys, monkeypatch, tmp_path):
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition: none' >&2; exit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    words = ["--config", "quickstart.yaml", "--partition", "none", "--submit"]
+    assert main(["launch", "slurm", *words]) == 2
+    said = "error: Slurm refused the job: sbatch: error: invalid partition: none\n"
+    assert capsys.readouterr().err == said
+
+
+def test_submitting_without_slurm_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch", "slurm", "--config", "quickstart.yaml", "--submit"]) == 2
+    assert "`--submit` needs `sbatch`, which is not on this machine" in capsys.readouterr().err
+
+
 def test_the_command_prints_the_script_of_a_shipped_config(capsys):
     code = main(["launch", "slurm", "--config", "quickstart.yaml", "--trainer.max_steps", "4"])
     script = capsys.readouterr().out

@@ -1,0 +1,30 @@
+"""The line that names every precision."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_grpo.describe import describe_dtypes
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from tests.fakes.loops import make_trainer
+
+
+def described(tmp_path, **settings) -> str:
+    policy = torch.nn.Linear(2, 2)
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.optimizers = [torch.optim.SGD(policy.parameters(), lr=0.1)]
+    return describe_dtypes(trainer, policy, {"wire": "bfloat16", "server": "auto"})
+
+
+def test_plain_training_computes_in_what_the_weights_are(tmp_path):
+    assert described(tmp_path) == (
+        "weights float32, compute float32, gradients float32, optimizer float32, wire bfloat16, "
+        "server auto"
+    )
+
+
+def test_autocast_and_the_sharding_policy_are_told(tmp_path):
+    assert "compute bfloat16 (autocast), grad" in described(tmp_path, precision="bf16-mixed")
+    strategy = FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")
+    assert "compute bfloat16, gradients float32, opt" in described(tmp_path, strategy=strategy)
+    assert "compute float32, gradients float32, opt" in described(tmp_path, strategy="fsdp2")
