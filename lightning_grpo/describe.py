@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from lightning_grpo.module import GRPOModule
 
 
-def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str]:
-    """Model, loss, anchor of the clip, advantage, correction and KL penalty."""
+def describe_module(module: GRPOModule, data: RolloutDataModule) -> dict[str, str]:
+    """Model, loss, anchor of the clip, advantage, correction, KL penalty and every precision."""
     parameters = list(module.sharding_root().parameters())
     count = sum(p.numel() for p in parameters)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    served = data.session.dtypes() if data.session is not None else {}
     anchor = "the behavior policy"
     if module.correction is not None:
         anchor = "the proximal policy"
-        if steps_per_rollout == 1:
+        if data.steps_per_rollout == 1:
             anchor += " (the policy itself: one optimizer step per rollout batch)"
     return {
         "model": f"{module.model_name} ({count / 1e6:.2f}M parameters)",
@@ -35,6 +36,7 @@ def describe_module(module: GRPOModule, steps_per_rollout: int) -> dict[str, str
         "truncated": str(module.truncation),
         "correction": str(module.correction or "none"),
         "kl": str(module.kl or "none"),
+        "dtypes": describe_dtypes(module.trainer, module.sharding_root(), served),
     }
 
 

@@ -29,7 +29,7 @@ from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.contract import check_callers, check_sized
-from lightning_grpo.describe import describe_dtypes, describe_module
+from lightning_grpo.describe import describe_module
 from lightning_grpo.distributed.metrics import reduced
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch, Prepared
@@ -43,7 +43,7 @@ from lightning_grpo.policy.reference import ReferencePolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.gradient_sync import gradient_sync
-from lightning_grpo.strategies.restoring import require_same_model, shapes
+from lightning_grpo.strategies.restoring import require_own_weights
 from lightning_grpo.validation import EvaluatedModule
 from lightning_grpo.weights.gather import gather_weights
 
@@ -333,20 +333,14 @@ class GRPOModule(EvaluatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model, and a default where the checkpoint's run had an own object."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        given = set(self._given)
-        if not self._trainer:
-            # Without a trainer nothing is optimized: loading for inference or export is fine.
-            given |= {"optimizer", "lr_scheduler"}
-        hparams.require_restored(saved, given, type(self).__name__)
-        if self.policy is not None and self.strict_loading and "state_dict" in checkpoint:
-            require_same_model(shapes(checkpoint["state_dict"]), shapes(self.state_dict()))
+        # Without a trainer nothing is optimized: loading for inference or export is fine.
+        unused = set() if self._trainer else {"optimizer", "lr_scheduler"}
+        hparams.require_restored(saved, self._given | unused, type(self).__name__)
+        require_own_weights(self, checkpoint)
 
     def describe(self) -> dict[str, str]:
         """What trains, as resolved: lines for the summary at the start."""
-        session = self._data.session
-        served = session.dtypes() if session is not None else {}
-        dtypes = {"dtypes": describe_dtypes(self.trainer, self.sharding_root(), served)}
-        return describe_module(self, self._data.steps_per_rollout) | dtypes
+        return describe_module(self, self._data)
 
     def _remember(self, arguments: dict[str, Any]) -> None:
         """Keep the arguments as plain data; the CLI knows those that were built from a config."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -92,6 +93,16 @@ def saved_shapes(path: str | Path) -> Shapes:
 def shapes(state_dict: Mapping[str, Any]) -> Shapes:
     """Shapes of a module's state, sharded or not."""
     return {name: tuple(value.shape) for name, value in state_dict.items()}
+
+
+def require_own_weights(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model than the one that was built.
+
+    Of one in shards the strategy has seen to it.
+    """
+    own = shapes(module.state_dict())
+    if own and module.strict_loading and "state_dict" in checkpoint:
+        require_same_model(shapes(checkpoint["state_dict"]), own)
 
 
 def require_same_model(saved: Shapes, own: Shapes) -> None:
