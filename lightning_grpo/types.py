@@ -11,13 +11,21 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 PromptKey = tuple[int, int]
 """(pass over the prompts, row of the prompt): names one prompt of the endless stream."""
 
 NO_VERSION = -1
 """The weight version of a token that no policy sampled (prompt, tool result)."""
+
+Interruption = Literal["abort", "retract", "in_place"]
+"""What becomes of requests in flight during an update: taken back by the client and sent again; put
+back in the server's queue and read again under the new weights; or kept, with the old weights' keys
+and values."""
+
+InterruptionChoice = Literal["auto", "abort", "retract", "in_place"]
+"""What is wanted; `auto`: retract where every server does it exactly, else abort."""
 
 
 # No slots on a record that is a default in a constructor: jsonargparse reads it with `vars()`.

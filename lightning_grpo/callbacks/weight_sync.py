@@ -9,8 +9,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.types import InterruptionChoice
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
-from lightning_grpo.weights.transport import Interruption, Transport
+from lightning_grpo.weights.transport import Transport
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -33,9 +34,10 @@ class WeightSync(Callback):
         verify: Whether a probe must agree after each publish.
         interruption: What becomes of requests in flight. `abort` takes them back and sends them
             again with what they have, and is exact on every server. `retract` has the server read
-            them again (SGLang from 0.5.19, started with `disable-radix-cache`). `in_place` keeps
-            the old weights' keys and values: quickest, and the logprobs behind an update are then
-            those of no version.
+            them again: quicker, and exact on the embedded engine and on SGLang from 0.5.19 when
+            started with `disable-radix-cache`. `auto` is retract where every server does it
+            exactly, else abort. `in_place` keeps the old weights' keys and values: quickest, and
+            the logprobs behind an update are then those of no version.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class WeightSync(Callback):
         gather_timeout_s: float = 60.0,
         request_timeout_s: float = 60.0,
         verify: bool = True,
-        interruption: Interruption = "abort",
+        interruption: InterruptionChoice = "auto",
     ) -> None:
         if bucket_mb < 1:
             raise ConfigError(f"`bucket_mb` must be >= 1, got {bucket_mb}.")
@@ -54,9 +56,9 @@ class WeightSync(Callback):
                 "`gather_timeout_s` and `request_timeout_s` must be > 0 seconds, got "
                 f"{gather_timeout_s} and {request_timeout_s}."
             )
-        if interruption not in get_args(Interruption):
+        if interruption not in get_args(InterruptionChoice):
             raise ConfigError(
-                f"`interruption` must be one of {', '.join(get_args(Interruption))}, got"
+                f"`interruption` must be one of {', '.join(get_args(InterruptionChoice))}, got"
                 f" {interruption!r}."
             )
         self.settings = SyncSettings(

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import anyio
 
 from lightning_grpo.errors import ConfigError, ServerError
 from lightning_grpo.rollout.member import Member
+from lightning_grpo.types import Interruption, InterruptionChoice
 
 logger = logging.getLogger(__name__)
-
-Interruption = Literal["abort", "retract", "in_place"]
-"""What becomes of requests in flight: taken back by the client, to be sent again; put back in the
-server's queue, to be read again under the new weights; or kept, with keys and values of the old."""
 
 ABORT_INTERVAL_S = 0.05
 """A request that was on its way when the abort was sent is caught by the next one."""
 
 
-def check_interruption(mode: Interruption, members: Sequence[Member]) -> None:
-    """Refuses a mode that would give tokens a wrong version or wrong keys and values.
+def choose_interruption(wanted: InterruptionChoice, members: Sequence[Member]) -> Interruption:
+    """The mode to use with these servers; `auto` is retract where all do it exactly, else abort.
+
+    Retract spares each request in flight two more messages per update.
 
     Raises:
-        ConfigError: A server does not name the weights of each token, or keeps old prefixes.
+        ConfigError: The mode would give tokens a wrong version or wrong keys and values: a server
+            does not name the weights of each token, or keeps old prefixes.
     """
+    if wanted == "auto":
+        return "retract" if all(_retracts_exactly(m) for m in members) else "abort"
+    _check(wanted, members)
+    return wanted
+
+
+def _retracts_exactly(member: Member) -> bool:
+    facts = member.facts
+    return facts.dialect.reports_spans and facts.info.disable_radix_cache is not False
+
+
+def _check(mode: Interruption, members: Sequence[Member]) -> None:
     if mode == "abort":
         return
     for member in members:

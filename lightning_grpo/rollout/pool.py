@@ -19,8 +19,7 @@ import anyio
 from lightning_grpo.errors import ConfigError, RequestError, ServerError, ServersLostError
 from lightning_grpo.rollout.client import ServerClient, new_session
 from lightning_grpo.rollout.interruption import (
-    Interruption,
-    check_interruption,
+    choose_interruption,
     stop_generation,
 )
 from lightning_grpo.rollout.member import Member, MemberState, ServerLike
@@ -28,7 +27,7 @@ from lightning_grpo.rollout.monitor import HealthPolicy, Monitor, Restart, Resto
 from lightning_grpo.rollout.partial import Decode, Partial
 from lightning_grpo.rollout.routing import Rank, Router
 from lightning_grpo.rollout.verify import Requirements, ServerFacts, check_ids, verify_server
-from lightning_grpo.types import Completion, Sampling
+from lightning_grpo.types import Completion, Interruption, InterruptionChoice, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -206,9 +205,9 @@ class ServerPool:
                 self._router.release(member)
         return partial.completion(self._decode)
 
-    def check_interruption(self, mode: Interruption) -> None:
-        """Refuses a way of interruption that a server does not support exactly."""
-        check_interruption(mode, self._members)
+    def choose_interruption(self, wanted: InterruptionChoice) -> Interruption:
+        """The way of interruption to use; refuses one that a server does not support exactly."""
+        return choose_interruption(wanted, self._members)
 
     async def interrupt(self, timeout_s: float = 30.0, mode: Interruption = "abort") -> None:
         """Stops handing out servers and pauses them.

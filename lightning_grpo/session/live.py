@@ -183,8 +183,8 @@ def _publisher(
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
     probe = Probe(material.probe_sequences, exact=material.exact)
-    pool.check_interruption(begun.sync.interruption)
-    return WeightPublisher(pool, transport, begun.run_id, probe, begun.sync)
+    mode = pool.choose_interruption(begun.sync.interruption)
+    return WeightPublisher(pool, transport, begun.run_id, probe, begun.sync, mode)
 
 
 def _producer(

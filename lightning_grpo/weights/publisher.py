@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 
 from lightning_grpo.errors import ServerError, WeightSyncError
+from lightning_grpo.types import Interruption
 from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
@@ -46,6 +47,7 @@ class WeightPublisher:
         run_id: Versions are called `"{run_id}:{version}"` on servers.
         probe: What servers are checked with; None where `settings.verify` is false.
         settings: Deadlines.
+        interruption: What becomes of requests in flight; the fleet's servers must support it.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class WeightPublisher:
         run_id: str,
         probe: Probe | None,
         settings: SyncSettings | None = None,
+        interruption: Interruption = "abort",
     ) -> None:
         self._fleet = fleet
         self._transport = transport
         self._run_id = run_id
         self._settings = settings or SyncSettings()
+        self._interruption = interruption
         self._record = ProbeRecord(probe) if probe is not None and self._settings.verify else None
         self._lock = asyncio.Lock()
         self._current: tuple[int, Scores] | None = None
@@ -153,8 +157,7 @@ class WeightPublisher:
 
     async def _interrupt(self, report: PublishReport) -> None:
         started = time.monotonic()
-        mode = self._settings.interruption
-        await self._fleet.interrupt(self._settings.request_timeout_s, mode)
+        await self._fleet.interrupt(self._settings.request_timeout_s, self._interruption)
         report.seconds["interrupt"] = time.monotonic() - started
 
     async def _bring(self, target: Target, report: PublishReport) -> None:
@@ -179,7 +182,7 @@ class WeightPublisher:
     async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s
         label = f"{self._run_id}:{report.version}"
-        if self._settings.interruption == "abort":
+        if self._interruption == "abort":
             await self._flush(client, report)
         target.expect(report.version, label)
         refused = False

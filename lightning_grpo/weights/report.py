@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import anyio
 
 from lightning_grpo.errors import WeightSyncError
+from lightning_grpo.types import InterruptionChoice
 from lightning_grpo.weights.probe import Reading
-from lightning_grpo.weights.transport import Interruption, Transport
+from lightning_grpo.weights.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class SyncSettings:
         gather_timeout_s: Deadline of gathering the shards.
         request_timeout_s: Deadline of each phase at a server.
         verify: Whether a probe must agree after each publish.
-        interruption: What becomes of requests in flight: `abort`, `retract` or `in_place`.
+        interruption: What is to become of requests in flight.
         recovery_timeout_s: Deadline for a server to come back when none is left.
     """
 
@@ -33,7 +34,7 @@ class SyncSettings:
     gather_timeout_s: float = 60.0
     request_timeout_s: float = 60.0
     verify: bool = True
-    interruption: Interruption = "abort"
+    interruption: InterruptionChoice = "auto"
     recovery_timeout_s: float = 300.0
 
 

@@ -6,20 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lightning_grpo.errors import WeightSyncError
+from lightning_grpo.types import Interruption
 
 Snapshot = Mapping[str, Tensor]
 """Whole weights under their checkpoint names; nobody writes to it once it is handed over."""
-
-
-Interruption = Literal["abort", "retract", "in_place"]
-"""What becomes of requests in flight during an update: taken back by the client and sent again; put
-back in the server's queue and read again under the new weights; or kept, with the old weights' keys
-and values."""
 
 
 class Reply(Protocol):

@@ -17,12 +17,12 @@ import pytest
 
 from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
-from lightning_grpo.types import Completion
+from lightning_grpo.types import Completion, Interruption
 from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.report import PublishReport
-from lightning_grpo.weights.transport import Interruption, Place, Transport
+from lightning_grpo.weights.transport import Place, Transport
 from tests.sglang.engines import RETRACTING
 from tests.sglang.server import Server
 from tests.sglang.traffic import PROBE, TOKENS, MovingWeights, Traffic, largest_difference
@@ -45,10 +45,10 @@ async def syncing(
 ) -> AsyncIterator[tuple[ServerPool, WeightPublisher]]:
     pool = ServerPool([server.handle], Requirements("run", 512, 400, frozenset([2])), str)
     transport.bind(Place(tmp_path, server.model, bucket_bytes=100_000))
-    settings = SyncSettings(request_timeout_s=30.0, interruption=mode)
-    publisher = WeightPublisher(pool, transport, "run", PROBE, settings)
+    settings = SyncSettings(request_timeout_s=30.0)
+    publisher = WeightPublisher(pool, transport, "run", PROBE, settings, mode)
     async with pool:
-        pool.check_interruption(mode)
+        assert pool.choose_interruption(mode) == mode
         yield pool, publisher
         await publisher.close()
 

@@ -447,9 +447,17 @@ async def test_a_url_where_nothing_listens_is_named():
 )
 async def test_a_way_of_interruption_that_would_be_wrong_is_refused(server, mode, message):
     async with pool_of(FakeServer(**server)) as pool:
-        pool.check_interruption("abort")
+        assert pool.choose_interruption("abort") == "abort"
+        assert pool.choose_interruption("auto") == "abort"
         with pytest.raises(ConfigError, match=message):
-            pool.check_interruption(mode)
+            pool.choose_interruption(mode)
+
+
+async def test_requests_are_retracted_where_every_server_does_it_exactly():
+    servers = [FakeServer(version="0.5.19") for _ in range(2)]
+    async with pool_of(*servers) as pool:
+        assert pool.choose_interruption("auto") == "retract"
+        assert pool.choose_interruption("abort") == "abort"
 
 
 async def test_a_reply_that_comes_while_weights_change_counts_once_they_are_proved():
