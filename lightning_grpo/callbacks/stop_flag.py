@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
-_ENDING = ("SIGTERM", "SIGINT")
+from lightning_grpo.distributed.stops import ENDING, most_urgent
 
 
 class StopFlag:
@@ -20,17 +20,19 @@ class StopFlag:
     Python runs a handler when the main thread is back in Python: not while it sits in a collective.
     So the interpreter also writes each signal's number into a socket at once
     (`signal.set_wakeup_fd`), and a thread reads from there.
-
-    Attributes:
-        requested: The name of the first signal, or an empty string.
     """
 
     def __init__(self) -> None:
-        self.requested = ""
+        self._came: set[str] = set()
         self._saved: dict[signal.Signals, Any] = {}
         self._old_wakeup = -1
         self._sockets: tuple[socket.socket, socket.socket] | None = None
         self._thread: threading.Thread | None = None
+
+    @property
+    def requested(self) -> str:
+        """The name of the signal to act on, or an empty string."""
+        return most_urgent(tuple(self._came))
 
     @property
     def installed(self) -> bool:
@@ -41,7 +43,7 @@ class StopFlag:
         """Take over these signals, with the flag down; only the main thread can."""
         if self.installed or threading.current_thread() is not threading.main_thread():
             return
-        self.requested = ""
+        self._came = set()
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._sockets = (reader, writer)
@@ -68,7 +70,7 @@ class StopFlag:
         for each, handler in self._saved.items():
             if signal.getsignal(each) != self._raise_flag:
                 continue
-            leaving = exit_on_signal and each.name in _ENDING
+            leaving = exit_on_signal and each.name in ENDING
             signal.signal(each, _exit_now if leaving else handler or signal.SIG_DFL)
         signal.set_wakeup_fd(self._old_wakeup)
         reader, writer = self._sockets
@@ -79,7 +81,7 @@ class StopFlag:
         self._saved = {}
 
     def _raise_flag(self, signum: int, frame: FrameType | None) -> None:
-        self.requested = self.requested or signal.Signals(signum).name
+        self._came.add(signal.Signals(signum).name)
 
     def _read(self, reader: socket.socket, signals: set[signal.Signals]) -> None:
         ending = 0
@@ -88,7 +90,7 @@ class StopFlag:
                 if number not in signals:
                     continue
                 self._raise_flag(number, None)
-                ending += signal.Signals(number).name in _ENDING
+                ending += signal.Signals(number).name in ENDING
                 if ending > 1:
                     _exit_now(number, None)
 

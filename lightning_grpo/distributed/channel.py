@@ -22,6 +22,7 @@ from lightning_grpo.distributed.exchange import Alone, Exchange, GlooExchange
 from lightning_grpo.distributed.heart import Heart, Store, open_store
 from lightning_grpo.distributed.messenger import Messenger
 from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, RunningClock
+from lightning_grpo.distributed.stops import most_urgent, signal_of, urgency
 from lightning_grpo.distributed.verdict import Judge, ProcessLike, is_echo
 from lightning_grpo.errors import RankError, StopRun
 
@@ -180,9 +181,7 @@ class RankChannel:
 
     def agree_on_stop(self) -> str:
         """The name of a signal that reached any rank, the same on every rank; empty if none."""
-        name = self.stop_source()
-        number = self._exchange.largest(signal.Signals[name].value if name else 0)
-        return signal.Signals(number).name if number else ""
+        return signal_of(self._exchange.largest(urgency(self.stop_source())))
 
     def stop_run(self, signal_name: str, message: str) -> StopRun:
         """The error that ends a run on request, with this rank's exit status."""
@@ -268,7 +267,7 @@ class RankChannel:
 
     def _any_stop(self) -> str:
         heard = [p.pulse.stop for p in self._ledger.peers.values()]
-        return next((name for name in (self.stop_source(), *heard) if name), "")
+        return most_urgent([self.stop_source(), *heard])
 
     def _follow(self, what: str) -> None:
         since = self._ledger.clock.now()
