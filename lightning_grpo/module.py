@@ -26,7 +26,7 @@ from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.algorithm.minibatch_loss import TokenLoss
 from lightning_grpo.algorithm.truncation import Truncation
-from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
+from lightning_grpo.callbacks.defaults import missing_callbacks
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.contract import check_callers, check_sized
 from lightning_grpo.describe import describe_module
@@ -319,8 +319,7 @@ class GRPOModule(EvaluatedModule):
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that a run can't do without, unless the trainer has one of the kind."""
         check_callers(self.trainer)
-        present = tuple(type(c) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [c() for c in DEFAULT_CALLBACKS if not any(issubclass(p, c) for p in present)]
+        return missing_callbacks(self.trainer)
 
     def setup(self, stage: str) -> None:
         """Let signals end the run between two rollout batches, with a whole checkpoint."""

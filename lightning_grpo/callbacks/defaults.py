@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.baseline import StepZeroValidation
@@ -26,3 +27,14 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     FinalCheckpoint,
     GRPOProgress,
 )
+
+
+def missing_callbacks(trainer: L.Trainer) -> list[Callback]:
+    """One of each kind that the trainer has none of; no lines where its progress bar is off."""
+    present = tuple(type(c) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return [
+        kind()
+        for kind in DEFAULT_CALLBACKS
+        if not any(issubclass(p, kind) for p in present)
+        and not (kind is GRPOProgress and trainer.progress_bar_callback is None)
+    ]

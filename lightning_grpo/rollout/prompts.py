@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ class Prompts:
         transform: Changes a row before anything else reads it.
         limit: Use the first so many rows.
         shuffle: Whether each pass has its own seeded order.
-        seed: Of the order.
+        seed: Of the order, and of what is sampled; None: the run's (`seed_everything`), else 0.
         too_long: What to do with a prompt that leaves no room for `max_new_tokens`: `error` names
             the rows, `skip` leaves them out and counts them.
     """
@@ -47,7 +48,7 @@ class Prompts:
         transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         limit: int | None = None,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         too_long: Literal["error", "skip"] = "error",
     ) -> None:
         if limit is not None and limit < 1:
@@ -63,7 +64,7 @@ class Prompts:
         self.transform = transform
         self.limit = limit
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = run_seed() if seed is None else seed
         self.too_long = too_long
 
     def load(
@@ -220,6 +221,11 @@ class PromptSet:
             f"{self.max_prompt_tokens} tokens that the context leaves beside `max_new_tokens`: "
             f"{shown}. Lower `max_new_tokens`, or set `too_long: skip` to leave them out."
         )
+
+
+def run_seed() -> int:
+    """What `lightning.seed_everything` was given in this process or the one that started it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 class PromptStream:

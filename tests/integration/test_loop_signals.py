@@ -32,7 +32,7 @@ def write_config(folder: Path, model: Path) -> None:
     (folder / "train.jsonl").write_text(rows)
     (folder / "mine.py").write_text(REWARD)
     config = {
-        "trainer": {"accelerator": "cpu", "max_steps": 100_000, "enable_progress_bar": False},
+        "trainer": {"accelerator": "cpu", "max_steps": 100_000},
         "model": {"model": str(model)},
         "data": {
             "prompts": {"path": "train.jsonl", "column": "question"},

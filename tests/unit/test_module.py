@@ -140,7 +140,8 @@ def test_a_reference_is_no_part_of_the_module(folder):
     assert make_module(folder)._reference_policy() is None
 
 
-def test_the_callbacks_that_a_run_needs_are_supplied_unless_they_are_there(folder, tmp_path):
+@pytest.mark.parametrize("bar", [True, False])
+def test_the_callbacks_that_a_run_needs_are_supplied_unless_they_are_there(folder, tmp_path, bar):
     class Quicker(WeightSync):
         pass
 
@@ -152,12 +153,14 @@ def test_the_callbacks_that_a_run_needs_are_supplied_unless_they_are_there(folde
             raise KeyError("seen")
 
     seen = Seen()
-    trainer = make_trainer(tmp_path, callbacks=[seen, Quicker()])
+    trainer = make_trainer(tmp_path, callbacks=[seen, Quicker()], enable_progress_bar=bar)
     with pytest.raises(KeyError, match="seen"):
         trainer.fit(make_module(folder), make_data(SlowServers()))
     assert "Quicker" in seen.names
     assert "WeightSync" not in seen.names
-    assert {c.__name__ for c in DEFAULT_CALLBACKS} - {"WeightSync"} <= set(seen.names)
+    supplied = {c.__name__ for c in DEFAULT_CALLBACKS} - {"WeightSync", "GRPOProgress"}
+    assert supplied <= set(seen.names)
+    assert ("GRPOProgress" in seen.names) == bar
 
 
 class SlowServers(NeverServers):

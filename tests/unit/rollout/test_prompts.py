@@ -200,6 +200,14 @@ def test_every_pass_has_every_row_once_and_any_entry_can_be_had_at_any_time(
     assert stream()[start % len(keys)].key == keys[start % len(keys)]
 
 
+def test_the_run_s_seed_is_the_prompts_where_they_name_none(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    assert Prompts([{"prompt": "a"}]).seed == 0
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")  # what `seed_everything` leaves, also for children
+    assert Prompts([{"prompt": "a"}]).seed == 7
+    assert Prompts([{"prompt": "a"}], seed=3).seed == 3
+
+
 def test_passes_and_seeds_have_orders_of_their_own():
     loaded = load([{"question": str(i)} for i in range(30)])
     orders = [
