@@ -36,11 +36,16 @@ from lightning_grpo import (
     SAPOLoss,
     SequenceMean,
     TokenTIS,
+    Truncation,
 )
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.rollout import has_variance
 
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))
 MAX_NEW_TOKENS = 56
+
+STALE = {"loss": GRPOLoss(), "correction": TokenTIS()}
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "GRPO": {"module": {"loss": GRPOLoss(clip_high=0.2, aggregation=SequenceMean())}},
@@ -50,20 +55,18 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
             "advantage": GroupAdvantage(divide_by_std=False),
         }
     },
-    "DAPO": {"module": {"loss": GRPOLoss()}, "data": {"keep_group": has_variance}},
+    "DAPO": {
+        "module": {"loss": GRPOLoss(), "truncation": Truncation("mask", penalty_buffer=12)},
+        "data": {"keep_group": has_variance},
+    },
     "GSPO": {"module": {"loss": GSPOLoss()}},
     "CISPO": {"module": {"loss": CISPOLoss()}},
     "SAPO": {"module": {"loss": SAPOLoss()}},
     "RLOO": {"module": {"loss": GRPOLoss(), "advantage": LeaveOneOutAdvantage()}},
-    "decoupled PPO, staleness 2": {
-        "module": {"loss": GRPOLoss(), "correction": TokenTIS()},
-        "data": {"max_staleness": 2},
-    },
-    "decoupled PPO, staleness 4": {
-        "module": {"loss": GRPOLoss(), "correction": TokenTIS()},
-        "data": {"max_staleness": 4},
-    },
+    "decoupled PPO, staleness 2": {"module": STALE, "data": {"max_staleness": 2}},
+    "decoupled PPO, staleness 4": {"module": STALE, "data": {"max_staleness": 4}},
 }
+"""What differs from quickstart.yaml, whose optimizer, batch and staleness of 1 are everyone's."""
 
 
 def train(name: str, seed: int, steps: int, out: Path) -> None:
@@ -102,48 +105,55 @@ def train(name: str, seed: int, steps: int, out: Path) -> None:
     (out / "rewards.json").write_text(json.dumps(rewards))
 
 
+def run_one(name: str, seed: int, steps: int, out: Path) -> tuple[float, list[float]]:
+    """Held-out accuracy after, and the rewards of, one run in a process of its own."""
+    from benchmarks.held_out import accuracy
+
+    out.mkdir(parents=True)
+    command = [sys.executable, __file__, "--steps", str(steps), "--one", name, str(seed), str(out)]
+    with (out / "log").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+    if code.returncode:
+        raise SystemExit(f"{name}, seed {seed}, failed: {(out / 'log').read_text()[-2000:]}")
+    return accuracy(out / "model"), json.loads((out / "rewards.json").read_text())
+
+
+def about() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {n: version(n) for n in ("torch", "transformers", "lightning")},
+    }
+
+
 def main() -> None:
-    """Run every algorithm and seed, print the table, write the report."""
+    """Run every algorithm and seed, print the table; a report's other rows stay as they are."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--only", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("algorithms.json"))
     parser.add_argument("--one", nargs=3, metavar=("NAME", "SEED", "FOLDER"), help="internal")
     args = parser.parse_args()
     if args.one:
         train(args.one[0], int(args.one[1]), args.steps, Path(args.one[2]))
         return
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from benchmarks.held_out import accuracy
 
+    report = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
+    report |= about() | {"steps": args.steps}
+    report.setdefault("base", accuracy(REPOSITORY / "examples/quickstart/model"))
     work = Path(tempfile.mkdtemp(prefix="algorithms_"))
-    table: dict[str, list[float]] = {}
     for name in args.only:
+        row = report["rows"][name] = {"held_out": [], "rewards": []}
         for seed in range(args.seeds):
-            out = work / f"{list(ALGORITHMS).index(name)}-{seed}"
-            out.mkdir()
-            command = [sys.executable, __file__, "--steps", str(args.steps)]
-            with (out / "log").open("w") as log:
-                subprocess.run(
-                    [*command, "--one", name, str(seed), str(out)],
-                    check=True,
-                    stdout=log,
-                    stderr=log,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )
-            table.setdefault(name, []).append(accuracy(out / "model"))
-        shown = "  ".join(f"{a:.3f}" for a in table[name])
+            held_out, rewards = run_one(name, seed, args.steps, work / f"{name} {seed}")
+            row["held_out"].append(held_out)
+            row["rewards"].append([round(reward, 4) for reward in rewards])
+        shown = "  ".join(f"{a:.3f}" for a in row["held_out"])
         print(f"{name:28s} {shown}", flush=True)
-    if args.out:
-        report = {
-            "date": time.strftime("%Y-%m-%d"),
-            "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-            "versions": {n: version(n) for n in ("torch", "transformers", "lightning")},
-            "steps": args.steps,
-            "base": accuracy(Path(__file__).parent.parent / "examples/quickstart/model"),
-            "held_out": table,
-        }
         args.out.write_text(json.dumps(report, indent=1))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
@@ -21,6 +22,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.servers.devices import present_devices
 
 _REFUSED_CALLBACKS = {
     GradientAccumulationScheduler: "bound memory with `model.max_tokens_per_microbatch`",
@@ -146,6 +148,19 @@ def _check_interval(name: str, steps: int, steps_per_rollout: int) -> None:
         f"batch (`data.minibatches_per_batch` x `data.passes_per_batch`), got {steps} steps, which "
         f"would cut one. The nearest is {nearest}."
     )
+
+
+def check_devices(trainer: L.Trainer, serving: Sequence[int]) -> None:
+    """Refuse a Trainer on GPUs some of which serve.
+
+    Args:
+        trainer: The trainer about to fit.
+        serving: GPUs of the servers.
+    """
+    if isinstance(trainer.accelerator, CUDAAccelerator):
+        present = present_devices()
+        training = [present[i] for i in trainer.device_ids if i < len(present)]
+        check_gpus(training, serving)
 
 
 def check_gpus(training: Sequence[int], serving: Sequence[int]) -> None:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo.contract import (
-    check_gpus,
+    check_devices,
     check_intervals,
     check_ranks,
     check_sizes,
@@ -25,11 +24,11 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import Evaluation, EvaluationRecord
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
+from lightning_grpo.rollout.curriculum import Curriculum
 from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.rollout.prompts import Prompts
+from lightning_grpo.rollout.prompts import Prompts, by_name
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.servers.base import Servers
-from lightning_grpo.servers.devices import present_devices
 from lightning_grpo.session.protocol import Session
 from lightning_grpo.session.ranks import connect_ranks
 from lightning_grpo.session.session import RolloutSession
@@ -51,7 +50,7 @@ class RolloutDataModule(L.LightningDataModule):
     stated here: it is the module's (`trainer.lightning_module`), or `start`'s for Fabric users.
 
     Args:
-        prompts: What is asked in training.
+        prompts: What is asked in training: one dataset, or several by name, each with its weight.
         workflow: How one prompt becomes one trajectory.
         servers: Where the inference servers come from.
         val_prompts: Held-out prompts, or several sets by name.
@@ -63,6 +62,7 @@ class RolloutDataModule(L.LightningDataModule):
             exactly on-policy.
         keep_group: Which groups are worth training on (`lightning_grpo.rollout.filters`
             `.has_variance` for dynamic sampling); the others are replaced by the next prompts.
+        curriculum: Leaves prompts out of a pass by their past success; None asks them all.
         evaluation: What validation samples for each held-out prompt.
         limits: Time-outs, attempts and concurrency.
 
@@ -75,7 +75,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        prompts: Prompts,
+        prompts: Prompts | dict[str, Prompts],
         workflow: RolloutWorkflow,
         servers: Servers,
         val_prompts: Prompts | dict[str, Prompts] | None = None,
@@ -85,14 +85,15 @@ class RolloutDataModule(L.LightningDataModule):
         passes_per_batch: int = 1,
         max_staleness: int = 1,
         keep_group: Callable[[Group], bool] | None = None,
+        curriculum: Curriculum | None = None,
         evaluation: Evaluation = Evaluation(),
         limits: RolloutLimits = RolloutLimits(),
     ) -> None:
         super().__init__()
-        self.prompts = prompts
+        self.prompts = by_name(prompts)
         self.workflow = workflow
         self.servers = servers
-        self.val_prompts = _named(val_prompts)
+        self.val_prompts = by_name(val_prompts)
         self.batch_size = batch_size
         self.group_size = group_size
         self.minibatches_per_batch = minibatches_per_batch
@@ -101,6 +102,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.evaluation = evaluation
         self.limits = limits
         self._keep_group = keep_group
+        self.curriculum = curriculum
         check_sizes(batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness)
         self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
@@ -112,7 +114,13 @@ class RolloutDataModule(L.LightningDataModule):
 
     def make_prompt(self, row: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
         """One row of the dataset (after `transform`) as a prompt."""
-        return self.prompts.make_prompt(row, tokenizer)
+        if len(self.prompts) > 1:
+            raise ConfigError(
+                "`make_prompt` has no default for several datasets, each of which makes its own. "
+                "Way out: their `transform`."
+            )
+        (prompts,) = self.prompts.values()
+        return prompts.make_prompt(row, tokenizer)
 
     def keep_group(self, group: Group) -> bool:
         """Whether a finished group is worth training on; the default asks the constructor's."""
@@ -129,10 +137,7 @@ class RolloutDataModule(L.LightningDataModule):
         """Check everything that can be checked, then start the servers in the background."""
         trainer = self._attached
         check_trainer(trainer)
-        if isinstance(trainer.accelerator, CUDAAccelerator):
-            present = present_devices()
-            training = [present[i] for i in trainer.device_ids if i < len(present)]
-            check_gpus(training, self.servers.planned_devices)
+        check_devices(trainer, self.servers.planned_devices)
         session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_intervals(trainer, self.steps_per_rollout, epoch_steps)
@@ -301,8 +306,9 @@ class RolloutDataModule(L.LightningDataModule):
             limits=self.limits,
             evaluation=self.evaluation,
             keep_group=self.keep_group,
+            curriculum=self.curriculum,
             make_prompt=self.make_prompt if overridden else None,
-            seed=self.prompts.seed,
+            seed=next(iter(self.prompts.values())).seed,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             on_event=self.on_event,
         )
@@ -334,9 +340,3 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _epoch_batches(self, num_prompts: int) -> int:
         return max(1, num_prompts // self.batch_size)
-
-
-def _named(prompts: Prompts | dict[str, Prompts] | None) -> dict[str, Prompts]:
-    if prompts is None:
-        return {}
-    return prompts if isinstance(prompts, dict) else {"": prompts}

@@ -64,8 +64,9 @@ class Prompt:
         text: The rendered text (after the chat template) that `input_ids` encode.
         messages: The chat messages before the template.
         columns: Every column of the row; rewards receive those that they name.
-        row: Position of the row in the dataset.
-        pass_index: Which pass over the prompts this is.
+        row: Position of the row in the dataset; of several, end to end.
+        pass_index: Which pass over the dataset this is.
+        dataset: Name of the dataset, where there are several.
     """
 
     input_ids: tuple[int, ...]
@@ -74,6 +75,7 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
     row: int = 0
     pass_index: int = 0
+    dataset: str = ""
 
     @property
     def key(self) -> PromptKey:
@@ -177,9 +179,10 @@ class Group:
 
 
 class Outcome(StrEnum):
-    """How a (pass, prompt) ended; every one that was started ends in exactly one of these."""
+    """How a (pass, prompt) ended: each in exactly one way. One that was skipped was never asked."""
 
     TRAINED = "trained"
     FILTERED = "filtered"
     FAILED = "failed"
     EXPIRED = "expired"
+    SKIPPED = "skipped"

@@ -55,6 +55,7 @@ class RolloutBatch:
         temperatures: What the logits were divided by, fp32 `[trajectories]`.
         keys: The prompt of each trajectory, `[trajectories]`.
         columns: The columns of that prompt's row, `[trajectories]`.
+        datasets: The name of that prompt's dataset, where there are several, `[trajectories]`.
         version: The weight version that will train on the batch.
         batch_index: How many rollout batches were taken before this one.
     """
@@ -73,6 +74,7 @@ class RolloutBatch:
     temperatures: Tensor
     keys: list[PromptKey]
     columns: list[Mapping[str, Any]]
+    datasets: list[str]
     version: int
     batch_index: int = 0
 
@@ -111,6 +113,7 @@ class RolloutBatch:
             temperatures=_floats(trajectories, lambda t: t.temperature),
             keys=[g.prompt.key for g, _, _ in pairs],
             columns=[g.prompt.columns for g, _, _ in pairs],
+            datasets=[g.prompt.dataset for g, _, _ in pairs],
             version=version,
             batch_index=batch_index,
         )

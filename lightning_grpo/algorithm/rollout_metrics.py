@@ -26,6 +26,10 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
     }
     for name, values in batch.rewards_by_name.items():
         metrics[f"reward/{name}/mean"] = values.nanmean()
+    for name in sorted(set(batch.datasets) - {""}):
+        of_it = torch.tensor([dataset == name for dataset in batch.datasets])
+        metrics[f"dataset/{name}/reward_mean"] = rewards[of_it].mean()
+        metrics[f"dataset/{name}/fraction"] = of_it.float().mean()
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -21,6 +21,7 @@ class Counters:
         retried: Attempts that failed and were tried again.
         failed: Prompts that failed for good.
         expired: Prompts that a batch waited too long for.
+        skipped: Prompts that the curriculum left out of a pass.
         dropped_groups: Groups that became too old; their prompts were asked again.
         dropped_tokens: Tokens of their completed requests.
         max_staleness_seen: Largest staleness of a group that was taken.
@@ -33,6 +34,7 @@ class Counters:
     retried: int = 0
     failed: int = 0
     expired: int = 0
+    skipped: int = 0
     dropped_groups: int = 0
     dropped_tokens: int = 0
     max_staleness_seen: int = 0
@@ -69,6 +71,7 @@ def metrics(counters: Counters, status: Mapping[str, Any]) -> dict[str, float]:
         "rollout/failed": float(counters.failed),
         "rollout/retried": float(counters.retried),
         "rollout/expired": float(counters.expired),
+        "rollout/skipped": float(counters.skipped),
         "staleness/dropped_groups": float(counters.dropped_groups),
         "staleness/dropped_tokens": float(counters.dropped_tokens),
     }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_grpo.errors import ConfigError, FailureBudgetError, RolloutError
@@ -14,6 +17,8 @@ WINDOW_BATCHES = 10
 MAX_FIRST_FAILURES = 8
 """A run whose first groups all fail (a batch of them, at most this many) ends at once."""
 
+_Pass = tuple[int, int]  # (dataset, pass over it)
+
 _CODES = {outcome: code for code, outcome in enumerate(Outcome, start=1)}
 _OUTCOMES = {code: outcome for outcome, code in _CODES.items()}
 
@@ -21,85 +26,96 @@ _OUTCOMES = {code: outcome for outcome, code in _CODES.items()}
 class Ledger:
     """Records how each prompt of the stream ended.
 
-    A pass takes one byte per row while it is open, and four counters once every row has ended.
+    A pass over a dataset takes one byte per row while it is open, and a few counters once every row
+    has ended.
 
     Args:
-        num_rows: Prompts of one pass.
+        sizes: Rows of each dataset; in keys they are counted end to end.
         batch_size: Groups of one rollout batch.
         max_failed_fraction: Of the last 10 batches' groups; above it `record` raises, and always
             when all of them failed.
     """
 
     def __init__(
-        self, num_rows: int, batch_size: int = 1, max_failed_fraction: float = 1.0
+        self, sizes: Sequence[int], batch_size: int = 1, max_failed_fraction: float = 1.0
     ) -> None:
-        if num_rows < 1:
-            raise ConfigError(f"a ledger needs at least one prompt, got {num_rows}.")
-        self.num_rows = num_rows
+        if min(sizes, default=0) < 1:
+            raise ConfigError(f"a ledger needs at least one prompt, got {list(sizes)}.")
+        self.sizes = list(sizes)
         self.max_failed_fraction = max_failed_fraction
         self.num_first = min(batch_size, MAX_FIRST_FAILURES)
         self.counts: Counter[Outcome] = Counter()
         self.first_failure: str | None = None
-        self._open: dict[int, bytearray] = {}
-        self._closed: dict[int, dict[str, int]] = {}
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self._open: dict[_Pass, bytearray] = {}
+        self._closed: dict[_Pass, dict[str, int]] = {}
+        self._success: dict[int, float] = {}
         self._window: deque[bool] = deque(maxlen=WINDOW_BATCHES * batch_size)
 
-    def record(self, key: PromptKey, outcome: Outcome, error: str | None = None) -> None:
+    def record(
+        self,
+        key: PromptKey,
+        outcome: Outcome,
+        error: str | None = None,
+        success: float | None = None,
+    ) -> None:
         """Write the one final outcome of a prompt.
 
         Args:
             key: The prompt.
             outcome: How it ended.
             error: Why it failed, with the traceback.
+            success: How often it was answered rightly, to be remembered for the next pass.
 
         Raises:
             RolloutError: The prompt already has an outcome.
             FailureBudgetError: Too many failed; ends with the first failure's traceback.
         """
-        earlier = self.outcome(key)
-        if earlier is not None:
-            raise RolloutError(f"prompt {key} ended twice: {earlier}, then {outcome}.")
-        pass_index, row = key
-        if not 0 <= row < self.num_rows:
-            raise RolloutError(f"prompt {key} is not one of the {self.num_rows} rows.")
-        rows = self._open.setdefault(pass_index, bytearray(self.num_rows))
-        rows[row] = _CODES[outcome]
-        if 0 not in rows:
-            self._close(pass_index)
+        self._write(key, outcome)
+        if success is not None:
+            self._success[key[1]] = success
         self.counts[outcome] += 1
         self._window.append(outcome is Outcome.FAILED)
         if outcome is Outcome.FAILED and self.first_failure is None:
             self.first_failure = f"prompt {key}: {error or 'no error was given'}"
         self._check_budget()
 
+    def skip(self, key: PromptKey) -> None:
+        """A prompt is left out of its pass; it neither worked nor failed."""
+        self._write(key, Outcome.SKIPPED)
+
+    def success(self, row: int) -> float | None:
+        """How often a row was answered rightly the last time that it was asked."""
+        return self._success.get(row)
+
     def outcome(self, key: PromptKey) -> Outcome | str | None:
         """How a prompt ended; `"ended"` in a pass that is over; None while it is open."""
-        pass_index, row = key
-        if pass_index in self._closed:
+        place, row = self._place(key)
+        if place in self._closed:
             return "ended"
-        rows = self._open.get(pass_index)
-        code = rows[row] if rows is not None and 0 <= row < self.num_rows else 0
-        return _OUTCOMES.get(code)
+        rows = self._open.get(place)
+        return None if rows is None else _OUTCOMES.get(rows[row])
 
     def summary(self, pass_index: int) -> dict[str, int]:
-        """How many prompts of a pass ended in which way."""
-        if pass_index in self._closed:
-            return dict(self._closed[pass_index])
-        rows = self._open.get(pass_index, bytearray())
-        return {str(outcome): rows.count(code) for code, outcome in _OUTCOMES.items()}
+        """How many prompts of a pass ended in which way, over all datasets."""
+        total = {str(outcome): 0 for outcome in _CODES}
+        for dataset in range(len(self.sizes)):
+            for outcome, count in self._count((dataset, pass_index)).items():
+                total[outcome] += count
+        return total
 
     @property
     def num_ended(self) -> int:
-        """Prompts with an outcome, over all passes."""
+        """Prompts that were asked and have an outcome, over all passes."""
         return self.counts.total()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            "num_rows": self.num_rows,
             "counts": {str(outcome): count for outcome, count in self.counts.items()},
-            "open": {index: bytes(rows) for index, rows in self._open.items()},
-            "closed": {index: dict(counts) for index, counts in self._closed.items()},
+            "open": [[*place, bytes(rows)] for place, rows in self._open.items()],
+            "closed": [[*place, dict(counts)] for place, counts in self._closed.items()],
+            "success": dict(self._success),
             "window": bytes(self._window),
             "first_failure": self.first_failure,
         }
@@ -107,15 +123,36 @@ class Ledger:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.counts = Counter({Outcome(name): int(n) for name, n in state["counts"].items()})
-        self._open = {int(index): bytearray(rows) for index, rows in state["open"].items()}
-        self._closed = {int(index): dict(counts) for index, counts in state["closed"].items()}
+        self._open = {(int(d), int(p)): bytearray(rows) for d, p, rows in state["open"]}
+        self._closed = {(int(d), int(p)): dict(counts) for d, p, counts in state["closed"]}
+        self._success = {int(row): float(value) for row, value in state["success"].items()}
         self._window.clear()
         self._window.extend(bool(failed) for failed in state["window"])
         self.first_failure = state["first_failure"]
 
-    def _close(self, pass_index: int) -> None:
-        self._closed[pass_index] = self.summary(pass_index)
-        del self._open[pass_index]
+    def _write(self, key: PromptKey, outcome: Outcome) -> None:
+        earlier = self.outcome(key)
+        if earlier is not None:
+            raise RolloutError(f"prompt {key} ended twice: {earlier}, then {outcome}.")
+        place, row = self._place(key)
+        rows = self._open.setdefault(place, bytearray(self.sizes[place[0]]))
+        rows[row] = _CODES[outcome]
+        if 0 not in rows:
+            self._closed[place] = self._count(place)
+            del self._open[place]
+
+    def _place(self, key: PromptKey) -> tuple[_Pass, int]:
+        pass_index, row = key
+        if not 0 <= row < self._starts[-1]:
+            raise RolloutError(f"prompt {key} is not one of the {self._starts[-1]} rows.")
+        dataset = bisect_right(self._starts, row) - 1
+        return (dataset, pass_index), row - self._starts[dataset]
+
+    def _count(self, place: _Pass) -> dict[str, int]:
+        if place in self._closed:
+            return dict(self._closed[place])
+        rows = self._open.get(place, bytearray())
+        return {str(outcome): rows.count(code) for code, outcome in _OUTCOMES.items()}
 
     def _check_budget(self) -> None:
         failed = sum(self._window)

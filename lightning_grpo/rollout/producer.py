@@ -28,9 +28,9 @@ from lightning_grpo.rollout.filters import GroupFilter
 from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Ledger
 from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.rollout.prompts import PromptStream
+from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.runs import Backlog, GroupRun
-from lightning_grpo.types import Group, Outcome, Prompt, Sampling
+from lightning_grpo.types import Group, Outcome, Prompt, PromptKey, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class RolloutProducer:
 
     def __init__(
         self,
-        stream: PromptStream,
+        stream: PromptMixture,
         runner: EpisodeRunner,
         gate: StalenessGate,
         ledger: Ledger,
@@ -71,7 +71,7 @@ class RolloutProducer:
         all_groups = (gate.max_staleness + 1) * gate.batch_size
         in_flight = self.limits.max_in_flight or all_groups * runner.group_size
         self._max_running = max(1, in_flight // runner.group_size)
-        self._backlog = Backlog(stream)
+        self._backlog = Backlog(stream, self._wants, self._skip)
         self._handed_over: deque[list[GroupRun]] = deque()  # batches taken, weights not published
         self._errors: deque[str] = deque(maxlen=3)
         self._accepted_at = 0.0
@@ -125,7 +125,7 @@ class RolloutProducer:
         self.gate.advance(version)
         for _ in range(before - self.gate.num_pending_batches):
             for run in self._handed_over.popleft():
-                self.ledger.record(run.key, Outcome.TRAINED)
+                self._record(self.ledger, run, Outcome.TRAINED)
         self._emit("advance", version=version)
         self._drop_overdue()
         self._background.notify()
@@ -154,7 +154,7 @@ class RolloutProducer:
             "queued": self.gate.num_finished,
             "unpublished_batches": self.gate.num_pending_batches,
             "ask_again": self._backlog.num_put_back,
-            "pass": self._backlog.cursor // self._backlog.stream.num_rows,
+            "pass": self._backlog.stream.pass_index,
             "idle_s": anyio.current_time() - self._accepted_at,
             "last_errors": list(self._errors),
         }
@@ -170,7 +170,7 @@ class RolloutProducer:
         handed_over = list(self._handed_over)
         ledger = copy.deepcopy(self.ledger)
         for run in itertools.chain.from_iterable(handed_over[:num_trained]):
-            ledger.record(run.key, Outcome.TRAINED)
+            self._record(ledger, run, Outcome.TRAINED)
         given_back = list(itertools.chain.from_iterable(handed_over[num_trained:]))
         return {
             "backlog": self._backlog.state_dict(given_back),
@@ -272,7 +272,21 @@ class RolloutProducer:
     def _end(self, run: GroupRun, outcome: Outcome, error: str | None = None) -> None:
         self._emit(str(outcome), key=run.key)
         self._forget(run)
-        self.ledger.record(run.key, outcome, error)
+        self._record(self.ledger, run, outcome, error)
+
+    def _record(
+        self, ledger: Ledger, run: GroupRun, outcome: Outcome, error: str | None = None
+    ) -> None:
+        success = None if run.group is None else self._backlog.stream.success(run.group)
+        ledger.record(run.key, outcome, error, success)
+
+    def _wants(self, key: PromptKey) -> bool:
+        return self._backlog.stream.wants(key, self.ledger.success(key[1]))
+
+    def _skip(self, key: PromptKey) -> None:
+        self.counters.skipped += 1
+        self.ledger.skip(key)
+        self._emit("skipped", key=key)
 
     def _forget(self, run: GroupRun) -> None:
         del self._backlog.runs[run.ticket]

@@ -33,6 +33,7 @@ class Prompts:
         limit: Use the first so many rows.
         shuffle: Whether each pass has its own seeded order.
         seed: Of the order, and of what is sampled; None: the run's (`seed_everything`), else 0.
+        weight: Share of the prompts asked, relative to the other datasets of the run.
         too_long: What to do with a prompt that leaves no room for `max_new_tokens`: `error` names
             the rows, `skip` leaves them out and counts them.
     """
@@ -49,10 +50,16 @@ class Prompts:
         limit: int | None = None,
         shuffle: bool = True,
         seed: int | None = None,
+        weight: float = 1.0,
         too_long: Literal["error", "skip"] = "error",
     ) -> None:
         if limit is not None and limit < 1:
             raise ConfigError(f"`limit` must be >= 1, or null for every row, got {limit}.")
+        if weight <= 0:
+            raise ConfigError(
+                f"`weight` must be > 0 (a share of the prompts asked), got {weight}. "
+                "Way out: leave the dataset out."
+            )
         if too_long not in ("error", "skip"):
             raise ConfigError(f"`too_long` must be 'error' or 'skip', got {too_long!r}.")
         self.path = path
@@ -65,6 +72,7 @@ class Prompts:
         self.limit = limit
         self.shuffle = shuffle
         self.seed = run_seed() if seed is None else seed
+        self.weight = weight
         self.too_long = too_long
 
     def load(
@@ -72,6 +80,7 @@ class Prompts:
         tokenizer: Tokenizer,
         make_prompt: MakePrompt | None = None,
         max_prompt_tokens: int | None = None,
+        name: str = "",
     ) -> PromptSet:
         """Open the rows; each is rendered and tokenized when it is asked for.
 
@@ -79,13 +88,14 @@ class Prompts:
             tokenizer: Renders and encodes.
             make_prompt: Takes the place of `self.make_prompt(row, tokenizer)`.
             max_prompt_tokens: What the context leaves beside `max_new_tokens`; None: no limit.
+            name: Of the dataset, where there are several.
 
         Raises:
             ConfigError: No such source or column, no rows, or rows that are too long.
         """
         rows = open_rows(self.path, self.name, self.split)
         make = make_prompt or (lambda row: self.make_prompt(row, tokenizer))
-        loaded = PromptSet(self, rows, make, max_prompt_tokens)
+        loaded = PromptSet(self, rows, make, max_prompt_tokens, name)
         loaded.check(column=self.column if make_prompt is None else None)
         return loaded
 
@@ -125,6 +135,15 @@ class Prompts:
         return messages
 
 
+def by_name(prompts: Prompts | dict[str, Prompts] | None) -> dict[str, Prompts]:
+    """Datasets by name; one alone has the empty name."""
+    if prompts == {}:
+        raise ConfigError("`prompts` must name at least one dataset, got {}. Or give one alone.")
+    if prompts is None:
+        return {}
+    return prompts if isinstance(prompts, dict) else {"": prompts}
+
+
 class PromptSet:
     """The opened rows of `Prompts`: `len`, `columns`, and one prompt at a time."""
 
@@ -134,8 +153,10 @@ class PromptSet:
         rows: Sequence[Mapping[str, Any]],
         make: MakePrompt,
         max_prompt_tokens: int | None,
+        name: str = "",
     ) -> None:
         self.prompts = prompts
+        self.name = name
         self.max_prompt_tokens = max_prompt_tokens
         self.num_too_long = 0
         self._rows = rows
@@ -152,7 +173,7 @@ class PromptSet:
         made = self._make(self._row(self._index[row]))
         if self.max_prompt_tokens is not None and len(made.input_ids) > self.max_prompt_tokens:
             raise ConfigError(self._too_long_message({row: len(made.input_ids)}))
-        return replace(made, row=row, pass_index=pass_index)
+        return replace(made, row=row, pass_index=pass_index, dataset=self.name)
 
     def __getitem__(self, row: int) -> Prompt:
         """The prompt at a position, of pass 0; makes the set iterable."""

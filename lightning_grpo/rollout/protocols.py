@@ -95,6 +95,18 @@ class RolloutWorkflow(ABC):
     async def run(self, prompt: Prompt, context: EpisodeContext) -> Trajectory | None:
         """Run one episode; `None` or a raise fails the group's attempt."""
 
+    def of(self, dataset: str) -> RolloutWorkflow:
+        """The workflow that runs a dataset's prompts: this one, unless it stands for several.
+
+        Args:
+            dataset: Its name.
+
+        Raises:
+            ConfigError: There is none for it.
+        """
+        del dataset
+        return self
+
     @property
     def reward_functions(self) -> list[Reward]:
         """Functions to be shipped to the reward processes when they start."""

@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("step", pa.int64()),  # optimizer steps taken when it was consumed
         ("version", pa.int64()),  # weights that trained on it
         ("pass_index", pa.int64()),
+        ("dataset", pa.string()),
         ("row", pa.int64()),
         ("group", pa.int64()),  # position of its group in the rollout batch
         ("outcome", pa.string()),
@@ -159,6 +160,7 @@ def _rows(
         "step": step,
         "version": version,
         "pass_index": prompt.pass_index,
+        "dataset": prompt.dataset,
         "row": prompt.row,
         "group": index,
         "outcome": str(outcome),
@@ -195,6 +197,7 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> Group:
         messages=tuple(json.loads(first["messages"])),
         columns=json.loads(first["columns"]),
         row=first["row"],
+        dataset=first.get("dataset") or "",
         pass_index=first["pass_index"],
     )
     trajectories = tuple(_trajectory(row) for row in rows)

@@ -14,7 +14,7 @@ import msgspec
 from lightning_grpo.errors import CheckpointError
 from lightning_grpo.rollout.episodes import Attempt
 from lightning_grpo.rollout.gate import StalenessGate
-from lightning_grpo.rollout.prompts import PromptStream
+from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.types import Group, Prompt, PromptKey, Trajectory
 
 _decoder = msgspec.msgpack.Decoder(tuple[Trajectory, ...])
@@ -55,11 +55,19 @@ class Backlog:
 
     Args:
         stream: The endless stream of prompts.
+        wants: Whether an entry is to be asked.
+        skip: Told of every entry that is not.
     """
 
-    def __init__(self, stream: PromptStream) -> None:
+    def __init__(
+        self,
+        stream: PromptMixture,
+        wants: Callable[[PromptKey], bool],
+        skip: Callable[[PromptKey], None],
+    ) -> None:
         self.stream = stream
-        self.cursor = 0
+        self._wants = wants
+        self._skip = skip
         self.runs: dict[int, GroupRun] = {}
         self._again: deque[tuple[PromptKey, int]] = deque()  # put back, with their attempts
 
@@ -70,13 +78,19 @@ class Backlog:
 
     def next(self) -> tuple[Prompt, int]:
         """The next prompt and which attempt at it comes."""
-        key, attempts = self._again[0] if self._again else (self.stream.key(self.cursor), 1)
-        prompt = self.stream.by_key(key)
         if self._again:
+            key, attempts = self._again[0]
+            prompt = self.stream.by_key(key)
             self._again.popleft()
-        else:
-            self.cursor += 1
-        return prompt, attempts
+            return prompt, attempts
+        key = self.stream.peek()
+        while not self._wants(key):
+            self._skip(key)
+            self.stream.advance(asked=False)
+            key = self.stream.peek()
+        prompt = self.stream.by_key(key)
+        self.stream.advance()
+        return prompt, 1
 
     def put_back(self, run: GroupRun) -> None:
         """Ask a prompt again, before any other."""
@@ -91,14 +105,14 @@ class Backlog:
         runs = [*handed_over, *(self.runs[ticket] for ticket in sorted(self.runs))]
         running = [(run.key, run.attempts) for run in runs if run.group is None]
         return {
-            "cursor": self.cursor,
+            "stream": self.stream.state_dict(),
             "ask_again": [[list(key), attempts] for key, attempts in [*running, *self._again]],
             "finished": [pack_group(run.group, run.wanted) for run in runs if run.group],
         }
 
     def load_state_dict(self, state: dict[str, Any], gate: StalenessGate) -> None:
         """Go on from `state_dict`; the gate gives the finished groups new tickets."""
-        self.cursor = int(state["cursor"])
+        self.stream.load_state_dict(state["stream"])
         self._again = deque(((p, row), attempts) for (p, row), attempts in state["ask_again"])
         self.runs = {}
         for packed in state["finished"]:

@@ -18,9 +18,9 @@ from lightning_grpo.rollout.counters import Counters, metrics
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import Policy, StalenessGate
 from lightning_grpo.rollout.ledger import Ledger
+from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.pool import PoolLimits, ServerPool
 from lightning_grpo.rollout.producer import RolloutProducer
-from lightning_grpo.rollout.prompts import PromptStream
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle, Servers
@@ -190,13 +190,14 @@ def _publisher(
 def _producer(
     settings: SessionSettings, material: Material, runner: EpisodeRunner, begun: Beginning
 ) -> RolloutProducer:
-    limits, prompts = settings.limits, material.prompts
+    limits = settings.limits
+    mixture = PromptMixture(material.prompts, settings.curriculum, settings.seed)
     policy: Policy = "strict" if settings.deterministic else limits.straggler_policy
     producer = RolloutProducer(
-        PromptStream(prompts, shuffle=settings.prompts.shuffle, seed=settings.prompts.seed),
+        mixture,
         runner,
         StalenessGate(settings.batch_size, settings.max_staleness, policy=policy),
-        Ledger(len(prompts), settings.batch_size, limits.max_failed_fraction),
+        Ledger(mixture.sizes, settings.batch_size, limits.max_failed_fraction),
         limits,
         keep_group=settings.keep_group,
         on_event=settings.on_event,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import check_source, load_tokenizer
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
 from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.types import Sampling
+from lightning_grpo.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Material:
         vocab_size: Rows of the model's embedding.
         context_tokens: Longest sequence that the model takes; None if it does not say.
         sampling: Of training; None if the workflow keeps it to itself.
-        prompts: Training prompts.
+        prompts: Training prompts by dataset.
         val_prompts: Held-out prompts by name.
         exact: Whether trainer and servers compute alike, in fp32 on CPUs.
         end_ids: Tokens that end a completion, as servers find them.
@@ -42,7 +43,7 @@ class Material:
     vocab_size: int
     context_tokens: int | None
     sampling: Sampling | None
-    prompts: PromptSet
+    prompts: dict[str, PromptSet]
     val_prompts: dict[str, PromptSet]
     exact: bool
     end_ids: frozenset[int] = frozenset()
@@ -50,15 +51,22 @@ class Material:
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt looked at; a bound for servers with a shorter context."""
-        return max(len(self.prompts[i].input_ids) for i in range(min(64, len(self.prompts))))
+        return max(len(prompt.input_ids) for prompt in self._first_prompts(64))
 
     @property
     def fingerprint(self) -> str:
         """The prompts in a few characters: how many, and what some of them ask."""
-        count = len(self.prompts)
-        rows = range(0, count, -(-count // FINGERPRINT_ROWS))
-        asked = hashlib.sha256(repr([self.prompts[i].input_ids for i in rows]).encode())
-        return f"{count} prompts ({asked.hexdigest()[:8]})"
+        sampled: list[tuple[int, ...]] = []
+        for each in self.prompts.values():
+            rows = range(0, len(each), -(-len(each) // FINGERPRINT_ROWS))
+            sampled += [each[i].input_ids for i in rows]
+        asked = hashlib.sha256(repr(sampled).encode())
+        return f"{self.num_prompts} prompts ({asked.hexdigest()[:8]})"
+
+    @property
+    def num_prompts(self) -> int:
+        """Rows of all datasets."""
+        return sum(map(len, self.prompts.values()))
 
     @property
     def greedy(self) -> Sampling:
@@ -69,9 +77,12 @@ class Material:
     @property
     def probe_sequences(self) -> tuple[tuple[int, ...], ...]:
         """A few short sequences that servers and trainer score to prove a weight sync."""
-        count = min(PROBE_SEQUENCES, len(self.prompts))
-        rows = [self.prompts[i].input_ids[:PROBE_TOKENS] for i in range(count)]
+        rows = [prompt.input_ids[:PROBE_TOKENS] for prompt in self._first_prompts(PROBE_SEQUENCES)]
         return tuple(row for row in rows if len(row) > 1)
+
+    def _first_prompts(self, most: int) -> list[Prompt]:
+        """A few prompts of every dataset."""
+        return [each[i] for each in self.prompts.values() for i in range(min(most, len(each)))]
 
 
 def open_material(settings: SessionSettings) -> Material:
@@ -94,13 +105,7 @@ def open_material(settings: SessionSettings) -> Material:
     context = getattr(config, "max_position_embeddings", None)
     room = room_for_prompts(sampling, context)
     prompts = _open(settings.prompts, settings, tokenizer, room)
-    settings.workflow.validate(prompts.columns)
-    val_prompts = {
-        name: _open(held_out, settings, tokenizer, room)
-        for name, held_out in settings.val_prompts.items()
-    }
-    for held_out in val_prompts.values():
-        settings.workflow.validate(held_out.columns)
+    val_prompts = _open(settings.val_prompts, settings, tokenizer, room)
     return Material(
         tokenizer,
         config.vocab_size,
@@ -186,8 +191,13 @@ def room_for_prompts(sampling: Sampling | None, context_tokens: int | None) -> i
 
 
 def _open(
-    prompts: Prompts, settings: SessionSettings, tokenizer: Any, room: int | None
-) -> PromptSet:
+    sources: Mapping[str, Prompts], settings: SessionSettings, tokenizer: Any, room: int | None
+) -> dict[str, PromptSet]:
     make = settings.make_prompt
     bound = None if make is None else (lambda row: make(row, tokenizer))
-    return prompts.load(tokenizer, bound, room)
+    opened = {}
+    for name, prompts in sources.items():
+        workflow = settings.workflow.of(name)
+        opened[name] = prompts.load(tokenizer, bound, room, name)
+        workflow.validate(opened[name].columns)
+    return opened

@@ -88,13 +88,12 @@ class RolloutSession:
         sizes = None
         if material is not None:
             held_out = {name: len(rows) for name, rows in material.val_prompts.items()}
-            sizes = (len(material.prompts), held_out, material.fingerprint)
+            sizes = (material.num_prompts, held_out, material.fingerprint)
         self.num_prompts, self.num_val_prompts, fingerprint = channel.broadcast(sizes)
         self.pinned = {
             "batch_size": settings.batch_size,
             "group_size": settings.group_size,
-            "prompts.shuffle": settings.prompts.shuffle,
-            "prompts.seed": settings.prompts.seed,
+            **settings.order,
             "prompts": fingerprint,
         }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.evaluation import Evaluation
+from lightning_grpo.rollout.curriculum import Curriculum
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
@@ -22,7 +23,7 @@ class SessionSettings:
     Attributes:
         model_path: Folder or hub id that the servers load.
         run_dir: Logs, weights and trajectories of this run.
-        prompts: Training prompts.
+        prompts: Training prompts by dataset.
         val_prompts: Held-out prompts by name.
         workflow: Runs an episode.
         servers: Starts or finds servers.
@@ -32,6 +33,7 @@ class SessionSettings:
         limits: Of rollouts.
         evaluation: What validation samples.
         keep_group: Which groups are worth training on.
+        curriculum: Leaves prompts out of a pass by their past success.
         make_prompt: A row as a prompt; None: the default of `prompts`.
         seed: Of sampling.
         deterministic: Take groups strictly in the order of admission, and ask servers to answer
@@ -42,7 +44,7 @@ class SessionSettings:
 
     model_path: str
     run_dir: Path
-    prompts: Prompts
+    prompts: Mapping[str, Prompts]
     val_prompts: Mapping[str, Prompts]
     workflow: RolloutWorkflow
     servers: Servers
@@ -52,8 +54,19 @@ class SessionSettings:
     limits: RolloutLimits
     evaluation: Evaluation
     keep_group: Callable[[Group], bool] | None = None
+    curriculum: Curriculum | None = None
     make_prompt: Callable[[Mapping[str, Any], Tokenizer], Prompt] | None = None
     seed: int = 0
     deterministic: bool = False
     allow_biased_sampling: bool = False
     on_event: Callable[..., None] | None = None
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What the order of the prompts follows from, by the names of the settings."""
+        found: dict[str, Any] = {}
+        for name, prompts in self.prompts.items():
+            place = f"prompts.{name}" if name else "prompts"
+            for setting in ("shuffle", "seed", "weight"):
+                found[f"{place}.{setting}"] = vars(prompts)[setting]
+        return found

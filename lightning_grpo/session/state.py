@@ -14,10 +14,8 @@ _WHY = {
     "group_size": "finished groups go on with the run",
     "minibatches_per_batch": "the Trainer's steps are counted by it",
     "passes_per_batch": "the Trainer's steps are counted by it",
-    "prompts.shuffle": "a position in the stream would be another prompt",
-    "prompts.seed": "a position in the stream would be another prompt",
-    "prompts": "a position in the stream would be another prompt",
 }
+_WHY_PROMPTS = "a position in the stream would be another prompt"
 """Settings of the data module that a checkpoint's positions and counts depend on."""
 
 
@@ -55,8 +53,9 @@ def require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """
     for name, value in saved.items():
         if given.get(name, value) != value:
+            why = _WHY.get(name, _WHY_PROMPTS)
             raise ConfigError(
-                f"`data.{name}` must be what the checkpoint's run had ({_WHY[name]}), {value}, got "
+                f"`data.{name}` must be what the checkpoint's run had ({why}), {value}, got "
                 f"{given[name]}. Set it back, or begin a new run from these weights: "
                 "`lightning-grpo export` the checkpoint and set `model.model` to the folder."
             )

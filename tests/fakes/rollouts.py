@@ -6,8 +6,9 @@ from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Ledger
 from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.producer import RolloutProducer
-from lightning_grpo.rollout.prompts import Prompts, PromptStream
+from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.types import Sampling
 from tests.fakes.generator import FakeGenerator, InlineScorer
@@ -18,10 +19,10 @@ def reward_by_length(completion: str) -> float:
     return float(len(completion) % 7)
 
 
-def make_stream(num_rows=50, shuffle=True, seed=0):
+def make_stream(num_rows=50, shuffle=True, seed=0, curriculum=None):
     rows = [{"question": f"question {i}", "answer": str(i)} for i in range(num_rows)]
-    prompts = Prompts(rows, column="question").load(CharTokenizer())
-    return PromptStream(prompts, shuffle=shuffle, seed=seed)
+    prompts = Prompts(rows, column="question", shuffle=shuffle, seed=seed)
+    return PromptMixture({"": prompts.load(CharTokenizer())}, curriculum, seed)
 
 
 def make_producer(
@@ -39,6 +40,7 @@ def make_producer(
     keep_group=None,
     seed=0,
     events=None,
+    curriculum=None,
 ):
     """`events`: a list that receives (name, data) of every event."""
     limits = limits or RolloutLimits()
@@ -51,10 +53,10 @@ def make_producer(
         seed=seed,
     )
     return RolloutProducer(
-        make_stream(num_rows),
+        make_stream(num_rows, curriculum=curriculum),
         runner,
         StalenessGate(batch_size, max_staleness, max_groups, policy),
-        Ledger(num_rows, batch_size, limits.max_failed_fraction),
+        Ledger([num_rows], batch_size, limits.max_failed_fraction),
         limits,
         keep_group=keep_group,
         on_event=None if events is None else lambda name, **data: events.append((name, data)),

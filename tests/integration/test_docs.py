@@ -59,6 +59,9 @@ model:
   kl: {coefficient: 0.01}
   truncation: {penalty_buffer: 8}
 data:
+  prompts:
+    few: {path: shipped:quickstart/train.jsonl, column: question, limit: 8, weight: 3}
+    many: {path: shipped:quickstart/train.jsonl, column: question}
   val_prompts: {limit: 4}
   evaluation: {num_samples: 2, greedy: true}
   minibatches_per_batch: 2

@@ -11,6 +11,7 @@ from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.errors import CheckpointError
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.rollout.curriculum import Curriculum, undecided
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
@@ -138,7 +139,8 @@ def test_in_deterministic_mode_a_resumed_run_is_the_run_bit_for_bit(
             group_size=3,
             minibatches_per_batch=minibatches,
             sampling=Sampling(max_new_tokens=12),
-            prompts=make_prompts(20),
+            prompts={"few": make_prompts(4, weight=2.0), "many": make_prompts(12)},
+            curriculum=Curriculum(undecided, least=0.3),
         )
         trainer = make_trainer(tmp_path, max_steps=until, deterministic=True, callbacks=[recorder])
         trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -149,12 +151,14 @@ def test_in_deterministic_mode_a_resumed_run_is_the_run_bit_for_bit(
             for g in b.rollout.groups
             for t in g.trajectories
         ]
-        return trajectories, module.state_dict()
+        state = data.session.state_dict()["producer"]
+        return trajectories, module.state_dict(), state["counters"]["skipped"]
 
-    whole, expected = fit(2 * steps)
-    first, _ = fit(steps)
-    second, weights = fit(2 * steps, tmp_path / f"{steps}.ckpt")
+    whole, expected, skipped = fit(2 * steps)
+    first, *_ = fit(steps)
+    second, weights, again = fit(2 * steps, tmp_path / f"{steps}.ckpt")
     assert first + second == whole
+    assert again == skipped > 0
     for name, value in expected.items():
         assert torch.equal(weights[name], value), name
 

@@ -31,14 +31,14 @@ def settings_of(folder, tmp_path, **kwargs):
 def test_material_holds_prompts_and_short_sequences_for_the_probe(folder, tmp_path):
     settings = settings_of(folder, tmp_path, val_prompts=make_prompts(3))
     material = open_material(settings)
-    assert len(material.prompts) == 12
+    assert len(material.prompts[""]) == 12
     assert {name: len(p) for name, p in material.val_prompts.items()} == {"": 3}
     assert material.vocab_size == 512
     assert material.greedy == Sampling(max_new_tokens=6, temperature=0.0)
     assert len(material.probe_sequences) == 4
     assert all(1 < len(s) <= 32 for s in material.probe_sequences)
     assert material.longest_prompt == max(len(p.input_ids) for p in (
-        material.prompts[i] for i in range(12)))  # fmt: skip
+        material.prompts[""][i] for i in range(12)))  # fmt: skip
 
 
 def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
@@ -51,7 +51,7 @@ def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
     data = make_data(NeverServers())
     shouting = Shouting(data.prompts, data.workflow, data.servers)
     material = open_material(shouting._settings(str(folder), tmp_path))
-    assert "WHAT IS 0 + 0?" in material.prompts[0].text
+    assert "WHAT IS 0 + 0?" in material.prompts[""][0].text
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Ledger
 from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.producer import RolloutProducer
-from lightning_grpo.rollout.prompts import Prompts, PromptStream
+from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.service import RolloutService
 from lightning_grpo.rollout.workflow import RLVRWorkflow
@@ -59,8 +60,8 @@ def open_service(reward, limits=None):
         )
         async with scorer:
             runner = EpisodeRunner(workflow, generator, scorer, tokenizer, 4)
-            stream = PromptStream(prompts)
-            gate, ledger = StalenessGate(4, 1), Ledger(len(prompts), 4, limits.max_failed_fraction)
+            stream = PromptMixture({"": prompts})
+            gate, ledger = StalenessGate(4, 1), Ledger(stream.sizes, 4, limits.max_failed_fraction)
             async with RolloutProducer(stream, runner, gate, ledger, limits) as producer:
                 yield producer
 

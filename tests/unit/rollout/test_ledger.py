@@ -13,18 +13,24 @@ from lightning_grpo.types import Outcome
 
 
 def test_a_prompt_ends_once():
-    ledger = Ledger(4)
+    ledger = Ledger([4])
     ledger.record((0, 2), Outcome.FILTERED)
     with pytest.raises(RolloutError, match=r"prompt \(0, 2\) ended twice: filtered, then trained"):
         ledger.record((0, 2), Outcome.TRAINED)
 
 
 def test_a_pass_that_is_over_shrinks_to_its_counts_and_still_knows_duplicates():
-    ledger = Ledger(3)
+    ledger = Ledger([3])
     for row, outcome in enumerate([Outcome.TRAINED, Outcome.EXPIRED, Outcome.TRAINED]):
         ledger.record((0, row), outcome)
-    assert ledger.summary(0) == {"trained": 2, "filtered": 0, "failed": 0, "expired": 1}
-    assert ledger.state_dict()["open"] == {}
+    assert ledger.summary(0) == {
+        "trained": 2,
+        "filtered": 0,
+        "failed": 0,
+        "expired": 1,
+        "skipped": 0,
+    }
+    assert ledger.state_dict()["open"] == []
     with pytest.raises(RolloutError, match="ended twice"):
         ledger.record((0, 1), Outcome.TRAINED)
     ledger.record((1, 1), Outcome.TRAINED)
@@ -32,13 +38,13 @@ def test_a_pass_that_is_over_shrinks_to_its_counts_and_still_knows_duplicates():
 
 def test_no_rows_and_rows_that_do_not_exist_are_refused():
     with pytest.raises(ConfigError, match="at least one prompt"):
-        Ledger(0)
+        Ledger([0])
     with pytest.raises(RolloutError, match=r"prompt \(0, 5\) is not one of the 5 rows"):
-        Ledger(5).record((0, 5), Outcome.TRAINED)
+        Ledger([5]).record((0, 5), Outcome.TRAINED)
 
 
 def test_when_nothing_ever_works_the_run_ends_at_once_with_the_first_traceback():
-    ledger = Ledger(100, batch_size=3, max_failed_fraction=1.0)
+    ledger = Ledger([100], batch_size=3, max_failed_fraction=1.0)
     ledger.record((0, 7), Outcome.FAILED, "Traceback: it broke here")
     ledger.record((0, 8), Outcome.FAILED, "another")
     with pytest.raises(
@@ -48,13 +54,13 @@ def test_when_nothing_ever_works_the_run_ends_at_once_with_the_first_traceback()
 
 
 def test_one_early_failure_is_not_a_rate():
-    ledger = Ledger(100, batch_size=4, max_failed_fraction=0.1)
+    ledger = Ledger([100], batch_size=4, max_failed_fraction=0.1)
     ledger.record((0, 0), Outcome.FAILED, "boom")
     ledger.record((0, 1), Outcome.TRAINED)
 
 
 def test_above_the_rate_of_ten_batches_the_run_ends_and_below_it_goes_on():
-    ledger = Ledger(1000, batch_size=2, max_failed_fraction=0.1)  # 2 of the last 20
+    ledger = Ledger([1000], batch_size=2, max_failed_fraction=0.1)  # 2 of the last 20
     ledger.record((0, 0), Outcome.TRAINED)
     for row in (1, 2):
         ledger.record((0, row), Outcome.FAILED, f"error of row {row}")
@@ -67,7 +73,7 @@ def test_above_the_rate_of_ten_batches_the_run_ends_and_below_it_goes_on():
 
 
 def test_when_everything_fails_from_some_point_on_the_run_ends_whatever_may_fail():
-    ledger = Ledger(1000, batch_size=1, max_failed_fraction=1.0)
+    ledger = Ledger([1000], batch_size=1, max_failed_fraction=1.0)
     ledger.record((0, 0), Outcome.TRAINED)
     for row in range(1, 10):
         ledger.record((0, row), Outcome.FAILED, "boom")
@@ -76,7 +82,7 @@ def test_when_everything_fails_from_some_point_on_the_run_ends_whatever_may_fail
 
 
 def test_a_prompt_that_was_expired_or_filtered_does_not_count_as_failed():
-    ledger = Ledger(1000, batch_size=2, max_failed_fraction=0.0)
+    ledger = Ledger([1000], batch_size=2, max_failed_fraction=0.0)
     for row in range(50):
         ledger.record((0, row), Outcome.EXPIRED if row % 2 else Outcome.FILTERED)
 
@@ -86,12 +92,12 @@ outcomes = st.lists(st.sampled_from([o for o in Outcome if o is not Outcome.FAIL
 
 @given(num_rows=st.integers(1, 7), outcomes=outcomes, cut=st.integers(0, 40))
 def test_any_history_cut_by_a_checkpoint_goes_on_as_if_it_were_not(num_rows, outcomes, cut):
-    ledger, expected = Ledger(num_rows), Counter()
+    ledger, expected = Ledger([num_rows]), Counter()
     for index, outcome in enumerate(outcomes):
         if index == cut:
             # JSON has no bytes and no integer keys, so only plain data comes back the same.
             plain = json.loads(json.dumps(ledger.state_dict(), default=list))
-            ledger = Ledger(num_rows)
+            ledger = Ledger([num_rows])
             ledger.load_state_dict(plain)
         key = divmod(index, num_rows)
         ledger.record(key, outcome)
@@ -103,3 +109,25 @@ def test_any_history_cut_by_a_checkpoint_goes_on_as_if_it_were_not(num_rows, out
     for pass_index in {index // num_rows for index in range(len(outcomes))}:
         summary = ledger.summary(pass_index)
         assert all(summary[name] == expected[pass_index, name] for name in summary)
+
+
+def test_passes_over_each_dataset_end_on_their_own():
+    ledger = Ledger([1, 3])
+    for pass_index in range(5):
+        ledger.record((pass_index, 0), Outcome.TRAINED)
+    ledger.record((0, 2), Outcome.FILTERED)
+    assert [entry[:2] for entry in ledger.state_dict()["open"]] == [[1, 0]]
+    assert ledger.outcome((4, 0)) == "ended"
+    assert ledger.outcome((0, 1)) is None
+    assert ledger.summary(0)["trained"] == ledger.summary(0)["filtered"] == 1
+
+
+def test_a_prompt_that_is_skipped_ends_its_pass_and_is_no_success_and_no_failure():
+    ledger = Ledger([2], max_failed_fraction=1.0)
+    ledger.skip((0, 0))
+    ledger.record((0, 1), Outcome.TRAINED, success=0.25)
+    assert ledger.outcome((0, 0)) == "ended"
+    assert ledger.summary(0)["skipped"] == ledger.num_ended == 1
+    assert (ledger.success(0), ledger.success(1)) == (None, 0.25)
+    with pytest.raises(RolloutError, match="ended twice"):
+        ledger.skip((0, 1))

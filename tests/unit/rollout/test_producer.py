@@ -230,7 +230,7 @@ def test_a_prompt_that_always_fails_is_named_and_replaced():
     async def main():
         nonlocal first
         producer = make_producer(generator, batch_size=2, events=events)
-        first = producer._backlog.stream.key(0)
+        first = producer._backlog.stream.peek()
         async with producer:
             await train(producer, generator, 3)
         return producer
@@ -443,7 +443,8 @@ def test_a_run_that_is_cut_loses_no_prompt_and_trains_on_none_twice(
     assert producer.ledger.counts["trained"] == producer.counters.taken == 18
     # Every prompt before the last one admitted has ended, runs, or waits to be taken.
     backlog = producer._backlog
-    started = {backlog.stream.key(index) for index in range(backlog.cursor)}
+    (lane,) = backlog.stream._lanes
+    started = {lane.stream.key(index) for index in range(lane.cursor)}
     waiting = {run.key for run in backlog.runs.values()} | {key for key, _ in backlog._again}
     ended = {key for key in started if producer.ledger.outcome(key)}
     assert started == ended | waiting
@@ -483,7 +484,7 @@ def test_a_checkpoint_of_other_prompts_is_refused():
 
     state = run_virtual(main)
     producer = make_producer(num_rows=50)
-    rows = producer._backlog.stream.prompts._rows
+    rows = producer._backlog.stream.sets[""]._rows
     for row in rows:
         row["question"] += "?"
     with pytest.raises(CheckpointError, match="the dataset, its order or the chat template"):
@@ -549,7 +550,7 @@ def test_evaluation_goes_first_past_the_gate_in_order_with_its_own_sampling():
         async with make_producer(generator, workflow=workflow, max_staleness=0) as producer:
             await producer.take()  # the gate is closed from here on
             start = len(generator.requests)
-            prompts = producer._backlog.stream.prompts
+            prompts = producer._backlog.stream.sets[""]
             greedy = Sampling(max_new_tokens=4, temperature=0.0)
             groups = await producer.evaluate(prompts, greedy, num_samples=3)
             again = await producer.evaluate(prompts, greedy, num_samples=3)
@@ -573,7 +574,7 @@ def test_an_evaluation_prompt_that_fails_is_tried_again_and_then_named():
 
         generator = FakeGenerator(fail=fail)
         async with make_producer(generator) as producer:
-            await producer.evaluate(producer._backlog.stream.prompts)
+            await producer.evaluate(producer._backlog.stream.sets[""])
 
     with pytest.raises(RolloutError, match=r"prompt 7 failed 3 times; last: OSError: gone"):
         run_virtual(main)

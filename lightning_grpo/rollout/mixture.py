@@ -1,0 +1,139 @@
+"""Several datasets as one stream of prompts, each asked as often as its weight says."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_grpo.errors import CheckpointError
+from lightning_grpo.rollout.curriculum import Curriculum
+from lightning_grpo.rollout.prompts import PromptSet, PromptStream
+from lightning_grpo.types import Group, Prompt, PromptKey
+
+
+@dataclass
+class _Lane:
+    """One dataset.
+
+    Attributes:
+        stream: Its endless passes.
+        weight: Its share, relative to the others'.
+        cursor: Entries of its stream that are behind, skipped ones included.
+        asked: Those of them that were asked.
+    """
+
+    stream: PromptStream
+    weight: float
+    cursor: int = 0
+    asked: int = 0
+
+
+class PromptMixture:
+    """The endless stream of a run: entries of one or several datasets in turn.
+
+    The next prompt is of the dataset that is furthest behind its share, so any stretch of the
+    stream has the datasets in proportion, and the state is a few numbers. Each dataset has passes
+    of its own. In keys, the rows of all datasets are counted end to end.
+
+    Args:
+        sets: The datasets by name; one alone has the empty name.
+        curriculum: Leaves prompts out of a pass by their past success.
+        seed: Of the curriculum's draws.
+
+    Attributes:
+        sets: The same.
+        sizes: Their rows.
+    """
+
+    def __init__(
+        self, sets: Mapping[str, PromptSet], curriculum: Curriculum | None = None, seed: int = 0
+    ) -> None:
+        self._curriculum = curriculum
+        self._seed = seed
+        self.sets = dict(sets)
+        self.sizes = [len(each) for each in sets.values()]
+        self._lanes = [
+            _Lane(
+                PromptStream(each, shuffle=each.prompts.shuffle, seed=each.prompts.seed),
+                each.prompts.weight,
+            )
+            for each in sets.values()
+        ]
+        self._starts = [0, *itertools.accumulate(self.sizes)]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all datasets."""
+        return self._starts[-1]
+
+    @property
+    def pass_index(self) -> int:
+        """The pass of the dataset that has had the fewest."""
+        return min(lane.cursor // lane.stream.num_rows for lane in self._lanes)
+
+    def peek(self) -> PromptKey:
+        """The name of the next entry."""
+        lane = self._next_lane()
+        pass_index, row = self._lanes[lane].stream.key(self._lanes[lane].cursor)
+        return pass_index, self._starts[lane] + row
+
+    def advance(self, *, asked: bool = True) -> None:
+        """Go behind the next entry.
+
+        Args:
+            asked: Whether it counts towards its dataset's share.
+        """
+        lane = self._lanes[self._next_lane()]
+        lane.cursor += 1
+        lane.asked += asked
+
+    def wants(self, key: PromptKey, success: float | None) -> bool:
+        """Whether an entry is to be asked.
+
+        Args:
+            key: Its name.
+            success: Of the last time that its row was asked; None: it was not.
+        """
+        return self._curriculum is None or self._curriculum.asks(key, success, self._seed)
+
+    def success(self, group: Group) -> float | None:
+        """What is to be remembered of a group; None: nothing."""
+        return None if self._curriculum is None else self._curriculum.success(group)
+
+    def by_key(self, key: PromptKey) -> Prompt:
+        """Make the prompt that a key names."""
+        pass_index, row = key
+        if not 0 <= row < self.num_rows:
+            raise CheckpointError(
+                f"prompt {key} is not one of the {self.num_rows} rows: the prompts are not those "
+                "that the checkpoint was made with."
+            )
+        lane = bisect_right(self._starts, row) - 1
+        prompt = self._lanes[lane].stream.by_key((pass_index, row - self._starts[lane]))
+        return replace(prompt, row=row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        lanes = zip(self.sets, self._lanes, strict=True)
+        return {name: [lane.cursor, lane.asked] for name, lane in lanes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            CheckpointError: It is of other datasets.
+        """
+        if list(state) != list(self.sets):
+            raise CheckpointError(
+                f"the checkpoint was made with the datasets {list(state)}, this run has "
+                f"{list(self.sets)}. Resume with the prompts that the run was started with."
+            )
+        for name, lane in zip(self.sets, self._lanes, strict=True):
+            lane.cursor, lane.asked = (int(number) for number in state[name])
+
+    def _next_lane(self) -> int:
+        behind = [(lane.asked + 1) / lane.weight for lane in self._lanes]
+        return behind.index(min(behind))
