@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_grpo.errors import CheckpointError, ConfigError
@@ -31,6 +31,7 @@ def take(mixture: PromptMixture, count: int) -> list[tuple[int, int]]:
     return keys
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     weights=st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=4, max_size=4),
