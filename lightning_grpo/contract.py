@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.devices import present_devices
 
 _REFUSED_CALLBACKS = {
@@ -150,17 +151,17 @@ def _check_interval(name: str, steps: int, steps_per_rollout: int) -> None:
     )
 
 
-def check_devices(trainer: L.Trainer, serving: Sequence[int]) -> None:
+def check_devices(trainer: L.Trainer, servers: Servers | None) -> None:
     """Refuse a Trainer on GPUs some of which serve.
 
     Args:
         trainer: The trainer about to fit.
-        serving: GPUs of the servers.
+        servers: None in a replay.
     """
-    if isinstance(trainer.accelerator, CUDAAccelerator):
+    if servers is not None and isinstance(trainer.accelerator, CUDAAccelerator):
         present = present_devices()
         training = [present[i] for i in trainer.device_ids if i < len(present)]
-        check_gpus(training, serving)
+        check_gpus(training, servers.planned_devices)
 
 
 def check_gpus(training: Sequence[int], serving: Sequence[int]) -> None:

@@ -137,7 +137,7 @@ class RolloutDataModule(L.LightningDataModule):
         """Check everything that can be checked, then start the servers in the background."""
         trainer = self._attached
         check_trainer(trainer)
-        check_devices(trainer, self.servers.planned_devices)
+        check_devices(trainer, self.servers)
         session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_intervals(trainer, self.steps_per_rollout, epoch_steps)

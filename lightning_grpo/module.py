@@ -36,10 +36,10 @@ from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
-from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
+from lightning_grpo.policy.lora import LoRA, export_adapter
 from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.policy.reference import ReferencePolicy
+from lightning_grpo.reference import ReferencePolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.gradient_sync import gradient_sync
@@ -140,7 +140,7 @@ class GRPOModule(EvaluatedModule):
         self._gradient_checkpointing = gradient_checkpointing
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
-        self._reference = ReferencePolicy()
+        self._reference = ReferencePolicy(self.kl, model, self._model_kwargs, self.lora is not None)
 
     # -- the policy -----------------------------------------------------------------------------
 
@@ -257,8 +257,9 @@ class GRPOModule(EvaluatedModule):
         """Run the micro-batches of one optimizer step; Lightning does the last one's backward."""
         policy = self.sharding_root()
         if batch.is_first:
-            steps, reference = self._data.steps_per_rollout, self._reference_policy()
-            self.objective.anchor(policy, batch.rollout, steps, self.device, reference)
+            steps = self._data.steps_per_rollout
+            with self._reference.on(policy, self.device, self.trainer.strategy) as reference:
+                self.objective.anchor(policy, batch.rollout, steps, self.device, reference)
         metrics: Metrics = {}
         loss = torch.zeros(())
         for k in range(batch.num_micro_batches):
@@ -274,15 +275,6 @@ class GRPOModule(EvaluatedModule):
             metrics = merge(metrics, more)
         self._log_step(batch, metrics)
         return loss
-
-    def _reference_policy(self) -> nn.Module | None:
-        """The reference of a KL penalty; loaded only where the policy doesn't contain it."""
-        if self.kl is None:
-            return None
-        if self.lora is not None and self.kl.reference is None:
-            return WithoutAdapter(self.sharding_root())
-        path = resolve_path(self.kl.reference or self.model_name)
-        return self._reference.on(self.device, path, self._model_kwargs)
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
         logged = values(reduced(metrics, self.device))

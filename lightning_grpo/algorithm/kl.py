@@ -96,11 +96,13 @@ class KLPenalty:
         coefficient: How much.
         estimator: Which estimate.
         reference: Hub id or folder of the reference model; None is the model at the start.
+        offload: Keep the reference in host memory between its passes, one for each rollout batch.
     """
 
     coefficient: float
     estimator: KLEstimator = field(default_factory=WeightedK3)
     reference: str | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Checks the settings."""

@@ -141,15 +141,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         root = self._sharding_root()
         if not is_sharded(root):
-            parallelize(
-                root,
-                self.device_mesh,
-                blocks=self._blocks,
-                param_dtype=self.compute_dtype,
-                reduce_dtype=self.reduce_dtype,
-                reshard_after_forward=self.reshard_after_forward,
-                cpu_offload=self._cpu_offload,
-            )
+            self.shard(root, self._cpu_offload)
         if any(p.is_meta for p in root.parameters()):
             self._materialize(root)
         self.model_to_device()
@@ -160,6 +152,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.setup_precision_plugin()
         if fitting and not self._cpu_offload:
             optimizers_to_device(self.optimizers, self.root_device)
+
+    def shard(self, module: nn.Module, cpu_offload: bool) -> None:
+        """Shard a module over the ranks, in this strategy's blocks and precision."""
+        parallelize(
+            module,
+            self.device_mesh,
+            blocks=self._blocks,
+            param_dtype=self.compute_dtype,
+            reduce_dtype=self.reduce_dtype,
+            reshard_after_forward=self.reshard_after_forward,
+            cpu_offload=cpu_offload,
+        )
 
     @override
     def model_to_device(self) -> None:

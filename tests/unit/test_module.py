@@ -129,17 +129,6 @@ def test_arguments_are_kept_as_plain_data_and_a_class_without_arguments_is_none(
     assert isinstance(GRPOModule("m").loss, GRPOLoss)
 
 
-def test_a_reference_is_no_part_of_the_module(folder):
-    module = make_module(folder, kl=KLPenalty(0.1, reference=str(folder)))
-    module.configure_model()
-    before = {name: p.shape for name, p in module.state_dict().items()}
-    reference = module._reference_policy()
-    assert reference is module._reference_policy()
-    assert not any(p.requires_grad for p in reference.parameters())
-    assert {name: p.shape for name, p in module.state_dict().items()} == before
-    assert make_module(folder)._reference_policy() is None
-
-
 @pytest.mark.parametrize("bar", [True, False])
 def test_the_callbacks_that_a_run_needs_are_supplied_unless_they_are_there(folder, tmp_path, bar):
     class Quicker(WeightSync):
