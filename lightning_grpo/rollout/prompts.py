@@ -246,7 +246,7 @@ class PromptSet:
 
 def run_seed() -> int:
     """What `lightning.seed_everything` was given in this process or the one that started it."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # noqa: TID251 - where Lightning leaves it
 
 
 class PromptStream:
