@@ -64,7 +64,7 @@ def main() -> None:
     data = RolloutDataModule(
         prompts=Prompts("shipped:quickstart/train.jsonl", column="question", seed=args.seed),
         workflow=RLVRWorkflow(gsm8k, Sampling(max_new_tokens=56)),
-        servers=EmbeddedServers(max_running_requests=128),
+        servers=EmbeddedServers(),
         batch_size=16,
         group_size=8,
         max_staleness=1,

@@ -24,7 +24,7 @@ class EmbeddedServers(OwnedServers):
     def __init__(
         self,
         num_servers: int = 1,
-        max_running_requests: int = 128,
+        max_running_requests: int = 256,
         start_timeout_s: float = 120.0,
     ) -> None:
         super().__init__()
