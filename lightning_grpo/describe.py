@@ -26,11 +26,11 @@ def describe_module(module: GRPOModule, data: RolloutDataModule) -> dict[str, st
         anchor = "the proximal policy"
         if data.steps_per_rollout == 1:
             anchor += " (the policy itself: one optimizer step per rollout batch)"
+    model = f"{module.model_name} ({count / 1e6:.2f}M parameters)"
+    if module.lora is not None:
+        model += f", of which {module.lora} trains {trained / 1e6:.2f}M"
     return {
-        "model": f"{module.model_name} ({count / 1e6:.2f}M parameters)",
-        "lora": f"{module.lora} ({trained / 1e6:.2f}M parameters trained)"
-        if module.lora
-        else "none",
+        "model": model,
         "loss": f"{_hook(module, 'token_loss') or module.loss}, clip anchored at {anchor}",
         "advantage": _hook(module, "advantages") or str(module.advantage),
         "truncated": str(module.truncation),
