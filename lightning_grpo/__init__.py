@@ -23,8 +23,10 @@ __version__ = "0.1.0"
 _HOME = {
     "lightning_grpo.agents.agent_workflow": ("AgentWorkflow",),
     "lightning_grpo.agents.multi_turn": ("MultiTurnWorkflow",),
+    "lightning_grpo.agents.record": ("EpisodeRecord",),
     "lightning_grpo.agents.tool_process": ("ToolLimits",),
     "lightning_grpo.agents.tool_workflow": ("ToolWorkflow",),
+    "lightning_grpo.agents.turns": ("next_ids",),
     "lightning_grpo.algorithm.advantages": (
         "GroupAdvantage",
         "LeaveOneOutAdvantage",
@@ -60,6 +62,8 @@ _HOME = {
     "lightning_grpo.datamodule": ("RolloutDataModule",),
     "lightning_grpo.evaluation": ("Evaluation",),
     "lightning_grpo.module": ("GRPOModule",),
+    "lightning_grpo.objective": ("Objective",),
+    "lightning_grpo.policy.load": ("load_policy", "load_tokenizer"),
     "lightning_grpo.policy.lora": ("LoRA",),
     "lightning_grpo.policy.packed": ("PackedPolicy",),
     "lightning_grpo.replay": ("ReplayDataModule",),
@@ -67,6 +71,7 @@ _HOME = {
     "lightning_grpo.rollout.limits": ("RolloutLimits",),
     "lightning_grpo.rollout.per_dataset": ("PerDatasetWorkflow",),
     "lightning_grpo.rollout.prompts": ("Prompts",),
+    "lightning_grpo.rollout.protocols": ("EpisodeContext", "RolloutWorkflow"),
     "lightning_grpo.rollout.workflow": ("RLVRWorkflow",),
     "lightning_grpo.servers.embedded": ("EmbeddedServers",),
     "lightning_grpo.servers.running": ("RunningServers",),
@@ -82,6 +87,9 @@ _HOME = {
         "Sampling",
         "Trajectory",
     ),
+    "lightning_grpo.weights.disk": ("DiskTransport",),
+    "lightning_grpo.weights.ipc": ("IPCTransport",),
+    "lightning_grpo.weights.process_group": ("ProcessGroupTransport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

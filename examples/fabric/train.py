@@ -15,18 +15,19 @@ from lightning_grpo import (
     EmbeddedServers,
     GroupAdvantage,
     GRPOLoss,
+    Objective,
     PackedPolicy,
     Prompts,
     RLVRWorkflow,
     RolloutBatch,
     RolloutDataModule,
     Sampling,
+    load_policy,
+    load_tokenizer,
 )
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.loader import Minibatch, Prepared
-from lightning_grpo.objective import Objective
 from lightning_grpo.policy.export import export_policy
-from lightning_grpo.policy.load import load_policy, load_tokenizer
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.validation import EvaluationMeans
@@ -98,8 +99,8 @@ def main(num_steps: int, num_held_out: int, out: str | None) -> dict[str, float]
             logged = train_on(fabric, policy, optimizer, batch)
             if batch.is_last:
                 data.publish(policy)
-            seconds = time.perf_counter() - started
-            print(f"step {step}: reward {logged['reward/mean']:.3f}, {seconds:.1f} s", flush=True)
+            told = f"step {step}: reward {logged['reward/mean']:.3f}"
+            print(f"{told}, {time.perf_counter() - started:.1f} s", flush=True)
             if step == num_steps:
                 break
         scores = held_out(data, num_steps)
@@ -116,5 +117,4 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--held-out", type=int, default=200, help="prompts")
     parser.add_argument("--out", help="folder to export the policy to")
-    options = parser.parse_args()
-    main(options.steps, options.held_out, options.out)
+    main(*vars(parser.parse_args()).values())
