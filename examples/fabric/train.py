@@ -6,7 +6,6 @@ What `Trainer`, `GRPOModule` and the callbacks do for you stands here line by li
 """
 
 import argparse
-import time
 
 import lightning as L
 import torch
@@ -94,13 +93,11 @@ def main(num_steps: int, num_held_out: int, out: str | None) -> dict[str, float]
         data.start(MODEL, run_dir="runs/fabric")
         data.publish(policy, trained=False)  # rollouts begin here
         print("held-out before", held_out(data, 0))
-        started = time.perf_counter()
         for step, batch in enumerate(data.batches(prepare), start=1):
             logged = train_on(fabric, policy, optimizer, batch)
             if batch.is_last:
                 data.publish(policy)
-            told = f"step {step}: reward {logged['reward/mean']:.3f}"
-            print(f"{told}, {time.perf_counter() - started:.1f} s", flush=True)
+            print(f"step {step}: reward {logged['reward/mean']:.3f}", flush=True)
             if step == num_steps:
                 break
         scores = held_out(data, num_steps)
@@ -117,4 +114,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--held-out", type=int, default=200, help="prompts")
     parser.add_argument("--out", help="folder to export the policy to")
-    main(*vars(parser.parse_args()).values())
+    options = parser.parse_args()
+    main(options.steps, options.held_out, options.out)
