@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -113,3 +116,58 @@ def structure(source: str) -> str:
     if isinstance(tree.body[0], ast.Expr):
         tree.body.pop(0)
     return ast.dump(tree)
+
+
+AREAL = EXAMPLES / "areal_gsm8k"
+GSM8K_ROWS = [
+    {"question": "Ann has 16 eggs and eats 7. How many are left?", "answer": "16-7=9\n#### 9"},
+    {"question": "A robe takes 2 bolts, its belt 1,000. How many?", "answer": "...\n#### 1,002"},
+]
+"""GSM8K's two columns, and its mark."""
+
+LOOK_AT_AREAL = """
+import json, sys
+from gsm8k import gsm8k_reward_fn, process_gsm8k_rl_dataset
+from lightning_grpo import Prompts, RLVRWorkflow
+from lightning_grpo.policy.load import load_tokenizer
+from lightning_grpo.rollout.binding import BoundReward
+from lightning_grpo.shipped import resolve_path
+
+rows = Prompts(sys.argv[1], column="messages", transform=process_gsm8k_rl_dataset)
+loaded = rows.load(load_tokenizer(resolve_path("shipped:quickstart")))
+RLVRWorkflow(gsm8k_reward_fn).validate(loaded.columns)
+scores = []
+for prompt in loaded:
+    for said in (prompt.columns["answer"], "#### 9", "9"):
+        arguments = BoundReward(gsm8k_reward_fn).arguments(prompt, said, [1])
+        scores.append(gsm8k_reward_fn(**arguments))
+print(json.dumps([loaded.columns, scores]))
+"""
+
+
+def test_areal_s_reward_and_dataset_function_take_gsm8k_s_columns(tmp_path):
+    rows = tmp_path / "gsm8k.jsonl"
+    rows.write_text("\n".join(map(json.dumps, GSM8K_ROWS)))
+    columns, scores = json.loads(python(AREAL, "-c", LOOK_AT_AREAL, rows))
+    assert columns == ["answer"]
+    assert scores == [1, 1, 0, 1, 0, 0]
+
+
+def test_areal_s_config_parses():
+    arguments = ("-m", "lightning_grpo.cli.main", "fit", "--config", "gsm8k_grpo.yaml")
+    config = yaml.safe_load(python(AREAL, *arguments, "--print_config"))
+    assert config["data"]["workflow"]["init_args"]["reward"] == "gsm8k.gsm8k_reward_fn"
+    assert config["data"]["max_staleness"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--synchronous"]], ids=["asynchronous", "synchronous"])
+def test_areal_s_program_trains_evaluates_and_exports(tmp_path, arguments):
+    for file in ("gsm8k.py", "train.py"):
+        shutil.copy(AREAL / file, tmp_path)
+    printed = python(tmp_path, "train.py", "--steps", "3", "--held-out", "16", *arguments)
+    assert len(rewards(printed)) == 3
+    assert "held-out at step 3" in printed
+    assert (tmp_path / "model/model.safetensors").is_file()
+    staleness = re.findall(r"staleness (\d)", printed)
+    assert staleness == (["0"] * 3 if arguments else ["0", "1", "2"])
