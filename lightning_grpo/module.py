@@ -323,6 +323,7 @@ class GRPOModule(EvaluatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model, and a default where the checkpoint's run had an own object."""
+        super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         # Without a trainer nothing is optimized: loading for inference or export is fine.
         unused = set() if self._trainer else {"optimizer", "lr_scheduler"}

@@ -124,6 +124,7 @@ class Trajectory:
         truncated: Whether the length limit ended the last completion.
         temperature: The temperature that the tokens were sampled at.
         num_turns: How many completions it holds.
+        transcript: All from the first sampled token on, decoded, where there were several turns.
         length_limit: The `max_new_tokens` of the last completion; None where nobody said it.
     """
 
@@ -138,6 +139,7 @@ class Trajectory:
     temperature: float = 1.0
     num_turns: int = 1
     length_limit: int | None = None
+    transcript: str = ""
 
     @property
     def num_response_tokens(self) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_grpo.evaluation import (
@@ -128,6 +130,12 @@ def joined_groups(groups: list[list[Group]]) -> list[Group]:
 class EvaluatedModule(L.LightningModule):
     """The validation (and test) loop of a module whose data module answers held-out prompts."""
 
+    _loaded_step: int | None = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the checkpoint's step: without `fit` the Trainer doesn't."""
+        self._loaded_step = int(checkpoint["global_step"])
+
     def on_validation_epoch_start(self) -> None:
         """Start new means."""
         self._means = EvaluationMeans(self.trainer.datamodule.evaluation)  # type: ignore[attr-defined]
@@ -140,7 +148,10 @@ class EvaluatedModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means with half of their 95 % confidence intervals, and keep the record."""
-        record = self._means.record(self.global_step)
+        step, self._loaded_step = self._loaded_step, None
+        if step is None or self.trainer.state.fn == TrainerFn.FITTING:
+            step = self.global_step
+        record = self._means.record(step)
         # Equal on all ranks already; Lightning would warn of what is not reduced.
         self.log_dict(record.metrics, sync_dist=self.trainer.world_size > 1)
         self.trainer.datamodule.evaluations.append(record)  # type: ignore[attr-defined]

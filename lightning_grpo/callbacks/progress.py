@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from lightning_grpo.callbacks.views import MinibatchView, logged_numbers
+from lightning_grpo.callbacks.views import MinibatchView, evaluated_step, logged_numbers
 
 _MEAN_OVER = 5
 
@@ -96,7 +96,7 @@ class GRPOProgress(ProgressBar):
         """Say the held-out scores."""
         scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith("eval/")}
         if scores and not trainer.sanity_checking:
-            self._say(evaluation_line(trainer.global_step, scores))
+            self._say(evaluation_line(evaluated_step(trainer), scores))
         self._move(trainer.global_step, "train")
 
     on_test_end = on_validation_end

@@ -78,6 +78,13 @@ class Evaluated(Protocol):
     evaluations: Sequence[EvaluationView]
 
 
+def evaluated_step(trainer: L.Trainer) -> int:
+    """Optimizer steps before the validation that has just ended, of a checkpoint's run too."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    evaluations = data.evaluations if isinstance(data, Evaluated) else []
+    return evaluations[-1].step if evaluations else trainer.global_step
+
+
 def logged_numbers(trainer: L.Trainer) -> dict[str, float]:
     """What was logged last, as plain numbers by name."""
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

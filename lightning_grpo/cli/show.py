@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the trajectories of a Parquet file, a folder of them, or a run.",
         allow_abbrev=False,
     )
-    parser.add_argument("path", type=Path, help="a .parquet file, or a run's folder")
+    parser.add_argument("path", type=Path, help="a .parquet file, or a run's folder (runs/NAME)")
     parser.add_argument("--limit", type=int, default=10, help="how many to print (default: 10)")
     parser.add_argument("--sort", choices=sorted(SORTS), default="step", help="the order")
     parser.add_argument("--reverse", action="store_true", help="largest first")
@@ -66,7 +66,7 @@ def select(
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Print each trajectory: one line about it, the prompt, the completion."""
+    """Print each trajectory: one line about it, the prompt, the completion or all turns."""
     if not rows:
         console.print("no trajectories")
     for row in rows:
@@ -75,8 +75,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
         console.print(Text("prompt", style="bold"))
         console.print(Padding(Text(row["prompt"].strip()), (0, 0, 0, 2)))
         ending = " (truncated)" if row["truncated"] else ""
-        console.print(Text(f"completion{ending}", style="bold"))
-        console.print(Padding(Text(row["completion"].strip()), (0, 0, 0, 2)))
+        several = row.get("transcript")
+        console.print(Text(f"{'turns' if several else 'completion'}{ending}", style="bold"))
+        console.print(Padding(Text((several or row["completion"]).strip()), (0, 0, 0, 2)))
         console.print()
 
 

@@ -164,7 +164,13 @@ class EpisodeRunner:
         # What the tokens were really sampled at, whatever the workflow said.
         if len(episode.temperatures) == 1:
             checked = replace(checked, temperature=next(iter(episode.temperatures)))
-        attempt.trajectories[sample] = replace(checked, length_limit=episode.length_limit)
+        transcript = ""
+        if checked.num_turns > 1:
+            first = checked.response_mask.index(True)
+            transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
+        attempt.trajectories[sample] = replace(
+            checked, length_limit=episode.length_limit, transcript=transcript
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -46,6 +46,7 @@ SCHEMA = pa.schema(
         ("temperature", pa.float64()),
         ("num_turns", pa.int64()),
         ("length_limit", pa.int64()),
+        ("transcript", pa.string()),
         ("admitted_version", pa.int64()),
         ("attempts", pa.int64()),
         ("messages", pa.string()),  # JSON
@@ -137,18 +138,25 @@ def recorded_version(file: Path) -> int:
 def trajectory_files(path: Path) -> list[Path]:
     """The Parquet files at a path: itself, its own, or those of its `trajectories/` folder.
 
+    Of a folder of several versions (`runs/NAME`) it is the version that was written to last.
+
     Raises:
         CheckpointError: There is none.
     """
     if path.is_file():
         return [path]
-    for folder in (path, path / "trajectories"):
+    newest = max(path.glob("version_*/trajectories"), key=_written_at, default=path)
+    for folder in (path, path / "trajectories", newest):
         if files := sorted(folder.glob("*.parquet")):
             return files
     raise CheckpointError(
         f"No trajectories at {str(path)!r}: expected a .parquet file, or a folder that holds them "
-        "(a run writes `trajectories/` in its folder)."
+        "(a run writes `runs/NAME/version_N/trajectories/`)."
     )
+
+
+def _written_at(folder: Path) -> float:
+    return folder.stat().st_mtime
 
 
 def _rows(
@@ -185,6 +193,7 @@ def _rows(
             "temperature": trajectory.temperature,
             "num_turns": trajectory.num_turns,
             "length_limit": trajectory.length_limit,
+            "transcript": trajectory.transcript,
         }
 
 
@@ -217,6 +226,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         temperature=row["temperature"],
         num_turns=row["num_turns"],
         length_limit=row.get("length_limit"),
+        transcript=row.get("transcript") or "",
     )
 
 

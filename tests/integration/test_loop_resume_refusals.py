@@ -52,6 +52,7 @@ def test_other_settings_may_change(tiny_model, server, tmp_path, checkpoint):
     assert trainer.global_step == 4
     held_out = make_data(server, val_prompts=make_prompts(2), group_size=4)
     make_trainer(tmp_path).validate(make_module(tiny_model), held_out, ckpt_path=checkpoint)
+    assert held_out.evaluations[-1].step == 2
 
 
 def test_a_checkpoint_of_another_model_is_refused(server, tmp_path, checkpoint):

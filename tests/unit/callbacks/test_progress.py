@@ -14,7 +14,7 @@ from lightning_grpo.callbacks.progress import (
     progress_line,
     waiting_fraction,
 )
-from tests.fakes.tiny_run import TinyData, TinyModule
+from tests.fakes.tiny_run import TinyData, TinyEvaluation, TinyModule
 
 METRICS = {
     "reward/mean": 0.5,
@@ -52,6 +52,12 @@ def test_a_held_out_score_is_shown_with_its_interval():
     assert evaluation_line(10, scores) == (
         "held-out at step 10 | avg_at_1 0.500 +- 0.020 | greedy 0.400"
     )
+
+
+def test_the_step_of_a_validation_is_the_one_that_its_record_says(make_trainer, console, printed):
+    trainer = make_trainer(callbacks=[GRPOProgress(console)], limit_val_batches=1)
+    trainer.validate(TinyModule(), datamodule=TinyData(evaluations=[TinyEvaluation(30, {})]))
+    assert printed().startswith("held-out at step 30 | avg_at_1 0.250")
 
 
 def test_one_line_is_printed_per_rollout_batch_not_per_step(make_trainer, console, printed):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,20 @@ def test_prompt_and_completion_are_printed(folder):
 def test_markup_in_a_completion_is_printed_as_it_is(folder):
     row = dict(read_rows(folder)[0], completion="[bold]so[/bold] [1, 2]")
     assert "[bold]so[/bold] [1, 2]" in shown([row])
+
+
+def test_every_turn_of_a_conversation_is_printed(folder):
+    row = dict(read_rows(folder)[0], transcript="5<|im_end|> user: Too small. assistant: 7")
+    assert "Too small. assistant: 7" in shown([row])
+    assert "turns" in shown([row])
+
+
+def test_of_a_run_s_folder_the_version_written_last_is_shown(tmp_path):
+    for version, step in (("version_1", 7), ("version_0", 3)):
+        path = tmp_path / "quickstart" / version / "trajectories" / f"step_{step:06d}.parquet"
+        write_groups(path, [make_group(0)], step=step, version=step)
+        os.utime(path.parent, (step, step))
+    assert {row["step"] for row in read_rows(tmp_path / "quickstart")} == {7}
 
 
 def test_nothing_to_show_is_said():

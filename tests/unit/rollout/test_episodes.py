@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anyio
 import pytest
 from hypothesis import given
@@ -58,6 +60,22 @@ def test_a_trajectory_has_the_temperature_that_its_tokens_were_sampled_at():
     assert attempt.num_tokens == 3 * 2 * 3
     _, _, greedy = run(TwoTurns(), Request(sampling=Sampling(temperature=0.0)))
     assert {trajectory.temperature for trajectory in greedy} == {0.0}
+
+
+class Echo(TwoTurns):
+    """Says that it has two turns, and tells the policy something between them."""
+
+    async def run(self, prompt, context):
+        first = await super().run(prompt, context)
+        return replace(first, num_turns=2)
+
+
+def test_the_turns_of_a_trajectory_can_be_read():
+    _, _, trajectories = run(Echo())
+    sampled = [chr(i) for i in trajectories[0].input_ids[len(PROMPT.input_ids) :]]
+    assert trajectories[0].transcript == "".join(sampled)
+    _, _, trajectories = run(TwoTurns())
+    assert {trajectory.transcript for trajectory in trajectories} == {""}
 
 
 def test_a_trajectory_knows_how_long_its_last_completion_could_have_been():
