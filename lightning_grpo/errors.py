@@ -28,7 +28,16 @@ class ServersLostError(ServerError):
 
 
 class RequestError(ServerError):
-    """A server refused one request (a 4xx answer): sending it again can't help."""
+    """A server refused one request (a 4xx answer): sending it again can't help.
+
+    Args:
+        message: What it said.
+        status: Of the answer; 400 where it was not even sent.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class RolloutError(GRPOError, RuntimeError):

@@ -29,10 +29,12 @@ class ConfigProblem(ConfigError):
         place = " ".join(
             part for part in (self.key, f"({self.where})" if self.where else "") if part
         )
-        lines = [place, f"  {one_line(self.rule)}"]
+        indent = "  " if place else ""
+        lines = [place] if place else []
+        lines.append(indent + one_line(self.rule))
         if self.suggestion:
             lines.append(f"  {one_line(self.suggestion)}")
-        return [line for line in lines if line.strip()]
+        return lines
 
 
 def nearest(key: str, valid: Iterable[str], prefix: str = "", list_all: bool = True) -> str:

@@ -34,7 +34,8 @@ def locate(message: str, settings: Setting) -> ConfigProblem:
     """A constructor's refusal, at the setting that it names.
 
     The message names a parameter in backticks and mostly the value that it got; among settings of
-    that name the one with that value is meant.
+    that name the one with that value is meant. A parameter that nobody wrote (`servers.python`)
+    is found at what it belongs to, and a message that names none at a value that it repeats.
     """
     found = _named_setting(message, settings)
     sentence, _, way_out = one_line(message).partition(". ")
@@ -49,14 +50,21 @@ def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | Non
     quoted = [part for name in quoted for part in dict.fromkeys((name, name.rpartition(".")[2]))]
     words = re.findall(r"\w+", message)
     leaves = [(key, setting) for key, setting in settings.walk()]
-    for name in [*quoted, *words]:
+    owners = [name.rpartition(".")[0] for name in quoted if "." in name]
+    for name in [*quoted, *words, *owners]:
         named = [kv for kv in leaves if kv[0] == name or kv[0].endswith("." + name)]
         if not named:
             continue
         told = [kv for kv in named if _mentions(message, kv[1].plain())]
-        if name in quoted or told:
+        if name in quoted or name in owners or told:
             return (told or named)[0]
-    return None
+    repeated = (kv for kv in leaves if _is_address(kv[1].plain()))
+    return next((kv for kv in repeated if _mentions(message, kv[1].plain())), None)
+
+
+def _is_address(value: object) -> bool:
+    """Whether it is long enough a word for its repetition to be no accident."""
+    return isinstance(value, str) and bool(re.search(r"[:/]", value))
 
 
 def _mentions(message: str, value: object) -> bool:

@@ -72,6 +72,17 @@ class Intake:
             raise BadRequestError(f"`rid` must name each prompt once, got {body.rid!r}")
         return generations, not (is_single(body) and num_samples == 1)
 
+    def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text.
+
+        Raises:
+            BadRequestError: The model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise BadRequestError("a text needs a tokenizer and the model has none")
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
     def _prompts(self, body: GenerateBody) -> list[tuple[int, ...]]:
         if (body.text is None) == (body.input_ids is None):
             raise BadRequestError("exactly one of `text` and `input_ids` must be given")
@@ -90,10 +101,8 @@ class Intake:
         texts = [body.text] if isinstance(body.text, str) else body.text or []
         if not texts:
             raise BadRequestError("`text` must not be empty")
-        if self.tokenizer is None:
-            raise BadRequestError("`text` needs a tokenizer and the model has none")
         return [
-            check_prompt(self.tokenizer(text)["input_ids"], self.vocab_size, "text")
+            check_prompt(self.tokenize(text, add_special_tokens=True), self.vocab_size, "text")
             for text in texts
         ]
 

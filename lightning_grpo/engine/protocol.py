@@ -77,6 +77,13 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     return_text_in_logprobs: Any = None
 
 
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """The body of `/tokenize`."""
+
+    prompt: str
+    add_special_tokens: bool = True
+
+
 class PauseBody(msgspec.Struct, kw_only=True):
     """The body of `/pause_generation`."""
 

@@ -24,6 +24,7 @@ from lightning_grpo.engine.protocol import (
     Generation,
     InitGroupBody,
     PauseBody,
+    TokenizeBody,
     VersionBody,
     decode,
 )
@@ -95,6 +96,7 @@ class EngineServer:
             app.router.add_get(path, handler)
         posts: dict[str, Handler] = {
             "/generate": self._generate,
+            "/tokenize": self._tokenize,
             "/flush_cache": self._flush_cache,
             "/abort_request": self._abort,
             "/pause_generation": self._pause,
@@ -203,6 +205,11 @@ class EngineServer:
     def _forget(self, generations: list[Generation]) -> None:
         """End what nobody waits for any more."""
         self._engine.post(lambda s: s.abort([g.rid for g in generations]))
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = decode(await request.read(), TokenizeBody)
+        tokens = self._intake.tokenize(body.prompt, body.add_special_tokens)
+        return json_response({"tokens": tokens, "count": len(tokens)})
 
     async def _abort(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), AbortBody)

@@ -2,9 +2,9 @@
 
 Every call of the package to a server goes through here. A 4xx answer is a `RequestError` with the
 server's own message; a connection error, a time-out or a 5xx answer is a `ServerError` that names
-the URL. The API key travels in a header and is in no message. Only control calls that may safely be
-sent twice are retried; a generation is never retried here, because what to do with its partial
-tokens is the pool's business.
+the URL. The API key travels in a header and is in no message. Only calls that may safely be sent
+twice are retried: control calls and scores. A generation is never retried here, because what to do
+with its partial tokens is the pool's business.
 """
 
 from __future__ import annotations
@@ -80,6 +80,23 @@ class ServerClient:
         """Version and limits of the server."""
         return await self._control("GET", "/server_info", None, wire.ServerInfo)
 
+    async def has_endpoint(self, path: str) -> bool:
+        """Whether the server knows a path; asked in a way that does nothing."""
+        try:
+            await RETRIES(self._call, "OPTIONS", path, None, self._control_timeout_s)
+        except RequestError as error:
+            return error.status != HTTPStatus.NOT_FOUND
+        return True
+
+    async def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, by the server's own tokenizer.
+
+        Raises:
+            RequestError: It has none (started without, or too old to be asked).
+        """
+        body = {"prompt": text, "add_special_tokens": False}
+        return (await self._control("POST", "/tokenize", body, wire.Tokens)).tokens
+
     async def generate(self, request: wire.GenerateRequest) -> wire.GenerateReply:
         """Samples one completion; an aborted one returns what it has."""
         body = await self._call("POST", "/generate", request, self._request_timeout_s)
@@ -99,7 +116,8 @@ class ServerClient:
             logprob_start_len=0,
             extra_key=extra_key,
         )
-        body = await self._call("POST", "/generate", request, timeout_s or self._request_timeout_s)
+        timeout_s = timeout_s or self._request_timeout_s
+        body = await RETRIES(self._call, "POST", "/generate", request, timeout_s)
         entries = self._decode(body, wire.GenerateReply).meta_info.input_token_logprobs or []
         if len(entries) != len(input_ids):
             raise ServerError(
@@ -123,7 +141,7 @@ class ServerClient:
     async def flush_cache(self) -> bool:
         """Empties the prefix cache; False while the server still holds requests: ask again."""
         try:
-            await self._call("POST", "/flush_cache", timeout_s=self._control_timeout_s)
+            await RETRIES(self._call, "POST", "/flush_cache", None, self._control_timeout_s)
         except RequestError:
             return False
         return True
@@ -184,8 +202,8 @@ class ServerClient:
         ):
             return content
         refused = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
-        failure = RequestError if refused else ServerError
-        raise failure(f"{self.url}{path} answered {status}: {error_message(content)}")
+        message = f"{self.url}{path} answered {status}: {error_message(content)}"
+        raise RequestError(message, status) if refused else ServerError(message)
 
     def _decode(self, content: bytes, reply_type: type[T]) -> T:
         try:

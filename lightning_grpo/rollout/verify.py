@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError
 from lightning_grpo.rollout import wire
 from lightning_grpo.rollout.client import ServerClient
-from lightning_grpo.rollout.dialects import Dialect, dialect_of
+from lightning_grpo.rollout.dialects import (
+    DIALECTS,
+    ENDPOINTS,
+    NEWEST_SEEN,
+    SESSION_ENDPOINTS,
+    Dialect,
+    dialect_of,
+)
+
+logger = logging.getLogger(__name__)
+
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+"""What in a model's config says how large its weights are, beside the vocabulary."""
 
 DEFAULT_LABEL = "default"
 """What SGLang calls weights that nobody named."""
@@ -25,12 +45,18 @@ class Requirements:
         vocab_size: Rows of the trainer's embedding (`config.vocab_size`).
         max_tokens: Longest sequence: prompt and completion together.
         end_ids: Tokens that end a completion, those of the model.
+        architecture: Class of the trainer's model, as its config names it.
+        shape: Its sizes, by their names in the config.
+        sample: A text, and its ids by the trainer's tokenizer.
     """
 
     run_id: str
     vocab_size: int | None = None
     max_tokens: int | None = None
     end_ids: frozenset[int] = frozenset()
+    architecture: str | None = None
+    shape: Mapping[str, int] = field(default_factory=dict)
+    sample: tuple[str, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +93,24 @@ async def verify_server(client: ServerClient, requirements: Requirements) -> Ser
             " Start one there, or correct the URL."
         ) from error
     dialect = dialect_of(info.version, client.url)
+    await _check_endpoints(client, info, dialect)
     _check_owner(client.url, model, requirements.run_id)
     _check_length(client.url, info, requirements.max_tokens)
     _check_vocabulary(client.url, info, model, requirements.vocab_size)
+    _check_architecture(client.url, model, requirements)
+    await _check_tokenizer(client, model, requirements.sample)
     return ServerFacts(dialect, info, model)
+
+
+async def _check_endpoints(client: ServerClient, info: wire.ServerInfo, dialect: Dialect) -> None:
+    needed = ENDPOINTS + (SESSION_ENDPOINTS if dialect.update_session else ())
+    missing = [path for path in needed if not await client.has_endpoint(path)]
+    if missing:
+        raise ConfigError(
+            f"{client.url} (SGLang {info.version}) has no {', '.join(missing)}, which interruption"
+            " and weight updates need. Start it with a released SGLang of at least"
+            f" {'.'.join(map(str, DIALECTS[0].since))}, up to {'.'.join(map(str, NEWEST_SEEN))}."
+        )
 
 
 def _check_owner(url: str, model: wire.ModelInfo, run_id: str) -> None:
@@ -115,7 +155,7 @@ def check_ids(input_ids: Sequence[int], vocab_size: int | None) -> None:
 def _check_vocabulary(
     url: str, info: wire.ServerInfo, model: wire.ModelInfo, vocab_size: int | None
 ) -> None:
-    served = model.vocab_size or info.vocab_size or local_vocab_size(model.model_path)
+    served = model.vocab_size or info.vocab_size or local_config(model.model_path).get("vocab_size")
     if vocab_size is not None and served is not None and served != vocab_size:
         raise ConfigError(
             f"{url} serves {model.model_path!r} with a vocabulary of {served}, the trainer's model"
@@ -123,12 +163,50 @@ def _check_vocabulary(
         )
 
 
-def local_vocab_size(model_path: str) -> int | None:
-    """`vocab_size` of a model folder on this machine; None where it can't be read."""
+def _check_architecture(url: str, model: wire.ModelInfo, requirements: Requirements) -> None:
+    served = local_config(model.model_path)
+    differing = [
+        f"{name} {served[name]} instead of {size}"
+        for name, size in requirements.shape.items()
+        if served.get(name, size) != size
+    ]
+    expected = requirements.architecture
+    if model.architectures and expected and expected not in model.architectures:
+        differing.insert(0, f"{model.architectures[0]} instead of {expected}")
+    if differing:
+        raise ConfigError(
+            f"{url} serves {model.model_path!r}, another model than the trainer's:"
+            f" {', '.join(differing)}. Start the server with the model that is trained."
+        )
+
+
+async def _check_tokenizer(
+    client: ServerClient, model: wire.ModelInfo, sample: tuple[str, tuple[int, ...]] | None
+) -> None:
+    """Only ids travel, but the server's tokenizer decides which of them end a completion."""
+    if sample is None:
+        return
+    text, expected = sample
+    try:
+        found = await client.tokenize(text)
+    except ServerError as error:
+        logger.info("%s can't be asked for its tokenizer: %s", client.url, error)
+        return
+    if tuple(found) != expected:
+        at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), 0)
+        raise ConfigError(
+            f"{client.url} has another tokenizer ({model.tokenizer_path!r}) than the trainer's"
+            f" model: of {text[:40]!r}... it makes {found[at : at + 4]} from token {at} on, the"
+            f" model's {list(expected[at : at + 4])}. Start the server with the model that is"
+            " trained, and no `tokenizer-path` of its own."
+        )
+
+
+def local_config(model_path: str) -> dict[str, Any]:
+    """The config of a model folder on this machine; empty where it can't be read."""
     path = Path(model_path) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    size = config.get("vocab_size") if isinstance(config, dict) else None
-    return size if isinstance(size, int) else None
+        return {}
+    return config if isinstance(config, dict) else {}

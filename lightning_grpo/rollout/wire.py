@@ -74,6 +74,13 @@ class ModelInfo(msgspec.Struct):
     tokenizer_path: str | None = None
     weight_version: str | None = None
     vocab_size: int | None = None
+    architectures: list[str] | None = None
+
+
+class Tokens(msgspec.Struct):
+    """The answer of `/tokenize`."""
+
+    tokens: list[int]
 
 
 class ServerInfo(msgspec.Struct):

@@ -86,7 +86,10 @@ def resolve_python(python: str) -> ServerPython:
     remembered = remembered_python()
     if python != "auto":
         if not Path(python).is_file():
-            raise ConfigError(f"`python` must be an interpreter with SGLang, got {python!r}.")
+            raise ConfigError(
+                f"`servers.python` must be an interpreter with SGLang, got {python!r}. Leave it"
+                " out to use the one that `lightning-grpo install-server` makes."
+            )
         known = remembered is not None and remembered.python == python
         return remembered if known and remembered else ServerPython(python)
     if remembered is not None:
@@ -94,8 +97,8 @@ def resolve_python(python: str) -> ServerPython:
     if importlib.util.find_spec("sglang") is not None:
         return ServerPython(sys.executable)
     raise ConfigError(
-        "SGLang is not installed. Make its environment with `lightning-grpo install-server`, or"
-        " name its interpreter in `python`, or use EmbeddedServers (CPU)."
+        "`servers.python` names no interpreter and SGLang is not installed here. Make its"
+        " environment with `lightning-grpo install-server`, or use EmbeddedServers (CPU)."
     )
 
 

@@ -45,8 +45,8 @@ class RunningServers(Servers):
         urls = [normal_url(url) for url in self.urls or server_addresses()]
         if not urls:
             raise ConfigError(
-                f"`urls` names no server and {ADDRESSES_VARIABLE} is not set. Give the URLs, or"
-                " let the run start servers: EmbeddedServers (CPU) or SGLangServers (GPU)."
+                f"`servers.urls` names no server and {ADDRESSES_VARIABLE} is not set. Give the"
+                " URLs, or let the run start servers: EmbeddedServers (CPU) or SGLangServers (GPU)."
             )
         repeated = {url for url in urls if urls.count(url) > 1}
         if repeated:

@@ -133,7 +133,8 @@ class SGLangServers(OwnedServers):
         devices = self.devices if self.devices is not None else serving_devices(present)
         if not devices:
             raise ConfigError(
-                "SGLangServers needs a GPU and there is none here. Use EmbeddedServers on a CPU,"
+                "`servers.devices`: SGLangServers needs a GPU and there is none here. Use"
+                " EmbeddedServers on a CPU,"
                 " RunningServers for servers elsewhere, or `flags: {device: cpu}` with an"
                 " environment made by `lightning-grpo install-server --cpu`."
             )

@@ -22,7 +22,6 @@ from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.pool import PoolLimits, ServerPool
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
-from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.session.material import Material
 from lightning_grpo.session.settings import SessionSettings
@@ -154,12 +153,9 @@ async def _open_pool(
     async def restart(url: str) -> ServerHandle:
         return await anyio.to_thread.run_sync(servers.restart, url)
 
-    needed = None
-    if material.sampling is not None:
-        needed = material.longest_prompt + material.sampling.max_new_tokens
     pool = ServerPool(
         handles,
-        Requirements(run_id, material.vocab_size, needed, material.end_ids),
+        material.requirements(run_id),
         lambda ids: material.tokenizer.decode(ids, skip_special_tokens=True),
         api_key=servers.api_key,
         limits=PoolLimits(request_timeout_s=settings.limits.request_timeout_s),

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import check_source, load_tokenizer
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
+from lightning_grpo.rollout.verify import SHAPE, Requirements
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Prompt, Sampling
 
@@ -37,6 +38,7 @@ class Material:
         val_prompts: Held-out prompts by name.
         exact: Whether trainer and servers compute alike, in fp32 on CPUs.
         end_ids: Tokens that end a completion, as servers find them.
+        config: Of the model.
     """
 
     tokenizer: Any
@@ -47,6 +49,7 @@ class Material:
     val_prompts: dict[str, PromptSet]
     exact: bool
     end_ids: frozenset[int] = frozenset()
+    config: Any = None
 
     @property
     def longest_prompt(self) -> int:
@@ -67,6 +70,23 @@ class Material:
     def num_prompts(self) -> int:
         """Rows of all datasets."""
         return sum(map(len, self.prompts.values()))
+
+    def requirements(self, run_id: str) -> Requirements:
+        """What a server must be like to serve this run."""
+        needed = None
+        if self.sampling is not None:
+            needed = self.longest_prompt + self.sampling.max_new_tokens
+        sizes = {name: getattr(self.config, name, None) for name in SHAPE}
+        text = self._first_prompts(1)[0].text + (self.tokenizer.eos_token or "")
+        return Requirements(
+            run_id,
+            self.vocab_size,
+            needed,
+            self.end_ids,
+            architecture=next(iter(self.config.architectures or ()), None),
+            shape={name: size for name, size in sizes.items() if isinstance(size, int)},
+            sample=(text, tuple(self.tokenizer.encode(text, add_special_tokens=False))),
+        )
 
     @property
     def greedy(self) -> Sampling:
@@ -115,6 +135,7 @@ def open_material(settings: SessionSettings) -> Material:
         val_prompts,
         exact=not torch.cuda.is_available(),
         end_ids=end_token_ids(settings.model_path, config, tokenizer),
+        config=config,
     )
 
 

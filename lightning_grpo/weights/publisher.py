@@ -34,8 +34,8 @@ from lightning_grpo.weights.transport import (
 logger = logging.getLogger(__name__)
 
 FLUSH_WAIT_S = 0.02
-ATTEMPTS = 2
-"""A server that fails an update is tried once more, from the start, before it is given up."""
+ATTEMPTS = 3
+"""A server that fails an update is tried again so often, from the start, before it is given up."""
 
 
 class WeightPublisher:
@@ -161,7 +161,7 @@ class WeightPublisher:
         report.seconds["interrupt"] = time.monotonic() - started
 
     async def _bring(self, target: Target, report: PublishReport) -> None:
-        """Updates one server, with one more attempt; its failure is recorded, not raised."""
+        """Updates one server, in a few attempts; its failure is recorded, not raised."""
         client = target.client
         for attempt in range(ATTEMPTS):
             try:
@@ -185,7 +185,7 @@ class WeightPublisher:
         if self._interruption == "abort":
             await self._flush(client, report)
         target.expect(report.version, label)
-        refused = False
+        refusal: UpdateRefusedError | None = None
         try:
             await self._transfer(target, label, report)
         except UpdateRefusedError as error:
@@ -193,16 +193,20 @@ class WeightPublisher:
             if self._record is None:
                 raise
             logger.warning("%s; asking the probe", error)
-            refused = True
+            refusal = error
         async with report.phase("continue", timeout_s):
             await target.unpause()
         try:
             await self._probe(client, label, report)
-            if refused:
+            if refusal is not None:
                 await client.update_weight_version(label)
-        except (ServerError, WeightSyncError):
+        except (ServerError, WeightSyncError) as error:
             await _pause_again(target)
-            raise
+            if refusal is None:
+                raise
+            raise WeightSyncError(
+                f"{refusal} ({error}) Does it serve the model that is trained?"
+            ) from error
         if target.client is not client or not target.alive:
             raise WeightSyncError(f"{client.url} was lost while it was updated")
         report.updated.append(client.url)

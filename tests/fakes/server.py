@@ -63,6 +63,9 @@ class FakeServer:
     token_delay_s: float = 0.0
     seed: int = 0
     info: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    tokens: list[int] | None = None
+    lacks: tuple[str, ...] = ()
     faults: list[Fault] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -120,8 +123,10 @@ class FakeServer:
             "generate abort_request pause_generation continue_generation flush_cache"
             " update_weight_version update_weights_from_disk init_weights_update_group"
             " update_weights_from_distributed destroy_weights_update_group begin_weight_update"
-            " end_weight_update"
+            " end_weight_update tokenize"
         ).split():
+            if path in self.lacks:
+                continue
             app.router.add_post(f"/{path}", getattr(self, f"_{path}"))
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
@@ -145,6 +150,8 @@ class FakeServer:
     async def _faulty(self, request: web.Request, handler: Any) -> web.StreamResponse:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": {"message": "Unauthorized"}}, status=401)
+        if request.method == "OPTIONS":  # only asks whether there is such a path
+            return await handler(request)
         self.calls.append(request.path)
         fault = next((f for f in self.faults if f.path == request.path and f.times > 0), None)
         if fault is None:
@@ -179,7 +186,13 @@ class FakeServer:
         return web.Response()
 
     async def _model_info(self, request: web.Request) -> web.Response:
-        return web.json_response({"model_path": "fake", "weight_version": self.label})
+        said = {"model_path": "fake", "weight_version": self.label}
+        return web.json_response(said | self.model)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        if self.tokens is None:
+            return web.json_response({"error": {"message": "no tokenizer"}}, status=400)
+        return web.json_response({"tokens": self.tokens, "count": len(self.tokens)})
 
     async def _server_info(self, request: web.Request) -> web.Response:
         return web.json_response({"version": self.version, "tp_size": 1, **self.info})

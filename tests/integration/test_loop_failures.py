@@ -85,17 +85,18 @@ def test_a_failed_run_can_be_fitted_again(tiny_model, server, tmp_path):
 class Killer(Callback):
     """Kills the engine after some steps; slows the run down so that it is noticed in it."""
 
-    def __init__(self, data, after: tuple[int, ...]) -> None:
+    def __init__(self, data, after: tuple[int, ...], signum=signal.SIGKILL) -> None:
         self.data = data
         self.after = after
+        self.signal = signum
         self.pids: list[int] = []
         self.killed_at = 0.0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step in self.after:
-            (handle,) = self.data.servers.handles
+            handle = self.data.servers.handles[0]
             self.pids.append(handle.pid)
-            os.kill(handle.pid, signal.SIGKILL)
+            os.kill(handle.pid, self.signal)
             self.killed_at = time.monotonic()
 
 
@@ -117,3 +118,26 @@ def test_a_killed_engine_is_restarted_once_with_the_current_weights_then_the_run
     assert trainer.global_step >= 5
     # Between the two deaths the servers held the trainer's weights.
     assert max(m["mismatch/probe"] for m in recorder.metrics[3:]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_of_two_engines_that_is_killed_or_stopped_costs_no_prompt(tiny_model, tmp_path, signum):
+    steps, batch = 12, 4
+    data = make_data(
+        EmbeddedServers(num_servers=2),
+        prompts=make_prompts(steps * batch),
+        batch_size=batch,
+        max_staleness=1,
+    )
+    killer, recorder = Killer(data, after=(3,), signum=signum), Recorder()
+    trainer = make_trainer(tmp_path, max_steps=steps, callbacks=[killer, recorder])
+    trainer.fit(make_module(tiny_model), data)
+    assert len(killer.pids) == 1
+    ledger = data.session.state_dict()["producer"]["ledger"]["counts"]
+    assert ledger == {"trained": steps * batch}
+    rows = [g.prompt.row for b in recorder.batches for g in b.rollout.groups]
+    assert sorted(rows) == list(range(steps * batch))
+    assert max(m["mismatch/probe"] for m in recorder.metrics[1:]) < 1e-4
+    assert max(m["mismatch/abs_logprob_diff"] for m in recorder.metrics) < 1e-4

@@ -1,8 +1,9 @@
-"""Two servers, one killed at every point of an update in turn."""
+"""Two servers, one killed, or stopped, at every point of an update in turn."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.sglang.traffic import PROBE, MovingWeights, Traffic, largest_differen
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
-POLICY = HealthPolicy(interval_s=0.2, max_restarts=20)
+POLICY = HealthPolicy(interval_s=0.2, check_timeout_s=5.0, failed_checks=2, max_restarts=20)
 
 
 @pytest.fixture
@@ -34,10 +35,12 @@ def anyio_backend() -> str:
 
 
 @asynccontextmanager
-async def started(servers: OwnedServers, model: Path, run_dir: Path) -> AsyncIterator[KillingProxy]:
+async def started(
+    servers: OwnedServers, model: Path, run_dir: Path, signum: signal.Signals = signal.SIGKILL
+) -> AsyncIterator[KillingProxy]:
     (handle,) = await anyio.to_thread.run_sync(servers.start, str(model), run_dir)
     try:
-        async with KillingProxy(handle).listening() as proxy:
+        async with KillingProxy(handle, signum).listening() as proxy:
             yield proxy
     finally:
         await anyio.to_thread.run_sync(servers.stop)
@@ -50,12 +53,17 @@ async def until_routable(pool: ServerPool) -> None:
 
 
 async def run(
-    victim: OwnedServers, model: Path, tmp_path: Path, transport: Transport, points: list[str]
+    victim: OwnedServers,
+    model: Path,
+    tmp_path: Path,
+    transport: Transport,
+    points: list[str],
+    signum: signal.Signals = signal.SIGKILL,
 ) -> None:
     trainer = MovingWeights(model)
     transport.bind(Place(tmp_path, model, bucket_bytes=100_000))
     async with (
-        started(victim, model, tmp_path / "doomed") as doomed,
+        started(victim, model, tmp_path / "doomed", signum) as doomed,
         started(EmbeddedServers(), model, tmp_path / "other") as other,
     ):
 
@@ -107,6 +115,7 @@ async def run(
 DISK = ["/pause_generation", "/flush_cache", "/update_weights_from_disk", "/continue_generation"]
 # The first one is asked for in the first update only.
 GROUP = ["/init_weights_update_group", "/update_weights_from_distributed"]
+STOPPED_AT = ["/generate", "/update_weights_from_distributed"]
 
 
 @pytest.mark.timeout(200)
@@ -122,6 +131,23 @@ async def test_an_engine_killed_in_an_update_by_group_comes_back(
 ) -> None:
     transport = ProcessGroupTransport("gloo", 20.0)
     await run(EmbeddedServers(), model_folder, tmp_path, transport, GROUP[:1])
+
+
+@pytest.mark.timeout(300)
+async def test_an_engine_that_is_stopped_is_replaced_and_the_other_goes_on(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    transport = ProcessGroupTransport("gloo", 20.0)
+    await run(EmbeddedServers(), model_folder, tmp_path, transport, STOPPED_AT, signal.SIGSTOP)
+
+
+@pytest.mark.sglang
+@pytest.mark.timeout(1200)
+async def test_the_real_one_that_is_stopped_is_replaced_and_the_other_goes_on(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    transport = ProcessGroupTransport("gloo", 20.0)
+    await run(real_servers(), model_folder, tmp_path, transport, STOPPED_AT, signal.SIGSTOP)
 
 
 @pytest.mark.sglang

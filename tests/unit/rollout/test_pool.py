@@ -418,6 +418,27 @@ async def test_the_seed_goes_with_every_piece_of_a_completion():
         ),
         ({"info": {"vocab_size": 16}}, {"vocab_size": 17}, "vocabulary of 16, the trainer's"),
         ({"api_key": "secret"}, {}, "wants another API key"),
+        (
+            {"lacks": ("pause_generation",)},
+            {},
+            r"\(SGLang 0\.5\.19\) has no /pause_generation, .*at least 0\.5\.17",
+        ),
+        (
+            {"version": "0.0.0.dev1", "lacks": ("begin_weight_update", "end_weight_update")},
+            {},
+            r"has no /begin_weight_update, /end_weight_update",
+        ),
+        (
+            {"model": {"architectures": ["Qwen2ForCausalLM"]}},
+            {"architecture": "Qwen3ForCausalLM"},
+            "another model than the trainer's: Qwen2ForCausalLM instead of Qwen3ForCausalLM",
+        ),
+        (
+            {"tokens": [5, 9, 9], "model": {"tokenizer_path": "theirs"}},
+            {"sample": ("a text", (5, 6, 7))},
+            r"another tokenizer \('theirs'\) .*'a text'.*\[9, 9\] from token 1 on, .* \[6, 7\]",
+        ),
+        ({"tokens": [5]}, {"sample": ("a text", (5, 6))}, "another tokenizer"),
     ],
 )
 async def test_an_unfit_server_is_refused_at_the_start_by_name(server, requirements, message):
@@ -426,6 +447,23 @@ async def test_an_unfit_server_is_refused_at_the_start_by_name(server, requireme
         with pytest.raises(ConfigError, match=message) as error:
             await pool.start()
     assert fake.url in str(error.value)
+
+
+async def test_a_server_of_the_same_model_and_tokenizer_is_fit_and_so_is_one_that_cannot_say():
+    requirements = Requirements("run", architecture="Qwen3ForCausalLM", sample=("a text", (5, 6)))
+    same = {"model": {"architectures": ["Qwen3ForCausalLM"]}, "tokens": [5, 6]}
+    for settings in (same, {}):
+        async with pool_of(FakeServer(**settings), requirements=requirements) as pool:
+            assert pool.members[0].routable
+
+
+async def test_weights_of_other_sizes_are_refused_where_the_folder_can_be_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2}')
+    requirements = Requirements("run", shape={"hidden_size": 32, "num_hidden_layers": 2})
+    async with FakeServer(model={"model_path": str(tmp_path)}) as fake:
+        pool = ServerPool([fake], requirements, decode)
+        with pytest.raises(ConfigError, match="than the trainer's: hidden_size 64 instead of 32"):
+            await pool.start()
 
 
 async def test_a_url_where_nothing_listens_is_named():

@@ -14,7 +14,7 @@ from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.probe import Probe
 from lightning_grpo.weights.process_group import ProcessGroupTransport
-from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
+from lightning_grpo.weights.publisher import ATTEMPTS, SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place
 from tests.fakes.server import FakeServer, Fault, make_table, table_scores
 
@@ -197,7 +197,7 @@ async def test_a_server_that_dies_in_any_phase_leaves_the_other_this_and_the_nex
 
 
 @pytest.mark.parametrize("fault", ["error", "refuse", "drop"])
-async def test_a_passing_fault_is_overcome_by_the_second_attempt(tmp_path, transport, fault):
+async def test_a_passing_fault_is_overcome_by_another_attempt(tmp_path, transport, fault):
     path = (
         "/update_weights_from_disk"
         if isinstance(transport, DiskTransport)
@@ -219,7 +219,7 @@ async def test_a_hanging_update_ends_at_its_deadline_and_the_other_server_goes_o
         if isinstance(transport, DiskTransport)
         else "/update_weights_from_distributed"
     )
-    hanging, other = FakeServer(faults=[Fault(path, "hang", times=2)]), FakeServer()
+    hanging, other = FakeServer(faults=[Fault(path, "hang", times=ATTEMPTS)]), FakeServer()
     async with fleet(tmp_path, transport, hanging, other, timeout_s=0.5) as (pool, publisher):
         report = await publish(publisher, 1)
         assert report.updated == [other.url]
@@ -355,7 +355,7 @@ async def test_a_server_that_scores_to_the_last_bit_as_before_did_not_change(tmp
 
 
 async def test_without_a_probe_a_refusal_stands(tmp_path):
-    server = FakeServer(faults=[Fault("/update_weights_from_disk", "refuse", times=2)])
+    server = FakeServer(faults=[Fault("/update_weights_from_disk", "refuse", times=ATTEMPTS)])
     async with fleet(tmp_path, DiskTransport(), server, probe=None) as (_, publisher):
         with pytest.raises(ServersLostError, match="refused"):
             await publish(publisher, 1)
