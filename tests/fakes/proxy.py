@@ -12,6 +12,8 @@ import aiohttp
 from aiohttp import web
 from anyio.from_thread import start_blocking_portal
 
+from tests.fakes.listening import listen, stop_accepting
+
 
 class ForwardingProxy:
     """Hands every request on to the server at `target`; subclasses interfere in `answer`."""
@@ -43,12 +45,14 @@ class ForwardingProxy:
         app.router.add_route("*", "/{path:.*}", self._forward)
         runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self._port = runner.addresses[0][1]
+        listener = listen()
+        await web.SockSite(runner, listener).start()
+        self._port = listener.getsockname()[1]
         try:
             async with aiohttp.ClientSession() as self._session:
                 yield self
         finally:
+            await stop_accepting(listener)
             await runner.cleanup()
 
     async def _forward(self, request: web.Request) -> web.Response:

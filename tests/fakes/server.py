@@ -11,11 +11,14 @@ import asyncio
 import itertools
 import math
 import random
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
+from tests.fakes.listening import listen, stop_accepting
 
 VOCAB = 16
 Table = list[list[float]]
@@ -86,6 +89,7 @@ class FakeServer:
         self.unpaused = asyncio.Event()
         self.unpaused.set()
         self._runner: web.AppRunner | None = None
+        self._listener: socket.socket | None = None
         self._hangs = asyncio.Event()
 
     # What the pool calls a handle.
@@ -130,9 +134,9 @@ class FakeServer:
             app.router.add_post(f"/{path}", getattr(self, f"_{path}"))
         self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        self._listener = listen(self.port)
+        await web.SockSite(self._runner, self._listener).start()
+        self.port = self._listener.getsockname()[1]
 
     async def kill(self) -> None:
         """Closes the socket and every connection, as when the process dies."""
@@ -140,6 +144,8 @@ class FakeServer:
         self.group = None
         if self._runner is not None:
             runner, self._runner = self._runner, None
+            assert self._listener is not None
+            await stop_accepting(self._listener)
             if runner.server is not None:
                 for connection in list(runner.server.connections):
                     if connection.transport is not None:
