@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _BEAT_S = 0.1
+_LOOP_LOST = "the rollouts' event loop was ended from outside, or by a SystemExit in it."
 
 Build = Callable[[], AbstractAsyncContextManager[RolloutProducer]]
 
@@ -94,14 +96,16 @@ class RolloutService:
 
     def run(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> Future[_T]:
         """Run a coroutine function on the loop."""
-        return self._running().start_task_soon(self._until_ended, function, *arguments)
+        running = self._submit(self._until_ended, function, *arguments)
+        outcome: Future[_T] = Future()
+        running.add_done_callback(lambda done: self._pass_on(done, outcome))
+        return outcome
 
     def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Run a quick function on the loop and wait: nothing else runs there meanwhile."""
-        portal = self._running()
-        if self._producer is None:
+        if self._portal is not None and self._producer is None:
             raise self._why_ended()
-        return portal.call(function, *arguments)
+        return self._submit(function, *arguments).result()
 
     def advance(self, version: int) -> None:
         """The servers have new weights."""
@@ -137,6 +141,8 @@ class RolloutService:
                 error = self._main_task.exception()
                 if error is not None:
                     logger.debug("the rollouts had ended with %r", error)
+        except (RuntimeError, CancelledError) as error:
+            logger.debug("the event loop had ended: %s", error)
         finally:
             thread.__exit__(None, None, None)
 
@@ -195,13 +201,26 @@ class RolloutService:
             await self._ended.wait()
         scope.cancel()
 
-    def _running(self) -> BlockingPortal:
+    def _pass_on(self, done: Future[_T], outcome: Future[_T]) -> None:
+        if done.cancelled():  # with the loop itself
+            outcome.set_exception(RolloutError(_LOOP_LOST))
+        elif (error := done.exception()) is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(done.result())
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         if self._portal is None:
             raise self._why_ended()
-        return self._portal
+        try:
+            return self._portal.start_task_soon(function, *arguments)
+        except RuntimeError as error:  # of a portal whose loop is ending, or has ended
+            raise RolloutError(_LOOP_LOST) from error
 
     def _why_ended(self) -> BaseException:
         failure = self._failure
         while isinstance(failure, BaseExceptionGroup) and len(failure.exceptions) == 1:
             failure = failure.exceptions[0]
+        if isinstance(failure, asyncio.CancelledError | SystemExit):
+            return RolloutError(_LOOP_LOST)
         return failure or RolloutError("the rollouts are not running.")

@@ -125,7 +125,8 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("place", ["wait", "step"])
-@pytest.mark.parametrize(("culprit", "name"), [(0, "SIGSTOP"), (1, "SIGKILL")])
+@pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
+@pytest.mark.parametrize("culprit", [0, 1])
 def test_a_lost_rank_is_named_the_other_ends_and_no_server_stays(
     tiny_model, tmp_path, place, culprit, name
 ):

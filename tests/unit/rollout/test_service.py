@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -156,3 +157,26 @@ def test_a_loop_that_was_held_up_says_for_how_long(running):
     service.call(anyio.lowlevel.current_token)
     time.sleep(0.15)
     assert service.lag_s() > 0.15
+
+
+def test_a_loop_whose_thread_is_killed_says_so_to_who_waits_and_to_who_asks(running):
+    loops = []
+
+    async def never():
+        loops.append(threading.get_ident())
+        await anyio.sleep_forever()
+
+    service = start(running)
+    waiting = service.run(never)
+    while not loops:
+        time.sleep(0.01)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(loops[0]), ctypes.py_object(SystemExit)
+    )
+    with pytest.raises(RolloutError, match="event loop was ended from outside"):
+        waiting.result(timeout=30)
+    with pytest.raises(RolloutError, match="event loop was ended from outside"):
+        service.call(list)
+    with pytest.raises(RolloutError, match="event loop was ended from outside"):
+        service.take()
+    service.close()
