@@ -38,7 +38,8 @@ def default_loggers(root: Path, version: int | None = None) -> list[Logger]:
         root: The folder of the run's versions.
         version: The version to go on with; None starts a new one.
     """
-    csv = CSVLogger(root, name="", version=version)
+    # Every row at once: a run that is killed keeps its curve.
+    csv = CSVLogger(root, name="", version=version, flush_logs_every_n_steps=1)
     if version is not None:
         _keep_metrics(Path(csv.log_dir))
     loggers: list[Logger] = [csv]

@@ -2,110 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
-from tests.fakes.ranks import ROOT
+from tests.fakes.fit_process import started, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-REWARD = """
-def reward(completion):
-    return float(sum(map(ord, completion)) % 2)
-"""
-
-
-def write_config(folder: Path, model: Path) -> None:
-    rows = "".join(f'{{"question": "What is {i} + {i}?"}}\n' for i in range(50))
-    (folder / "train.jsonl").write_text(rows)
-    (folder / "mine.py").write_text(REWARD)
-    config = {
-        "trainer": {"accelerator": "cpu", "max_steps": 100_000},
-        "model": {"model": str(model)},
-        "data": {
-            "prompts": {"path": "train.jsonl", "column": "question"},
-            "workflow": {
-                "class_path": "lightning_grpo.RLVRWorkflow",
-                "init_args": {"reward": "mine.reward", "sampling": {"max_new_tokens": 6}},
-            },
-            "servers": "lightning_grpo.EmbeddedServers",
-            "batch_size": 2,
-            "group_size": 2,
-        },
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-
-
-class Fit:
-    """`lightning-grpo fit` in a session of its own, with everything that it starts."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.folder = folder
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with (folder / "out").open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "lightning_grpo.cli.main", "fit", "--config", "tiny.yaml",
-                 *arguments],
-                cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        self.family: set[psutil.Process] = set()
-
-    @property
-    def output(self) -> str:
-        return (self.folder / "out").read_text(errors="replace")
-
-    @property
-    def tail(self) -> str:
-        return self.output[-1500:]
-
-    def wait_for(self, text: str, timeout_s: float = 100.0) -> None:
-        end = time.monotonic() + timeout_s
-        while not re.search(text, self.output):
-            assert time.monotonic() < end, self.tail
-            assert self.process.poll() is None, self.tail
-            time.sleep(0.05)
-        self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
-
-    def end(self, *signals: int, pause_s: float = 0.3) -> tuple[int, float]:
-        """Send signals; exit status, and seconds since the last one."""
-        for index, number in enumerate(signals):
-            if index:
-                time.sleep(pause_s)
-            self.process.send_signal(number)
-        sent = time.monotonic()
-        status = self.process.wait(timeout=60)
-        return status, time.monotonic() - sent
-
-    def survivors(self, timeout_s: float = 10.0) -> list[psutil.Process]:
-        """What it started and left behind; a moment is granted to the engine's supervisor."""
-        _, alive = psutil.wait_procs(self.family, timeout=timeout_s)
-        return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
-
-
-@contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[Fit]:
-    fit = Fit(folder, *arguments)
-    try:
-        yield fit
-    finally:
-        if fit.process.poll() is None:
-            os.killpg(fit.process.pid, signal.SIGKILL)
-            fit.process.wait()
-        for process in fit.survivors(timeout_s=5.0):
-            process.kill()
 
 
 def test_ctrl_c_saves_and_prints_the_command_that_goes_on(tiny_model, tmp_path):
