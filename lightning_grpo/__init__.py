@@ -76,6 +76,7 @@ _HOME = {
     "lightning_grpo.servers.embedded": ("EmbeddedServers",),
     "lightning_grpo.servers.running": ("RunningServers",),
     "lightning_grpo.servers.sglang": ("SGLangServers",),
+    "lightning_grpo.servers.ray": ("RayServers",),
     "lightning_grpo.servers.slurm": ("SlurmServers",),
     "lightning_grpo.strategies.checkpoints": ("AtomicCheckpointIO",),
     "lightning_grpo.strategies.fsdp2": ("FSDP2Strategy",),
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from lightning_grpo.rollout.prompts import Prompts as Prompts
     from lightning_grpo.rollout.workflow import RLVRWorkflow as RLVRWorkflow
     from lightning_grpo.servers.embedded import EmbeddedServers as EmbeddedServers
+    from lightning_grpo.servers.ray import RayServers as RayServers
     from lightning_grpo.servers.running import RunningServers as RunningServers
     from lightning_grpo.servers.sglang import SGLangServers as SGLangServers
     from lightning_grpo.servers.slurm import SlurmServers as SlurmServers

@@ -7,9 +7,9 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.launch.job import Job
 
 WARNING_S = 120
 """Slurm warns with SIGUSR1 so long before the time limit: time to save and to be requeued."""
@@ -18,42 +18,16 @@ _SLURM_SERVERS = "lightning_grpo.SlurmServers"
 
 
 @dataclass(frozen=True)
-class SlurmJob:
-    """What is asked of Slurm and of `lightning-grpo fit`.
+class SlurmJob(Job):
+    """What is asked of Slurm.
 
     Attributes:
-        program: The command line up to `lightning-grpo`'s own arguments.
-        fit: `--config ...` and other options of `fit`.
-        servers: Class and arguments of the servers that the config names.
-        train_nodes: Nodes with trainer ranks.
-        server_nodes: Nodes with servers; 0: the first trainer node serves, as without Slurm.
-        ranks_per_node: Trainer ranks on each node.
-        gpus_per_node: GPUs to ask for on every node; 0 asks for none.
-        name: Of the job.
-        folder: Where the job's runs, logs and messages go; shared by all nodes.
         setup: Shell lines before anything is run.
         directives: Further `#SBATCH --key=value` lines (partition, account, qos, time, ...).
     """
 
-    program: Sequence[str]
-    fit: Sequence[str]
-    servers: Mapping[str, Any]
-    train_nodes: int = 1
-    server_nodes: int = 1
-    ranks_per_node: int = 1
-    gpus_per_node: int = 0
-    name: str = "grpo"
-    folder: str = "runs"
     setup: Sequence[str] = ()
     directives: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        least = {"train_nodes": 1, "server_nodes": 0, "ranks_per_node": 1, "gpus_per_node": 0}
-        for name, smallest in least.items():
-            if vars(self)[name] < smallest:
-                option = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"`{option}` must be >= {smallest}, got {vars(self)[name]}.")
 
 
 def job_script(job: SlurmJob) -> str:
@@ -109,12 +83,7 @@ def _body(job: SlurmJob) -> list[str]:
         "export PYTHONUNBUFFERED=1",
     ]
     program = shlex.join(job.program)
-    fit = [
-        *job.fit,
-        *("--trainer.num_nodes", str(job.train_nodes)),
-        *("--trainer.devices", str(job.ranks_per_node)),
-    ]
-    command = f'{program} fit {shlex.join(fit)} --trainer.default_root_dir "$run"'
+    command = f'{program} fit {shlex.join(job.fit_options())} --trainer.default_root_dir "$run"'
     ranks = job.train_nodes * job.ranks_per_node
     step = (
         f"srun --nodes={job.train_nodes} --ntasks={ranks} "
@@ -134,7 +103,7 @@ def _body(job: SlurmJob) -> list[str]:
         "# servers",
         f"srun --nodes={job.server_nodes} --ntasks={job.server_nodes} --ntasks-per-node=1 "
         f"--relative={job.train_nodes} --exact \\",
-        f'  {program} launch slurm-node --folder "$mail" &',
+        f'  {program} launch server-node --folder "$mail" &',
         "servers=$!",
         "",
         "# trainer",

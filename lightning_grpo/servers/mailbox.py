@@ -98,7 +98,7 @@ class TrainerMailbox:
             if time.monotonic() > deadline:
                 raise ServerStartError(
                     f"server node {missing[0]} did not appear in {self._folder} within "
-                    f"{timeout_s:g} s. Each needs `lightning-grpo launch slurm-node`; the folder "
+                    f"{timeout_s:g} s. Each needs `lightning-grpo launch server-node`; the folder "
                     "must be the same, on a file system that all nodes share."
                 )
             time.sleep(POLL_S)

@@ -60,6 +60,7 @@ class ServerNode:
             self._stop()
             self._servers = build_servers(arguments["servers"])
             self._servers.host = self._host
+            self._servers.dedicated = True
             run_dir = Path(arguments["run_dir"]) / f"node-{self._node}"
             return self._servers.start(arguments["model_path"], run_dir)
         if what == "restart" and self._servers is not None:

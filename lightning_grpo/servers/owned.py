@@ -18,10 +18,12 @@ class OwnedServers(Servers):
 
     Attributes:
         host: The name or address that the servers listen on.
+        dedicated: Whether the machine is for servers alone: nobody trains on its GPUs.
         start_timeout_s: How long all of them may take to answer.
     """
 
     host = "127.0.0.1"
+    dedicated = False
     start_timeout_s: float
 
     def __init__(self) -> None:

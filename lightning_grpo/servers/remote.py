@@ -1,4 +1,4 @@
-"""Servers on other nodes of the same Slurm job, reached through a folder that all nodes share."""
+"""Servers on other nodes of the same job, reached through a folder that all nodes share."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from lightning_grpo.servers.sglang import SGLangServers
 STOP_TIMEOUT_S = 30.0
 
 
-class SlurmServers(Servers):
+class NodeServers(Servers):
     """Has each server node of the job start servers, and brings their URLs to the trainer.
 
-    On each server node runs `lightning-grpo launch slurm-node --folder FOLDER`, which starts what
-    it is asked to and ends it with the job step; `lightning-grpo launch slurm` writes a job script
-    that does so.
+    On each server node runs `lightning-grpo launch server-node --folder FOLDER`, which starts what
+    it is asked to and ends it with itself.
 
     Args:
         num_nodes: Server nodes.
-        folder: Shared by all nodes; a new one for each job, and each time it is requeued.
+        folder: Shared by all nodes; a new one for each job, and each time it is begun again.
         servers: What every server node starts; None is `SGLangServers()`.
         connect_timeout_s: How long the nodes may take to appear.
     """
@@ -95,7 +94,7 @@ class SlurmServers(Servers):
         return self._handles[at][1]
 
     def stop(self) -> None:
-        """Has every node end its servers; the nodes themselves end with their job step."""
+        """Has every node end its servers; the nodes themselves end with their job."""
         self._stopping.set()
         if self._mailbox is not None:
             self._stop_nodes()

@@ -130,7 +130,8 @@ class SGLangServers(OwnedServers):
         if on_cpu:
             return [()] * (self.num_servers or 1), False
         present = present_devices()
-        devices = self.devices if self.devices is not None else serving_devices(present)
+        ours = present if self.dedicated else serving_devices(present)
+        devices = self.devices if self.devices is not None else ours
         if not devices:
             raise ConfigError(
                 "`servers.devices`: SGLangServers needs a GPU and there is none here. Use"
@@ -145,7 +146,7 @@ class SGLangServers(OwnedServers):
                 f" {self.num_servers} x {self.tp} for GPUs {devices}."
             )
         groups = [tuple(devices[i * self.tp : (i + 1) * self.tp]) for i in range(num_servers)]
-        return groups, len(present) == 1
+        return groups, len(present) == 1 and not self.dedicated
 
     def _check(self) -> None:
         if self.num_servers is not None and self.num_servers < 1:

@@ -39,7 +39,7 @@ def test_servers_and_ranks_are_on_different_nodes_and_the_configs_own_servers_st
 
 def test_without_server_nodes_the_run_starts_its_servers_itself():
     script = job_script(job(server_nodes=0))
-    assert "slurm-node" not in script
+    assert "server-node" not in script
     assert "SlurmServers" not in script
 
 

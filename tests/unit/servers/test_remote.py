@@ -14,8 +14,8 @@ from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.servers.mailbox import END, NodeMailbox, TrainerMailbox
 from lightning_grpo.servers.node import ServerNode, build_servers
+from lightning_grpo.servers.remote import NodeServers, describe_servers
 from lightning_grpo.servers.sglang import SGLangServers
-from lightning_grpo.servers.slurm import SlurmServers, describe_servers
 from lightning_grpo.servers.waiting import answers
 from tests.fakes.tiny_model import make_tiny_model
 
@@ -41,7 +41,7 @@ def test_every_node_starts_restarts_and_ends_its_servers_and_leaves_at_the_end(t
     disable_progress_bar()  # its monitor thread would outlive the test
     model = make_tiny_model(tmp_path / "model", num_layers=1)
     folder = tmp_path / "nodes"
-    servers = SlurmServers(2, str(folder), EmbeddedServers(), connect_timeout_s=30)
+    servers = NodeServers(2, str(folder), EmbeddedServers(), connect_timeout_s=30)
     with nodes(folder, 2) as threads:
         handles = servers.start(str(model), tmp_path / "run")
         assert len(handles) == len({h.url for h in handles}) == 2
@@ -62,7 +62,7 @@ def test_every_node_starts_restarts_and_ends_its_servers_and_leaves_at_the_end(t
 
 
 def test_a_server_that_does_not_start_is_told_with_the_node_and_its_log(tmp_path):
-    servers = SlurmServers(1, str(tmp_path), EmbeddedServers(), connect_timeout_s=30)
+    servers = NodeServers(1, str(tmp_path), EmbeddedServers(), connect_timeout_s=30)
     with nodes(tmp_path, 1), pytest.raises(ServerStartError, match=r"on server node 0: .*\n.*log"):
         servers.start(str(tmp_path / "no-model"), tmp_path / "run")
     servers.stop()
@@ -95,4 +95,4 @@ def test_servers_are_described_and_built_again():
 
 def test_no_nodes_at_all_are_refused():
     with pytest.raises(ConfigError, match="`num_nodes` must be >= 1, got 0"):
-        SlurmServers(0)
+        NodeServers(0)
