@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -46,6 +47,14 @@ def default_loggers(root: Path, version: int | None = None) -> list[Logger]:
     if RequirementCache("tensorboard"):
         loggers.append(TensorBoardLogger(root, name="", version=csv.version))
     return loggers
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the folder of a run that never began: loggers have made it, and nothing is in it."""
+    empty = [folder / _METRICS, folder / "config.yaml", folder / "hparams.yaml"]
+    made = set(folder.glob("events.out.tfevents.*")) | set(empty)
+    if folder.is_dir() and set(folder.iterdir()) <= made:
+        shutil.rmtree(folder)
 
 
 def _keep_metrics(folder: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -22,7 +23,13 @@ from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import set_one_thread_default, silence_jsonargparse
 from lightning_grpo.cli.problem import ConfigProblem, nearest
 from lightning_grpo.cli.refusals import condense, locate
-from lightning_grpo.cli.runs import RUNS, default_loggers, last_checkpoint, version_of
+from lightning_grpo.cli.runs import (
+    RUNS,
+    default_loggers,
+    last_checkpoint,
+    remove_unused,
+    version_of,
+)
 from lightning_grpo.cli.sources import Setting
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
@@ -128,6 +135,16 @@ class GRPOCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="The dirpath has changed")
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; a run that is refused leaves no folder."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (ConfigError, MisconfigurationException):
+            csv = next((each for each in self.trainer.loggers if isinstance(each, CSVLogger)), None)
+            if csv is not None and self._version is None and self.trainer.is_global_zero:
+                remove_unused(Path(csv.log_dir))
+            raise
+
     def _refuse_unknown_strategy(self, name: Any) -> None:
         """Lightning's own message lists no strategy that was registered."""
         known = ["auto", *StrategyRegistry.available_strategies()]
@@ -135,6 +152,15 @@ class GRPOCLI(LightningCLI):
             place = self._settings.value["trainer"].value["strategy"].where
             rule = f"`{name}` is not a registered strategy"
             raise ConfigProblem("trainer.strategy", rule, place, nearest(name, known))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the run's config beside it; not which checkpoint one of its starts went on from."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        config = config.clone()
+        config.ckpt_path = None
+        super().__init__(parser, config, **kwargs)
 
 
 def _share_gpus(config: Any) -> None:
@@ -198,6 +224,7 @@ def run_cli(
             subclass_mode_model=True,
             auto_configure_optimizers=False,
             trainer_defaults=dict(TRAINER_DEFAULTS),
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_class=StrictParser,
         )

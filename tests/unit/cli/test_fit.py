@@ -116,6 +116,20 @@ def test_a_run_leaves_its_config_and_metrics_in_one_folder(run, tmp_path):
     assert list((folder / "checkpoints").glob("*.ckpt"))
 
 
+class Refusing(Recorder):
+    def setup(self, stage: str) -> None:
+        raise ConfigError("`group_size` must be something else, got 4. Way out.")
+
+
+def test_a_run_that_is_refused_leaves_no_folder_and_no_other_run_s(run, tmp_path):
+    run()
+    configs, options = split_configs(["--config", "small.yaml"])
+    with pytest.raises(ConfigProblem, match="must be something else"):
+        run_cli("fit", configs, options, collect(configs, options), GRPOModule, Refusing)
+    assert [path.name for path in (tmp_path / "runs" / "small").iterdir()] == ["version_0"]
+    assert (tmp_path / "runs" / "small" / "version_0" / "config.yaml").exists()
+
+
 def test_a_second_run_gets_a_folder_of_its_own(run, tmp_path):
     run()
     run()
@@ -150,6 +164,8 @@ def test_a_run_goes_on_from_its_last_checkpoint_in_its_own_folder(run, tmp_path)
     )  # fmt: skip
     assert module.trainer.global_step == 4
     folder = tmp_path / "runs" / "small" / "version_0"
+    # A replay of this folder, or a run of its config, begins at the beginning.
+    assert yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"] is None
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
     steps = {}
     for name in ("metrics-0.csv", "metrics.csv"):
