@@ -2,7 +2,7 @@
 
 Lightning's own handlers act inside the signal: they broadcast (two ranks then wait for each other
 for good) or save a checkpoint between any two bytecodes. Ours take their place from
-`on_train_start` to the end of the fit.
+`on_train_start` to the end of the fit; before, and under `validate`, SIGTERM raises (`EarlyStop`).
 
 Exit status, when nothing catches `StopRun`: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1
 (rank 0; the other ranks end with 0). A second SIGINT or SIGTERM exits at once, with the same
@@ -11,10 +11,12 @@ numbers.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from subprocess import Popen
 from typing import Any
 
 import lightning as L
@@ -22,7 +24,12 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_grpo._compat import cluster_environment, hpc_checkpoint_path
+from lightning_grpo._compat import (
+    cluster_environment,
+    hpc_checkpoint_path,
+    launched_processes,
+)
+from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.callbacks.stop_flag import StopFlag
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import StopRun
@@ -64,6 +71,7 @@ class SignalHandling(Callback):
 
     def __init__(self) -> None:
         self.flag = StopFlag()
+        self._early = EarlyStop()
         self._channel = RankChannel.single()
         self._save: Callable[[L.Trainer], str] = save_for_resume
         self._requeue: Callable[[L.Trainer], None] = requeue_slurm_job
@@ -102,6 +110,10 @@ class SignalHandling(Callback):
         """The name of the signal that this rank got."""
         return self.flag.requested or None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Until training begins SIGTERM ends the run as an exception does."""
+        self._early.install()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from Lightning's handlers, which were registered just before."""
         assert trainer.world_size == self._channel.world_size, "connect() was not called"
@@ -135,28 +147,43 @@ class SignalHandling(Callback):
                 cause = self._channel.report_failure(exception)
                 if cause is not None and cause is not exception:
                     _LOG.error("the cause lies elsewhere: %s", cause)
-            elif self.flag.installed and not self._saved_to:
+            elif not self.flag.installed:
+                end_with_this_process(launched_processes(trainer).values())
+            elif not self._saved_to:
                 exception.args = (self._stop(trainer, signal.Signals(exception.signal).name),)
                 exception.saved_to = self._saved_to
         finally:
             self.flag.uninstall(exit_on_signal=True)
+            self._early.uninstall()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
         self.flag.uninstall()
+        self._early.uninstall()
 
     def _stop(self, trainer: L.Trainer, name: str) -> str:
         self._channel.beat("saving a checkpoint", deadline_s=600.0)
         self._saved_to = self._save(trainer)
+        age_s = self.flag.age_s
+        after = "" if age_s is None else f" ({age_s:.1f} s after the signal)"
         message = (
             f"{name}: stopped at step {trainer.global_step}, saved {self._saved_to}; "
-            f"resume with ckpt_path={self._saved_to!r}"
+            f"resume with ckpt_path={self._saved_to!r}{after}"
         )
         rank_zero_info(message)
         requeues = name in ("SIGUSR1", *_requeue_signal(trainer))
         if requeues and self._channel.rank == 0:
             self._requeue(trainer)
         return message
+
+
+def end_with_this_process(ranks: Iterable[Popen[bytes]]) -> None:
+    """End the ranks that this process started when it ends: they would wait for it.
+
+    Not before: Lightning ends this process on the spot when one of them ends with an error.
+    """
+    for process in ranks:
+        atexit.register(process.kill)
 
 
 def _slurm(trainer: L.Trainer) -> SLURMEnvironment | None:

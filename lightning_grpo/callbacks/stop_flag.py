@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._came: set[str] = set()
+        self._first_at: float | None = None
         self._saved: dict[signal.Signals, Any] = {}
         self._old_wakeup = -1
         self._sockets: tuple[socket.socket, socket.socket] | None = None
@@ -35,6 +37,11 @@ class StopFlag:
         return most_urgent(tuple(self._came))
 
     @property
+    def age_s(self) -> float | None:
+        """Seconds since the first signal; None if there was none."""
+        return None if self._first_at is None else time.monotonic() - self._first_at
+
+    @property
     def installed(self) -> bool:
         """Whether the handlers are in place."""
         return self._sockets is not None
@@ -43,7 +50,7 @@ class StopFlag:
         """Take over these signals, with the flag down; only the main thread can."""
         if self.installed or threading.current_thread() is not threading.main_thread():
             return
-        self._came = set()
+        self._came, self._first_at = set(), None
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._sockets = (reader, writer)
@@ -81,6 +88,7 @@ class StopFlag:
         self._saved = {}
 
     def _raise_flag(self, signum: int, frame: FrameType | None) -> None:
+        self._first_at = self._first_at or time.monotonic()
         self._came.add(signal.Signals(signum).name)
 
     def _read(self, reader: socket.socket, signals: set[signal.Signals]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.sources import collect
 from lightning_grpo.errors import ConfigError
@@ -39,6 +40,18 @@ def run_trainer(
         argv: The command's options.
         data_class: Imports the data module that the config's `data` describes.
     """
+    early = EarlyStop()
+    early.install()
+    try:
+        _run(command, argv, data_class)
+    finally:
+        early.uninstall()
+    return 0
+
+
+def _run(
+    command: str, argv: Sequence[str], data_class: Callable[[], type[RolloutDataModule]]
+) -> None:
     configs, options = split_configs(argv)
     settings = collect(configs, options)
     # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
@@ -47,7 +60,6 @@ def run_trainer(
     from lightning_grpo.module import GRPOModule
 
     run_cli(command, configs, options, settings, GRPOModule, data_class())
-    return 0
 
 
 def split_configs(argv: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:

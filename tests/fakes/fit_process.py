@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,12 +69,31 @@ class Fit:
     def tail(self) -> str:
         return self.output[-1500:]
 
-    def wait_for(self, text: str, timeout_s: float = 100.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 100.0) -> None:
         end = time.monotonic() + timeout_s
-        while not re.search(text, self.output):
+        while not condition():
             assert time.monotonic() < end, self.tail
             assert self.process.poll() is None, self.tail
-            time.sleep(0.05)
+            time.sleep(0.02)
+
+    def wait_for_child(self, words: str) -> None:
+        """Until something that it has started has these words in its command line."""
+
+        def is_there() -> bool:
+            self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+            running = [p for p in self.family if p.is_running() and p.status() != "zombie"]
+            return any(words in " ".join(p.cmdline()) for p in running)
+
+        self.wait_until(is_there)
+
+    def handles(self, number: signal.Signals) -> bool:
+        """Whether the process has a handler of its own for a signal."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = int(re.search(r"SigCgt:\s*([0-9a-f]+)", status)[1], 16)
+        return bool(caught >> (number - 1) & 1)
+
+    def wait_for(self, text: str, timeout_s: float = 100.0) -> None:
+        self.wait_until(lambda: re.search(text, self.output) is not None, timeout_s)
         self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
 
     def kill_everything(self) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import signal
-import time
 
-import psutil
 import pytest
 
 from tests.fakes.fit_process import started, write_config
@@ -56,18 +54,32 @@ def test_a_second_ctrl_c_ends_at_once_and_nothing_is_left(tiny_model, tmp_path):
         assert not fit.survivors()
 
 
-def test_ctrl_c_while_servers_start_ends_the_run_and_them(tiny_model, tmp_path):
+TWO_RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+
+@pytest.mark.parametrize("ranks", [(), TWO_RANKS])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_servers_start_ends_the_run_and_them(
+    tiny_model, tmp_path, ranks, number, status
+):
     write_config(tmp_path, tiny_model)
-    with started(tmp_path) as fit:
-        end = time.monotonic() + 50
-        while not fit.family and time.monotonic() < end:
-            fit.family |= set(psutil.Process(fit.process.pid).children(recursive=True))
-            time.sleep(0.02)
-        assert fit.family, fit.tail
-        status, _ = fit.end(signal.SIGINT)
-        assert status == 130, fit.tail
+    with started(tmp_path, *ranks) as fit:
+        # An engine is starting; where there are two ranks, the second one is, too.
+        fit.wait_for_child("lightning_grpo.engine")
+        found, took_s = fit.end(number)
+        assert found == status, fit.tail
+        assert took_s < 30
         assert not fit.survivors()
         assert "Traceback" not in fit.output
+
+
+def test_sigterm_before_anything_is_loaded_ends_the_run(tiny_model, tmp_path):
+    write_config(tmp_path, tiny_model)
+    with started(tmp_path) as fit:
+        fit.wait_until(lambda: fit.handles(signal.SIGTERM))
+        status, _ = fit.end(signal.SIGTERM)
+        assert status == 143, fit.tail
+        assert fit.output == "stopped: SIGTERM outside of training: nothing was saved\n"
 
 
 def test_a_killed_trainer_takes_its_servers_with_it(tiny_model, tmp_path):

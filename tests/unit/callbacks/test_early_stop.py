@@ -1,0 +1,53 @@
+"""SIGTERM before training: an exception once, the default action afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lightning_grpo.callbacks.early_stop import EarlyStop
+from lightning_grpo.errors import StopRun
+
+
+@pytest.fixture(autouse=True)
+def handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_signal_raises_once_with_its_exit_status():
+    early = EarlyStop()
+    early.install()
+    with pytest.raises(StopRun, match="SIGTERM outside of training") as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    early.uninstall()
+
+
+def test_what_was_given_back_and_a_handler_of_others_are_left_alone():
+    early = EarlyStop()
+    early.install()
+    early.uninstall()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    early.install()
+    early.uninstall()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_a_handler_that_somebody_brings_back_later_acts_as_the_default():
+    program = (
+        "import os, signal; from lightning_grpo.callbacks.early_stop import EarlyStop as E;"
+        "e = E(); e.install(); kept = signal.getsignal(15); e.uninstall(); signal.signal(15, kept);"
+        "os.kill(os.getpid(), 15); print('still here')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "", "")
