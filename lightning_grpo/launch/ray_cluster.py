@@ -250,20 +250,22 @@ class RayRun:
             self._look(nodes)
             failed = next((node for node in nodes if node.failure), None)
             if self._stop.signal:
-                self._end_in_order(nodes, trainers)
+                self._end_in_order(nodes, trainers, self._stop.signal)
                 return Outcome(trainers[0].status or 128 + self._stop.signal)
             if failed is not None:
                 said = failed.failure
-                self._end_in_order(nodes, trainers)
+                self._end_in_order(nodes, trainers, signal.SIGTERM)
                 return Outcome(failed.status or _FAILED, said)
             if all(node.ended for node in trainers):
                 return Outcome(0)
             time.sleep(POLL_S)
 
-    def _end_in_order(self, nodes: Sequence[WatchedNode], trainers: Sequence[WatchedNode]) -> None:
+    def _end_in_order(
+        self, nodes: Sequence[WatchedNode], trainers: Sequence[WatchedNode], number: int
+    ) -> None:
         """Let the ranks that are left save the last boundary and leave."""
         for node in trainers:
-            node.signal(signal.SIGTERM)
+            node.signal(number)
         deadline = time.monotonic() + SAVE_S
         while not all(node.ended for node in trainers) and time.monotonic() < deadline:
             self._look(nodes)
