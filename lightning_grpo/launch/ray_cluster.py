@@ -204,8 +204,8 @@ class RayRun:
             ray_util.remove_placement_group(group)
 
     def _await_room(self, group: Any) -> None:
-        deadline = time.monotonic() + self._wait_s
-        while not self._ray.wait([group.ready()], timeout=POLL_S)[0]:
+        deadline, ready = time.monotonic() + self._wait_s, group.ready()
+        while not self._ray.wait([ready], timeout=POLL_S)[0]:
             if time.monotonic() < deadline and not self._stop.signal:
                 continue
             job, alive = self.job, [node for node in self._ray.nodes() if node["Alive"]]

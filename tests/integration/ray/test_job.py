@@ -139,14 +139,8 @@ def test_ranks_on_two_nodes_train_together_and_one_that_is_killed_ends_the_run(l
 def test_a_lost_machine_is_named_and_another_one_takes_its_place(launch, cluster):
     job = launch("--trainer.max_steps", "10", "--max-restarts", "1", *SAVE)
     job.wait_for(r"step +4/10")
-    server = job.processes("server-node")[0]
-    lost = next(
-        n for n, p in enumerate(cluster.nodes) if server in psutil.Process(p.pid).children(True)
-    )
-    if lost == 0:
-        pytest.skip("Ray has put the server on the head node, without which there is no cluster")
-    cluster.kill(lost)
-    job.wait_for("server-0 was lost: ")
+    cluster.kill(1)  # Ray has put the trainer there, or the server
+    job.wait_for("(server|train)-0 was lost: ")
     cluster.add(f"--address={cluster.address}")
     assert job.end() == 0, job.output[-4000:]
     assert "restart 1 of 1" in job.output
