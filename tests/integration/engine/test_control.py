@@ -1,4 +1,4 @@
-"""Pausing, aborting and changing weights while requests are in flight."""
+"""What the engine promises of pauses and updates beyond what SGLang does (see ../conformance)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from tests.fakes.engine_process import EngineProcess
 
 PROMPT = [10, 40, 99, 7, 300]
 LONG = {"max_new_tokens": 1500, "ignore_eos": True, "sampling_seed": 4}
-
-
-def full_logprobs(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Logprob of each token after the first, by one pass over the whole sequence."""
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-
-
-def sampled(reply: dict[str, Any]) -> torch.Tensor:
-    """The logprobs of a reply."""
-    return torch.tensor([entry[0] for entry in reply["meta_info"]["output_token_logprobs"]])
 
 
 def launch(engine: EngineProcess, count: int = 3, tokens: int = 60) -> Future[Any]:
@@ -44,34 +30,6 @@ def greedy(engine: EngineProcess) -> list[int]:
     """What the weights in place say, which no two random models share."""
     sampling = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
     return list(engine.generate(PROMPT, sampling=sampling)["output_ids"])
-
-
-def test_abort_request_answers_with_what_there_is(
-    engine: EngineProcess, reference: PreTrainedModel
-) -> None:
-    running = engine.start(engine.generate, PROMPT, sampling=LONG, rid="one")
-    engine.wait_until(lambda s: s["num_running_reqs"] == 1)
-    engine.post("/abort_request", rid="on")  # a prefix is no name
-    assert engine.state()["num_running_reqs"] == 1
-    engine.post("/abort_request", rid="one")
-    reply = running.result()
-    assert reply["meta_info"]["finish_reason"] == {
-        "type": "abort",
-        "message": "Aborted",
-        "status_code": None,
-        "err_type": None,
-    }
-    count = len(reply["output_ids"])
-    assert 0 < count < 1500
-    assert reply["meta_info"]["weight_versions"] == [
-        {"version": "default", "start": 0, "end": count}
-    ]
-    expected = full_logprobs(reference, PROMPT + reply["output_ids"])[len(PROMPT) - 1 :]
-    torch.testing.assert_close(sampled(reply), expected, atol=1e-5, rtol=0)
-
-
-def test_an_abort_of_an_unknown_request_is_no_error(engine: EngineProcess) -> None:
-    assert engine.request("/abort_request", {"rid": "nobody"}) == (200, "")
 
 
 def test_a_queued_request_is_aborted_with_no_tokens(engine: EngineProcess) -> None:
@@ -97,28 +55,6 @@ def test_an_aborted_completion_continues_as_if_never_stopped(engine: EngineProce
     assert part + rest == whole
 
 
-def test_pause_abort_answers_all_at_once_and_holds_the_new(
-    engine: EngineProcess, other_folder: Path
-) -> None:
-    running = launch(engine)
-    assert engine.post("/pause_generation") == {
-        "message": "Generation paused successfully.",
-        "status": "ok",
-    }
-    for reply in running.result():
-        assert reply["meta_info"]["finish_reason"]["type"] == "abort"
-        assert len(reply["output_ids"]) == len(sampled(reply)) > 0
-    before = greedy_expected(engine, other_folder)
-    held = engine.start(greedy, engine)
-    engine.wait_until(lambda s: s["num_waiting_reqs"] == 1)
-    assert engine.state()["num_running_reqs"] == 0
-    assert engine.request("/flush_cache") == (200, "Cache flushed.\n")
-    engine.post("/update_weights_from_disk", model_path=str(other_folder), weight_version="v1")
-    assert not held.done()
-    engine.post("/continue_generation")
-    assert held.result() == before
-
-
 def greedy_expected(engine: EngineProcess, folder: Path) -> list[int]:
     """What greedy decoding gives under the weights in `folder`, by transformers alone."""
     from transformers import AutoModelForCausalLM
@@ -129,62 +65,6 @@ def greedy_expected(engine: EngineProcess, folder: Path) -> list[int]:
         for _ in range(6):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(PROMPT) :]
-
-
-def test_retract_reads_again_under_the_new_weights(
-    engine: EngineProcess,
-    other_folder: Path,
-    reference: PreTrainedModel,
-    other_reference: PreTrainedModel,
-) -> None:
-    running = launch(engine)
-    engine.post("/pause_generation", mode="retract")
-    assert engine.state()["num_running_reqs"] == 0
-    assert engine.request("/flush_cache")[0] == 400
-    engine.post(
-        "/update_weights_from_disk",
-        model_path=str(other_folder),
-        weight_version="v1",
-        flush_cache=False,
-    )
-    engine.post("/continue_generation")
-    for reply in running.result():
-        meta = reply["meta_info"]
-        assert meta["num_retractions"] == 1
-        assert meta["finish_reason"] == {"type": "length", "length": 1500}
-        assert meta["weight_version"] == "v1"
-        first, second = meta["weight_versions"]
-        cut = first["end"]
-        assert first == {"version": "default", "start": 0, "end": cut}
-        assert second == {"version": "v1", "start": cut, "end": 1500}
-        ids = PROMPT + reply["output_ids"]
-        old = full_logprobs(reference, ids)[len(PROMPT) - 1 :]
-        new = full_logprobs(other_reference, ids)[len(PROMPT) - 1 :]
-        torch.testing.assert_close(sampled(reply)[:cut], old[:cut], atol=1e-5, rtol=0)
-        torch.testing.assert_close(sampled(reply)[cut:], new[cut:], atol=1e-5, rtol=0)
-
-
-def test_in_place_goes_on_with_the_old_keys_and_values(
-    engine: EngineProcess, other_folder: Path, other_reference: PreTrainedModel
-) -> None:
-    running = launch(engine)
-    engine.post("/pause_generation", mode="in_place")
-    assert engine.state()["num_running_reqs"] == 3
-    engine.post(
-        "/update_weights_from_disk",
-        model_path=str(other_folder),
-        weight_version="v1",
-        flush_cache=False,
-    )
-    engine.post("/continue_generation")
-    for reply in running.result():
-        meta = reply["meta_info"]
-        assert meta["num_retractions"] == 0
-        assert [s["version"] for s in meta["weight_versions"]] == ["default", "v1"]
-        cut = meta["weight_versions"][1]["start"]
-        # The logprobs behind the cut belong to neither set of weights.
-        new = full_logprobs(other_reference, PROMPT + reply["output_ids"])[len(PROMPT) - 1 :]
-        assert (sampled(reply)[cut : cut + 20] - new[cut : cut + 20]).abs().max() > 1e-3
 
 
 def test_in_place_refuses_to_flush_and_keeps_the_weights(
@@ -203,28 +83,6 @@ def test_in_place_refuses_to_flush_and_keeps_the_weights(
     assert len(running.result()) == 3
     assert greedy(engine) == expected
     assert engine.get("/model_info")["weight_version"] == "default"
-
-
-def test_a_disk_update_without_pause_waits_for_those_in_flight(
-    engine: EngineProcess, other_folder: Path, reference: PreTrainedModel
-) -> None:
-    running = launch(engine)
-    update = engine.start(
-        engine.post,
-        "/update_weights_from_disk",
-        model_path=str(other_folder),
-        weight_version="v1",
-    )
-    for reply in running.result():
-        assert [s["version"] for s in reply["meta_info"]["weight_versions"]] == ["default"]
-        assert reply["meta_info"]["finish_reason"]["type"] == "length"
-    assert update.result() == {
-        "success": True,
-        "message": "Succeeded to update model weights. Weight version updated to v1.",
-        "num_paused_requests": 0,
-    }
-    info = engine.get("/model_info")
-    assert (info["weight_version"], info["model_path"]) == ("v1", str(other_folder))
 
 
 def test_new_requests_wait_while_an_update_waits(engine: EngineProcess, other_folder: Path) -> None:
@@ -299,32 +157,6 @@ def test_weights_that_are_not_finite_end_requests_and_not_the_engine(
     assert greedy(engine) == expected
 
 
-def test_a_version_alone_can_be_named(engine: EngineProcess) -> None:
-    running = launch(engine)
-    reply = engine.post("/update_weight_version", new_version="v5", abort_all_requests=False)
-    assert (reply["success"], reply["new_version"]) == (True, "v5")
-    named_at = engine.state()["tokens_sampled"]
-    engine.wait_until(lambda s: s["tokens_sampled"] > named_at + 30)
-    engine.post("/abort_request", abort_all=True)
-    for reply in running.result():
-        assert [s["version"] for s in reply["meta_info"]["weight_versions"]] == ["default", "v5"]
-
-
-def test_naming_a_version_aborts_unless_told_otherwise(engine: EngineProcess) -> None:
-    running = launch(engine)
-    engine.post("/update_weight_version", new_version="v5")
-    for reply in running.result():
-        assert reply["meta_info"]["finish_reason"]["type"] == "abort"
-
-
-def test_the_cache_is_not_flushed_while_requests_run(engine: EngineProcess) -> None:
-    running = launch(engine)
-    assert engine.request("/flush_cache", method="GET") == (400, "Flush cache failed.\n")
-    engine.post("/abort_request", abort_all=True)
-    running.result()
-    assert engine.request("/flush_cache", method="GET") == (200, "Cache flushed.\n")
-
-
 def test_a_cached_prompt_is_never_used_under_other_weights(
     engine: EngineProcess, other_folder: Path
 ) -> None:
@@ -334,8 +166,3 @@ def test_a_cached_prompt_is_never_used_under_other_weights(
     reply = engine.generate(PROMPT, sampling=sampling)
     assert reply["meta_info"]["cached_tokens"] == 0
     assert reply["output_ids"] == greedy_expected(engine, other_folder) != first
-
-
-@pytest.mark.parametrize("path", ["/begin_weight_update", "/end_weight_update", "/weight_version"])
-def test_what_that_sglang_lacks_is_not_found(engine: EngineProcess, path: str) -> None:
-    assert engine.request(path)[0] == 404

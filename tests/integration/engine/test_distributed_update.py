@@ -115,26 +115,6 @@ def new_weights(other_folder: Path) -> dict[str, torch.Tensor]:
     return load_file(other_folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
-def test_a_broadcast_changes_the_weights(
-    trainer: Trainer,
-    new_weights: dict[str, torch.Tensor],
-    other_reference: PreTrainedModel,
-    load_format: str | None,
-) -> None:
-    assert greedy(trainer.engine) != reference_greedy(other_reference)
-    status, reply = trainer.update(new_weights, load_format=load_format, weight_version="run:1")
-    assert (status, reply) == (
-        200,
-        {
-            "success": True,
-            "message": "Succeeded to update parameter online. Weight version updated to run:1.",
-        },
-    )
-    assert greedy(trainer.engine) == reference_greedy(other_reference)
-    assert trainer.engine.get("/model_info")["weight_version"] == "run:1"
-
-
 def test_buckets_of_several_dtypes_come_one_after_the_other(
     trainer: Trainer,
     new_weights: dict[str, torch.Tensor],
@@ -148,23 +128,6 @@ def test_buckets_of_several_dtypes_come_one_after_the_other(
     exact = {names[0]: new_weights[names[0]]}
     assert trainer.update(exact, weight_version="v2")[0] == 200
     assert greedy(trainer.engine) == reference_greedy(other_reference)
-
-
-def test_an_update_while_paused_in_place_keeps_requests(
-    trainer: Trainer, new_weights: dict[str, torch.Tensor]
-) -> None:
-    engine = trainer.engine
-    running = engine.start(
-        engine.generate, [PROMPT] * 2, sampling={"max_new_tokens": 1500, "ignore_eos": True}
-    )
-    engine.wait_until(lambda s: s["num_running_reqs"] == 2)
-    engine.post("/pause_generation", mode="in_place")
-    assert trainer.update(new_weights, flush_cache=False, weight_version="v1")[0] == 200
-    engine.post("/continue_generation")
-    for reply in running.result():
-        versions = [s["version"] for s in reply["meta_info"]["weight_versions"]]
-        assert versions == ["default", "v1"]
-        assert len(reply["output_ids"]) == 1500
 
 
 @pytest.mark.parametrize("load_format", [None, "flattened_bucket"])

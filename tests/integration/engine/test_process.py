@@ -91,6 +91,7 @@ def submit_while_paused(engine: EngineProcess, order: list[int]) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_the_deterministic_mode_repeats_bit_for_bit(model_folder: Path, tmp_path: Path) -> None:
     engine = EngineProcess(
         model_folder, tmp_path / "log", ["--deterministic", "--max-running-requests", "16"]
@@ -133,7 +134,7 @@ def test_in_deterministic_mode_an_answer_does_not_depend_on_who_else_runs(
         engine.close()
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_any_tying_and_several_key_value_heads_are_served(tmp_path: Path, tied: bool) -> None:
     folder = make_tiny_model(
         tmp_path / "model", tie_word_embeddings=tied, hidden_size=32, num_layers=1, vocab=300

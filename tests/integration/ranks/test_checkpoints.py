@@ -119,6 +119,7 @@ def folder(tmp_path) -> str:
     return str(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_best_and_the_newest_are_kept_and_resume_on_another_number_of_ranks(folder):
     whole, _ = run_ranks(save, 2, folder, 2, timeout_s=120)

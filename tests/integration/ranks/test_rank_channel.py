@@ -174,9 +174,20 @@ def _ends_naming(output: str, rank: int) -> bool:
     return f"rank {rank} failed" in output
 
 
-@pytest.mark.parametrize("place", ["wait", "collective"])
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("signum", "victim", "place"),
+    [
+        (signal.SIGKILL, 0, "wait"),
+        (signal.SIGKILL, 1, "collective"),
+        (signal.SIGSTOP, 0, "collective"),
+        (signal.SIGSTOP, 1, "wait"),
+        # The other half, by `make test-slow`.
+        pytest.param(signal.SIGKILL, 0, "collective", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 1, "wait", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 0, "wait", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 1, "collective", marks=pytest.mark.slow),
+    ],
+)
 def test_the_other_rank_ends_naming_the_one_that_was(signum, victim, place):
     other = 1 - victim
     with start_ranks(hang, 2, place) as ranks:

@@ -105,7 +105,7 @@ def train(
     return module.losses
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_sigterm_to_one_rank_saves_on_all_ends_all_and_resumes(tmp_path, strategy):
     with start_ranks(train, 2, strategy, str(tmp_path), 10**6, None, None, 0.1) as ranks:
         ranks.wait_for("STEP 4", 1)

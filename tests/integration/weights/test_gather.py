@@ -55,7 +55,9 @@ def gather_on_a_rank(when: str) -> dict[str, list] | None:
     return result
 
 
-@pytest.mark.parametrize("when", ["at once", "after a forward pass"])
+@pytest.mark.parametrize(
+    "when", [pytest.param("at once", marks=pytest.mark.slow), "after a forward pass"]
+)
 def test_sharded_weights_come_back_whole_and_exact(when):
     with start_ranks(gather_on_a_rank, 2, when) as ranks:
         results = ranks.join(timeout_s=50)
