@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.monitor import process_alive
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from tests.fakes.loops import make_data, make_module, make_prompts, make_trainer, odd_reward
@@ -121,10 +122,6 @@ def test_a_signal_anywhere_saves_the_last_boundary_and_ends_both_ranks(
         assert f"VALIDATION {step}\n" not in zero.output  # none on the way out
 
 
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 @pytest.mark.parametrize("place", ["wait", "step"])
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
 @pytest.mark.parametrize("culprit", [0, 1])
@@ -139,5 +136,5 @@ def test_a_lost_rank_is_named_the_other_ends_and_no_server_stays(
     assert other.returncode not in (None, 0), other.output
     assert f"rank {culprit} failed" in other.output
     assert len(pids) == 1
-    _, left = psutil.wait_procs([psutil.Process(p) for p in pids if is_running(p)], timeout=30)
+    _, left = psutil.wait_procs([psutil.Process(p) for p in pids if process_alive(p)], timeout=30)
     assert not left

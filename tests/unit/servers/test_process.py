@@ -6,6 +6,7 @@ import psutil
 import pytest
 
 from lightning_grpo.errors import ServerStartError
+from lightning_grpo.rollout.monitor import process_alive
 from lightning_grpo.servers.owned import OwnedServers
 from lightning_grpo.servers.process import Launch
 from lightning_grpo.servers.waiting import likely_cause
@@ -35,26 +36,22 @@ class PythonServers(OwnedServers):
         ]
 
 
-def alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def test_servers_start_answer_restart_and_leave_nothing(tmp_path):
     servers = PythonServers(SERVER, num_servers=2)
     first, second = servers.start("model", tmp_path)
     try:
-        assert alive(first.pid)
+        assert process_alive(first.pid)
         assert first.url != second.url
         assert "loading" in first.log_tail()
         assert f"pid {first.pid}" in servers.describe()
         psutil.Process(first.pid).kill()
         again = servers.restart(first.url)
-        assert alive(again.pid)
+        assert process_alive(again.pid)
         assert again.pid != first.pid
         assert servers.handles == [again, second]
     finally:
         servers.stop()
-    assert not any(alive(h.pid) for h in (first, second, again))
+    assert not any(process_alive(h.pid) for h in (first, second, again))
     assert servers.handles == []
     servers.stop()
 
@@ -64,8 +61,8 @@ def test_a_restart_replaces_a_server_that_still_runs(tmp_path):
     (first,) = servers.start("model", tmp_path)
     try:
         again = servers.restart(first.url)
-        assert not alive(first.pid)
-        assert alive(again.pid)
+        assert not process_alive(first.pid)
+        assert process_alive(again.pid)
     finally:
         servers.stop()
 

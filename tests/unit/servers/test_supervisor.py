@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
+from lightning_grpo.rollout.monitor import process_alive
 from lightning_grpo.servers import supervisor
 
 NESTED = """
@@ -39,7 +39,7 @@ def until(condition, seconds=20):
 
 
 def gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return not process_alive(pid)
 
 
 @pytest.fixture
