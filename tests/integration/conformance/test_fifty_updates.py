@@ -27,7 +27,7 @@ from tests.sglang.engines import RETRACTING
 from tests.sglang.server import Server
 from tests.sglang.traffic import PROBE, TOKENS, MovingWeights, Traffic, largest_difference
 
-pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 UPDATES = {"embedded": 10}
 MANY_UPDATES = 50
@@ -91,7 +91,7 @@ async def run(server: Server, tmp_path: Path, transport: Transport, mode: Interr
     updates = UPDATES.get(server.kind, MANY_UPDATES)
     reports: list[PublishReport] = []
     async with (
-        asyncio.timeout(300),
+        asyncio.timeout(900),
         syncing(server, tmp_path, transport, mode) as (
             pool,
             publisher,

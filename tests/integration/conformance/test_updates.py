@@ -77,6 +77,8 @@ def test_without_a_pause_a_folder_waits_for_requests_in_flight(
         "/update_weights_from_disk",
         model_path=str(other_folder),
         weight_version="v1",
+        # SGLang 0.5.19 dies where its scheduler has not yet dropped the request that just ended.
+        flush_cache=False,
     )
     reply = running.result()
     assert reply["meta_info"]["weight_versions"] == [
