@@ -1,4 +1,4 @@
-"""TrajectoryWriter: the trajectories that a run consumed, on disk."""
+"""TrajectoryWriter: the trajectories that a run consumed, and its held-out answers, on disk."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo.callbacks.views import MinibatchView
+from lightning_grpo.callbacks.views import Evaluated, MinibatchView
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.records import write_groups
 
 FOLDER = "trajectories"
+HELD_OUT = "held_out"
 
 
 class TrajectoryWriter(Callback):
     """Writes every consumed rollout batch to `trajectories/step_000012.parquet` of the run.
 
-    Read them with `lightning-grpo show`, train from them with `lightning-grpo replay`.
+    Held-out answers go to `trajectories/held_out/step_000012.parquet`, all sets in one file. Read
+    either with `lightning-grpo show`, train from the former with `lightning-grpo replay`.
 
     Args:
         folder: Where to write; None is the run's folder (the first logger's).
@@ -51,3 +53,16 @@ class TrajectoryWriter(Callback):
             return
         path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
         write_groups(path, rollout.groups, step=trainer.global_step, version=rollout.version)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the held-out answers of the validation that has just ended (rank 0 has them)."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        last = data.evaluations[-1:] if isinstance(data, Evaluated) else []
+        for record in last:
+            groups = [group for answered in record.groups.values() for group in answered]
+            if groups:
+                path = self._run_folder / HELD_OUT / f"step_{record.step:06d}.parquet"
+                version = max(group.oldest_version for group in groups)
+                write_groups(path, groups, step=record.step, version=version, outcome="held out")
+
+    on_test_end = on_validation_end

@@ -63,7 +63,7 @@ def write_groups(
     *,
     step: int,
     version: int,
-    outcome: Outcome = Outcome.TRAINED,
+    outcome: str = Outcome.TRAINED,
 ) -> Path:
     """Write groups to one file, whole or not at all.
 
@@ -72,7 +72,7 @@ def write_groups(
         groups: What was consumed.
         step: Optimizer steps taken by then.
         version: The weights that trained on it.
-        outcome: How the groups ended.
+        outcome: How the groups ended (an `Outcome`), or what else they are.
 
     Returns:
         `path`.
@@ -160,7 +160,7 @@ def _written_at(folder: Path) -> float:
 
 
 def _rows(
-    group: Group, index: int, *, step: int, version: int, outcome: Outcome
+    group: Group, index: int, *, step: int, version: int, outcome: str
 ) -> Iterator[dict[str, Any]]:
     """The rows of one group."""
     prompt = group.prompt

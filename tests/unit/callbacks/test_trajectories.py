@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from lightning_grpo.callbacks.trajectories import TrajectoryWriter
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.records import read_groups, read_rows
-from tests.fakes.tiny_run import TinyData, TinyModule, make_group
+from tests.fakes.tiny_run import TinyData, TinyEvaluation, TinyModule, make_group
 
 
 def test_each_rollout_batch_is_one_file_named_by_its_last_step(make_trainer, tmp_path):
@@ -33,3 +33,19 @@ def test_only_every_nth_rollout_batch_is_written_when_asked(make_trainer, tmp_pa
 def test_an_interval_of_zero_is_refused():
     with pytest.raises(ConfigError, match="`every_n_batches` must be >= 1, got 0"):
         TrajectoryWriter(every_n_batches=0)
+
+
+def test_held_out_answers_are_kept_beside_and_not_replayed(make_trainer, tmp_path):
+    answered = {"easy": [make_group(1)], "hard": [make_group(2, version=3)]}
+    data = TinyData(evaluations=[TinyEvaluation(30, {}, answered)])
+    trainer = make_trainer(
+        callbacks=[TrajectoryWriter(str(tmp_path / "kept"))], limit_val_batches=1
+    )
+    trainer.validate(TinyModule(), datamodule=data)
+    rows = read_rows(tmp_path / "kept" / "held_out")
+    assert [(row["step"], row["row"], row["outcome"]) for row in rows[::2]] == [
+        (30, 1, "held out"),
+        (30, 2, "held out"),
+    ]
+    with pytest.raises(CheckpointError, match="No trajectories"):
+        read_rows(tmp_path / "kept")
