@@ -264,7 +264,7 @@ class RolloutDataModule(L.LightningDataModule):
             self.session.channel.close()
 
     def health(self) -> dict[str, float]:
-        """`health/...` and `idle/server_fraction` of rank 0's event loop; empty elsewhere."""
+        """`health/...` of rank 0's event loop; empty elsewhere."""
         return {} if self.session is None else self.session.health()
 
     def describe(self) -> dict[str, str]:

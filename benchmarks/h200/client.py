@@ -1,7 +1,7 @@
 """The pool against a bare asyncio loop on the same server, alternating, with logprobs.
 
-512 requests of 128 + 512 tokens, five times each in turn; then again while the main thread trains.
-The rule: at least 0.97 of the bare loop, both times.
+512 requests of 128 + 512 tokens, five times each in turn; then again while the main thread trains,
+as in a run, where both share one interpreter. The rule: at least 0.97 of the bare loop, both times.
 
     python -m benchmarks.h200.client --out client.json            # one GPU, or --train-device 1
     python -m benchmarks.h200.client --smoke --out client.json    # the CPU engine, to try it out
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,17 @@ import aiohttp
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.h200.serving import hardware, make_model, make_servers, write_report
+from benchmarks.h200.serving import (
+    hardware,
+    make_servers,
+    model_of,
+    parse_arguments,
+    versions_of,
+    write_report,
+)
 from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle
-from lightning_grpo.shipped import resolve_path
 from lightning_grpo.types import Sampling
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 128, 512, 5
@@ -70,15 +77,18 @@ async def pooled(pool: ServerPool, prompts: list[list[int]], new_tokens: int) ->
     return sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started)
 
 
-async def compare(handle: ServerHandle, prompts: list[list[int]], new_tokens: int) -> dict:
+async def compare(
+    handle: ServerHandle, prompts: list[list[int]], new_tokens: int, rounds: int
+) -> dict[str, Any]:
     """Both in turn; medians and their ratio."""
     rates: dict[str, list[float]] = {"bare": [], "pool": []}
     requirements = Requirements("bench")
     async with ServerPool([handle], requirements, lambda ids: "") as pool:
         await bare(handle.url, prompts, new_tokens)  # warms the server up
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             rates["bare"].append(await bare(handle.url, prompts, new_tokens))
             rates["pool"].append(await pooled(pool, prompts, new_tokens))
+            print({name: round(values[-1]) for name, values in rates.items()}, flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "tokens_per_s": {name: [round(v) for v in values] for name, values in rates.items()},
@@ -108,39 +118,47 @@ def in_background(function: Callable[[], Any]) -> tuple[threading.Thread, list[A
     return thread, results
 
 
+def while_training(
+    args: argparse.Namespace, model: Path, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `measure` gives on a thread of its own while this one trains."""
+    stop = threading.Event()
+
+    def beside_training() -> dict[str, Any]:
+        try:
+            return measure()
+        except Exception:  # noqa: BLE001 - one part's failure is a result
+            return {"error": traceback.format_exc()}
+        finally:
+            stop.set()
+
+    thread, results = in_background(beside_training)
+    device = "cpu" if args.smoke else f"cuda:{args.train_device}"
+    steps = train_until(stop, model, device)
+    thread.join()
+    return {**results[0], "training_steps": steps}
+
+
 def main() -> None:
     """Alone, then while training."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "bench-model")
-    parser.add_argument("--serve-device", type=int, default=0)
-    parser.add_argument("--train-device", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--training-rounds", type=int, default=ROUNDS)
+    args = parse_arguments(parser)
     requests, tokens, new = (16, 8, 8) if args.smoke else (REQUESTS, PROMPT_TOKENS, NEW_TOKENS)
-    model = Path(resolve_path("shipped:quickstart")) if args.smoke else make_model(args.model)
+    model = model_of(args)
     report: dict[str, Any] = {"hardware": hardware(), "requests": requests, "new_tokens": new}
     work = Path(tempfile.mkdtemp())
-    kind = "embedded" if args.smoke else "sglang"
-    servers = make_servers(kind, work, args.serve_device, **{"skip-tokenizer-init": True})
+    servers = make_servers(args, work, **{"skip-tokenizer-init": True})
     try:
         (handle,) = servers.start(str(model), work)
+        report["sglang"] = versions_of([handle.url])
         prompts = make_prompts(400, requests, tokens)
-        report["alone"] = asyncio.run(compare(handle, prompts, new))
+        report["alone"] = asyncio.run(compare(handle, prompts, new, args.rounds))
         write_report(args.out, report)
-        stop = threading.Event()
-
-        def beside_training() -> dict:
-            try:
-                return asyncio.run(compare(handle, prompts, new))
-            finally:
-                stop.set()
-
-        thread, results = in_background(beside_training)
-        device = "cpu" if args.smoke else f"cuda:{args.train_device}"
-        steps = train_until(stop, model, device)
-        thread.join()
-        report["while_training"] = {**results[0], "training_steps": steps}
+        report["while_training"] = while_training(
+            args, model, lambda: asyncio.run(compare(handle, prompts, new, args.training_rounds))
+        )
         write_report(args.out, report)
     finally:
         servers.stop()

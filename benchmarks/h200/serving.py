@@ -1,24 +1,28 @@
-"""What the serving benchmarks share: a model with random weights, servers, traffic, a report.
+"""What the serving benchmarks share: arguments, a model with random weights, servers, a report.
 
-SGLang on those machines is not installed but carried (`SGLANG_SITE` names its folder); the servers'
+Where SGLang is not installed but lies in a folder, `SGLANG_SITE` names that; the servers'
 interpreter is then a script that puts it on the path, which the trainer's must not have.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.running import RunningServers
 from lightning_grpo.servers.sglang import SGLangServers
 from lightning_grpo.shipped import resolve_path
 
@@ -79,14 +83,33 @@ def server_python(folder: Path) -> str:
     return str(script)
 
 
-def make_servers(kind: str, folder: Path, device: int, **flags: Any) -> OwnedServers:
-    """One server on one GPU; `embedded` is the CPU engine, to try a script out."""
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The parser's own arguments, and those that all of these programs take."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True)
+    add("--smoke", action="store_true", help="small, on this CPU, with the embedded engine")
+    add("--model", type=Path, default=Path(tempfile.gettempdir()) / "bench-model")
+    add("--url", help="of a server that runs, with this model; None: start one")
+    add("--serve-device", type=int, default=0)
+    add("--train-device", type=int, default=0)
+    return parser.parse_args()
+
+
+def model_of(args: argparse.Namespace) -> Path:
+    """The folder of the model, made if it is not there."""
+    return Path(resolve_path("shipped:quickstart")) if args.smoke else make_model(args.model)
+
+
+def make_servers(args: argparse.Namespace, folder: Path, **flags: Any) -> Servers:
+    """The server that runs, or one to be started on one GPU (the CPU engine to try things out)."""
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "embedded":
+    if args.url is not None:
+        return RunningServers([args.url], connect_timeout_s=300)
+    if args.smoke:
         return EmbeddedServers(max_running_requests=512)
     return SGLangServers(
         1,
-        devices=[device],
+        devices=[args.serve_device],
         memory_fraction=0.4,
         python=server_python(folder),
         flags=SERVER_FLAGS | flags,
@@ -114,13 +137,24 @@ def hardware() -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         listed = []
     import torch
+    import transformers
 
     return {
         "gpus": listed,
         "cores": os.cpu_count(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def versions_of(urls: Sequence[str]) -> dict[str, str]:
+    """What serves there."""
+    found = {}
+    for url in urls:
+        with urllib.request.urlopen(f"{url}/server_info", timeout=30) as reply:
+            found[url] = str(json.load(reply).get("version"))
+    return found
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

@@ -1,10 +1,17 @@
-"""One weight sync end to end, by phase: medians of 20 after 3.
+"""One weight sync end to end, by phase: medians of 20 after 3 (by disk of 3 after 1).
 
-32 requests are always in flight. By NCCL the trainer is on another GPU than the server, by IPC on
-the same. What is also reported: mean |dlogprob| of the probe, after every sync.
+The trainer's side is a run's own: the policy under `fully_shard`, fp32 masters, bf16 compute, on
+the main thread, the servers' client on a loop of its own; the trainer scores the probe while the
+weights travel. They move by about 1 % before each sync. By NCCL the trainer is on another GPU than
+the server, by IPC on the same. `--in-flight` requests of 1,024 tokens are always under way.
+`--no-proof` leaves the probe out: what is left is the weights' own way. With `--release` the server
+gives its memory back before each sync, as beside a trainer that needs it (`enable-memory-saver`).
 
-    python -m benchmarks.h200.weight_sync --transport ipc --out sync.json
-    python -m benchmarks.h200.weight_sync --transport nccl --train-device 1 --out sync.json
+The rule: end to end at most 60 ms by IPC and by NCCL after the first; servers paused at most 100 ms
+with 32 requests in flight.
+
+    python -m benchmarks.h200.weight_sync --transport ipc disk --out sync.json
+    python -m benchmarks.h200.weight_sync --transport nccl --serve-device 1 --out sync.json
     python -m benchmarks.h200.weight_sync --transport gloo --smoke --out sync.json
 """
 
@@ -12,26 +19,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
 import tempfile
 import time
+import traceback
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+import torch.distributed as dist
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.h200.serving import (
     hardware,
-    make_model,
     make_servers,
     median_of,
+    model_of,
+    parse_arguments,
+    versions_of,
     write_report,
 )
+from lightning_grpo.policy.load import load_policy
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle
-from lightning_grpo.shipped import resolve_path
+from lightning_grpo.strategies.parallelize import parallelize, reshard
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.gather import gather_weights
@@ -41,7 +59,8 @@ from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place, Transport
 
-IN_FLIGHT, WARM, ROUNDS = 32, 3, 20
+WARM, ROUNDS = 3, 20
+DISK_WARM, DISK_ROUNDS = 1, 3
 TRANSPORTS = {
     "ipc": IPCTransport,
     "nccl": lambda: ProcessGroupTransport("nccl"),
@@ -51,121 +70,196 @@ TRANSPORTS = {
 
 
 def make_probe(vocab: int) -> Probe:
-    """Fixed sequences of 32 tokens."""
+    """As long as a run's."""
     noise = random.Random(1)
-    rows = [tuple(noise.randrange(5, vocab) for _ in range(32)) for _ in range(4)]
-    return Probe(tuple(rows), exact=not torch.cuda.is_available())
+    ids = tuple(noise.randrange(5, vocab) for _ in range(128))
+    return Probe((ids,), exact=not torch.cuda.is_available())
 
 
 class Policy:
-    """The trainer's side: fp32 weights that move, served as bf16."""
+    """The trainer's side, as FSDP2Strategy makes it on one GPU."""
 
-    def __init__(self, path: Path, device: str, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.device = device
+        self.serving_dtype = torch.bfloat16 if device.type == "cuda" else None
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.module = PackedPolicy(load_policy(str(path)).to(device))
+        parallelize(self.module, init_device_mesh(device.type, (1,)))
 
     @torch.no_grad()
     def step(self) -> None:
         """Moves every weight a little."""
-        for parameter in self.model.parameters():
-            parameter.mul_(1.0 + 1e-2 * torch.randn((), device=parameter.device))
+        reshard(self.module)
+        for parameter in self.module.parameters():
+            parameter.mul_(1.0 + 1e-2 * float(torch.randn(())))
 
     @torch.no_grad()
     def scores(self, probe: Probe) -> list[list[float]]:
-        """As the strategy computes: fp32 weights, bf16 products where the servers are bf16."""
-        device = next(self.model.parameters()).device
-        ids = torch.tensor(probe.sequences, device=device)
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(input_ids=ids).logits[:, :-1].float()
-        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        return [[0.0, *row] for row in logprobs.cpu().tolist()]
+        """As the session asks for them."""
+        lengths = [len(row) for row in probe.sequences]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(self.device)
+        ids = torch.tensor([i for row in probe.sequences for i in row], device=self.device)
+        logprobs, _ = self.module(ids, bounds)
+        reshard(self.module)
+        return [part.tolist() for part in logprobs.float().cpu().split(lengths)]
+
+    def wait(self) -> None:
+        """Until the GPU has done all it was told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-async def keep_busy(pool: ServerPool, stop: asyncio.Event, index: int, tokens: int) -> int:
-    """One request after the other; how many tokens came."""
-    total = 0
-    while not stop.is_set():
-        prompt = [5 + index, 6, 7, 8]
-        completion = await pool.generate(prompt, Sampling(max_new_tokens=tokens))
-        total += len(completion.token_ids)
-    return total
+class Servers:
+    """What a run's event loop holds, and the requests that keep its server busy."""
+
+    def __init__(
+        self, pool: ServerPool, publisher: WeightPublisher, settings: SyncSettings
+    ) -> None:
+        self.pool = pool
+        self.publisher = publisher
+        self.proves = settings.verify
+        self.releases = settings.release_memory
+        self._stop = asyncio.Event()
+        self._busy: list[asyncio.Task[int]] = []
+
+    async def load(self, requests: int, tokens: int) -> None:
+        """Keeps so many requests under way."""
+        self._busy = [asyncio.create_task(self._ask(i, tokens)) for i in range(requests)]
+
+    async def drain(self) -> int:
+        """Ends them; how many tokens came."""
+        self._stop.set()
+        return sum(await asyncio.gather(*self._busy))
+
+    async def _ask(self, index: int, tokens: int) -> int:
+        total = 0
+        while not self._stop.is_set():
+            prompt = [5 + index, 6, 7, 8]
+            completion = await self.pool.generate(prompt, Sampling(max_new_tokens=tokens))
+            total += len(completion.token_ids)
+        return total
 
 
-async def measure(
-    handle: ServerHandle, policy: Policy, transport: Transport, place: Place, tokens: int
-) -> dict[str, Any]:
-    """All syncs of one transport."""
-    probe = make_probe(400)
-    transport.bind(place)
-    rows: list[dict[str, float]] = []
+@asynccontextmanager
+async def connect(
+    handle: ServerHandle, transport: Transport, settings: SyncSettings, probe: Probe
+) -> AsyncIterator[Servers]:
+    """Opens the pool on the loop."""
     async with ServerPool([handle], Requirements("bench"), lambda ids: "") as pool:
-        publisher = WeightPublisher(pool, transport, "bench", probe, SyncSettings())
-        assert await publisher.adopt(0, policy.scores(probe)), "the server holds other weights"
-        stop = asyncio.Event()
-        busy = [asyncio.create_task(keep_busy(pool, stop, i, tokens)) for i in range(IN_FLIGHT)]
-        for version in range(1, WARM + ROUNDS + 1):
-            await asyncio.sleep(0.3)
-            policy.step()
-            expected = policy.scores(probe)
-            in_flight = pool.num_in_flight
-            started = time.perf_counter()
-            snapshot = gather_weights(policy.model, policy.dtype)
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            gathered = time.perf_counter()
-            report = await publisher.publish(snapshot, version, expected)
-            ended = time.perf_counter()
-            assert not report.failures, report.failures
-            rows.append(
-                {
-                    "end_to_end_s": ended - started,
-                    "gather_s": gathered - started,
-                    "paused_s": report.paused_s,
-                    "in_flight": in_flight,
-                    "probe_diff": report.probe_diff or 0.0,
-                    **{f"{phase}_s": seconds for phase, seconds in report.seconds.items()},
-                }
-            )
-        stop.set()
-        generated = sum(await asyncio.gather(*busy))
-        await publisher.close()
-    kept = rows[WARM:]
+        await pool.members[0].unpause()  # a case that failed leaves it paused
+        publisher = WeightPublisher(pool, transport, "bench", probe, settings)
+        yield Servers(pool, publisher, settings)
+
+
+def sync(
+    portal: BlockingPortal, servers: Servers, policy: Policy, probe: Probe, version: int
+) -> dict[str, float]:
+    """One weight sync as `RolloutSession.publish` does it, timed by part."""
+    policy.step()
+    policy.wait()
+    in_flight = servers.pool.num_in_flight
+    asked = time.perf_counter()
+    if servers.releases:
+        portal.call(servers.publisher.release_memory)
+    started = time.perf_counter()
+    snapshot = gather_weights(policy.module, policy.serving_dtype)
+    gathered = time.perf_counter()
+    scores: Future[list[list[float]]] = Future()
+    publish = servers.publisher.publish
+    report_to_come = portal.start_task_soon(publish, snapshot, version, scores)
+    scores.set_result(policy.scores(probe) if servers.proves else [])
+    scored = time.perf_counter()
+    report = report_to_come.result()
+    ended = time.perf_counter()
+    assert not report.failures, report.failures
     return {
+        "requests_in_flight": float(in_flight),
+        "end_to_end_s": ended - started,
+        "release_s": started - asked,
+        "paused_s": report.paused_s,
+        "gather_s": gathered - started,
+        "score_s": scored - gathered,
+        **{f"{phase}_s": seconds for phase, seconds in report.seconds.items()},
+        "probe_diff": report.probe_diff or 0.0,
+        "bytes": report.num_bytes,
+    }
+
+
+def measure(
+    handle: ServerHandle, policy: Policy, case: dict[str, Any], place: Place, smoke: bool
+) -> dict[str, Any]:
+    """All syncs of one case."""
+    probe = make_probe(400)
+    transport: Transport = TRANSPORTS[case["transport"]]()
+    transport.bind(place)
+    settings = SyncSettings(verify=case["proof"], release_memory=case["release"])
+    by_disk = case["transport"] == "disk"
+    warm, rounds = (DISK_WARM, DISK_ROUNDS) if by_disk else (WARM, case["rounds"])
+    rows: list[dict[str, float]] = []
+    with (
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(connect(handle, transport, settings, probe)) as servers,
+    ):
+        for version in range(1, warm + rounds + 1):
+            if version == 2:  # the first brings the weights of this case
+                portal.call(servers.load, case["in_flight"], 40 if smoke else 1024)
+            time.sleep(0.25)
+            rows.append(sync(portal, servers, policy, probe, version))
+        generated = portal.call(servers.drain)
+        portal.call(servers.publisher.close)
+    kept = rows[warm:]
+    return {
+        **case,
         "first": {name: round(value, 7) for name, value in rows[0].items()},
         **{name: median_of([row[name] for row in kept], 7) for name in kept[0]},
-        "bytes": report.num_bytes,
         "tokens_generated_meanwhile": generated,
     }
 
 
+def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every transport with every bucket size and load."""
+    same = {"rounds": args.rounds, "proof": not args.no_proof, "release": args.release}
+    return [
+        {"transport": transport, "bucket_mb": bucket_mb, "in_flight": in_flight, **same}
+        for transport, bucket_mb, in_flight in itertools.product(
+            args.transport, args.bucket_mb, args.in_flight
+        )
+    ]
+
+
 def main() -> None:
-    """Each transport in turn."""
+    """Each case in turn; one that fails says why."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--transport", nargs="+", choices=list(TRANSPORTS), default=["ipc"])
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "bench-model")
-    parser.add_argument("--serve-device", type=int, default=0)
-    parser.add_argument("--train-device", type=int, default=0)
-    parser.add_argument("--bucket-mb", type=int, default=4096)
-    args = parser.parse_args()
-    path = Path(resolve_path("shipped:quickstart")) if args.smoke else make_model(args.model)
+    parser.add_argument("--bucket-mb", nargs="+", type=int, default=[2048])
+    parser.add_argument("--in-flight", nargs="+", type=int, default=[32, 0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--no-proof", action="store_true")
+    parser.add_argument("--release", action="store_true", help="the server's memory before each")
+    args = parse_arguments(parser)
+    path = model_of(args)
     work = Path(tempfile.mkdtemp())
-    servers = make_servers("embedded" if args.smoke else "sglang", work, args.serve_device)
-    report: dict[str, Any] = {"hardware": hardware(), "in_flight": IN_FLIGHT}
+    servers = make_servers(args, work)
+    report: dict[str, Any] = {"hardware": hardware()}
+    device = torch.device("cpu" if args.smoke else f"cuda:{args.train_device}")
+    if not args.smoke:
+        torch.cuda.set_device(device)
     try:
-        for name in args.transport:
-            (handle,) = servers.start(str(path), work)
-            device = "cpu" if args.smoke else f"cuda:{args.train_device}"
-            dtype = torch.float32 if args.smoke else torch.bfloat16
-            policy = Policy(path, device, dtype)
-            place = Place(work, path, args.bucket_mb << 20)
-            tokens = 40 if args.smoke else 1024
-            transport = TRANSPORTS[name]()
-            report[name] = asyncio.run(measure(handle, policy, transport, place, tokens))
+        policy = Policy(path, device)
+        (handle,) = servers.start(str(path), work)
+        report |= {"sglang": versions_of([handle.url]), "cases": []}
+        for case in cases(args):
+            place = Place(work, path, case["bucket_mb"] << 20)
+            try:
+                found = measure(handle, policy, case, place, args.smoke)
+            except Exception:  # noqa: BLE001 - one case's failure is a result
+                found = case | {"error": traceback.format_exc()}
+            report["cases"].append(found)
             write_report(args.out, report)
     finally:
         servers.stop()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ class WeightSync(Callback):
     Args:
         transport: How weights travel; None chooses by what is there (CUDA IPC for a server on the
             trainer's own GPU, a process group where one can be formed, else disk).
-        bucket_mb: Size of the flat buckets that tensors are sent in, MiB.
+        bucket_mb: Size of the flat buckets that tensors are sent in, MiB. Each costs a few
+            milliseconds; a server needs twice as much free memory for a process group's.
         gather_timeout_s: Deadline of gathering the shards.
         request_timeout_s: Deadline of each request to a server.
         verify: Whether a probe must agree after each publish.
@@ -38,16 +39,20 @@ class WeightSync(Callback):
             started with `disable-radix-cache`. `auto` is retract where every server does it
             exactly, else abort. `in_place` keeps the old weights' keys and values: quickest, and
             the logprobs behind an update are then those of no version.
+        release_memory: Servers give their GPU memory back while the trainer steps, and take it
+            again for the next publish: for a shared GPU on which both don't fit. Nothing is
+            sampled meanwhile; they must have been started with `enable-memory-saver`.
     """
 
     def __init__(
         self,
         transport: Transport | None = None,
-        bucket_mb: int = 512,
+        bucket_mb: int = 2048,
         gather_timeout_s: float = 60.0,
         request_timeout_s: float = 60.0,
         verify: bool = True,
         interruption: InterruptionChoice = "auto",
+        release_memory: bool = False,
     ) -> None:
         if bucket_mb < 1:
             raise ConfigError(f"`bucket_mb` must be >= 1, got {bucket_mb}.")
@@ -68,6 +73,7 @@ class WeightSync(Callback):
             request_timeout_s=request_timeout_s,
             verify=verify,
             interruption=interruption,
+            release_memory=release_memory,
         )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -85,6 +91,13 @@ class WeightSync(Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same under `test`."""
         self._publish(trainer, pl_module, trained=False)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """Make room for the steps on a rollout batch, where that was asked for."""
+        if batch.is_first and self.settings.release_memory:
+            trainer.datamodule.session.release_memory()  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self,

@@ -152,6 +152,14 @@ class ServerClient:
             "POST", "/update_weight_version", {"new_version": label, "abort_all_requests": False}
         )
 
+    async def release_memory(self) -> None:
+        """Gives GPU memory back; only an idle server can."""
+        await self._call("POST", "/release_memory_occupation", {}, self._control_timeout_s)
+
+    async def resume_memory(self) -> None:
+        """Takes it again; the weights are undefined until an update."""
+        await self._call("POST", "/resume_memory_occupation", {}, self._control_timeout_s)
+
     async def update(
         self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0
     ) -> wire.UpdateReply:

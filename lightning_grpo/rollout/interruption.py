@@ -60,6 +60,21 @@ def _check(mode: Interruption, members: Sequence[Member]) -> None:
         )
 
 
+def check_memory_release(members: Sequence[Member]) -> None:
+    """Refuses servers that can't give their GPU memory back.
+
+    Raises:
+        ConfigError: A server was not started for it.
+    """
+    for member in members:
+        if not member.facts.info.enable_memory_saver:
+            raise ConfigError(
+                f"`release_memory` needs servers that can give their memory back, {member.url} was"
+                " not started for it. Start it with `flags: {enable-memory-saver: true}`, or leave"
+                " `release_memory` out."
+            )
+
+
 async def stop_generation(
     member: Member,
     timeout_s: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from enum import StrEnum
 from typing import Protocol
 
@@ -47,6 +48,7 @@ class Member:
         reason: Why it is dirty or dead.
         suspect: A request failed on it; not routed to until it answers a health check.
         paused: It was told to hold requests back.
+        released: It gave its GPU memory back.
         in_flight: Requests of the pool that it holds.
         bound: The most requests that it is given at once.
         num_deaths: How often its process died or stopped answering.
@@ -60,6 +62,8 @@ class Member:
         self.num_deaths = 0
         self.in_flight = 0
         self.drained = anyio.Event()
+        self._idle_s = 0.0
+        self._idle_since = time.monotonic()
         self.replace(handle, client, facts)
 
     def replace(self, handle: ServerLike, client: ServerClient, facts: ServerFacts) -> None:
@@ -73,6 +77,7 @@ class Member:
         self.suspect = False
         self.num_failed_checks = 0
         self.paused = False
+        self.released = False
         self._labels: dict[str, int] = {}
         self._scopes: set[anyio.CancelScope] = set()
         self._settled = anyio.Event()
@@ -104,6 +109,25 @@ class Member:
     def routable(self) -> bool:
         """Whether requests may be sent to it."""
         return self.state is MemberState.CLEAN and not self.suspect
+
+    @property
+    def idle_s(self) -> float:
+        """How long it had no request of the pool, since it was added."""
+        now = time.monotonic() - self._idle_since if self.in_flight == 0 else 0.0
+        return self._idle_s + now
+
+    def take(self) -> None:
+        """A request is given to it."""
+        self._idle_s = self.idle_s
+        self.in_flight += 1
+
+    def give_back(self) -> None:
+        """A request has ended, well or not."""
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle_since = time.monotonic()
+            self.drained.set()
+            self.drained = anyio.Event()
 
     def describe(self) -> str:
         """`url clean(3)` or `url dirty: reason`, for messages."""
@@ -174,6 +198,16 @@ class Member:
         """Lets the server work again."""
         await self.client.resume()
         self.paused = False
+
+    async def release_memory(self) -> None:
+        """Has the server give its GPU memory back, weights and all."""
+        self.released = True
+        await self.client.release_memory()
+
+    async def resume_memory(self) -> None:
+        """Has it take its memory again; the weights are undefined until an update."""
+        await self.client.resume_memory()
+        self.released = False
 
     def request_scope(self) -> anyio.CancelScope:
         """A scope that is cancelled when the server is given up; `forget` it afterwards."""

@@ -114,6 +114,9 @@ class Monitor:
         if pid is not None and not process_alive(pid):
             member.mark_dead(f"its process {pid} is gone")
             return
+        if member.state is MemberState.UPDATING:
+            # Paused, and SGLang's health check wants a token; the update has deadlines of its own.
+            return
         if await member.client.healthy(self._policy.check_timeout_s):
             member.num_failed_checks = 0
             if member.suspect:

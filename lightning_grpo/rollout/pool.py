@@ -19,6 +19,7 @@ import anyio
 from lightning_grpo.errors import ConfigError, RequestError, ServerError, ServersLostError
 from lightning_grpo.rollout.client import ServerClient, new_session
 from lightning_grpo.rollout.interruption import (
+    check_memory_release,
     choose_interruption,
     stop_generation,
 )
@@ -208,6 +209,10 @@ class ServerPool:
     def choose_interruption(self, wanted: InterruptionChoice) -> Interruption:
         """The way of interruption to use; refuses one that a server does not support exactly."""
         return choose_interruption(wanted, self._members)
+
+    def check_memory_release(self) -> None:
+        """Refuses servers that can't give their GPU memory back."""
+        check_memory_release(self._members)
 
     async def interrupt(self, timeout_s: float = 30.0, mode: Interruption = "abort") -> None:
         """Stops handing out servers and pauses them.

@@ -15,8 +15,6 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from enum import IntEnum
 
-import anyio
-
 from lightning_grpo.rollout.member import Member
 
 AFFINITY_SLACK = 8
@@ -72,10 +70,7 @@ class Router:
 
     def release(self, member: Member) -> None:
         """The request has ended, well or not; its place is free."""
-        member.in_flight -= 1
-        if member.in_flight == 0:
-            member.drained.set()
-            member.drained = anyio.Event()
+        member.give_back()
         self.dispatch()
 
     def close(self) -> None:
@@ -103,7 +98,7 @@ class Router:
                 member = self._choose(group_key)
                 if member is None:
                     return
-                member.in_flight += 1
+                member.take()
                 future.set_result(member)
             heapq.heappop(self._waiters)
 

@@ -92,6 +92,7 @@ class ServerInfo(msgspec.Struct):
     max_running_requests: int | None = None
     enable_deterministic_inference: bool | None = None
     disable_radix_cache: bool | None = None
+    enable_memory_saver: bool | None = None
     tp_size: int = 1
     vocab_size: int | None = None
     dtype: str = "unknown"

@@ -49,9 +49,10 @@ class Live:
     first_sync: anyio.Event
     _counted: dict[str, int] = field(default_factory=dict)
     _counted_at: float = field(default_factory=time.monotonic)
+    _idle_s: float = 0.0
 
     def count(self) -> dict[str, float]:
-        """`rollout/...` and `staleness/dropped_...`: what happened since the last call."""
+        """`rollout/...`, `staleness/dropped_...`, `idle/...`: what happened since the last call."""
         now, counted = time.monotonic(), self.producer.counters.state_dict()
         since = {name: n - self._counted.get(name, 0) for name, n in counted.items()}
         period = max(now - self._counted_at, 1e-9)
@@ -60,6 +61,9 @@ class Live:
         logged["rollout/in_flight"] = float(self.pool.num_in_flight)
         logged["rollout/tokens_per_s"] = since["tokens"] / period
         logged["rollout/groups_per_s"] = since["taken"] / period
+        idle_s = sum(m.idle_s for m in self.pool.members) / len(self.pool.members)
+        logged["idle/server_fraction"] = (idle_s - self._idle_s) / period
+        self._idle_s = idle_s
         return logged
 
 
@@ -95,12 +99,14 @@ class Beginning:
         restored: State of the producer to go on from.
         remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
         sync: How weights travel.
+        trainer_gpu: Rank 0's, by its number on the machine; None: it has none.
     """
 
     run_id: str
     restored: dict[str, Any] | None
     remaining_batches: int | None
     sync: SyncSettings
+    trainer_gpu: int | None = None
 
 
 @asynccontextmanager
@@ -175,11 +181,13 @@ def _scorer(settings: SessionSettings) -> RewardScorer:
 def _publisher(
     settings: SessionSettings, material: Material, begun: Beginning, pool: ServerPool
 ) -> WeightPublisher:
-    transport = choose_transport(begun.sync.transport, settings.servers)
+    transport = choose_transport(begun.sync.transport, settings.servers, begun.trainer_gpu)
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
     probe = Probe(material.probe_sequences, exact=material.exact)
     mode = pool.choose_interruption(begun.sync.interruption)
+    if begun.sync.release_memory:
+        pool.check_memory_release()
     return WeightPublisher(pool, transport, begun.run_id, probe, begun.sync, mode)
 
 

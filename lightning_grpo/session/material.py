@@ -20,7 +20,7 @@ from lightning_grpo.types import Prompt, Sampling
 
 logger = logging.getLogger(__name__)
 
-PROBE_SEQUENCES = 4
+PROBE_PROMPTS = 4
 PROBE_TOKENS = 32
 FINGERPRINT_ROWS = 64
 
@@ -96,9 +96,13 @@ class Material:
 
     @property
     def probe_sequences(self) -> tuple[tuple[int, ...], ...]:
-        """A few short sequences that servers and trainer score to prove a weight sync."""
-        rows = [prompt.input_ids[:PROBE_TOKENS] for prompt in self._first_prompts(PROBE_SEQUENCES)]
-        return tuple(row for row in rows if len(row) > 1)
+        """What servers and trainer score to prove a weight sync: the starts of a few prompts.
+
+        They are one sequence, since a server reads one request in one pass, and several in two.
+        """
+        starts = [prompt.input_ids[:PROBE_TOKENS] for prompt in self._first_prompts(PROBE_PROMPTS)]
+        ids = tuple(i for start in starts[:PROBE_PROMPTS] for i in start)
+        return (ids[: self.context_tokens],)
 
     def _first_prompts(self, most: int) -> list[Prompt]:
         """A few prompts of every dataset."""

@@ -45,6 +45,10 @@ class Session(RolloutSource, Protocol):
         """The trainer has (new) weights."""
         ...
 
+    def release_memory(self) -> None:
+        """The servers give their GPU memory back until the next publish."""
+        ...
+
     def ask(self, name: str, first: int, last: int) -> None:
         """Start to answer held-out prompts `first` to `last` (exclusive)."""
         ...

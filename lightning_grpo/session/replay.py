@@ -105,6 +105,9 @@ class ReplaySession:
         """Count the version; nobody is waiting for the weights."""
         self.version += int(trained)
 
+    def release_memory(self) -> None:
+        """Nothing: there are no servers."""
+
     def ask(self, name: str, first: int, last: int) -> None:
         """Refused: there are no servers."""
         raise ConfigError("held-out prompts can't be answered in a replay: there are no servers.")

@@ -24,9 +24,11 @@ from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.service import RolloutService
+from lightning_grpo.servers.devices import present_devices
 from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
 from lightning_grpo.session.settings import SessionSettings
+from lightning_grpo.strategies.parallelize import reshard
 from lightning_grpo.types import Group, Sampling
 from lightning_grpo.validation import EvaluationBatch, joined_groups
 from lightning_grpo.weights.gather import gather_weights
@@ -118,7 +120,13 @@ class RolloutSession:
             started = self._lead.started
             if not self._lead.beginning.done():
                 self._lead.beginning.set_result(
-                    Beginning(self.run_id, self._restored, self.remaining_batches, self.sync)
+                    Beginning(
+                        self.run_id,
+                        self._restored,
+                        self.remaining_batches,
+                        self.sync,
+                        current_gpu(),
+                    )
                 )
         self.channel.wait(started, what="the start of the servers")
 
@@ -167,25 +175,39 @@ class RolloutSession:
         if not trained and self._synced:
             return None
         version = self.version + int(trained)
-        expected = self._probe_scores(policy)
         lead = self._lead
         if not trained and version == 0:
+            expected = self._probe_scores(policy)
             future = lead.service.run(self._live.publisher.adopt, 0, expected) if lead else None
             adopted = self.channel.wait(future, what="the first probe of the servers")
             if self.channel.broadcast(adopted):
                 self._finish_publish(version)
                 return None
+        if self.sync.release_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the step cached is the servers' again
         snapshot = gather_weights(policy, self._serving_dtype, keep=lead is not None)
+        scores: Future[list[list[float]]] = Future()
         future_report = None
         if lead is not None:
             future_report = lead.service.run(
-                self._live.publisher.publish, snapshot, version, expected
+                self._live.publisher.publish, snapshot, version, scores
             )
+        try:  # the trainer's side of the proof, while the weights travel
+            scores.set_result(self._probe_scores(policy))
+        except BaseException as error:
+            scores.set_exception(error)
+            raise
         self.report = self.channel.wait(
             future_report, what=f"the weight sync of version {version}", stoppable=False
         )
         self._finish_publish(version)
         return self.report
+
+    def release_memory(self) -> None:
+        """Have the servers give their GPU memory back until the next publish."""
+        lead = self._lead
+        future = lead.service.run(self._live.publisher.release_memory) if lead else None
+        self.channel.wait(future, what="the release of the servers' memory")
 
     @property
     def _serving_dtype(self) -> torch.dtype | None:
@@ -202,6 +224,7 @@ class RolloutSession:
         lengths = torch.tensor([0, *(len(s) for s in sequences)])
         ids = torch.tensor([i for s in sequences for i in s])
         logprobs, _ = policy(ids.to(device), lengths.cumsum(0).to(device))
+        reshard(policy)  # the optimizer and callbacks look at the shards
         return [part.tolist() for part in logprobs.float().cpu().split(lengths[1:].tolist())]
 
     def _emit(self, name: str, **data: Any) -> None:
@@ -295,6 +318,14 @@ class RolloutSession:
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""
         return {"servers": self.settings.servers.describe()}
+
+
+def current_gpu() -> int | None:
+    """This rank's GPU by its number on the machine."""
+    if not torch.cuda.is_available():
+        return None
+    present, position = present_devices(), torch.cuda.current_device()
+    return present[position] if position < len(present) else None
 
 
 async def _take(live: Live, version: int) -> Taken:

@@ -82,5 +82,5 @@ def _pack(tensors: Mapping[str, Tensor], names: list[str]) -> Bucket:
         names=tuple(names),
         dtype=str(chosen[0].dtype).removeprefix("torch."),
         shapes=tuple(tuple(t.shape) for t in chosen),
-        flat=torch.cat([t.detach().contiguous().flatten().view(torch.uint8) for t in chosen]),
+        flat=torch.cat([t.detach().flatten() for t in chosen]).view(torch.uint8),
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-
+from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.ipc import IPCTransport
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.transport import Transport
@@ -30,17 +29,25 @@ class Started(Protocol):
         ...
 
 
-def choose_transport(given: Transport | None, servers: Started) -> Transport:
+def choose_transport(
+    given: Transport | None, servers: Started, trainer_gpu: int | None
+) -> Transport:
     """The given transport, else one by what is there.
 
-    On CPUs a gloo group. On GPUs an NCCL group, unless trainer and servers share one GPU: NCCL
-    refuses two ranks on one device, so the server maps the trainer's memory there.
+    On CPUs a gloo group. On GPUs an NCCL group, unless a server is on the trainer's own GPU, since
+    NCCL refuses two ranks on one device: if that is the only one the server maps the trainer's
+    memory, else weights go by disk.
+
+    Args:
+        given: The user's choice.
+        servers: Started.
+        trainer_gpu: Rank 0's, numbered as the servers' are; None: it computes on the CPU.
     """
     if given is not None:
         return given
-    if not torch.cuda.is_available():
+    if trainer_gpu is None:
         return ProcessGroupTransport("gloo")
     serving = {device for handle in servers.handles for device in handle.devices}
-    if torch.cuda.device_count() == 1 and serving:
+    if serving == {trainer_gpu}:
         return IPCTransport()
-    return ProcessGroupTransport("nccl")
+    return DiskTransport() if trainer_gpu in serving else ProcessGroupTransport("nccl")

@@ -53,25 +53,27 @@ def gather_weights(
         if isinstance(child, FSDPModule):
             # After a forward pass the root may still be whole, in the compute dtype.
             child.reshard()
+    parameters = list(module.named_parameters())
     names = checkpoint_names(
-        (name for name, _ in module.named_parameters()),
-        pretrained_prefix(module),
-        tied=ties_head(module),
+        (name for name, _ in parameters), pretrained_prefix(module), tied=ties_head(module)
     )
-    adapted = {
-        f"{name}.{ADAPTED_PART}.weight": layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, AdaptedLayer)
-    }
     gathered: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters:
         if name not in names:
             continue
-        merged = _merged(parameter, adapted[name]) if name in adapted else parameter
-        whole = _whole(merged, dtype)
-        if keep:
-            gathered[names[name]] = _copy(whole, parameter, device)
+        layer = _adapted_layer(module, name)
+        merged = parameter if layer is None else _merged(parameter, layer)
+        whole = _whole_copy(merged, dtype, device, keep=keep)
+        if whole is not None:
+            gathered[names[name]] = whole
     return gathered
+
+
+def _adapted_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
+    """The layer of PEFT whose own weight it is; few names are asked, for the check is slow."""
+    owner, found, _ = name.rpartition(f".{ADAPTED_PART}.weight")
+    layer = module.get_submodule(owner) if found else None
+    return layer if isinstance(layer, AdaptedLayer) else None
 
 
 def _merged(weight: Tensor, layer: AdaptedLayer) -> Tensor:
@@ -80,17 +82,28 @@ def _merged(weight: Tensor, layer: AdaptedLayer) -> Tensor:
     return weight
 
 
-def _whole(parameter: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = parameter.detach()
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _copy(whole: Tensor, parameter: Tensor, device: torch.device | str | None) -> Tensor:
-    moved = whole.to(device) if device is not None else whole
-    shares_memory = (
-        not isinstance(parameter, DTensor)
-        and moved.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-    )
-    return moved.clone() if shares_memory else moved.contiguous()
+def _whole_copy(
+    parameter: Tensor,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    *,
+    keep: bool,
+) -> Tensor | None:
+    # On plain tensors: each operation on a DTensor costs the CPU a tenth of a millisecond, and a
+    # model has hundreds of parameters.
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    whole = own.to(dtype) if dtype is not None and own.is_floating_point() else own
+    if isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1:
+        whole = DTensor.from_local(
+            whole,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        ).full_tensor()
+    if not keep:
+        return None
+    if device is not None:
+        whole = whole.to(device)
+    return whole.clone() if whole.data_ptr() == own.data_ptr() else whole.contiguous()

@@ -17,8 +17,9 @@ import anyio
 import anyio.to_thread
 
 from lightning_grpo.errors import ServerError, WeightSyncError
-from lightning_grpo.types import Interruption
+from lightning_grpo.types import NO_VERSION, Interruption
 from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
+from lightning_grpo.weights.proof import Expected, scores_of, settled
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
 from lightning_grpo.weights.transport import (
@@ -66,7 +67,7 @@ class WeightPublisher:
         self._interruption = interruption
         self._record = ProbeRecord(probe) if probe is not None and self._settings.verify else None
         self._lock = asyncio.Lock()
-        self._current: tuple[int, Scores] | None = None
+        self._current: tuple[int, Expected] | None = None
         self._prepared = False
 
     async def adopt(self, version: int, expected: Scores) -> bool:
@@ -90,13 +91,14 @@ class WeightPublisher:
         await self._fleet.resume()
         return True
 
-    async def publish(self, snapshot: Snapshot, version: int, expected: Scores) -> PublishReport:
+    async def publish(self, snapshot: Snapshot, version: int, expected: Expected) -> PublishReport:
         """Brings `snapshot` to every server that lives, dirty ones included.
 
         Args:
             snapshot: Whole weights by checkpoint name; not written to afterwards.
             version: Of these weights.
-            expected: The trainer's own scores of the probe under them (unused without a probe).
+            expected: The trainer's own scores of the probe under them (unused without a probe);
+                of a future, which may be set while the weights travel.
 
         Returns:
             What happened; `failures` names servers that are left behind.
@@ -113,17 +115,40 @@ class WeightPublisher:
             )
             report.seconds["prepare"] = time.monotonic() - started
             self._current, self._prepared = (version, expected), True
-            await self._interrupt(report)
+            interrupted = time.monotonic()
+            await self._interrupt(report, self._interruption)
             async with anyio.create_task_group() as tasks:
                 for target in self._fleet.members:
                     if target.alive:
                         target.mark_updating()
-                        tasks.start_soon(self._bring, target, report)
-            report.paused_s = time.monotonic() - started - report.seconds["prepare"]
+                        tasks.start_soon(self._bring, target, report, interrupted)
         await self._fleet.resume()
         if not report.updated:
             await self._recover(report)
         return report
+
+    async def release_memory(self) -> None:
+        """Has every server give its GPU memory back; the next publish takes it again.
+
+        The weights are gone then, so the servers are used again only after that publish.
+
+        Raises:
+            WeightSyncError: A server did not stop, or is not quite idle, in time.
+            ServerError: One did not answer.
+        """
+        report = PublishReport(NO_VERSION)
+        async with self._lock:
+            await self._interrupt(report, "abort")  # a server must be idle for it
+            async with anyio.create_task_group() as tasks:
+                for target in self._fleet.members:
+                    if target.alive:
+                        target.mark_updating()
+                        tasks.start_soon(self._release, target, report)
+
+    async def _release(self, target: Target, report: PublishReport) -> None:
+        await self._flush(target.client, report)
+        async with report.phase("release", self._settings.request_timeout_s):
+            await target.release_memory()
 
     async def restore(self, target: Target) -> None:
         """Brings a restarted server to the current version.
@@ -155,12 +180,12 @@ class WeightPublisher:
             except ServerError as error:
                 logger.info("%s keeps the name of its weights: %s", target.url, error)
 
-    async def _interrupt(self, report: PublishReport) -> None:
+    async def _interrupt(self, report: PublishReport, mode: Interruption) -> None:
         started = time.monotonic()
-        await self._fleet.interrupt(self._settings.request_timeout_s, self._interruption)
+        await self._fleet.interrupt(self._settings.request_timeout_s, mode)
         report.seconds["interrupt"] = time.monotonic() - started
 
-    async def _bring(self, target: Target, report: PublishReport) -> None:
+    async def _bring(self, target: Target, report: PublishReport, interrupted: float) -> None:
         """Updates one server, in a few attempts; its failure is recorded, not raised."""
         client = target.client
         for attempt in range(ATTEMPTS):
@@ -176,14 +201,14 @@ class WeightPublisher:
             else:
                 report.failures.pop(client.url, None)
                 await self._fleet.resume()
+                report.paused_s = time.monotonic() - interrupted
                 return
         self._fleet.give_up(client.url)
 
     async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s
         label = f"{self._run_id}:{report.version}"
-        if self._interruption == "abort":
-            await self._flush(client, report)
+        await self._prepare(target, client, report)
         target.expect(report.version, label)
         refusal: UpdateRefusedError | None = None
         try:
@@ -212,6 +237,13 @@ class WeightPublisher:
         report.updated.append(client.url)
         target.mark_clean(report.version, label)
 
+    async def _prepare(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
+        if target.released:
+            async with report.phase("resume", self._settings.request_timeout_s):
+                await target.resume_memory()
+        if self._interruption == "abort":
+            await self._flush(client, report)
+
     async def _flush(self, client: UpdateClient, report: PublishReport) -> None:
         """Empties the prefix cache; a server that holds requests refuses.
 
@@ -219,7 +251,10 @@ class WeightPublisher:
         """
         async with report.phase("flush", self._settings.request_timeout_s):
             # Over HTTP there is nothing to wait on but another answer.
-            while not await client.flush_cache():  # noqa: ASYNC110
+            while not await client.flush_cache():
+                # SGLang's health check is a request, too; one that came between the last abort
+                # and the pause would wait in the queue for ever.
+                await client.abort()
                 await anyio.sleep(FLUSH_WAIT_S)
 
     async def _transfer(self, target: Target, label: str, report: PublishReport) -> None:
@@ -255,25 +290,16 @@ class WeightPublisher:
         if self._record is None:
             return
         assert self._current is not None
-        version, expected = self._current
+        version, given = self._current
         async with report.phase("probe", self._settings.request_timeout_s):
             scores = await self._score(client, f"{label}:probe")
+            expected = await settled(given)
         report.readings[client.url] = self._record.check(client.url, version, expected, scores)
 
     async def _score(self, client: UpdateClient, extra_key: str) -> list[list[float]]:
         assert self._record is not None
         sequences = self._record.probe.sequences
-        scores: list[list[float]] = [[] for _ in sequences]
-
-        async def score(index: int) -> None:
-            scores[index] = await client.score(
-                list(sequences[index]),
-                extra_key=extra_key,
-                timeout_s=self._settings.request_timeout_s,
-            )
-
-        await asyncio.gather(*(score(index) for index in range(len(sequences))))
-        return scores
+        return await scores_of(client, sequences, extra_key, self._settings.request_timeout_s)
 
     async def _recover(self, report: PublishReport) -> None:
         """No server took the version: one may be restarting, and `restore` will bring it."""

@@ -27,15 +27,17 @@ class SyncSettings:
         verify: Whether a probe must agree after each publish.
         interruption: What is to become of requests in flight.
         recovery_timeout_s: Deadline for a server to come back when none is left.
+        release_memory: Whether servers give their GPU memory back while the trainer steps.
     """
 
     transport: Transport | None = None
-    bucket_bytes: int = 512 << 20
+    bucket_bytes: int = 2 << 30
     gather_timeout_s: float = 60.0
     request_timeout_s: float = 60.0
     verify: bool = True
     interruption: InterruptionChoice = "auto"
     recovery_timeout_s: float = 300.0
+    release_memory: bool = False
 
 
 @dataclass

@@ -45,6 +45,10 @@ class UpdateClient(Protocol):
         """Posts a weight operation; a refusal is returned, not raised."""
         ...
 
+    async def abort(self) -> None:
+        """Aborts all requests."""
+        ...
+
     async def flush_cache(self) -> bool:
         """Empties the prefix cache; False while requests are pending."""
         ...
@@ -86,6 +90,19 @@ class Target(Protocol):
     @property
     def alive(self) -> bool:
         """Whether it can be talked to."""
+        ...
+
+    @property
+    def released(self) -> bool:
+        """Whether it gave its GPU memory back."""
+        ...
+
+    async def release_memory(self) -> None:
+        """Has it give its GPU memory back, weights and all."""
+        ...
+
+    async def resume_memory(self) -> None:
+        """Has it take its memory again; the weights are undefined until an update."""
         ...
 
     def mark_updating(self) -> None:

@@ -76,6 +76,7 @@ class FakeServer:
     end_token: int | None = None
     drop_last_logprob_of_aborted: bool = False
     abort_hides_the_end: bool = False
+    check_before_pause: bool = False
     pid: int | None = None
     tail: str = ""
 
@@ -84,6 +85,8 @@ class FakeServer:
         self.port = 0
         self.aborted: set[str] = set()
         self.running: dict[str, dict[str, Any]] = {}
+        self.held_check = False
+        self.released = False
         self.in_session = False
         self.group: Any = None
         self.unpaused = asyncio.Event()
@@ -127,7 +130,7 @@ class FakeServer:
             "generate abort_request pause_generation continue_generation flush_cache"
             " update_weight_version update_weights_from_disk init_weights_update_group"
             " update_weights_from_distributed destroy_weights_update_group begin_weight_update"
-            " end_weight_update tokenize"
+            " end_weight_update release_memory_occupation resume_memory_occupation tokenize"
         ).split():
             if path in self.lacks:
                 continue
@@ -210,6 +213,7 @@ class FakeServer:
         if max(body["input_ids"]) >= VOCAB:
             return web.json_response({"error": {"message": "id out of range"}}, status=400)
         await self.unpaused.wait()
+        assert not self.released
         if params["max_new_tokens"] == 0:
             return self._scored(body)
         rid = body["rid"]
@@ -261,10 +265,12 @@ class FakeServer:
     async def _abort_request(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.aborted.update(self.running if body["abort_all"] else {body["rid"]})
+        self.held_check = False
         return web.Response()
 
     async def _pause_generation(self, request: web.Request) -> web.Response:
         self.unpaused.clear()
+        self.held_check = self.check_before_pause
         return web.json_response({"status": "ok"})
 
     async def _continue_generation(self, request: web.Request) -> web.Response:
@@ -272,7 +278,18 @@ class FakeServer:
         return web.json_response({"status": "ok"})
 
     async def _flush_cache(self, request: web.Request) -> web.Response:
-        return web.Response(status=400 if self.running else 200)
+        return web.Response(status=400 if self.running or self.held_check else 200)
+
+    async def _release_memory_occupation(self, request: web.Request) -> web.Response:
+        assert self.paused
+        assert not self.running
+        self.released, self.table = True, make_table(-1)
+        return web.json_response(None)
+
+    async def _resume_memory_occupation(self, request: web.Request) -> web.Response:
+        assert self.released
+        self.released = False
+        return web.json_response(None)
 
     async def _update_weight_version(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -285,6 +302,7 @@ class FakeServer:
 
         body = await request.json()
         assert not self.running
+        assert not self.released
         path = Path(body["model_path"])
         if not (path / "READY").exists():
             return web.json_response({"success": False, "message": "no such folder"}, status=400)

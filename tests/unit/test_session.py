@@ -28,15 +28,16 @@ def settings_of(folder, tmp_path, **kwargs):
     return make_data(NeverServers(), **kwargs)._settings(str(folder), tmp_path)
 
 
-def test_material_holds_prompts_and_short_sequences_for_the_probe(folder, tmp_path):
+def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_path):
     settings = settings_of(folder, tmp_path, val_prompts=make_prompts(3))
     material = open_material(settings)
     assert len(material.prompts[""]) == 12
     assert {name: len(p) for name, p in material.val_prompts.items()} == {"": 3}
     assert material.vocab_size == 512
     assert material.greedy == Sampling(max_new_tokens=6, temperature=0.0)
-    assert len(material.probe_sequences) == 4
-    assert all(1 < len(s) <= 32 for s in material.probe_sequences)
+    (probed,) = material.probe_sequences
+    starts = [material.prompts[k].input_ids[:32] for k in range(4)]
+    assert probed == tuple(i for start in starts for i in start)
     assert material.longest_prompt == max(len(p.input_ids) for p in (
         material.prompts[""][i] for i in range(12)))  # fmt: skip
 

@@ -392,6 +392,33 @@ async def test_a_cancelled_request_frees_its_place():
         await pool.generate([3], Sampling(max_new_tokens=2))
 
 
+async def test_a_server_under_update_is_not_asked_for_its_health():
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        await until(lambda: "/health" in server.calls)
+        pool.members[0].mark_updating()
+        await asyncio.sleep(0.05)
+        server.calls.clear()
+        await asyncio.sleep(0.1)
+        assert "/health" not in server.calls
+        pool.members[0].mark_clean(1, "run:1")
+        await until(lambda: "/health" in server.calls)
+
+
+async def test_a_server_is_idle_only_while_it_has_no_request():
+    server = FakeServer(token_delay_s=0.005)
+    async with pool_of(server) as pool:
+        (member,) = pool.members
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=40)))
+        await until(lambda: server.running)
+        before = member.idle_s
+        await asyncio.sleep(0.05)
+        assert member.idle_s == before > 0
+        await generating
+        await asyncio.sleep(0.01)
+        assert member.idle_s > before
+
+
 async def test_the_seed_goes_with_every_piece_of_a_completion():
     server = FakeServer(token_delay_s=0.005)
     async with pool_of(server) as pool:

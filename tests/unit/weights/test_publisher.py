@@ -1,11 +1,12 @@
 import asyncio
 import itertools
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 import pytest
 import torch
 
-from lightning_grpo.errors import ServersLostError, WeightSyncError
+from lightning_grpo.errors import ConfigError, ServersLostError, WeightSyncError
 from lightning_grpo.rollout.member import MemberState
 from lightning_grpo.rollout.monitor import HealthPolicy
 from lightning_grpo.rollout.pool import ServerPool
@@ -75,6 +76,12 @@ async def publish(publisher, version):
     return await publisher.publish(snapshot(version), version, expected(version))
 
 
+async def until(condition):
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - the server is watched from outside
+            await asyncio.sleep(0.01)
+
+
 def holds(server, version):
     return torch.equal(torch.tensor(server.table), torch.tensor(make_table(version)))
 
@@ -113,6 +120,67 @@ async def test_the_order_of_one_publish(tmp_path):
         "/generate",
         "/generate",
     ]
+
+
+async def test_the_trainers_scores_may_come_while_the_weights_travel(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server) as (pool, publisher):
+        scores = Future()
+        publishing = asyncio.create_task(publisher.publish(snapshot(1), 1, scores))
+        await until(lambda: "/generate" in server.calls)
+        assert pool.members[0].state is MemberState.UPDATING
+        scores.set_result(expected(1))
+        report = await publishing
+        assert pool.members[0].state is MemberState.CLEAN
+        assert report.probe_diff < 1e-5
+
+
+async def test_scores_that_do_not_come_in_time_leave_the_server_dirty(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server, timeout_s=0.3) as (pool, publisher):
+        scores = Future()
+        with pytest.raises(ServersLostError):
+            await publisher.publish(snapshot(1), 1, scores)
+        assert pool.members[0].state is MemberState.DIRTY
+        assert not scores.cancelled()
+
+
+async def test_servers_that_gave_their_memory_back_take_it_for_the_next_publish(tmp_path):
+    server = FakeServer(token_delay_s=0.005)
+    async with fleet(tmp_path, DiskTransport(), server) as (pool, publisher):
+        await publish(publisher, 1)
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=40)))
+        await until(lambda: server.running)
+        await publisher.release_memory()
+        assert server.released
+        assert not pool.members[0].routable
+        late = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=2)))
+        report = await publish(publisher, 2)
+        assert not server.released
+        assert holds(server, 2)
+        assert "resume" in report.seconds
+        completion = await generating
+        assert completion.num_interruptions == 1
+        assert set(completion.versions) == {1, 2}
+        assert set((await late).versions) == {2}
+
+
+async def test_servers_that_can_not_give_memory_back_are_refused(tmp_path):
+    async with fleet(tmp_path, DiskTransport(), FakeServer()) as (pool, _):
+        with pytest.raises(ConfigError, match="enable-memory-saver"):
+            pool.check_memory_release()
+    able = FakeServer(info={"enable_memory_saver": True})
+    async with fleet(tmp_path, DiskTransport(), able) as (pool, _):
+        pool.check_memory_release()
+
+
+async def test_a_health_check_held_by_the_pause_does_not_hold_up_the_update(tmp_path):
+    server = FakeServer(check_before_pause=True)
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        report = await publish(publisher, 1)
+        assert not report.failures
+        assert holds(server, 1)
+    assert server.calls.count("/pause_generation") == 1
 
 
 @pytest.mark.parametrize(("version", "session"), [("0.5.19", False), ("0.5.23", True)])

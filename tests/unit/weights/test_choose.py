@@ -1,0 +1,32 @@
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_grpo.weights.choose import choose_transport
+from lightning_grpo.weights.disk import DiskTransport
+from lightning_grpo.weights.ipc import IPCTransport
+from lightning_grpo.weights.process_group import ProcessGroupTransport
+
+
+def servers_on(*devices):
+    return SimpleNamespace(handles=[SimpleNamespace(devices=(each,)) for each in devices])
+
+
+@pytest.mark.parametrize(
+    ("trainer_gpu", "serving", "kind"),
+    [
+        (0, (0,), IPCTransport),
+        (0, (1,), ProcessGroupTransport),
+        (0, (1, 2, 3), ProcessGroupTransport),
+        (1, (0, 1), DiskTransport),
+        (0, (), ProcessGroupTransport),
+        (None, (), ProcessGroupTransport),
+    ],
+)
+def test_the_transport_follows_from_where_trainer_and_servers_are(trainer_gpu, serving, kind):
+    assert type(choose_transport(None, servers_on(*serving), trainer_gpu)) is kind
+
+
+def test_a_given_transport_is_kept():
+    given = DiskTransport()
+    assert choose_transport(given, servers_on(0), 0) is given
