@@ -110,6 +110,7 @@ class About:
                 "max_running_requests": facts.max_running_requests,
                 "max_total_num_tokens": facts.max_total_tokens,
                 "max_req_input_len": facts.context_length - 1,
+                "enable_memory_saver": True,
                 "enable_deterministic_inference": facts.deterministic,
                 "tp_size": 1,
                 "dp_size": 1,

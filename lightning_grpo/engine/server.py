@@ -106,6 +106,8 @@ class EngineServer:
             "/update_weights_from_distributed": self._update_from_distributed,
             "/destroy_weights_update_group": self._destroy_group,
             "/update_weight_version": self._update_version,
+            "/release_memory_occupation": self._release_memory,
+            "/resume_memory_occupation": self._resume_memory,
         }
         for path, handler in posts.items():
             app.router.add_post(path, handler)
@@ -266,6 +268,15 @@ class EngineServer:
         return json_response(
             {"success": True, "message": "Succeeded to destroy custom process group."}
         )
+
+    async def _release_memory(self, _: web.Request) -> web.Response:
+        """Give the cache's memory back; the weights stay, since no trainer waits for their room."""
+        if not await self._engine.call(lambda s: s.flush()):
+            raise BadRequestError("only an idle engine can give its memory back")
+        return json_response(None)
+
+    async def _resume_memory(self, _: web.Request) -> web.Response:
+        return json_response(None)  # the cache grows again by itself
 
     async def _update_version(self, request: web.Request) -> web.Response:
         body = decode(await request.read(), VersionBody)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
+from lightning_grpo.callbacks.weight_sync import WeightSync
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
 
 
@@ -214,3 +215,22 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(tiny_model, server, tmp
     going_on.fit(make_module(tiny_model), data_with_validation(server), ckpt_path=which)
     assert recorder.steps[-1] == 4
     assert recorder.batches[-1].rollout.version == 3
+
+
+def test_servers_give_their_memory_back_while_the_trainer_steps(tiny_model, server, tmp_path):
+    released = []
+
+    class Watch(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            (member,) = trainer.datamodule.session._live.pool.members
+            released.append((member.released, member.routable))
+
+        def on_validation_start(self, trainer, pl_module) -> None:
+            (member,) = trainer.datamodule.session._live.pool.members
+            released.append((member.released, member.routable))
+
+    callbacks = [WeightSync(release_memory=True), Watch()]
+    trainer = make_trainer(tmp_path, val_check_interval=1, callbacks=callbacks)
+    trainer.fit(make_module(tiny_model), data_with_validation(server, max_staleness=0))
+    during, between = (True, False), (False, True)
+    assert released == [between, during, between, during, between]

@@ -36,7 +36,8 @@ def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_
     assert material.vocab_size == 512
     assert material.greedy == Sampling(max_new_tokens=6, temperature=0.0)
     (probed,) = material.probe_sequences
-    starts = [material.prompts[k].input_ids[:32] for k in range(4)]
+    (prompts,) = material.prompts.values()
+    starts = [prompts[k].input_ids[:32] for k in range(4)]
     assert probed == tuple(i for start in starts for i in start)
     assert material.longest_prompt == max(len(p.input_ids) for p in (
         material.prompts[""][i] for i in range(12)))  # fmt: skip
