@@ -98,7 +98,7 @@ def test_pause_abort_answers_all_and_holds_the_new_until_the_weights_are_in(
         reply = request.result()
         assert reply["meta_info"]["finish_reason"]["type"] == "abort"
         check_sampled(reference, [*PROMPT, index], reply)
-    assert server.request("/flush_cache")[0] == 200
+    server.flush()
     held = server.start(server.generate, PROMPT, sampling=GREEDY)
     update(server, other_folder, "v1")
     assert not held.done()
@@ -169,4 +169,4 @@ def test_the_cache_is_not_flushed_while_requests_run(server: Server) -> None:
     for request in running:
         request.result()
     server.wait_until(lambda running, waiting: running == 0)
-    assert server.request("/flush_cache", method="GET")[0] == 200
+    server.flush()
