@@ -146,12 +146,15 @@ def test_a_pause_without_an_update_changes_nothing(
 
 
 def test_a_name_alone_can_change_while_requests_run(server: Server) -> None:
-    (running,) = launch(server, count=1)
+    # Long enough for a busy machine: nothing holds the request while its name is changed.
+    length = 3 * TOKENS
+    sampling = LONG | {"max_new_tokens": length}
+    running = server.launch(PROMPT, sampling=sampling).wait_for(20)
     reply = server.post("/update_weight_version", new_version="v5", abort_all_requests=False)
     assert (reply["success"], reply["new_version"]) == (True, "v5")
     spans = running.result()["meta_info"]["weight_versions"]
     assert [s["version"] for s in spans] == ["default", "v5"]
-    assert spans[1]["end"] == TOKENS
+    assert spans[1]["end"] == length
 
 
 def test_naming_aborts_unless_told_otherwise(server: Server) -> None:
