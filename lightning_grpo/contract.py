@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    Timer,
 )
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -130,6 +131,12 @@ def _intervals(trainer: L.Trainer, epoch_steps: int) -> list[tuple[str, int]]:
 
 def _check_times(trainer: L.Trainer) -> None:
     """A clock knows nothing of rollout batches."""
+    for timer in (c for c in trainer.callbacks if isinstance(c, Timer)):  # type: ignore[attr-defined]
+        raise ConfigError(
+            "`trainer.max_time` must be null where a rollout batch takes several optimizer steps "
+            f"(it would stop and save between them), got {timer.time_remaining()} s. Use "
+            "`max_steps`, or send SIGTERM, which stops between two rollout batches."
+        )
     for callback in trainer.checkpoint_callbacks:
         # Lightning offers no public reading of this setting.
         if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:

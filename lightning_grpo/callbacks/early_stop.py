@@ -17,7 +17,8 @@ from lightning_grpo.errors import StopRun
 class EarlyStop:
     """Raises `StopRun` on the first SIGTERM; the second one ends the process at once.
 
-    It takes the place of the default action only: a handler of somebody else's stays.
+    It takes the place of the default action only: a handler of somebody else's stays. SIGUSR1, a
+    cluster's warning before the time limit, waits until training begins (`StopFlag`).
     """
 
     def __init__(self) -> None:
@@ -25,14 +26,19 @@ class EarlyStop:
 
     def install(self) -> None:
         """From here on SIGTERM raises; only the main thread can have it so."""
-        ours = threading.current_thread() is threading.main_thread()
-        if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._stop)
             self._armed = True
 
     def uninstall(self) -> None:
         """SIGTERM is what it was, also where others have saved this handler and bring it back."""
         self._armed = False
+        if threading.current_thread() is threading.main_thread():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         if signal.getsignal(signal.SIGTERM) == self._stop:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

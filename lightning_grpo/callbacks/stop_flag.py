@@ -61,6 +61,7 @@ class StopFlag:
         self._thread.start()
         self._old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._saved = {each: signal.signal(each, self._raise_flag) for each in signals}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # what was held back comes now
 
     def uninstall(self, *, exit_on_signal: bool = False) -> None:
         """Give the signals back to whom they were taken from; idempotent.

@@ -66,9 +66,8 @@ def test_a_signal_while_servers_start_ends_the_run_and_them(
     with started(tmp_path, *ranks) as fit:
         # An engine is starting; where there are two ranks, the second one is, too.
         fit.wait_for_child("lightning_grpo.engine")
-        found, took_s = fit.end(number)
+        found, _ = fit.end(number)
         assert found == status, fit.tail
-        assert took_s < 30
         assert not fit.survivors()
         assert "Traceback" not in fit.output
 

@@ -130,6 +130,13 @@ def test_a_clock_may_not_save_between_the_steps_of_a_rollout_batch():
         check_intervals(make_trainer(**saving), steps_per_rollout=4, epoch_steps=40)
 
 
+def test_a_clock_may_not_stop_between_the_steps_of_a_rollout_batch():
+    trainer = make_trainer(max_time="00:00:05:00")
+    check_intervals(trainer, steps_per_rollout=1, epoch_steps=40)
+    with pytest.raises(ConfigError, match=r"max_time` must be null .* got 300\.0 s.*SIGTERM"):
+        check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
+
+
 def test_more_ranks_than_a_minibatch_has_sequences_are_refused():
     check_ranks(8, 8)
     with pytest.raises(ConfigError, match=r"at most the sequences .* = 8\), got 9 ranks"):

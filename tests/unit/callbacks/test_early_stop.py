@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from lightning_grpo.callbacks.early_stop import EarlyStop
+from lightning_grpo.callbacks.stop_flag import StopFlag
 from lightning_grpo.errors import StopRun
 
 
@@ -28,6 +30,21 @@ def test_the_signal_raises_once_with_its_exit_status():
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     early.uninstall()
+
+
+def test_a_warning_of_the_time_limit_waits_for_training():
+    early, flag = EarlyStop(), StopFlag()
+    early.install()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        flag.install(("SIGTERM", "SIGUSR1"))
+        deadline = time.monotonic() + 30
+        while not flag.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert flag.requested == "SIGUSR1"
+    finally:
+        flag.uninstall()
+        early.uninstall()
 
 
 def test_what_was_given_back_and_a_handler_of_others_are_left_alone():

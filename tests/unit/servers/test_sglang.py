@@ -53,6 +53,16 @@ def test_the_environment_says_which_gpus_there_are(tmp_path, monkeypatch):
     assert "--mem-fraction-static 0.4" in " ".join(launch.command)
 
 
+def test_where_nobody_trains_every_gpu_serves_and_none_is_shared(tmp_path, monkeypatch):
+    servers = SGLangServers(python=sys.executable)
+    servers.dedicated = True
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert [each.devices for each in servers.launches("model", tmp_path)] == [(4,), (5,), (6,)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    (launch,) = servers.launches("model", tmp_path)
+    assert "--mem-fraction-static" not in launch.command
+
+
 def test_without_a_gpu_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ConfigError, match="EmbeddedServers on a CPU"):
