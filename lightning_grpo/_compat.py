@@ -7,6 +7,7 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_given_hyperparameters` | lightning.pytorch.core.mixins.hparams_mixin | lightning 2.6.6 |
 | `_optimizers_to_device` | lightning.fabric.utilities.optimizer | lightning 2.6.6 |
 | `_checkpoint_connector.hpc_save_path` | lightning.pytorch.trainer.Trainer | lightning 2.6.6 |
+| `_logger_connector.update_train_step_metrics` | lightning.pytorch.Trainer | lightning 2.6.6 |
 | `_accelerator_connector.cluster_environment` | lightning.pytorch.Trainer | lightning 2.6.6 |
 | `_last_global_step_saved` | lightning.pytorch.callbacks.ModelCheckpoint | lightning 2.6.6 |
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
@@ -44,6 +45,11 @@ def hpc_checkpoint_path(trainer: Trainer) -> str:
     """Where Lightning looks for a requeued job's checkpoint by itself (the next free number)."""
     path: str = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
     return path
+
+
+def log_step(trainer: Trainer) -> None:
+    """Hand this step's metrics to the loggers, as Lightning does once every callback had its turn."""
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment:

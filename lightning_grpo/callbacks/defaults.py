@@ -17,13 +17,14 @@ from lightning_grpo.callbacks.weight_sync import WeightSync
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     StepTimer,
+    # Before the run may end behind a batch, which counts as trained on.
+    TrajectoryWriter,
     # Before the hooks that take long: until it has taken over, signals reach Lightning's handlers.
     SignalHandling,
     WeightSync,
     RunSummary,
     StepZeroValidation,
     HealthMonitor,
-    TrajectoryWriter,
     FinalCheckpoint,
     GRPOProgress,
 )

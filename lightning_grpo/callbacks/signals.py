@@ -28,6 +28,7 @@ from lightning_grpo._compat import (
     cluster_environment,
     hpc_checkpoint_path,
     launched_processes,
+    log_step,
 )
 from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.callbacks.stop_flag import StopFlag
@@ -134,6 +135,7 @@ class SignalHandling(Callback):
             return
         name = self._channel.agree_on_stop()
         if name:
+            log_step(trainer)  # its turn would come later, and the curve would have a gap
             stop = self._channel.stop_run(name, self._stop(trainer, name))
             stop.saved_to = self._saved_to
             raise stop

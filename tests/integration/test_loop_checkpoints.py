@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import signal
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_grpo.algorithm.losses import GRPOLoss
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.errors import CheckpointError
+from lightning_grpo.errors import CheckpointError, StopRun
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.curriculum import Curriculum, undecided
+from lightning_grpo.rollout.records import recorded_version, trajectory_files
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
@@ -169,3 +175,23 @@ def test_signals_are_wired_to_the_boundary_of_rollout_batches(tiny_model, server
     (handling,) = [c for c in trainer.callbacks if isinstance(c, SignalHandling)]
     assert handling.requested is None
     assert not handling.flag.installed
+
+
+class SignalAt(Callback):
+    """SIGTERM to this process in the middle of a step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_step_behind_which_a_signal_stops_is_in_the_curve_and_on_disk(
+    tiny_model, server, tmp_path
+):
+    logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[SignalAt()], logger=logger)
+    with pytest.raises(StopRun, match="SIGTERM: stopped at step 3"):
+        trainer.fit(make_module(tiny_model), make_data(server))
+    with (tmp_path / "metrics.csv").open() as rows:
+        assert [row["step"] for row in csv.DictReader(rows) if row["reward/mean"]] == list("012")
+    assert [recorded_version(file) for file in trajectory_files(tmp_path)] == [0, 1, 2]
