@@ -48,7 +48,7 @@ def hpc_checkpoint_path(trainer: Trainer) -> str:
 
 
 def log_step(trainer: Trainer) -> None:
-    """Hand this step's metrics to the loggers, as Lightning does once every callback had its turn."""
+    """Hand this step's metrics to the loggers, as Lightning does after the callbacks."""
     trainer._logger_connector.update_train_step_metrics()
 
 

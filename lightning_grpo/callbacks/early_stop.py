@@ -1,4 +1,4 @@
-"""SIGTERM before training begins: an exception in the main thread, as Ctrl-C is one.
+"""Signals before training begins: SIGTERM is an exception in the main thread, as Ctrl-C is one.
 
 The default action would end the process on the spot: ranks that it started would wait for it, and
 whatever else is under way would be left as it is. Standard library only, for the command line.
@@ -6,10 +6,12 @@ whatever else is under way would be left as it is. Standard library only, for th
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 from lightning_grpo.errors import StopRun
 
@@ -18,33 +20,56 @@ class EarlyStop:
     """Raises `StopRun` on the first SIGTERM; the second one ends the process at once.
 
     It takes the place of the default action only: a handler of somebody else's stays. SIGUSR1, a
-    cluster's warning before the time limit, waits until training begins (`StopFlag`).
+    cluster's warning before the time limit, is kept until training begins (`was_warned`).
+
+    Attributes:
+        is_armed: Whether SIGTERM is to raise.
+        warned: Whether SIGUSR1 came.
     """
 
     def __init__(self) -> None:
-        self._armed = False
+        self.is_armed = self.warned = False
 
     def install(self) -> None:
         """From here on SIGTERM raises; only the main thread can have it so."""
         if threading.current_thread() is not threading.main_thread():
             return
-        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        if _acts_as_default(signal.getsignal(signal.SIGTERM)):
             signal.signal(signal.SIGTERM, self._stop)
-            self._armed = True
+            self.is_armed = True
+        if _acts_as_default(signal.getsignal(signal.SIGUSR1)):
+            signal.signal(signal.SIGUSR1, self._keep)
 
     def uninstall(self) -> None:
-        """SIGTERM is what it was, also where others have saved this handler and bring it back."""
-        self._armed = False
-        if threading.current_thread() is threading.main_thread():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-        if signal.getsignal(signal.SIGTERM) == self._stop:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """Signals are what they were, also where others have saved this handler and restore it."""
+        self.is_armed = False
+        for number, ours in ((signal.SIGTERM, self._stop), (signal.SIGUSR1, self._keep)):
+            if signal.getsignal(number) == ours:
+                signal.signal(number, signal.SIG_DFL)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        if not self._armed:
+        if not self.is_armed:
             os.kill(os.getpid(), number)
             return
         raise StopRun("SIGTERM outside of training: nothing was saved", number)
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        self.warned = True
+
+
+def was_warned(handler: Any) -> bool:
+    """Whether this handler, of before training, has kept a signal for it."""
+    owner = _owner(handler)
+    return owner is not None and owner.warned
+
+
+def _acts_as_default(handler: Any) -> bool:
+    """Whether nobody waits for the signal: also behind a run whose handler Lightning restored."""
+    owner = _owner(handler)
+    return handler is signal.SIG_DFL or (owner is not None and not owner.is_armed)
+
+
+def _owner(handler: Any) -> EarlyStop | None:
+    owner = handler.__self__ if inspect.ismethod(handler) else None
+    return owner if isinstance(owner, EarlyStop) else None

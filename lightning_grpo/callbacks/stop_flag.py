@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
+from lightning_grpo.callbacks.early_stop import was_warned
 from lightning_grpo.distributed.stops import ENDING, most_urgent
 
 
@@ -61,7 +62,9 @@ class StopFlag:
         self._thread.start()
         self._old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._saved = {each: signal.signal(each, self._raise_flag) for each in signals}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # what was held back comes now
+        for each, before in self._saved.items():
+            if was_warned(before):
+                self._raise_flag(each, None)
 
     def uninstall(self, *, exit_on_signal: bool = False) -> None:
         """Give the signals back to whom they were taken from; idempotent.
