@@ -47,7 +47,7 @@ class Ranks:
     def output(self, rank: int) -> str:
         return (self.folder / f"out.{rank}").read_text(errors="replace")
 
-    def wait_for(self, text: str, rank: int = 0, timeout_s: float = 40.0) -> None:
+    def wait_for(self, text: str, rank: int = 0, timeout_s: float = 100.0) -> None:
         end = time.monotonic() + timeout_s
         while text not in self.output(rank):
             if time.monotonic() > end or self.processes[rank].poll() is not None:
