@@ -138,15 +138,15 @@ def recorded_version(file: Path) -> int:
 def trajectory_files(path: Path) -> list[Path]:
     """The Parquet files at a path: itself, its own, or those of its `trajectories/` folder.
 
-    Of a folder of several versions (`runs/NAME`) it is the version that was written to last.
+    Of a folder of several versions (`runs/NAME`) it is the last one that trained.
 
     Raises:
         CheckpointError: There is none.
     """
     if path.is_file():
         return [path]
-    newest = max(path.glob("version_*/trajectories"), key=_written_at, default=path)
-    for folder in (path, path / "trajectories", newest):
+    versions = sorted(path.glob("version_*/trajectories"), key=_written_at, reverse=True)
+    for folder in (path, path / "trajectories", *versions):
         if files := sorted(folder.glob("*.parquet")):
             return files
     raise CheckpointError(

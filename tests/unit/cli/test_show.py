@@ -68,6 +68,7 @@ def test_of_a_run_s_folder_the_version_written_last_is_shown(tmp_path):
         path = tmp_path / "quickstart" / version / "trajectories" / f"step_{step:06d}.parquet"
         write_groups(path, [make_group(0)], step=step, version=step)
         os.utime(path.parent, (step, step))
+    (tmp_path / "quickstart/version_2/trajectories/held_out").mkdir(parents=True)  # validated only
     assert {row["step"] for row in read_rows(tmp_path / "quickstart")} == {7}
 
 
