@@ -47,7 +47,7 @@ async def started(
 
 
 async def until_routable(pool: ServerPool) -> None:
-    async with asyncio.timeout(150):
+    async with asyncio.timeout(450):  # the real one takes minutes to start on a busy machine
         while not all(m.routable for m in pool.members):  # noqa: ASYNC110 - state of another task
             await asyncio.sleep(0.1)
 
@@ -142,7 +142,7 @@ async def test_an_engine_that_is_stopped_is_replaced_and_the_other_goes_on(
 
 
 @pytest.mark.sglang
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 async def test_the_real_one_that_is_stopped_is_replaced_and_the_other_goes_on(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -151,7 +151,7 @@ async def test_the_real_one_that_is_stopped_is_replaced_and_the_other_goes_on(
 
 
 @pytest.mark.sglang
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 async def test_the_real_one_killed_at_any_point_of_an_update_by_disk_comes_back(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -159,7 +159,7 @@ async def test_the_real_one_killed_at_any_point_of_an_update_by_disk_comes_back(
 
 
 @pytest.mark.sglang
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 async def test_the_real_one_killed_at_any_point_of_an_update_by_group_comes_back(
     model_folder: Path, tmp_path: Path
 ) -> None:
