@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.cli.main import main
+from lightning_grpo.cli.export import run as export
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.lora import LoRA
@@ -39,12 +39,12 @@ def test_a_checkpoint_exports_as_a_merged_folder_or_as_the_adapter(
     module, trainer = make_lora_module(tiny_model), make_trainer(tmp_path)
     trainer.fit(module, make_data(server))
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    assert main(["export", str(tmp_path / "run.ckpt"), str(tmp_path / "merged")]) == 0
+    assert export([str(tmp_path / "run.ckpt"), str(tmp_path / "merged")]) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     merged = gather_weights(module)
     assert all(torch.equal(exported[name], value) for name, value in merged.items())
     out = str(tmp_path / "adapter")
-    assert main(["export", "--adapter", str(tmp_path / "run.ckpt"), out]) == 0
+    assert export(["--adapter", str(tmp_path / "run.ckpt"), out]) == 0
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
