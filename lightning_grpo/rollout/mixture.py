@@ -112,7 +112,7 @@ class PromptMixture:
                 "that the checkpoint was made with."
             )
         lane = bisect_right(self._starts, row) - 1
-        prompt = self._lanes[lane].stream.by_key((pass_index, row - self._starts[lane]))
+        prompt = self._lanes[lane].stream.prompts.prompt(row - self._starts[lane], pass_index)
         return replace(prompt, row=row)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.protocols import Tokenizer
 from lightning_grpo.rollout.sources import open_rows
 from lightning_grpo.types import Prompt, PromptKey
@@ -279,16 +279,7 @@ class PromptStream:
 
     def __getitem__(self, index: int) -> Prompt:
         """Make the prompt of entry `index`."""
-        return self.by_key(self.key(index))
-
-    def by_key(self, key: PromptKey) -> Prompt:
-        """Make the prompt that a key names."""
-        pass_index, row = key
-        if not 0 <= row < self.num_rows:
-            raise CheckpointError(
-                f"prompt {key} is not one of the {self.num_rows} rows: the prompts are not those "
-                "that the checkpoint was made with."
-            )
+        pass_index, row = self.key(index)
         return self.prompts.prompt(row, pass_index)
 
     def _order(self, pass_index: int) -> Sequence[int]:

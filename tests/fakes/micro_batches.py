@@ -60,7 +60,7 @@ def make_micro_batch(
     return policy.to(dtype).requires_grad_(), replace(batch, denominators=counts)
 
 
-_PER_TOKEN = (
+PER_TOKEN = (
     "input_ids",
     "response_mask",
     "loss_mask",
@@ -80,7 +80,7 @@ def select_sequences(batch: MicroBatch, rows: Sequence[int]) -> tuple[Tensor, Mi
     tokens = packed_rows(batch.cu_seqlens, index)
     lengths = batch.cu_seqlens.diff()[index]
     picked = {
-        name: None if (value := vars(batch)[name]) is None else value[tokens] for name in _PER_TOKEN
+        name: None if (value := vars(batch)[name]) is None else value[tokens] for name in PER_TOKEN
     }
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     return tokens, replace(

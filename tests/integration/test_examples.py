@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).parents[2]
-EXAMPLES = REPOSITORY / "examples"
+from tests.fakes.programs import EXAMPLES, REPOSITORY, python
+
 MAX_FABRIC_LINES = 120
-
-
-def python(folder: Path, *arguments: str | Path) -> str:
-    """What a program prints, run in `folder` with the package importable."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def shortened(script: Path, folder: Path, **values: int) -> Path:

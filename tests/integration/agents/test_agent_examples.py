@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_grpo.rollout.records import read_rows
 from lightning_grpo.types import NO_VERSION
+from tests.fakes.programs import EXAMPLES, python
 
-REPOSITORY = Path(__file__).parents[3]
-EXAMPLES = REPOSITORY / "examples"
 SMALL = (
     "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--data.val_prompts.limit=4",
     "--data.batch_size=4", "--data.group_size=4",
 )  # fmt: skip
-
-
-def python(folder: Path, *arguments: object, timeout_s: float = 110) -> str:
-    """What a program prints, run in `folder` with the package importable."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def fit(config: Path, base: Path, run: Path, *options: str, timeout_s: float = 110) -> str:

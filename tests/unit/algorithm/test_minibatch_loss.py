@@ -12,7 +12,7 @@ from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss, GSPOLoss
 from lightning_grpo.algorithm.metrics import merge, values
 from lightning_grpo.algorithm.minibatch_loss import minibatch_loss
 from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
-from tests.fakes.micro_batches import make_micro_batch, select_sequences
+from tests.fakes.micro_batches import PER_TOKEN, make_micro_batch, select_sequences
 
 # M2POLoss ranks tokens within the micro-batch and says so: it is not invariant to a split.
 OBJECTIVES = st.fixed_dictionaries(
@@ -113,20 +113,6 @@ def test_padding_with_tokens_outside_the_mask_changes_nothing(
     assert int(keep.sum()) == total
     assert (grad[~keep] == 0).all()
     assert_same((loss, grad[keep], metrics), expected, tolerance)
-
-
-PER_TOKEN = (
-    "input_ids",
-    "response_mask",
-    "loss_mask",
-    "behavior_logprobs",
-    "proximal_logprobs",
-    "reference_logprobs",
-    "weight_versions",
-    "advantages",
-    "entropy",
-    "temperature",
-)
 
 
 def test_the_parts_add_up_by_hand():

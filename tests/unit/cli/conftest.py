@@ -1,17 +1,3 @@
-"""The command line sets environment variables for its process; here each test gets its own."""
+"""Each test of the command line gets an environment of its own."""
 
-from __future__ import annotations
-
-import sys
-
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", "")
-    monkeypatch.delenv("LIGHTNING_GRPO_TRACEBACK", raising=False)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
+from tests.fakes.own_environment import own_environment  # noqa: F401 - a fixture

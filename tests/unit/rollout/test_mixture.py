@@ -80,8 +80,9 @@ def test_a_checkpoint_of_other_datasets_and_a_row_that_is_not_there_are_refused(
     mixture = make_mixture(a=(3, 1.0), b=(3, 1.0))
     with pytest.raises(CheckpointError, match=r"datasets \['a'\], this run has \['a', 'b'\]"):
         mixture.load_state_dict(state)
-    with pytest.raises(CheckpointError, match=r"\(0, 6\) is not one of the 6 rows"):
-        mixture.by_key((0, 6))
+    for row in (6, 99, -1):
+        with pytest.raises(CheckpointError, match=rf"\(0, {row}\) is not one of the 6 rows"):
+            mixture.by_key((0, row))
 
 
 def test_a_weight_is_positive():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Prompts, PromptStream
 from lightning_grpo.types import Prompt
 from tests.fakes.tokenizer import CharTokenizer
@@ -216,8 +216,3 @@ def test_passes_and_seeds_have_orders_of_their_own():
         for p in (0, 1)
     ]
     assert len({tuple(order) for order in orders}) == 4
-
-
-def test_a_key_of_other_prompts_is_refused():
-    with pytest.raises(CheckpointError, match=r"\(0, 99\) is not one of the 6 rows"):
-        PromptStream(load()).by_key((0, 99))
