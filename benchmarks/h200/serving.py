@@ -30,7 +30,7 @@ SERVER_FLAGS: dict[str, Any] = {
     "dtype": "bfloat16",
     "sampling-backend": "pytorch",
     "attention-backend": "fa3",
-    "disable-prefill-cuda-graph": True,
+    "cuda-graph-max-bs-prefill": 512,
     "cuda-graph-max-bs-decode": 512,
     "max-running-requests": 512,
     "disable-radix-cache": True,

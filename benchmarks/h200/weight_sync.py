@@ -57,7 +57,7 @@ from lightning_grpo.weights.ipc import IPCTransport
 from lightning_grpo.weights.probe import Probe
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
-from lightning_grpo.weights.transport import Place, Transport
+from lightning_grpo.weights.transport import Place, Snapshot, Transport
 
 WARM, ROUNDS = 3, 20
 DISK_WARM, DISK_ROUNDS = 1, 3
@@ -98,9 +98,9 @@ class Policy:
     def scores(self, probe: Probe) -> list[list[float]]:
         """As the session asks for them."""
         lengths = [len(row) for row in probe.sequences]
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(self.device)
-        ids = torch.tensor([i for row in probe.sequences for i in row], device=self.device)
-        logprobs, _ = self.module(ids, bounds)
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(self.device, non_blocking=True)
+        ids = torch.tensor([i for row in probe.sequences for i in row])
+        logprobs, _ = self.module(ids.to(self.device, non_blocking=True), bounds)
         reshard(self.module)
         return [part.tolist() for part in logprobs.float().cpu().split(lengths)]
 
@@ -163,11 +163,12 @@ def sync(
     if servers.releases:
         portal.call(servers.publisher.release_memory)
     started = time.perf_counter()
-    snapshot = gather_weights(policy.module, policy.serving_dtype)
-    gathered = time.perf_counter()
+    snapshot: Future[Snapshot] = Future()
     scores: Future[list[list[float]]] = Future()
     publish = servers.publisher.publish
     report_to_come = portal.start_task_soon(publish, snapshot, version, scores)
+    snapshot.set_result(gather_weights(policy.module, policy.serving_dtype))
+    gathered = time.perf_counter()
     scores.set_result(policy.scores(probe) if servers.proves else [])
     scored = time.perf_counter()
     report = report_to_come.result()
@@ -178,9 +179,9 @@ def sync(
         "end_to_end_s": ended - started,
         "release_s": started - asked,
         "paused_s": report.paused_s,
+        **{f"{phase}_s": seconds for phase, seconds in report.seconds.items()},
         "gather_s": gathered - started,
         "score_s": scored - gathered,
-        **{f"{phase}_s": seconds for phase, seconds in report.seconds.items()},
         "probe_diff": report.probe_diff or 0.0,
         "bytes": report.num_bytes,
     }

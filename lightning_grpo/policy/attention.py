@@ -67,13 +67,16 @@ class PackedLayout:
         self._starts = bounds[:-1]
         self._lengths = [end - start for start, end in pairwise(bounds)]
         self.max_length = max(self._lengths, default=0)
-        positions = token_positions(cu_seqlens)
-        if input_ids is None:
-            source = torch.arange(len(positions), device=cu_seqlens.device)
+        if len(self._lengths) == 1:  # in few steps: a proof waits for them
+            self.unique = torch.arange(bounds[-1], device=cu_seqlens.device)
+            self.unique_of = self.positions = self.unique
         else:
-            source = shared_prefixes(input_ids, cu_seqlens)
-        self.unique, self.unique_of = torch.unique(source, return_inverse=True)
-        self.positions = positions[self.unique]
+            positions = token_positions(cu_seqlens)
+            source = torch.arange(len(positions), device=cu_seqlens.device)
+            if input_ids is not None:
+                source = shared_prefixes(input_ids, cu_seqlens)
+            self.unique, self.unique_of = torch.unique(source, return_inverse=True)
+            self.positions = positions[self.unique]
         self._padded: tuple[list[Bucket], Tensor] | None = None
 
     def padded(self) -> tuple[list[Bucket], Tensor]:

@@ -92,6 +92,9 @@ def predicted_positions(cu_seqlens: Tensor, positions_mask: Tensor | None = None
     The first token of a sequence has nothing before it and is never among them. int64.
     """
     num_tokens = int(cu_seqlens[-1])
+    num_sequences = len(cu_seqlens) - 1
+    if num_sequences == 1 and positions_mask is None:
+        return torch.arange(1, max(1, num_tokens), device=cu_seqlens.device)
     wanted = torch.ones(num_tokens, dtype=torch.bool, device=cu_seqlens.device)
     if positions_mask is not None:
         wanted &= positions_mask

@@ -101,6 +101,11 @@ class Member:
         return self.facts.info.tp_size
 
     @property
+    def caches_prefixes(self) -> bool:
+        """Whether it keeps what it computed of prompts (as SGLang does unless told not to)."""
+        return self.facts.info.disable_radix_cache is not True
+
+    @property
     def alive(self) -> bool:
         """Whether it can be talked to."""
         return self.state is not MemberState.DEAD

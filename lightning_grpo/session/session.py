@@ -32,7 +32,9 @@ from lightning_grpo.strategies.parallelize import reshard
 from lightning_grpo.types import Group, Sampling
 from lightning_grpo.validation import EvaluationBatch, joined_groups
 from lightning_grpo.weights.gather import gather_weights
+from lightning_grpo.weights.proof import promised
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
+from lightning_grpo.weights.transport import Snapshot
 
 
 @dataclass
@@ -185,18 +187,19 @@ class RolloutSession:
                 return None
         if self.sync.release_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the step cached is the servers' again
-        snapshot = gather_weights(policy, self._serving_dtype, keep=lead is not None)
+        snapshot: Future[Snapshot] = Future()
         scores: Future[list[list[float]]] = Future()
         future_report = None
         if lead is not None:
             future_report = lead.service.run(
                 self._live.publisher.publish, snapshot, version, scores
             )
-        try:  # the trainer's side of the proof, while the weights travel
+        with promised(snapshot, scores):
+            # While the servers stop; then its side of the proof, while the weights travel.
+            snapshot.set_result(
+                gather_weights(policy, self._serving_dtype, _gpu(), keep=lead is not None)
+            )
             scores.set_result(self._probe_scores(policy))
-        except BaseException as error:
-            scores.set_exception(error)
-            raise
         self.report = self.channel.wait(
             future_report, what=f"the weight sync of version {version}", stoppable=False
         )
@@ -223,7 +226,8 @@ class RolloutSession:
         device = next(policy.parameters()).device
         lengths = torch.tensor([0, *(len(s) for s in sequences)])
         ids = torch.tensor([i for s in sequences for i in s])
-        logprobs, _ = policy(ids.to(device), lengths.cumsum(0).to(device))
+        bounds = lengths.cumsum(0).to(device, non_blocking=True)
+        logprobs, _ = policy(ids.to(device, non_blocking=True), bounds)
         reshard(policy)  # the optimizer and callbacks look at the shards
         return [part.tolist() for part in logprobs.float().cpu().split(lengths[1:].tolist())]
 
@@ -318,6 +322,11 @@ class RolloutSession:
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""
         return {"servers": self.settings.servers.describe()}
+
+
+def _gpu() -> torch.device | None:
+    """Where weights leave from, also those that are kept in host memory."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def current_gpu() -> int | None:

@@ -93,9 +93,12 @@ class WeightGroup:
         options.rootTensor = 0
         options.timeout = self._timeout
         if tensor.is_cuda:
-            with torch.cuda.device(tensor.device):
+            # On a stream of its own: the policy's next pass must not wait for the server.
+            stream = torch.cuda.Stream(tensor.device)
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(stream):
                 self._backend.broadcast([tensor], options).wait()
-                torch.cuda.current_stream().synchronize()
+                stream.synchronize()
         else:
             self._backend.broadcast([tensor], options).wait()
 

@@ -29,6 +29,8 @@ class DiskTransport(Transport):
         keep: How many versions stay on disk. Only the trainer deletes.
     """
 
+    prepares_quickly = False
+
     def __init__(self, folder: str | None = None, keep: int = 2) -> None:
         if keep < 1:
             raise ConfigError(f"`keep` must be >= 1 (a restarted server loads it), got {keep}.")

@@ -72,7 +72,9 @@ def gather_weights(
 def _adapted_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     """The layer of PEFT whose own weight it is; few names are asked, for the check is slow."""
     owner, found, _ = name.rpartition(f".{ADAPTED_PART}.weight")
-    layer = module.get_submodule(owner) if found else None
+    if not found:
+        return None
+    layer = module.get_submodule(owner)
     return layer if isinstance(layer, AdaptedLayer) else None
 
 

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from lightning_grpo.weights.probe import Scores
 from lightning_grpo.weights.transport import UpdateClient
 
+T = TypeVar("T")
 Expected = Scores | Future[Scores]
 """The trainer's scores; of a future, which it may set while the weights travel."""
 
 
-async def settled(expected: Expected) -> Scores:
-    """The scores; a deadline that passes meanwhile leaves the future to whoever sets it."""
-    if isinstance(expected, Future):
-        return await asyncio.shield(asyncio.wrap_future(expected))
-    return expected
+@contextmanager
+def promised(*promises: Future[Any]) -> Iterator[None]:
+    """An error in here is the result of what was not set yet: nobody waits for it in vain."""
+    try:
+        yield
+    except BaseException as error:
+        for promise in promises:
+            if not promise.done():
+                promise.set_exception(error)
+        raise
+
+
+async def settled(given: T | Future[T]) -> T:
+    """The value; a deadline that passes meanwhile leaves a future to whoever sets it."""
+    if isinstance(given, Future):
+        return await asyncio.shield(asyncio.wrap_future(given))
+    return given
 
 
 async def scores_of(

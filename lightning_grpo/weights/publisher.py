@@ -1,6 +1,7 @@
 """Brings new weights to every server and proves it: a state machine with deadlines.
 
-One publish: prepare -> interrupt -> flush -> [begin] -> update -> [end] -> continue -> probe.
+One publish: interrupt -> flush -> [begin] -> update -> [end] -> continue -> probe; the weights are
+gathered and prepared while servers are interrupted, by disk before that.
 Each server goes through it on its own, `updating` all the while; any failure makes that one `dirty`
 and leaves the others alone. A server is routed to again only after its probe agreed. It is
 continued before the probe, because SGLang holds every request back while it is paused; the pool
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from concurrent.futures import Future
 
 import anyio
 import anyio.to_thread
@@ -82,6 +84,7 @@ class WeightPublisher:
             return False
         async with self._lock:
             for target in self._fleet.members:
+                await target.unpause()  # a run that crashed may have left it paused
                 scores = await self._score(target.client, f"{self._run_id}:adopt")
                 if not self._record.agrees(expected, scores):
                     return False
@@ -91,11 +94,14 @@ class WeightPublisher:
         await self._fleet.resume()
         return True
 
-    async def publish(self, snapshot: Snapshot, version: int, expected: Expected) -> PublishReport:
+    async def publish(
+        self, snapshot: Snapshot | Future[Snapshot], version: int, expected: Expected
+    ) -> PublishReport:
         """Brings `snapshot` to every server that lives, dirty ones included.
 
         Args:
-            snapshot: Whole weights by checkpoint name; not written to afterwards.
+            snapshot: Whole weights by checkpoint name, not written to afterwards; of a future,
+                which may be set while the servers are interrupted.
             version: Of these weights.
             expected: The trainer's own scores of the probe under them (unused without a probe);
                 of a future, which may be set while the weights travel.
@@ -104,19 +110,24 @@ class WeightPublisher:
             What happened; `failures` names servers that are left behind.
 
         Raises:
-            WeightSyncError: No server could be brought to the version.
+            WeightSyncError: The snapshot did not come in time, or no server could be brought to the
+                version.
             ServersLostError: Too few servers are left.
         """
         report = PublishReport(version)
         async with self._lock:
-            started = time.monotonic()
-            report.num_bytes = await anyio.to_thread.run_sync(
-                self._transport.prepare, snapshot, version
-            )
-            report.seconds["prepare"] = time.monotonic() - started
+            preparing = asyncio.ensure_future(self._prepare(snapshot, report))
+            try:
+                if not self._transport.prepares_quickly:
+                    await preparing
+                interrupted = time.monotonic()
+                await self._interrupt(report, self._interruption)
+                await preparing
+            except BaseException:
+                preparing.cancel()
+                await self._fleet.resume()  # on the weights that they have
+                raise
             self._current, self._prepared = (version, expected), True
-            interrupted = time.monotonic()
-            await self._interrupt(report, self._interruption)
             async with anyio.create_task_group() as tasks:
                 for target in self._fleet.members:
                     if target.alive:
@@ -180,6 +191,15 @@ class WeightPublisher:
             except ServerError as error:
                 logger.info("%s keeps the name of its weights: %s", target.url, error)
 
+    async def _prepare(self, given: Snapshot | Future[Snapshot], report: PublishReport) -> None:
+        async with report.phase("gather", self._settings.gather_timeout_s):
+            snapshot = await settled(given)
+        started = time.monotonic()
+        report.num_bytes = await anyio.to_thread.run_sync(
+            self._transport.prepare, snapshot, report.version
+        )
+        report.seconds["prepare"] = time.monotonic() - started
+
     async def _interrupt(self, report: PublishReport, mode: Interruption) -> None:
         started = time.monotonic()
         await self._fleet.interrupt(self._settings.request_timeout_s, mode)
@@ -208,7 +228,7 @@ class WeightPublisher:
     async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s
         label = f"{self._run_id}:{report.version}"
-        await self._prepare(target, client, report)
+        await self._empty(target, client, report)
         target.expect(report.version, label)
         refusal: UpdateRefusedError | None = None
         try:
@@ -237,11 +257,11 @@ class WeightPublisher:
         report.updated.append(client.url)
         target.mark_clean(report.version, label)
 
-    async def _prepare(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
+    async def _empty(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
         if target.released:
             async with report.phase("resume", self._settings.request_timeout_s):
                 await target.resume_memory()
-        if self._interruption == "abort":
+        if self._interruption == "abort" and target.caches_prefixes:
             await self._flush(client, report)
 
     async def _flush(self, client: UpdateClient, report: PublishReport) -> None:
@@ -293,6 +313,7 @@ class WeightPublisher:
         version, given = self._current
         async with report.phase("probe", self._settings.request_timeout_s):
             scores = await self._score(client, f"{label}:probe")
+        async with report.phase("trainer", self._settings.request_timeout_s):
             expected = await settled(given)
         report.readings[client.url] = self._record.check(client.url, version, expected, scores)
 

@@ -88,6 +88,11 @@ class Target(Protocol):
         ...
 
     @property
+    def caches_prefixes(self) -> bool:
+        """Whether it keeps what it computed of prompts."""
+        ...
+
+    @property
     def alive(self) -> bool:
         """Whether it can be talked to."""
         ...
@@ -177,10 +182,12 @@ class Place:
 class Transport(ABC):
     """Moves one prepared snapshot to servers; the publisher keeps the order of things.
 
-    `in_session` says that updates go between begin and end where the server demands it.
+    `in_session` says that updates go between begin and end where the server demands it,
+    `prepares_quickly` that servers may stand still meanwhile.
     """
 
     in_session = False
+    prepares_quickly = True
 
     @abstractmethod
     def bind(self, place: Place) -> None:

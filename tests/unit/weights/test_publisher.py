@@ -60,7 +60,9 @@ async def fleet(tmp_path, transport, *servers, probe=PROBE, timeout_s=TIMEOUT_S,
         )
         await pool.start()
         transport.bind(Place(tmp_path / "run", tmp_path / "base", bucket_bytes=512))
-        settings = SyncSettings(request_timeout_s=timeout_s, recovery_timeout_s=10)
+        settings = SyncSettings(
+            request_timeout_s=timeout_s, gather_timeout_s=timeout_s, recovery_timeout_s=10
+        )
         publisher = WeightPublisher(pool, transport, "run", probe, settings)
         pool.on_restart(publisher.restore)
         try:
@@ -120,6 +122,64 @@ async def test_the_order_of_one_publish(tmp_path):
         "/generate",
         "/generate",
     ]
+
+
+async def test_servers_stop_while_the_weights_are_gathered(tmp_path):
+    server = FakeServer()
+    transport = ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    async with fleet(tmp_path, transport, server) as (_, publisher):
+        weights = Future()
+        publishing = asyncio.create_task(publisher.publish(weights, 1, expected(1)))
+        await until(lambda: server.paused)
+        assert not publishing.done()
+        weights.set_result(snapshot(1))
+        report = await publishing
+        assert holds(server, 1)
+        assert not server.paused
+        assert {"gather", "prepare"} <= set(report.seconds)
+
+
+async def test_servers_work_on_while_the_weights_are_written_to_disk(tmp_path):
+    server = FakeServer()
+    stopped_before = []
+
+    class Watched(DiskTransport):
+        def prepare(self, weights, version):
+            stopped_before.append(server.paused)
+            return super().prepare(weights, version)
+
+    async with fleet(tmp_path, Watched(), server) as (_, publisher):
+        await publish(publisher, 1)
+        assert holds(server, 1)
+    assert stopped_before == [False]
+
+
+@pytest.mark.parametrize("failure", ["raised", "late"])
+async def test_weights_that_do_not_come_leave_the_servers_at_work_on_the_ones_they_have(
+    tmp_path, transport, failure
+):
+    server = FakeServer()
+    async with fleet(tmp_path, transport, server, timeout_s=0.5) as (pool, publisher):
+        await publish(publisher, 1)
+        weights = Future()
+        if failure == "raised":
+            weights.set_exception(ArithmeticError("a gather that failed"))
+        with pytest.raises(ArithmeticError if failure == "raised" else WeightSyncError):
+            await publisher.publish(weights, 2, expected(2))
+        assert not server.paused
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert set(completion.versions) == {1}
+        await publish(publisher, 3)
+        assert holds(server, 3)
+
+
+async def test_a_server_without_a_prefix_cache_has_none_to_flush(tmp_path):
+    server = FakeServer(info={"disable_radix_cache": True})
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        report = await publish(publisher, 1)
+        assert holds(server, 1)
+        assert "flush" not in report.seconds
+    assert "/flush_cache" not in server.calls
 
 
 async def test_the_trainers_scores_may_come_while_the_weights_travel(tmp_path):
@@ -399,6 +459,7 @@ async def test_servers_that_hold_the_folders_weights_are_adopted_without_a_trans
     table = torch.tensor(make_table(0)).tolist()
     servers = [FakeServer(table=table), FakeServer(table=table)]
     async with fleet(tmp_path, DiskTransport(), *servers) as (pool, publisher):
+        servers[0].unpaused.clear()  # as a run leaves it that crashed during an update
         assert await publisher.adopt(0, expected(0))
         assert [s.label for s in servers] == ["run:0", "run:0"]
         assert "/update_weights_from_disk" not in servers[0].calls
