@@ -24,6 +24,7 @@ from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
 from lightning_grpo.weights.proof import Expected, scores_of, settled
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
+from lightning_grpo.weights.standstill import flush, pause_again
 from lightning_grpo.weights.transport import (
     Fleet,
     Snapshot,
@@ -36,7 +37,6 @@ from lightning_grpo.weights.transport import (
 
 logger = logging.getLogger(__name__)
 
-FLUSH_WAIT_S = 0.02
 ATTEMPTS = 3
 """A server that fails an update is tried again so often, from the start, before it is given up."""
 
@@ -157,7 +157,7 @@ class WeightPublisher:
                         tasks.start_soon(self._release, target, report)
 
     async def _release(self, target: Target, report: PublishReport) -> None:
-        await self._flush(target.client, report)
+        await flush(target.client, report, self._settings.request_timeout_s)
         async with report.phase("release", self._settings.request_timeout_s):
             await target.release_memory()
 
@@ -246,7 +246,7 @@ class WeightPublisher:
             if refusal is not None:
                 await client.update_weight_version(label)
         except (ServerError, WeightSyncError) as error:
-            await _pause_again(target)
+            await pause_again(target)
             if refusal is None:
                 raise
             raise WeightSyncError(
@@ -262,20 +262,7 @@ class WeightPublisher:
             async with report.phase("resume", self._settings.request_timeout_s):
                 await target.resume_memory()
         if self._interruption == "abort" and target.caches_prefixes:
-            await self._flush(client, report)
-
-    async def _flush(self, client: UpdateClient, report: PublishReport) -> None:
-        """Empties the prefix cache; a server that holds requests refuses.
-
-        It holds some unless they were aborted; then no prefix is kept (retract), or all (in_place).
-        """
-        async with report.phase("flush", self._settings.request_timeout_s):
-            # Over HTTP there is nothing to wait on but another answer.
-            while not await client.flush_cache():
-                # SGLang's health check is a request, too; one that came between the last abort
-                # and the pause would wait in the queue for ever.
-                await client.abort()
-                await anyio.sleep(FLUSH_WAIT_S)
+            await flush(client, report, self._settings.request_timeout_s)
 
     async def _transfer(self, target: Target, label: str, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s
@@ -332,11 +319,3 @@ class WeightPublisher:
                 f"No server could be brought to version {report.version} within"
                 f" {self._settings.recovery_timeout_s:g} s: {reasons}"
             ) from error
-
-
-async def _pause_again(target: Target) -> None:
-    """A server with unknown weights is left paused, if it still listens."""
-    try:
-        await target.pause()
-    except ServerError as error:
-        logger.info("%s could not be paused again: %s", target.url, error)

@@ -1,0 +1,37 @@
+"""A server that stands still for new weights."""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+
+from lightning_grpo.errors import ServerError
+from lightning_grpo.weights.report import PublishReport
+from lightning_grpo.weights.transport import Target, UpdateClient
+
+logger = logging.getLogger(__name__)
+
+FLUSH_WAIT_S = 0.02
+
+
+async def flush(client: UpdateClient, report: PublishReport, timeout_s: float) -> None:
+    """Empties the prefix cache; a server that holds requests refuses.
+
+    It holds some unless they were aborted; then no prefix is kept (retract), or all (in_place).
+    """
+    async with report.phase("flush", timeout_s):
+        # Over HTTP there is nothing to wait on but another answer.
+        while not await client.flush_cache():
+            # SGLang's health check is a request, too; one that came between the last abort
+            # and the pause would wait in the queue for ever.
+            await client.abort()
+            await anyio.sleep(FLUSH_WAIT_S)
+
+
+async def pause_again(target: Target) -> None:
+    """A server with unknown weights is left paused, if it still listens."""
+    try:
+        await target.pause()
+    except ServerError as error:
+        logger.info("%s could not be paused again: %s", target.url, error)
