@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -93,6 +94,9 @@ async def serve(options: argparse.Namespace) -> None:
     site = web.TCPSite(runner, options.host, options.port, backlog=1024)
     await site.start()
     port = runner.addresses[0][1]
+    # What was loaded stays: to look through it for garbage stops both threads each time.
+    gc.collect()
+    gc.freeze()
     print(f"READY http://{options.host}:{port}", flush=True)
     await stop.wait()
     # Whoever still waits gets what there is.

@@ -99,9 +99,14 @@ class RunningBatch:
         return self._sample(0, logits)
 
     def add(self, placed: Sequence[tuple[Request, PromptState]]) -> list[News]:
-        """Give requests slots and sample the first token of each."""
+        """Give requests slots and sample the next token of each.
+
+        Args:
+            placed: With the states of their prompts; what retracted ones had sampled is read here.
+        """
         first = len(self._rows)
-        longest = max(state.num_tokens for _, state in placed)
+        placed = sorted(placed, key=lambda item: len(item[0].output_ids))
+        longest = max(request.num_tokens for request, _ in placed)
         self._slots.reserve(first + len(placed), longest + 1, placed[0][1].kv)
         start = 0
         for index in range(1, len(placed) + 1):
@@ -109,8 +114,15 @@ class RunningBatch:
             if index == len(placed) or placed[index][1] is not placed[start][1]:
                 self._slots.place(first + start, index - start, placed[start][1].kv)
                 start = index
-        self._rows.append([request for request, _ in placed])
-        return self._sample(first, torch.stack([state.logits for _, state in placed]))
+        requests = [request for request, _ in placed]
+        self._rows.append(requests)
+        logits = torch.stack([state.logits for _, state in placed])
+        fresh = sum(not request.output_ids for request in requests)
+        if fresh < len(requests):
+            tails = [request.output_ids for request in requests[fresh:]]
+            lengths = torch.tensor([state.num_tokens for _, state in placed[fresh:]])
+            logits[fresh:] = self._runner.extend(self._slots, tails, lengths, first + fresh)
+        return self._sample(first, logits)
 
     def end(self, requests: Sequence[Request], reason: Reason) -> list[News]:
         """End requests that run, with what they have."""

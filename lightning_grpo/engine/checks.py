@@ -58,7 +58,7 @@ def is_single(body: GenerateBody) -> bool:
     """Whether the request has one prompt, not a list of them."""
     if isinstance(body.text, str):
         return True
-    return body.input_ids is not None and not any(isinstance(i, list) for i in body.input_ids)
+    return bool(body.input_ids) and not isinstance(body.input_ids[0], list)
 
 
 def refuse_unsupported(body: GenerateBody) -> None:

@@ -99,23 +99,22 @@ class SlotCache:
         if self._store is not None:
             self._store[:, :, slots] = 0
 
-    def step(self, lengths: Tensor, max_length: int, first_slot: int = 0) -> DecodeStep:
-        """What one decode step of `len(lengths)` slots writes to and reads from.
+    def step(self, positions: Tensor, max_length: int, first_slot: int = 0) -> DecodeStep:
+        """What one step of `len(positions)` slots writes to and reads from.
 
         Args:
-            lengths: Tokens already in each slot; the new one goes behind them, `[slots]`.
-            max_length: The largest of `lengths`, plus one.
+            positions: Where the new tokens of each slot go, `[slots, tokens]`.
+            max_length: The largest of `positions`, plus one.
             first_slot: Of them.
         """
         if self._store is None:
             raise RuntimeError("no slot was ever filled")
         heads, capacity = self._store.shape[3], self._store.shape[4]
-        end_slot = first_slot + lengths.shape[0]
-        index = torch.arange(first_slot, end_slot) * (heads * capacity) + lengths
-        if heads > 1:
-            index = (index[:, None] + torch.arange(heads) * capacity).flatten()
+        end_slot = first_slot + len(positions)
+        starts = torch.arange(first_slot * heads, end_slot * heads) * capacity
+        index = starts.view(-1, heads, 1) + positions[:, None]
         window = self._store[:, :, first_slot:end_slot, :, :max_length]
-        return DecodeStep(self._flat, window, index)
+        return DecodeStep(self._flat, window, index.flatten())
 
     def _set(self, store: Tensor) -> None:
         self._store = store
@@ -124,7 +123,7 @@ class SlotCache:
 
 
 class DecodeStep:
-    """The cache object that transformers' attention layers see while decoding one token."""
+    """The cache object that transformers' attention layers see while tokens are appended."""
 
     def __init__(self, flat: list[tuple[Tensor, Tensor]], window: Tensor, index: Tensor) -> None:
         self._flat = flat
@@ -134,7 +133,7 @@ class DecodeStep:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store one token's keys and values `[slots, kv_heads, 1, head_dim]`; return all."""
+        """Store new keys and values `[slots, kv_heads, tokens, head_dim]`; return all."""
         flat_keys, flat_values = self._flat[layer_idx]
         flat_keys.index_copy_(0, self._index, keys.reshape(-1, keys.shape[-1]))
         flat_values.index_copy_(0, self._index, values.reshape(-1, values.shape[-1]))

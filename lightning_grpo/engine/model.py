@@ -21,6 +21,8 @@ from transformers import (
 from lightning_grpo.engine.kv import PrefillCapture, PromptState, SlotCache
 
 ATTENTION_NAME = "lightning_grpo_slots"
+_EXTENDED_TOGETHER = 32
+"""Slots whose tails are read in one pass: of similar length, since they are padded."""
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")
 
 
@@ -36,7 +38,7 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Attention for transformers' interface: causal over whole prompts, masked over slots.
 
-    A decode step lays the query heads that share a key-value head out as queries of it, so that
+    Over slots the query heads that share a key-value head are laid out as queries of it, so that
     keys and values are read where they lie and never repeated.
     """
     for name in _UNSUPPORTED:
@@ -47,12 +49,14 @@ def slot_attention(
             )
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
-    if queries == 1:
-        packed = query.reshape(batch, kv_heads, heads // kv_heads, dim)
+    if attention_mask is not None:
+        packed = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+        if queries > 1:
+            attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
         mixed = functional.scaled_dot_product_attention(
             packed, key, value, attn_mask=attention_mask, scale=scaling
         )
-        return mixed.reshape(batch, 1, heads, -1), None
+        return mixed.reshape(batch, heads, queries, -1).transpose(1, 2), None
     if heads != kv_heads:
         key = key.repeat_interleave(heads // kv_heads, dim=1)
         value = value.repeat_interleave(heads // kv_heads, dim=1)
@@ -163,24 +167,54 @@ class ModelRunner:
         """
         slots.grow(int(lengths.max()) + 1)
         if not self.row_by_row:
-            return self._decode(slots, tokens, lengths)
+            return self._append(slots, tokens[:, None], lengths[:, None])
         rows = [
-            self._decode(slots, tokens[row : row + 1], lengths[row : row + 1], row)
+            self._append(slots, tokens[row : row + 1, None], lengths[row : row + 1, None], row)
             for row in range(len(tokens))
         ]
         return torch.cat(rows)
 
-    def _decode(
-        self, slots: SlotCache, tokens: Tensor, lengths: Tensor, first_slot: int = 0
+    def extend(
+        self, slots: SlotCache, tails: Sequence[Sequence[int]], lengths: Tensor, first_slot: int
     ) -> Tensor:
-        max_length = int(lengths.max()) + 1
-        mask = torch.zeros(len(tokens), max_length)
-        mask.masked_fill_(self._positions[:max_length] > lengths[:, None], float("-inf"))
+        """Append several tokens to each of some slots in a row and return the next logits.
+
+        Args:
+            slots: Where keys and values lie, with room for the tails.
+            tails: The tokens, at least one for each slot.
+            lengths: Tokens already in each slot, `[slots]`.
+            first_slot: Of them.
+
+        Returns:
+            fp32 logits `[slots, vocab]`.
+        """
+        group = 1 if self.row_by_row else _EXTENDED_TOGETHER
+        parts = []
+        for start in range(0, len(tails), group):
+            some = tails[start : start + group]
+            longest = max(len(tail) for tail in some)
+            # A tail is padded with its own last token, which is then written there once more.
+            last = torch.tensor([len(tail) - 1 for tail in some])[:, None]
+            ids = torch.tensor([[*tail, *tail[-1:] * (longest - len(tail))] for tail in some])
+            steps = torch.arange(longest).minimum(last)
+            positions = lengths[start : start + group, None] + steps
+            parts.append(self._append(slots, ids, positions, first_slot + start))
+        return torch.cat(parts)
+
+    def _append(
+        self, slots: SlotCache, ids: Tensor, positions: Tensor, first_slot: int = 0
+    ) -> Tensor:
+        """Tokens and where they go, `[slots, tokens]`; the logits behind the last ones."""
+        max_length = int(positions.max()) + 1
+        mask = torch.zeros(*ids.shape, max_length)
+        mask.masked_fill_(self._positions[:max_length] > positions[:, :, None], float("-inf"))
+        rows = torch.arange(len(ids))
         return self._forward(
-            tokens[:, None],
-            slots.step(lengths, max_length, first_slot),
-            positions=lengths[:, None],
-            mask=mask[:, None, None],
+            ids,
+            slots.step(positions, max_length, first_slot),
+            positions=positions,
+            mask=mask[:, None],
+            pick=None if ids.shape[1] == 1 else (rows, torch.full_like(rows, ids.shape[1] - 1)),
         )
 
     def _forward(

@@ -32,7 +32,7 @@ class PromptReader:
         self._cache.clear()
 
     def read(self, requests: Sequence[Request]) -> list[PromptState]:
-        """The state of each request's tokens (prompt, and output of one that was retracted)."""
+        """The state of each request's prompt."""
         keys = [_key(request) for request in requests]
         states: dict[Key, PromptState] = {}
         unread: set[Key] = set()
@@ -50,10 +50,10 @@ class PromptReader:
             request.cached_tokens = request.cached_tokens or len(request.generation.input_ids)
         for batch in self._batches(unread):
             states.update(zip(batch, self._runner.prefill([k[1] for k in batch]), strict=True))
-        for key, request in zip(keys, requests, strict=True):
-            # Nobody else comes with the same output; non-finite weights leave nothing to share.
-            if not request.output_ids and bool(states[key].logits.isfinite().all()):
-                self._cache.put(key, states[key])
+        for key, state in states.items():
+            # Non-finite weights leave nothing to share.
+            if bool(state.logits.isfinite().all()):
+                self._cache.put(key, state)
         return [states[key] for key in keys]
 
     def _batches(self, keys: set[Key]) -> list[list[Key]]:
@@ -75,7 +75,4 @@ class PromptReader:
 
 
 def _key(request: Request) -> Key:
-    return (
-        request.generation.extra_key,
-        request.generation.input_ids + tuple(request.output_ids),
-    )
+    return (request.generation.extra_key, request.generation.input_ids)

@@ -74,6 +74,11 @@ class Request:
         """Prompt and output together; up to date only while it is in no slot."""
         return len(self.generation.input_ids) + len(self.output_ids)
 
+    @property
+    def only_scores(self) -> bool:
+        """Whether it wants no token, only what the model thinks of its prompt."""
+        return not self.generation.max_new_tokens
+
     def note_version(self, version: str, num_sampled: int) -> None:
         """Say that tokens from `num_sampled` on come from the weights called `version`."""
         while self.starts and self.starts[-1][1] >= num_sampled:

@@ -112,10 +112,8 @@ class Scheduler:
                 raise BadRequestError(
                     f"`rid` must not name a request in flight, got {request.generation.rid!r}"
                 )
-        if self.paused or self._holds:
-            self._held += requests
-        else:
-            self._waiting += requests
+        self._held += requests
+        self._open()
 
     def abort(self, rids: Iterable[str] | None) -> None:
         """End requests with what they have; all of them if `rids` is None."""
@@ -221,9 +219,18 @@ class Scheduler:
         if self.paused:
             return
         self._tell(self._running.step())
-        if self._waiting:
+        if self._waiting and (self._waiting[0].only_scores or self._has_room()):
             self._admit()
         self._settle()
+
+    def _has_room(self) -> bool:
+        """Whether enough slots are free to read prompts for.
+
+        Reading holds the running requests up by a pass of its own, so those that wait behind full
+        slots come many at a time, not one for each that ends.
+        """
+        free = self._limits.max_running - len(self._running)
+        return free >= min(len(self._waiting), self._limits.max_running // 2)
 
     def _admit(self) -> None:
         batch = self._choose()
@@ -231,14 +238,18 @@ class Scheduler:
         for request in batch:
             if not request.starts:
                 request.note_version(self.weight_version, 0)
-            if not request.generation.max_new_tokens:
+            if request.only_scores:
                 self._tell_stopped(request, {"type": "length", "length": 0})
-        placed = [(r, s) for r, s in zip(batch, states, strict=True) if r.generation.max_new_tokens]
-        if placed:
-            self._tell(self._running.add(placed))
+        if batch and not batch[0].only_scores:
+            self._tell(self._running.add(list(zip(batch, states, strict=True))))
 
     def _choose(self) -> list[Request]:
-        """The next waiting requests that fit the slots, the memory and one round of reading."""
+        """The next waiting requests that fit the slots, the memory and one round of reading.
+
+        Those that only score need no slot, and are answered before others are read.
+        """
+        if self._waiting[0].only_scores:
+            return [self._waiting.popleft()]
         longest = max((r.generation.num_positions for r in self._running.requests), default=0)
         chosen: list[Request] = []
         tokens, seen = 0, set()
@@ -247,7 +258,7 @@ class Scheduler:
             longest = max(longest, request.generation.num_positions)
             num = len(self._running) + len(chosen) + 1
             ids = request.generation.input_ids
-            cost = 0 if ids in seen else request.num_tokens
+            cost = len(request.output_ids) + (0 if ids in seen else len(ids))
             full = num > 1 and num * longest > self._limits.max_total_tokens
             if full or (chosen and tokens + cost > self._limits.prefill_tokens):
                 break
@@ -283,7 +294,8 @@ class Scheduler:
             return
         if self._limits.deterministic:
             self._held.sort(key=lambda r: (r.generation.input_ids, r.generation.seed))
-        self._waiting += self._held
+        self._waiting.extend(r for r in self._held if not r.only_scores)
+        self._waiting.extendleft(r for r in reversed(self._held) if r.only_scores)
         self._held = []
 
     def _settle(self) -> None:

@@ -17,7 +17,7 @@ def prompt(length: int, seed: int) -> torch.Tensor:
 
 def window(slots: SlotCache, lengths: list[int]) -> list[torch.Tensor]:
     """What attention would see of each slot, `[layers, 2, kv_heads, length, head_dim]`."""
-    step = slots.step(torch.tensor(lengths), max(lengths) + 1)
+    step = slots.step(torch.tensor(lengths)[:, None], max(lengths) + 1)
     new = torch.full((len(lengths), HEADS, 1, DIM), 7.0)
     layers = [torch.stack(step.update(new, 2 * new, layer)) for layer in range(LAYERS)]
     seen = torch.stack(layers)

@@ -42,6 +42,7 @@ class CountingRunner:
         self.context_length = inner.context_length
         self.prefilled: list[list[int]] = []
         self.decoded: list[int] = []
+        self.extended: list[list[int]] = []
 
     def prefill(self, prompts: Any) -> Any:
         """Note the prompts' lengths."""
@@ -56,6 +57,11 @@ class CountingRunner:
         """Note how many rows there are."""
         self.decoded.append(len(tokens))
         return self.inner.decode(slots, tokens, lengths)
+
+    def extend(self, slots: Any, tails: Any, lengths: Any, first_slot: int) -> Any:
+        """Note the tails' lengths."""
+        self.extended.append([len(tail) for tail in tails])
+        return self.inner.extend(slots, tails, lengths, first_slot)
 
 
 def make(runner: Any, **limits: Any) -> Scheduler:
@@ -101,6 +107,31 @@ def test_no_more_run_than_there_are_slots(runner: ModelRunner) -> None:
     scheduler.submit(requests(11))
     assert len(drain(scheduler)) == 11
     assert max(counting.decoded) == 4
+
+
+def test_those_behind_full_slots_are_read_many_at_a_time(runner: ModelRunner) -> None:
+    counting = CountingRunner(runner)
+    scheduler = make(counting, max_running=8)
+    for index in range(24):
+        scheduler.submit(requests(1, rid=f"r{index}", input_ids=(index,), max_new_tokens=index + 2))
+    assert len(drain(scheduler)) == 24
+    assert [len(prompts) for prompts in counting.prefilled] == [8, 4, 4, 4, 4]
+
+
+def test_what_is_only_scored_waits_neither_for_a_slot_nor_for_others(runner: ModelRunner) -> None:
+    scheduler = make(runner, max_running=2)
+    scheduler.submit(requests(6))
+    scheduler.step()
+    scheduler.pause("retract")
+    scheduler.submit(requests(1, rid="score", max_new_tokens=0, logprob_start=0))
+    scheduler.resume()
+    scheduler.step()
+    assert [request.generation.rid for request, _ in scheduler.outbox] == ["score"]
+    scheduler.step()
+    scheduler.submit(requests(1, rid="again", max_new_tokens=0, logprob_start=0))
+    assert scheduler.num_running == 2
+    scheduler.step()
+    assert [request.generation.rid for request, _ in scheduler.outbox] == ["score", "again"]
 
 
 def test_slots_times_the_longest_request_stay_within_the_memory(runner: ModelRunner) -> None:
@@ -168,6 +199,23 @@ def test_a_retracted_request_ends_as_if_it_had_not_been(runner: ModelRunner) -> 
         assert output.token_ids == expected[name].token_ids
         assert output.logprobs == pytest.approx(expected[name].logprobs, abs=1e-5)
         assert output.num_retractions == 1
+
+
+def test_retracted_requests_read_their_prompt_once_and_only_their_own_tokens_behind_it(
+    runner: ModelRunner,
+) -> None:
+    counting = CountingRunner(runner)
+    scheduler = make(counting)
+    for index in range(5):  # each a token behind the one before
+        scheduler.submit(requests(1, rid=f"r{index}", input_ids=(9, 8, 7), max_new_tokens=50))
+        scheduler.step()
+    scheduler.pause("retract")
+    scheduler.update(lambda: None, "next")
+    scheduler.submit(requests(1, rid="new", input_ids=(9, 8, 7)))
+    scheduler.resume()
+    assert len(drain(scheduler)) == 6
+    assert counting.prefilled == [[3], [3]]
+    assert counting.extended == [[1, 2, 3, 4, 5]]
 
 
 def test_the_deterministic_mode_repeats_bits_after_other_work(runner: ModelRunner) -> None:
