@@ -58,7 +58,8 @@ def is_single(body: GenerateBody) -> bool:
     """Whether the request has one prompt, not a list of them."""
     if isinstance(body.text, str):
         return True
-    return bool(body.input_ids) and not isinstance(body.input_ids[0], list)
+    ids = body.input_ids
+    return ids is not None and bool(ids) and not isinstance(ids[0], list)
 
 
 def refuse_unsupported(body: GenerateBody) -> None:

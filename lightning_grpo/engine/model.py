@@ -195,7 +195,7 @@ class ModelRunner:
             longest = max(len(tail) for tail in some)
             # A tail is padded with its own last token, which is then written there once more.
             last = torch.tensor([len(tail) - 1 for tail in some])[:, None]
-            ids = torch.tensor([[*tail, *tail[-1:] * (longest - len(tail))] for tail in some])
+            ids = torch.tensor([[*tail, *[tail[-1]] * (longest - len(tail))] for tail in some])
             steps = torch.arange(longest).minimum(last)
             positions = lengths[start : start + group, None] + steps
             parts.append(self._append(slots, ids, positions, first_slot + start))

@@ -102,6 +102,25 @@ class ServerClient:
         body = await self._call("POST", "/generate", request, self._request_timeout_s)
         return self._decode(body, wire.GenerateReply)
 
+    async def generate_together(
+        self, requests: Sequence[wire.GenerateRequest]
+    ) -> list[wire.GenerateReply]:
+        """Samples several completions in one exchange, which lasts as long as the longest."""
+        if len(requests) == 1:
+            return [await self.generate(requests[0])]
+        body = wire.GenerateRequests(
+            input_ids=[request.input_ids for request in requests],
+            sampling_params=[request.sampling_params for request in requests],
+            return_logprob=[request.return_logprob for request in requests],
+            rid=[request.rid for request in requests],
+            extra_key=[request.extra_key for request in requests],
+        )
+        data = await self._call("POST", "/generate", body, self._request_timeout_s)
+        replies = self._decode(data, list[wire.GenerateReply])
+        if len(replies) != len(requests):
+            raise ServerError(f"{self.url} answered {len(replies)} of {len(requests)} requests")
+        return replies
+
     async def score(
         self, input_ids: Sequence[int], *, extra_key: str = "", timeout_s: float | None = None
     ) -> list[float]:

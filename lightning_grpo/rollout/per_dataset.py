@@ -28,6 +28,11 @@ class PerDatasetWorkflow(RolloutWorkflow):
         self.sampling = samplings[0]
 
     @property
+    def asks_once(self) -> bool:
+        """Whether all of them do."""
+        return all(each.asks_once for each in self.workflows.values())
+
+    @property
     def reward_functions(self) -> list[Reward]:
         """Those of all workflows, each once."""
         found = [f for each in self.workflows.values() for f in each.reward_functions]

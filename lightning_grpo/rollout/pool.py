@@ -27,7 +27,9 @@ from lightning_grpo.rollout.member import Member, MemberState, ServerLike
 from lightning_grpo.rollout.monitor import HealthPolicy, Monitor, Restart, Restore
 from lightning_grpo.rollout.partial import Decode, Partial
 from lightning_grpo.rollout.routing import Rank, Router
+from lightning_grpo.rollout.together import Together
 from lightning_grpo.rollout.verify import Requirements, ServerFacts, check_ids, verify_server
+from lightning_grpo.rollout.wire import GenerateReply, GenerateRequest
 from lightning_grpo.types import Completion, Interruption, InterruptionChoice, Sampling
 
 logger = logging.getLogger(__name__)
@@ -37,18 +39,21 @@ DEFAULT_BOUND = 256
 
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
-    """Limits of requests.
+    """How requests are sent.
 
     Attributes:
         requests_per_server: Most in flight at one server; None: what it says it runs at once
             (`max_running_requests`), else 256.
         request_timeout_s: Longest generation.
         max_failovers: How often one completion may lose its server.
+        together: Requests for one prompt that leave at the same moment share an exchange, and come
+            back when the longest is done.
     """
 
     requests_per_server: int | None = None
     request_timeout_s: float = 600.0
     max_failovers: int = 4
+    together: bool = False
 
 
 class ServerPool:
@@ -59,7 +64,7 @@ class ServerPool:
         requirements: Run id, vocabulary and length that every server must fit.
         decode: Token ids to text, for `Completion.text`.
         api_key: Sent as a bearer token; appears in no message.
-        limits: Of requests.
+        limits: How requests are sent.
         restart: Starts a dead server again; None where the run does not own the servers.
         health: When a server counts as lost.
     """
@@ -83,6 +88,7 @@ class ServerPool:
         self._api_key = api_key
         self._limits = limits or PoolLimits()
         self._members: list[Member] = []
+        self._together = Together() if self._limits.together else None
         self._rids = itertools.count()
         self._restore: Restore | None = None
         self._failure: Exception | None = None
@@ -275,7 +281,7 @@ class ServerPool:
         scope = member.request_scope()
         try:
             with scope:
-                reply = await member.client.generate(request)
+                reply = await self._exchange(member.client, request)
                 # Unless it aborts, an update is under way with requests in flight: what they got
                 # since counts once the new weights are proved.
                 await member.settled()
@@ -288,6 +294,11 @@ class ServerPool:
         except ServerError as error:
             member.mark_dirty(str(error))
             raise
+
+    async def _exchange(self, client: ServerClient, request: GenerateRequest) -> GenerateReply:
+        if self._together is None:
+            return await client.generate(request)
+        return await self._together.generate(client, request)
 
     async def _connect(self, handle: ServerLike) -> tuple[ServerClient, ServerFacts]:
         assert self._session is not None, "the pool was not started"

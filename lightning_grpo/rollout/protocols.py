@@ -91,6 +91,11 @@ class RolloutWorkflow(ABC):
 
     sampling: Sampling | None = None
 
+    @property
+    def asks_once(self) -> bool:
+        """Whether an episode asks the policy once: a group's requests then travel together."""
+        return False
+
     @abstractmethod
     async def run(self, prompt: Prompt, context: EpisodeContext) -> Trajectory | None:
         """Run one episode; `None` or a raise fails the group's attempt."""

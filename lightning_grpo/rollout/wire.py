@@ -24,6 +24,16 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True):
     logprob_start_len: int = -1
 
 
+class GenerateRequests(msgspec.Struct):
+    """Several `GenerateRequest`s as one call: the same fields, a list of each."""
+
+    input_ids: list[list[int]]
+    sampling_params: list[dict[str, Any]]
+    return_logprob: list[bool]
+    rid: list[str]
+    extra_key: list[str]
+
+
 class FinishReason(msgspec.Struct):
     """Why a generation ended: `stop`, `length` or `abort`."""
 

@@ -49,6 +49,11 @@ class RLVRWorkflow(RolloutWorkflow):
             )
 
     @property
+    def asks_once(self) -> bool:
+        """True, unless a subclass has a `run` of its own."""
+        return type(self).run is RLVRWorkflow.run
+
+    @property
     def reward_functions(self) -> list[Callable[..., Any]]:
         """The functions, to be shipped to the reward processes when they start."""
         return [bound.reward for bound in self.rewards]

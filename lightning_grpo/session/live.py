@@ -164,7 +164,10 @@ async def _open_pool(
         material.requirements(run_id),
         lambda ids: material.tokenizer.decode(ids, skip_special_tokens=True),
         api_key=servers.api_key,
-        limits=PoolLimits(request_timeout_s=settings.limits.request_timeout_s),
+        limits=PoolLimits(
+            request_timeout_s=settings.limits.request_timeout_s,
+            together=settings.workflow.asks_once,
+        ),
         restart=restart if servers.can_restart else None,
     )
     async with pool:

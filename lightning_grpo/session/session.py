@@ -7,7 +7,6 @@ collective.
 
 from __future__ import annotations
 
-import gc
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,8 @@ from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.service import RolloutService
-from lightning_grpo.servers.devices import present_devices
+from lightning_grpo.session.gpu import current_gpu, serving_dtype, this_gpu
+from lightning_grpo.session.heap import QuietHeap
 from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
 from lightning_grpo.session.settings import SessionSettings
@@ -84,7 +84,7 @@ class RolloutSession:
         self.remaining_batches: int | None = None
         self.sync = SyncSettings()
         self._synced = False
-        self._froze = False
+        self._heap = QuietHeap()
         self._restored: dict[str, Any] | None = None
         self._answers: dict[tuple[str, int], list[Future[list[Group]]]] = {}
         material = channel.on_rank_zero(
@@ -133,18 +133,11 @@ class RolloutSession:
                     )
                 )
         self.channel.wait(started, what="the start of the servers")
-        if not self._froze:
-            # What stands by now stays until the end. To look through it for garbage again and
-            # again took a third of the rollout thread's time, and stopped the trainer's, too.
-            gc.collect()
-            gc.freeze()
-            self._froze = True
+        self._heap.freeze()
 
     def close(self) -> None:
         """End producer, reward processes and servers; from any state, any number of times."""
-        if self._froze:
-            gc.unfreeze()
-            self._froze = False
+        self._heap.thaw()
         lead = self._lead
         if lead is not None:
             lead.beginning.cancel()
@@ -208,7 +201,7 @@ class RolloutSession:
         with promised(snapshot, scores):
             # While the servers stop; then its side of the proof, while the weights travel.
             snapshot.set_result(
-                gather_weights(policy, self._serving_dtype, _gpu(), keep=lead is not None)
+                gather_weights(policy, serving_dtype(), this_gpu(), keep=lead is not None)
             )
             scores.set_result(self._probe_scores(policy))
         self.report = self.channel.wait(
@@ -222,11 +215,6 @@ class RolloutSession:
         lead = self._lead
         future = lead.service.run(self._live.publisher.release_memory) if lead else None
         self.channel.wait(future, what="the release of the servers' memory")
-
-    @property
-    def _serving_dtype(self) -> torch.dtype | None:
-        """Servers on GPUs compute in bf16, so no more than that travels; on CPUs in fp32."""
-        return torch.bfloat16 if torch.cuda.is_available() else None
 
     @torch.no_grad()
     def _probe_scores(self, policy: nn.Module) -> list[list[float]]:
@@ -326,26 +314,13 @@ class RolloutSession:
         """Of the weights on the wire and in the servers; rank 0 only."""
         if self._lead is None or self._lead.live is None:
             return {}
-        wire = str(self._serving_dtype or torch.float32).removeprefix("torch.")
+        wire = str(serving_dtype() or torch.float32).removeprefix("torch.")
         serving = {member.facts.info.dtype for member in self._live.pool.members}
         return {"wire": wire, "server": ", ".join(sorted(serving))}
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""
         return {"servers": self.settings.servers.describe()}
-
-
-def _gpu() -> torch.device | None:
-    """Where weights leave from, also those that are kept in host memory."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-
-
-def current_gpu() -> int | None:
-    """This rank's GPU by its number on the machine."""
-    if not torch.cuda.is_available():
-        return None
-    present, position = present_devices(), torch.cuda.current_device()
-    return present[position] if position < len(present) else None
 
 
 async def _take(live: Live, version: int) -> Taken:

@@ -4,8 +4,8 @@ One publish: interrupt -> flush -> [begin] -> update -> [end] -> continue -> pro
 gathered and prepared while servers are interrupted, by disk before that.
 Each server goes through it on its own, `updating` all the while; any failure makes that one `dirty`
 and leaves the others alone. A server is routed to again only after its probe agreed. It is
-continued before the probe, because SGLang holds every request back while it is paused; the pool
-sends it nothing until it is clean.
+continued before it answers the probe, because SGLang holds every request back while it is paused;
+the pool sends it nothing until it is clean.
 """
 
 from __future__ import annotations
@@ -226,7 +226,6 @@ class WeightPublisher:
         self._fleet.give_up(client.url)
 
     async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
-        timeout_s = self._settings.request_timeout_s
         label = f"{self._run_id}:{report.version}"
         await self._empty(target, client, report)
         target.expect(report.version, label)
@@ -239,10 +238,8 @@ class WeightPublisher:
                 raise
             logger.warning("%s; asking the probe", error)
             refusal = error
-        async with report.phase("continue", timeout_s):
-            await target.unpause()
         try:
-            await self._probe(client, label, report)
+            await self._continue_and_prove(target, client, label, report)
             if refusal is not None:
                 await client.update_weight_version(label)
         except (ServerError, WeightSyncError) as error:
@@ -284,6 +281,20 @@ class WeightPublisher:
             async with report.phase("end", timeout_s):
                 reply = await client.update("/end_weight_update", {}, timeout_s)
                 require_success(reply, target, "to end an update")
+
+    async def _continue_and_prove(
+        self, target: Target, client: UpdateClient, label: str, report: PublishReport
+    ) -> None:
+        # Sent while the server is still paused, the probe is answered before what was held.
+        proof = asyncio.create_task(self._probe(client, label, report))
+        try:
+            await asyncio.sleep(0)
+            async with report.phase("continue", self._settings.request_timeout_s):
+                await target.unpause()
+            await proof
+        finally:
+            proof.cancel()
+            await asyncio.gather(proof, return_exceptions=True)
 
     async def _adopt(self, target: Target, report: PublishReport) -> None:
         """Names weights that the server loaded itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import random
 import socket
@@ -208,6 +209,13 @@ class FakeServer:
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if not (body["input_ids"] and isinstance(body["input_ids"][0], list)):
+            return await self._answer(body)
+        each = [dict(zip(body, values, strict=True)) for values in zip(*body.values(), strict=True)]
+        answers = await asyncio.gather(*(self._answer(one) for one in each))
+        return web.json_response([json.loads(answer.text or "") for answer in answers])
+
+    async def _answer(self, body: dict[str, Any]) -> web.Response:
         self.requests.append(body)
         params = body["sampling_params"]
         if max(body["input_ids"]) >= VOCAB:

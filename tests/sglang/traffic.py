@@ -60,7 +60,7 @@ class Traffic:
     @asynccontextmanager
     async def flowing(self) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as tasks:
-            for index in range(IN_FLIGHT):
+            for index in range(IN_FLIGHT // 2):
                 tasks.create_task(self._one_after_the_other(index))
             yield
             self.stopping = True
@@ -70,8 +70,8 @@ class Traffic:
             if self.stopping:
                 return
             prompt = [10 + index, 20 + number % 400, 30, 40]
-            completion = await self._pool.generate(prompt, Sampling(max_new_tokens=TOKENS))
-            self.done.append((prompt, completion))
+            pair = [self._pool.generate(prompt, Sampling(max_new_tokens=TOKENS)) for _ in range(2)]
+            self.done += [(prompt, completion) for completion in await asyncio.gather(*pair)]
 
 
 def largest_difference(trainer: MovingWeights, done: list[tuple[list[int], Completion]]) -> float:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.rollout.pool import ServerPool
+from lightning_grpo.rollout.pool import PoolLimits, ServerPool
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.types import Completion, Interruption
 from lightning_grpo.weights.disk import DiskTransport
@@ -43,7 +43,8 @@ def anyio_backend() -> str:
 async def syncing(
     server: Server, tmp_path: Path, transport: Transport, mode: Interruption
 ) -> AsyncIterator[tuple[ServerPool, WeightPublisher]]:
-    pool = ServerPool([server.handle], Requirements("run", 512, 400, frozenset([2])), str)
+    requirements = Requirements("run", 512, 400, frozenset([2]))
+    pool = ServerPool([server.handle], requirements, str, limits=PoolLimits(together=True))
     transport.bind(Place(tmp_path, server.model, bucket_bytes=100_000))
     settings = SyncSettings(request_timeout_s=30.0)
     publisher = WeightPublisher(pool, transport, "run", PROBE, settings, mode)

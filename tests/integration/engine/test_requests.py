@@ -29,7 +29,7 @@ def with_sampling(**params: Any) -> dict[str, Any]:
         ({"input_ids": [1, -1]}, ["input_ids[1]", "-1"]),
         ({"input_ids": [1, "a"]}, ["input_ids[1]", "'a'"]),
         ({"input_ids": [1, 2.5]}, ["input_ids[1]", "2.5"]),
-        ({"input_ids": [1, [2]]}, ["input_ids[0]"]),
+        ({"input_ids": [1, [2]]}, ["input_ids[1]", "[2]"]),
         ({"input_ids": [[1], 2]}, ["input_ids[1]"]),
         ({"input_ids": "abc"}, ["input_ids", "'abc'"]),
         (OK | {"sampling_params": {"max_new_tokens": 2046}}, ["2048", "3 + 2046"]),

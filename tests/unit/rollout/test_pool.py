@@ -577,3 +577,17 @@ async def test_the_api_key_is_sent_and_stays_out_of_messages():
         with pytest.raises(ServerError) as error:
             await pool.generate([1], Sampling())
     assert "hush" not in str(error.value)
+
+
+async def test_a_groups_requests_travel_together_also_over_an_interruption():
+    server = FakeServer(token_delay_s=0.001)
+    limits = PoolLimits(together=True)
+    async with pool_of(server, limits=limits) as pool:
+        sampling = Sampling(max_new_tokens=60)
+        group = [asyncio.create_task(pool.generate([1, 2, 3], sampling)) for _ in range(4)]
+        await until(lambda: len(server.running) == 4)
+        await publish(pool, [server], 1)
+        done = await asyncio.gather(*group)
+    assert all(len(completion.token_ids) == 60 for completion in done)
+    assert all(completion.versions[-1] == 1 for completion in done)
+    assert server.calls.count("/generate") < len(server.requests)

@@ -1,0 +1,72 @@
+"""Requests for one prompt that leave at the same moment travel as one.
+
+An exchange over HTTP costs client and server as much as sampling a short completion does. The
+replies come back together, when the longest is done, so this is for workflows that ask the policy
+once an episode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable
+
+from lightning_grpo.rollout.client import ServerClient
+from lightning_grpo.rollout.wire import GenerateReply, GenerateRequest
+
+
+class Together:
+    """Gathers requests for the length of a turn of the event loop, then sends them."""
+
+    def __init__(self) -> None:
+        self._gathering: dict[Hashable, _Shared] = {}
+
+    async def generate(self, client: ServerClient, request: GenerateRequest) -> GenerateReply:
+        """As `client.generate`, in one exchange with those of this moment for the same prompt.
+
+        Raises:
+            RequestError: The server refuses one of them.
+            ServerError: It does not answer; all of them are lost with it.
+        """
+        key = (client, request.extra_key, tuple(request.input_ids))
+        shared = self._gathering.get(key)
+        if shared is None:
+            shared = self._gathering[key] = _Shared()
+            shared.exchange = asyncio.create_task(self._send(key, client, shared))
+            shared.exchange.add_done_callback(_seen)
+        return await shared.reply(request)
+
+    async def _send(
+        self, key: Hashable, client: ServerClient, shared: _Shared
+    ) -> list[GenerateReply]:
+        try:
+            await asyncio.sleep(0)  # whoever was ready before this task has joined by now
+        finally:
+            del self._gathering[key]
+        return await client.generate_together(shared.requests)
+
+
+class _Shared:
+    """Requests that travel as one; ends with the last who waits for it."""
+
+    exchange: asyncio.Task[list[GenerateReply]]
+
+    def __init__(self) -> None:
+        self.requests: list[GenerateRequest] = []
+        self._num_waiting = 0
+
+    async def reply(self, request: GenerateRequest) -> GenerateReply:
+        index = len(self.requests)
+        self.requests.append(request)
+        self._num_waiting += 1
+        try:
+            return (await asyncio.shield(self.exchange))[index]
+        finally:
+            self._num_waiting -= 1
+            if not self._num_waiting:
+                self.exchange.cancel()  # the server then ends what nobody waits for
+
+
+def _seen(exchange: asyncio.Task[list[GenerateReply]]) -> None:
+    # Whoever waited may have left: asyncio would then complain that nobody saw the error.
+    if not exchange.cancelled():
+        exchange.exception()
