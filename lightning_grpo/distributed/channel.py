@@ -13,14 +13,13 @@ import os
 import platform
 import signal
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
 from lightning_grpo.distributed.exchange import Alone, Exchange, GlooExchange
 from lightning_grpo.distributed.heart import Heart, Store, open_store
-from lightning_grpo.distributed.messenger import Messenger
+from lightning_grpo.distributed.messenger import Messenger, what_happened
 from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, RunningClock
 from lightning_grpo.distributed.stops import most_urgent, signal_of, urgency
 from lightning_grpo.distributed.verdict import Judge, ProcessLike, is_echo
@@ -217,8 +216,7 @@ class RankChannel:
         cause = self._judge.verdict()
         if cause is None and is_echo(error):
             cause = self._judge.verdict_within(self.rank_timeout_s + 1.0, self._poll_s)
-        text = "".join(traceback.format_exception(error))
-        self._messenger.tell(cause or Failure(self.rank, text))
+        self._messenger.tell(cause or Failure(self.rank, what_happened(error)))
         return None if cause is None else self._messenger.error_for(cause)
 
     def close(self, linger_s: float = 5.0) -> None:

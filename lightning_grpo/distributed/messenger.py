@@ -52,8 +52,7 @@ class Messenger:
             self._publish(Outcome(sequence, Kind.STOP, what, signal.Signals(stop.signal).name))
             raise
         except BaseException as error:
-            text = "".join(traceback.format_exception(error))
-            self._publish(Outcome(sequence, Kind.ERROR, what, text))
+            self._publish(Outcome(sequence, Kind.ERROR, what, what_happened(error)))
             raise
         self._publish(Outcome(sequence, Kind.READY, what))
 
@@ -100,3 +99,10 @@ class Messenger:
         self._heart.wake()
         if outcome.kind is not Kind.READY:  # this process may end soon, and the store with it
             self.until(lambda: self._ledger.all_have_seen(tick), self._farewell_s)
+
+
+def what_happened(error: BaseException) -> str:
+    """What the other ranks are told; where Ctrl-C found this one is nobody's concern."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "".join(traceback.format_exception(error))
