@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Self
@@ -94,3 +95,9 @@ class Background:
                 self.fail(error)
             finally:
                 self._scopes.discard(scope)
+
+
+def seen(future: asyncio.Future[Any]) -> None:
+    """For `add_done_callback` where whoever waits may leave, or asyncio complains of the error."""
+    if not future.cancelled():
+        future.exception()

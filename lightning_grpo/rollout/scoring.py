@@ -24,6 +24,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.rollout import reward_worker
+from lightning_grpo.rollout.background import seen
 from lightning_grpo.rollout.binding import reward_name
 from lightning_grpo.rollout.protocols import Reward, RewardValue
 from lightning_grpo.rollout.reward_worker import Answer, answer_of
@@ -184,7 +185,7 @@ class _OwnedPool:
         function = reward_worker.call
         future = self._pool.schedule(function, args=(reward, arguments), timeout=timeout_s)
         waiting = asyncio.wrap_future(future)
-        waiting.add_done_callback(_seen)
+        waiting.add_done_callback(seen)
         try:
             return await asyncio.shield(waiting)
         except asyncio.CancelledError:
@@ -211,12 +212,6 @@ def is_async(reward: Reward) -> bool:
     """Whether a reward runs on the event loop."""
     target = reward if inspect.isroutine(reward) else type(reward).__call__
     return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(reward)
-
-
-def _seen(future: asyncio.Future[Any]) -> None:
-    # Whoever waited may have left: asyncio would then complain that nobody saw the error.
-    if not future.cancelled():
-        future.exception()
 
 
 def _pickle(arguments: dict[str, Any]) -> bytes:

@@ -8,8 +8,9 @@ import gc
 class QuietHeap:
     """Spares the collector what stands when training starts, for it stays until the end.
 
-    Torch, transformers and a model are a million objects. To look through them again and again took
-    a third of the rollout thread's time, and each look stops the trainer's thread as well.
+    That is half a million objects. To look through them again and again took two fifths of the
+    rollout client's time beside a server that answers at once (70 to 42 ms for 128 samples), and
+    each look stops the trainer's thread as well.
     """
 
     def __init__(self) -> None:

@@ -25,6 +25,7 @@ class TorchvisionOperators:
 
 def declare_operators():
     import torch
+    from torch import library as registry
 
     found = importlib.machinery.PathFinder.find_spec("torchvision")
     if found is None:
@@ -34,7 +35,7 @@ def declare_operators():
             torch.ops.load_library(str(library))
     for name in OPERATORS:
         if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", SIGNATURE)
+            registry.define(f"torchvision::{name}", SIGNATURE)
 
 
 sys.meta_path.insert(0, TorchvisionOperators())
