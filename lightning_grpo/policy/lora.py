@@ -24,7 +24,9 @@ class LoRA:
     """A low-rank update B A * alpha / rank for each adapted weight (arXiv 2106.09685).
 
     The model's own weights stay as they are and B begins at 0, so training begins at the model.
-    Without dropout: two passes over a token must give the same logprob. Needs the extra `lora`.
+    Without dropout: two passes over a token must give the same logprob. A small update counts in
+    bf16, too: it is rounded along with the layer's own product, and by chance where it is merged
+    for the servers. Needs the extra `lora`.
 
     Args:
         rank: Rows of A, columns of B.
@@ -57,12 +59,15 @@ class LoRA:
         """
         from peft import LoraConfig, inject_adapter_in_model
 
+        from lightning_grpo.policy.adapted import AdaptedLinear
+
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules="all-linear" if self.targets is None else list(self.targets),
             task_type="CAUSAL_LM",
         )
+        config._register_custom_module({nn.Linear: AdaptedLinear})
         self._check_targets(model)
         inject_adapter_in_model(config, model, _ADAPTER)
 

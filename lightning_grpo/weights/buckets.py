@@ -45,7 +45,8 @@ def make_buckets(tensors: Mapping[str, Tensor], bucket_bytes: int) -> list[Bucke
     """Packs tensors into buckets of at most `bucket_bytes`; a larger tensor gets its own.
 
     A bucket holds one dtype only: the receiver views the bytes in place, which needs each tensor
-    to begin at a multiple of its element size.
+    to begin at a multiple of its element size. Tensors that lie end to end already, as `empty_run`
+    lays them, are not copied: the bucket is their memory.
     """
     by_dtype: dict[torch.dtype, list[str]] = {}
     for name, tensor in tensors.items():
@@ -76,11 +77,49 @@ def unpack(bucket: Bucket) -> dict[str, Tensor]:
     return tensors
 
 
+def empty_run(
+    like: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """Room for a copy of each tensor, end to end in the order of the names.
+
+    Args:
+        like: What the copies are of.
+        dtype: Of floating-point copies; None keeps each tensor's own.
+        device: Where they are; None keeps each tensor's own.
+    """
+    rooms: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, tensor in like.items():
+        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        place = tensor.device if device is None else torch.device(device)
+        rooms.setdefault((cast, place), []).append(name)
+    run: dict[str, Tensor] = {}
+    for (cast, place), names in rooms.items():
+        flat = torch.empty(sum(like[name].numel() for name in names), dtype=cast, device=place)
+        parts = flat.split([like[name].numel() for name in names])
+        run |= {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+    return {name: run[name] for name in like}
+
+
 def _pack(tensors: Mapping[str, Tensor], names: list[str]) -> Bucket:
-    chosen = [tensors[name] for name in names]
+    chosen = [tensors[name].detach() for name in names]
+    flat = _run_of(chosen)
+    if flat is None:
+        flat = torch.cat([tensor.flatten() for tensor in chosen])
     return Bucket(
         names=tuple(names),
         dtype=str(chosen[0].dtype).removeprefix("torch."),
         shapes=tuple(tuple(t.shape) for t in chosen),
-        flat=torch.cat([t.detach().flatten() for t in chosen]).view(torch.uint8),
+        flat=flat.view(torch.uint8),
     )
+
+
+def _run_of(tensors: list[Tensor]) -> Tensor | None:
+    """The memory of tensors that lie end to end in it, else None."""
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        in_place = tensor.data_ptr() == end and tensor.untyped_storage().data_ptr() == storage
+        if not in_place or not tensor.is_contiguous():
+            return None
+        end += tensor.nbytes
+    return first.as_strided((sum(t.numel() for t in tensors),), (1,))

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_grpo.weights.buckets import empty_run
 from lightning_grpo.weights.names import (
     ADAPTED_PART,
     checkpoint_names,
     pretrained_prefix,
     ties_head,
 )
+from lightning_grpo.weights.rounding import round_by_chance
 
 
 @runtime_checkable
@@ -40,8 +42,10 @@ def gather_weights(
 
     Collective where parameters are sharded: every rank must call it. Shards are cast before they
     are gathered, so that no more travels than needed. The copies share no memory with the model,
-    which may train on while they are sent. Adapters are merged in the parameters' own precision,
-    before the cast, so that servers need not know of them.
+    which may train on while they are sent. Adapters are merged before the cast, in the parameters'
+    own precision, so that servers need not know of them. What an adapter adds may be far below half
+    a unit of `dtype`, so that no weight would change by rounding to the nearest: merged weights are
+    rounded by chance instead, and the servers compute on average what the trainer does.
 
     Args:
         module: The policy, plain, wrapped, or sharded by `fully_shard`.
@@ -49,24 +53,33 @@ def gather_weights(
         device: Where the copies go; None keeps each parameter's own.
         keep: Whether this rank wants the result (rank 0 does); the others get an empty dict.
     """
+    _reshard(module)
+    parameters = dict(module.named_parameters())
+    names = checkpoint_names(parameters, pretrained_prefix(module), tied=ties_head(module))
+    copies: dict[str, Tensor] = {}
+    if keep:
+        wanted = {target: parameters[name] for name, target in names.items()}
+        copies = empty_run(wanted, dtype, device)
+    at_once: dict[str, Tensor] = {}
+    for name, target in names.items():
+        parameter, layer = parameters[name], _adapted_layer(module, name)
+        if layer is None and not _is_scattered(parameter):
+            at_once[target] = _local(parameter)
+            continue
+        whole = _whole(parameter, layer, dtype, name)
+        if keep:
+            copies[target].copy_(whole)
+    if keep and at_once:
+        # One call casts and copies them all: a model has hundreds of parameters.
+        torch._foreach_copy_([copies[target] for target in at_once], list(at_once.values()))
+    return copies
+
+
+def _reshard(module: nn.Module) -> None:
+    """After a forward pass the root may still be whole, in the compute dtype."""
     for child in module.modules():
         if isinstance(child, FSDPModule):
-            # After a forward pass the root may still be whole, in the compute dtype.
             child.reshard()
-    parameters = list(module.named_parameters())
-    names = checkpoint_names(
-        (name for name, _ in parameters), pretrained_prefix(module), tied=ties_head(module)
-    )
-    gathered: dict[str, Tensor] = {}
-    for name, parameter in parameters:
-        if name not in names:
-            continue
-        layer = _adapted_layer(module, name)
-        merged = parameter if layer is None else _merged(parameter, layer)
-        whole = _whole_copy(merged, dtype, device, keep=keep)
-        if whole is not None:
-            gathered[names[name]] = whole
-    return gathered
 
 
 def _adapted_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
@@ -78,34 +91,40 @@ def _adapted_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     return layer if isinstance(layer, AdaptedLayer) else None
 
 
-def _merged(weight: Tensor, layer: AdaptedLayer) -> Tensor:
+def _merged(weight: Tensor, layer: AdaptedLayer, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None:
+        weight = weight.to(dtype).to(weight.dtype)  # as the trainer casts it beside the adapter
     for adapter in layer.active_adapters:
         weight = weight + layer.get_delta_weight(adapter)
     return weight
 
 
-def _whole_copy(
-    parameter: Tensor,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    *,
-    keep: bool,
-) -> Tensor | None:
-    # On plain tensors: each operation on a DTensor costs the CPU a tenth of a millisecond, and a
-    # model has hundreds of parameters.
-    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-    whole = own.to(dtype) if dtype is not None and own.is_floating_point() else own
-    if isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1:
-        whole = DTensor.from_local(
-            whole,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        ).full_tensor()
-    if not keep:
-        return None
-    if device is not None:
-        whole = whole.to(device)
-    return whole.clone() if whole.data_ptr() == own.data_ptr() else whole.contiguous()
+def _whole(
+    parameter: Tensor, layer: AdaptedLayer | None, dtype: torch.dtype | None, name: str
+) -> Tensor:
+    """The weight in `dtype`, merged with what adapts it, from all shards."""
+    if layer is not None:
+        parameter = _merged(parameter, layer, dtype)
+    own = _local(parameter)
+    if dtype is not None and own.is_floating_point():
+        own = own.to(dtype) if layer is None else round_by_chance(own, dtype, name)
+    if not _is_scattered(parameter):
+        return own
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        own,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
+
+
+def _is_scattered(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1
+
+
+def _local(parameter: Tensor) -> Tensor:
+    # Each operation on a DTensor costs the CPU a tenth of a millisecond.
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()

@@ -59,10 +59,24 @@ def test_merged_weights_are_those_that_peft_merges_under_the_checkpoint_s_names(
     assert all(torch.equal(merged[name], value) for name, value in expected.items())
 
 
-def test_the_merge_is_rounded_once_after_the_sum(folder):
+def test_in_bf16_the_servers_get_what_an_adapter_adds_however_small(folder):
     policy = make_trained(folder)
-    whole, sent = gather_weights(policy), gather_weights(policy, torch.bfloat16)
-    assert all(torch.equal(sent[name], value.bfloat16()) for name, value in whole.items())
+    for name, parameter in policy.model.named_parameters():
+        parameter.data *= 1e-3 if "lora_B" in name else 1
+        parameter.data = parameter.data.bfloat16().float()  # as checkpoints come
+    base = {
+        name.replace(".base_layer", ""): value for name, value in policy.model.named_parameters()
+    }
+    sent, whole = gather_weights(policy, torch.bfloat16), gather_weights(policy)
+    kept = []
+    for name, value in whole.items():
+        added, arrived = value - base[name], sent[name].float() - base[name]
+        if added.any():
+            kept.append(((added * arrived).sum() / added.square().sum()).item())
+        else:
+            assert not arrived.any()
+    assert len(kept) == 2 * 7
+    assert sum(kept) / len(kept) == pytest.approx(1.0, abs=0.1)
 
 
 def test_the_policy_without_its_adapter_is_the_model_itself_and_trains_on_after_it(folder):

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from lightning_grpo.weights.buckets import make_buckets
 from lightning_grpo.weights.gather import gather_weights
 from lightning_grpo.weights.names import checkpoint_name, checkpoint_names
 
@@ -85,6 +86,13 @@ def test_the_copy_shares_no_memory_with_the_model_and_keeps_its_values():
             parameter.add_(1.0)
     for name, tensor in gathered.items():
         assert torch.equal(tensor, before[name])
+
+
+def test_what_was_gathered_is_sent_without_another_copy():
+    gathered = gather_weights(tiny(), torch.bfloat16)
+    (bucket,) = make_buckets(gathered, 1 << 30)
+    assert list(gathered) == list(bucket.names)
+    assert bucket.flat.data_ptr() == next(iter(gathered.values())).data_ptr()
 
 
 def test_weights_are_cast_to_the_serving_dtype():

@@ -1,0 +1,45 @@
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from lightning_grpo.policy.adapted import AdaptedLinear
+
+
+def make_layer(kind, bias, size=1.0):
+    torch.manual_seed(0)
+    layer = kind(nn.Linear(256, 128, bias=bias), "default", LoraConfig(r=4), r=4, lora_alpha=8)
+    layer.lora_B["default"].weight.data.normal_().mul_(size)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_computes_what_peft_s_layer_does_gradients_included(bias):
+    x = torch.randn(2, 3, 256)
+    outs, gradients = [], []
+    for kind in (AdaptedLinear, Linear):
+        layer, own = make_layer(kind, bias), x.clone().requires_grad_()
+        outs.append(layer(own))
+        outs[-1].square().sum().backward()
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        gradients.append([own.grad, *(weight.grad for weight in weights)])
+    assert torch.allclose(*outs, atol=1e-5)
+    for mine, theirs in zip(*gradients, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_bf16_an_update_below_half_a_unit_counts_in_full(bias):
+    layer, x = make_layer(AdaptedLinear, bias, size=1e-4).bfloat16(), torch.randn(600, 256)
+    x = x.bfloat16()
+    with torch.no_grad():
+        found = layer(x).float()
+        update = layer.lora_B["default"](layer.lora_A["default"](x)).float() * 2
+        layer.set_scale("default", 0.0)
+        without = layer(x).float()
+    assert torch.equal(without, layer.base_layer(x).float())
+    half_a_unit = without.abs() * torch.finfo(torch.bfloat16).eps / 4
+    assert (update.abs() < half_a_unit).float().mean() > 0.8
+    kept = ((found - without) * update).sum() / update.square().sum()
+    assert kept.item() == pytest.approx(1.0, abs=0.1)

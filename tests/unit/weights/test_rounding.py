@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from lightning_grpo.weights.rounding import round_by_chance
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_mean_of_many_roundings_is_the_value(dtype):
+    value = 1.0 + torch.finfo(dtype).eps * 0.03
+    for signed in (value, -value):
+        rounded = round_by_chance(torch.full((100_000,), signed), dtype, "w").float()
+        assert len(rounded.unique()) == 2
+        assert rounded.mean().item() == pytest.approx(signed, abs=torch.finfo(dtype).eps * 3e-3)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_the_dtype_can_hold_stays_itself(dtype):
+    values = torch.randn(10_000).to(dtype)
+    values[:4] = torch.tensor([0.0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny])
+    assert torch.equal(round_by_chance(values.float(), dtype, "w"), values)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_no_value_moves_by_a_whole_unit(dtype):
+    values = torch.randn(10_000) * 0.02
+    rounded = round_by_chance(values, dtype, "w").float()
+    unit = values.abs().log2().floor().exp2() * torch.finfo(dtype).eps
+    assert ((rounded - values).abs() < unit.clamp_min(2**-24)).all()
+
+
+def test_a_parameter_rounds_alike_each_time_and_unlike_others():
+    values = torch.randn(1000)
+    first = round_by_chance(values, torch.bfloat16, "q_proj")
+    assert torch.equal(round_by_chance(values.clone(), torch.bfloat16, "q_proj"), first)
+    assert not torch.equal(round_by_chance(values, torch.bfloat16, "k_proj"), first)
+
+
+def test_where_nothing_is_lost_nothing_is_drawn():
+    values = torch.randn(10)
+    assert torch.equal(round_by_chance(values, torch.float32, "w"), values)
+    wide = torch.randn(10, dtype=torch.float64)
+    assert torch.equal(round_by_chance(wide, torch.bfloat16, "w"), wide.bfloat16())
