@@ -97,12 +97,12 @@ class Policy:
     @torch.no_grad()
     def scores(self, probe: Probe) -> list[list[float]]:
         """As the session asks for them."""
-        lengths = [len(row) for row in probe.sequences]
-        bounds = torch.tensor([0, *lengths]).cumsum(0).to(self.device, non_blocking=True)
-        ids = torch.tensor([i for row in probe.sequences for i in row])
-        logprobs, _ = self.module(ids.to(self.device, non_blocking=True), bounds)
+        found = []
+        for ids in probe.sequences:
+            logprobs, _ = self.module(torch.tensor(ids).to(self.device, non_blocking=True))
+            found.append(logprobs.float().tolist())
         reshard(self.module)
-        return [part.tolist() for part in logprobs.float().cpu().split(lengths)]
+        return found
 
     def wait(self) -> None:
         """Until the GPU has done all it was told."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,23 +52,32 @@ class PackedLayout:
     Args:
         cu_seqlens: `[sequences + 1]`, on the device of the tokens.
         input_ids: int64 `[tokens]`; None shares nothing.
+        bounds: The values of `cu_seqlens` where they are known; to read them off a GPU is to wait
+            for it.
 
     Attributes:
         cu_seqlens: int32 `[sequences + 1]`.
+        num_tokens: Of all sequences.
         max_length: Tokens of the longest sequence.
         unique: Positions of the unique tokens, int64 `[unique]`.
         unique_of: Which unique token each token is, int64 `[tokens]`.
         positions: Of each unique token within its sequences, int64 `[unique]`.
     """
 
-    def __init__(self, cu_seqlens: Tensor, input_ids: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        input_ids: Tensor | None = None,
+        bounds: Sequence[int] | None = None,
+    ) -> None:
         self.cu_seqlens = cu_seqlens.to(torch.int32)
-        bounds = cu_seqlens.tolist()
+        bounds = cu_seqlens.tolist() if bounds is None else bounds
+        self.num_tokens = bounds[-1]
         self._starts = bounds[:-1]
         self._lengths = [end - start for start, end in pairwise(bounds)]
         self.max_length = max(self._lengths, default=0)
         if len(self._lengths) == 1:  # in few steps: a proof waits for them
-            self.unique = torch.arange(bounds[-1], device=cu_seqlens.device)
+            self.unique = torch.arange(self.num_tokens, device=cu_seqlens.device)
             self.unique_of = self.positions = self.unique
         else:
             positions = token_positions(cu_seqlens)
@@ -78,6 +87,17 @@ class PackedLayout:
             self.unique, self.unique_of = torch.unique(source, return_inverse=True)
             self.positions = positions[self.unique]
         self._padded: tuple[list[Bucket], Tensor] | None = None
+
+    @classmethod
+    def of_one(cls, num_tokens: int, device: torch.device) -> Self:
+        """The layout of a single sequence, without a wait for the device."""
+        bounds = [0, num_tokens]
+        return cls(torch.tensor(bounds).to(device, non_blocking=True), bounds=bounds)
+
+    @property
+    def num_sequences(self) -> int:
+        """How many."""
+        return len(self._lengths)
 
     def padded(self) -> tuple[list[Bucket], Tensor]:
         """Buckets of unique tokens, and for each unique token its row in them laid end to end."""

@@ -44,7 +44,7 @@ class PackedPolicy(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens: Tensor | None = None,
         temperature: Tensor | float = 1.0,
         with_entropy: bool = False,
         positions_mask: Tensor | None = None,
@@ -53,7 +53,7 @@ class PackedPolicy(nn.Module):
 
         Args:
             input_ids: int64 `[tokens]`.
-            cu_seqlens: `[sequences + 1]`.
+            cu_seqlens: `[sequences + 1]`; None: the tokens are one sequence.
             temperature: One for all, or fp32 `[tokens]`.
             with_entropy: Whether to compute entropies too.
             positions_mask: Tokens whose logprobs are wanted (most often `response_mask`), bool
@@ -64,7 +64,10 @@ class PackedPolicy(nn.Module):
             token of each sequence. Entropies `[tokens]` of the distributions that the tokens were
             drawn from, laid out alike, or None. Both at least fp32.
         """
-        layout = PackedLayout(cu_seqlens, input_ids if self.share_prefixes else None)
+        if cu_seqlens is None:
+            layout = PackedLayout.of_one(len(input_ids), input_ids.device)
+        else:
+            layout = PackedLayout(cu_seqlens, input_ids if self.share_prefixes else None)
         output = self.model.get_decoder()(
             input_ids=input_ids[layout.unique].unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),
@@ -72,7 +75,7 @@ class PackedPolicy(nn.Module):
             packing=layout,
         )
         hidden = output.last_hidden_state.squeeze(0)
-        predicted = predicted_positions(cu_seqlens, positions_mask)
+        predicted = predicted_positions(layout, positions_mask)
         logprobs, entropy = head_logprobs(
             hidden.index_select(0, layout.unique_of[predicted - 1]),
             self.model.get_output_embeddings().weight,
@@ -86,19 +89,18 @@ class PackedPolicy(nn.Module):
         return logprobs, None if entropy is None else empty.index_copy(0, predicted, entropy)
 
 
-def predicted_positions(cu_seqlens: Tensor, positions_mask: Tensor | None = None) -> Tensor:
+def predicted_positions(layout: PackedLayout, positions_mask: Tensor | None = None) -> Tensor:
     """Positions t whose token is predicted from t - 1: the one place that knows the shift.
 
     The first token of a sequence has nothing before it and is never among them. int64.
     """
-    num_tokens = int(cu_seqlens[-1])
-    num_sequences = len(cu_seqlens) - 1
-    if num_sequences == 1 and positions_mask is None:
-        return torch.arange(1, max(1, num_tokens), device=cu_seqlens.device)
-    wanted = torch.ones(num_tokens, dtype=torch.bool, device=cu_seqlens.device)
+    num_tokens, device = layout.num_tokens, layout.cu_seqlens.device
+    if layout.num_sequences == 1 and positions_mask is None:
+        return torch.arange(1, max(1, num_tokens), device=device)
+    wanted = torch.ones(num_tokens, dtype=torch.bool, device=device)
     if positions_mask is not None:
         wanted &= positions_mask
-    starts = cu_seqlens[:-1].long()
+    starts = layout.cu_seqlens[:-1].long()
     wanted[starts[starts < num_tokens]] = False
     return wanted.nonzero().squeeze(1)
 

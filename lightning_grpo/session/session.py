@@ -223,12 +223,12 @@ class RolloutSession:
             self._lead.material.probe_sequences if self._lead else None
         )
         device = next(policy.parameters()).device
-        lengths = torch.tensor([0, *(len(s) for s in sequences)])
-        ids = torch.tensor([i for s in sequences for i in s])
-        bounds = lengths.cumsum(0).to(device, non_blocking=True)
-        logprobs, _ = policy(ids.to(device, non_blocking=True), bounds)
+        scores = []
+        for ids in sequences:
+            logprobs, _ = policy(torch.tensor(ids).to(device, non_blocking=True))
+            scores.append(logprobs.float().tolist())
         reshard(policy)  # the optimizer and callbacks look at the shards
-        return [part.tolist() for part in logprobs.float().cpu().split(lengths[1:].tolist())]
+        return scores
 
     def _emit(self, name: str, **data: Any) -> None:
         if self.settings.on_event is not None:

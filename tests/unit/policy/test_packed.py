@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import PackedPolicy, predicted_positions
 from tests.fakes.causal_models import (
@@ -91,7 +92,7 @@ def test_only_wanted_positions_are_computed_and_they_do_not_change():
     assert (entropy[~wanted] == 0).all()
     # More than the rows of the head's transposed weight, which looks like logits too.
     assert policy.model.config.hidden_size < spy.rows < len(wanted) - len(LENGTHS)
-    assert spy.rows == len(predicted_positions(packed[1], wanted))
+    assert spy.rows == len(predicted_positions(PackedLayout(packed[1]), wanted))
 
 
 class VocabRows(TorchDispatchMode):
@@ -179,11 +180,19 @@ def test_sliding_windows_are_kept():
     assert torch.allclose(PackedPolicy(model)(*pack(sequences))[0], expected, atol=1e-12)
 
 
+def test_without_bounds_the_tokens_are_one_sequence():
+    policy, (ids,) = PackedPolicy(make_causal_model()), make_sequences([9])
+    expected, _ = policy(*pack([ids]))
+    assert torch.equal(policy(ids)[0], expected)
+    mask = torch.arange(9) > 4
+    assert torch.equal(policy(ids, positions_mask=mask)[0], torch.where(mask, expected, 0.0))
+
+
 def test_predicted_positions_leave_out_first_tokens():
     cu_seqlens = torch.tensor([0, 3, 3, 5])
-    assert predicted_positions(cu_seqlens).tolist() == [1, 2, 4]
+    assert predicted_positions(PackedLayout(cu_seqlens)).tolist() == [1, 2, 4]
     mask = torch.tensor([True, False, True, True, True])
-    assert predicted_positions(cu_seqlens, mask).tolist() == [2, 4]
+    assert predicted_positions(PackedLayout(cu_seqlens), mask).tolist() == [2, 4]
 
 
 def test_models_that_packing_would_get_wrong_are_refused():
