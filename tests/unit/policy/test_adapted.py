@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
@@ -9,7 +9,11 @@ from lightning_grpo.policy.adapted import AdaptedLinear
 
 def make_layer(kind, bias, size=1.0):
     torch.manual_seed(0)
-    layer = kind(nn.Linear(256, 128, bias=bias), "default", LoraConfig(r=4), r=4, lora_alpha=8)
+    model = nn.Sequential(nn.Linear(256, 128, bias=bias))
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    config._register_custom_module({nn.Linear: kind})
+    (layer,) = inject_adapter_in_model(config, model)
+    assert type(layer) is kind
     layer.lora_B["default"].weight.data.normal_().mul_(size)
     return layer
 
