@@ -70,8 +70,8 @@ def gather_weights(
         if keep:
             copies[target].copy_(whole)
     if keep and at_once:
-        # One call casts and copies them all: a model has hundreds of parameters. (FSDP2 calls it
-        # too, in torch 2.11 to 2.13; no public name does this.)
+        # One call casts and copies them all: a model has hundreds of parameters. No public name
+        # does it; FSDP2 calls this one, too.
         torch._foreach_copy_([copies[target] for target in at_once], list(at_once.values()))
     return copies
 
