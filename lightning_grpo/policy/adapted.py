@@ -31,5 +31,5 @@ class AdaptedLinear(Linear):
         update = self.lora_B[name](self.lora_A[name](rows)) * scale
         summed = torch.addmm(update, rows, base.weight.t())
         if base.bias is not None:
-            summed = summed + base.bias
+            summed = summed + base.bias.to(summed.dtype)  # autocast leaves it as it is
         return summed.unflatten(0, x.shape[:-1])
