@@ -1,4 +1,4 @@
-"""One tiny model and one engine process that all tests of the loop share."""
+"""Tiny models that several folders share, and one engine process for all tests of the loop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights that every test starts from."""
+    return make_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same shapes."""
+    return make_tiny_model(tmp_path_factory.mktemp("other"), seed=1, max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="session")
+def reference(model_folder: Path) -> PreTrainedModel:
+    """The same weights in plain transformers."""
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def other_reference(other_folder: Path) -> PreTrainedModel:
+    """The other weights in plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(other_folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

@@ -16,39 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.servers.owned import OwnedServers
-from tests.fakes.tiny_model import make_tiny_model
 from tests.sglang.engines import REAL, real_servers
 from tests.sglang.server import Server
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights that every test starts from."""
-    return make_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
-
-
-@pytest.fixture(scope="session")
-def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other weights of the same shapes."""
-    return make_tiny_model(tmp_path_factory.mktemp("other"), seed=1, max_position_embeddings=2048)
-
-
-@pytest.fixture(scope="session")
-def reference(model_folder: Path) -> PreTrainedModel:
-    """The same weights in plain transformers."""
-    torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session")
-def other_reference(other_folder: Path) -> PreTrainedModel:
-    """The other weights in plain transformers."""
-    return AutoModelForCausalLM.from_pretrained(other_folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session", params=["embedded", REAL])
