@@ -46,7 +46,7 @@ class Part:
 PARTS = {
     "nccl": Part("weight_sync", ("--transport", "nccl"), 70),
     "ipc": Part("weight_sync", ("--transport", "ipc"), 70, one_gpu=True),
-    "lora": Part("options", ("--cases", "lora"), 60),
+    "lora": Part("options", ("--cases", "lora", "lora_fast"), 80),
     "reference_offloaded": Part("options", ("--cases", "reference_offloaded"), 60),
     "cpu_offload": Part("options", ("--cases", "cpu_offload"), 90),
     "async": Part("async_run", (), 240),

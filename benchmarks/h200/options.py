@@ -47,11 +47,12 @@ STEPS = 4
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "lora": {"lora": LoRA()},
+    "lora_fast": {"lora": LoRA()},
     "reference": {"kl": KLPenalty(0.01)},
     "reference_offloaded": {"kl": KLPenalty(0.01, offload=True)},
     "cpu_offload": {},
 }
-LEARNING_RATES = {"lora": 1e-4}
+LEARNING_RATES = {"lora": 1e-4, "lora_fast": 1e-3}
 
 
 def run(case: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
