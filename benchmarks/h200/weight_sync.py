@@ -49,6 +49,7 @@ from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle
+from lightning_grpo.session.heap import QuietHeap
 from lightning_grpo.strategies.parallelize import parallelize, reshard
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
@@ -198,6 +199,8 @@ def measure(
     by_disk = case["transport"] == "disk"
     warm, rounds = (DISK_WARM, DISK_ROUNDS) if by_disk else (WARM, case["rounds"])
     rows: list[dict[str, float]] = []
+    heap = QuietHeap()
+    heap.freeze()  # as a run does
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(connect(handle, transport, settings, probe)) as servers,
@@ -209,6 +212,7 @@ def measure(
             rows.append(sync(portal, servers, policy, probe, version))
         generated = portal.call(servers.drain)
         portal.call(servers.publisher.close)
+    heap.thaw()
     kept = rows[warm:]
     return {
         **case,
