@@ -50,6 +50,7 @@ from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.session.heap import QuietHeap
+from lightning_grpo.session.own_scores import own_scores
 from lightning_grpo.strategies.parallelize import parallelize, reshard
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
@@ -95,15 +96,9 @@ class Policy:
         for parameter in self.module.parameters():
             parameter.mul_(1.0 + 1e-2 * float(torch.randn(())))
 
-    @torch.no_grad()
     def scores(self, probe: Probe) -> list[list[float]]:
         """As the session asks for them."""
-        found = []
-        for ids in probe.sequences:
-            logprobs, _ = self.module(torch.tensor(ids).to(self.device, non_blocking=True))
-            found.append(logprobs.float().tolist())
-        reshard(self.module)
-        return found
+        return own_scores(self.module, probe.sequences)
 
     def wait(self) -> None:
         """Until the GPU has done all it was told."""

@@ -196,6 +196,9 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
             'attn_implementation="packed" needs the sequences\' bounds: call the model through '
             'PackedPolicy, or load it with attn_implementation="sdpa".'
         )
+    if packing.num_sequences == 1:
+        out = causal_attention(query, key, value, scaling, sliding_window)
+        return out.transpose(1, 2), None
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     if _varlen.is_available(query):
         out = varlen_attention(query, key, value, packing, scaling, sliding_window)
@@ -248,16 +251,31 @@ def _bucket_attention(
         rows = tokens.index_select(0, bucket.index)
         return rows.view(bucket.num_sequences, bucket.length, *tokens.shape[1:]).transpose(1, 2)
 
-    mask = None
-    if window is not None and bucket.length > window:
-        distance = torch.arange(bucket.length, device=query.device)
+    out = causal_attention(pad(query), pad(key), pad(value), scale, window)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Causal attention within each row, all `[sequences, heads, length, head_dim]`.
+
+    Keys and values may have fewer heads; each then serves as many of the query's.
+    """
+    length, mask = query.shape[2], None
+    if window is not None and length > window:
+        distance = torch.arange(length, device=query.device)
         distance = distance.unsqueeze(1) - distance.unsqueeze(0)
         mask = (distance >= 0) & (distance < window)
     groups = query.shape[1] // key.shape[1]
-    keys, values = pad(key), pad(value)
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    out = scaled_dot_product_attention(
-        pad(query), keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+    if groups > 1 and not query.is_cuda:  # kernels of GPUs do it by themselves
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=groups > 1 and query.is_cuda,
     )
-    return out.transpose(1, 2).flatten(0, 1)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PACKED, PackedLayout, register_packed_attention
 from lightning_grpo.policy.head import head_logprobs, largest_chunk
+from lightning_grpo.policy.norms import fuse_norms
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -36,6 +37,7 @@ class PackedPolicy(nn.Module):
         _check(model)
         register_packed_attention()
         model.set_attn_implementation(PACKED)
+        fuse_norms(model)
         model.config.use_cache = False
         self.model = model
         self.max_logits = max_logits

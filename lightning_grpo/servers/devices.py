@@ -11,13 +11,16 @@ SHARED_MEMORY_FRACTION = 0.4
 
 
 def present_devices() -> list[int]:
-    """The GPUs that this process may use, by their number on the machine.
+    """The GPUs that this process may use, by their number on the machine."""
+    visible = visible_devices()
+    return machine_devices() if visible is None else visible
+
+
+def machine_devices() -> list[int]:
+    """All GPUs of the machine.
 
     Asked of the driver's own tool, since torch is not needed to serve.
     """
-    visible = visible_devices()
-    if visible is not None:
-        return visible
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],

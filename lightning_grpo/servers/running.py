@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import ServerHandle, Servers
+from lightning_grpo.servers.devices import machine_devices
 from lightning_grpo.servers.environment import ADDRESSES_VARIABLE, server_addresses
 from lightning_grpo.servers.waiting import wait_until_healthy
 
@@ -53,12 +55,20 @@ class RunningServers(Servers):
             raise ConfigError(f"`urls` names {', '.join(sorted(repeated))} more than once.")
         for url in urls:
             wait_until_healthy(url, self.connect_timeout_s, self.api_key)
-        self._handles = [ServerHandle(url) for url in urls]
+        # On a machine with one GPU there is no doubt where a server is.
+        present = machine_devices() if any(map(is_local, urls)) else []
+        only = tuple(present) if len(present) == 1 else ()
+        self._handles = [ServerHandle(url, devices=only if is_local(url) else ()) for url in urls]
         return list(self._handles)
 
     def stop(self) -> None:
         """Leaves the servers running."""
         self._handles = []
+
+
+def is_local(url: str) -> bool:
+    """Whether the server is on this machine, by its address."""
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def normal_url(address: str) -> str:

@@ -28,8 +28,8 @@ from lightning_grpo.session.gpu import current_gpu, serving_dtype, this_gpu
 from lightning_grpo.session.heap import QuietHeap
 from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
+from lightning_grpo.session.own_scores import own_scores
 from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.strategies.parallelize import reshard
 from lightning_grpo.types import Group, Sampling
 from lightning_grpo.validation import EvaluationBatch, joined_groups
 from lightning_grpo.weights.gather import gather_weights
@@ -216,19 +216,11 @@ class RolloutSession:
         future = lead.service.run(self._live.publisher.release_memory) if lead else None
         self.channel.wait(future, what="the release of the servers' memory")
 
-    @torch.no_grad()
     def _probe_scores(self, policy: nn.Module) -> list[list[float]]:
-        """The trainer's own logprobs of the probe, on every rank (sharded policies need all)."""
-        sequences = self.channel.broadcast(
-            self._lead.material.probe_sequences if self._lead else None
+        return own_scores(
+            policy,
+            self.channel.broadcast(self._lead.material.probe_sequences if self._lead else None),
         )
-        device = next(policy.parameters()).device
-        scores = []
-        for ids in sequences:
-            logprobs, _ = policy(torch.tensor(ids).to(device, non_blocking=True))
-            scores.append(logprobs.float().tolist())
-        reshard(policy)  # the optimizer and callbacks look at the shards
-        return scores
 
     def _emit(self, name: str, **data: Any) -> None:
         if self.settings.on_event is not None:

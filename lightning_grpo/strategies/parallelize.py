@@ -12,6 +12,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from lightning_grpo._compat import no_split_modules
 from lightning_grpo.errors import ConfigError
@@ -89,6 +90,22 @@ def reshard(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, FSDPModule):
             each.reshard()
+
+
+def unshard(module: nn.Module) -> None:
+    """On a single rank, make the parameters in the compute dtype at once: block by block is slower.
+
+    On several nothing is done, since no rank need have room for all; blocks are gathered as they
+    are run. `reshard` gives the parameters back.
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule) and _num_ranks(each) == 1:
+            each.unshard()
+
+
+def _num_ranks(module: nn.Module) -> int:
+    first = next(module.parameters())
+    return first.device_mesh.size() if isinstance(first, DTensor) else 1
 
 
 def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:

@@ -23,6 +23,7 @@ from lightning_grpo.weights.transport import (
 )
 
 LEAVE_TIMEOUT_S = 5.0
+ONE_GPU = " Trainer and server share a GPU, which NCCL refuses: use `WeightSync(IPCTransport())`."
 BACKENDS = ("auto", "gloo", "nccl")
 
 
@@ -160,7 +161,10 @@ async def _both(
         try:
             await collective
         except (RuntimeError, TimeoutError) as error:
-            raise WeightSyncError(f"{target.url}: sending {what} failed: {error}") from error
+            way_out = ONE_GPU if "Duplicate GPU" in str(error) else ""
+            raise WeightSyncError(
+                f"{target.url}: sending {what} failed: {error}{way_out}"
+            ) from error
         require_success(await reply, target, what)
     finally:
         for task in tasks:

@@ -46,6 +46,19 @@ def test_the_addresses_of_a_launcher_are_used_where_none_are_given(fake, tmp_pat
     assert [h.url for h in RunningServers().start("model", tmp_path)] == [fake.url]
 
 
+@pytest.mark.parametrize(("gpus", "known"), [("0", (0,)), ("0\n1", ()), ("", ())])
+def test_a_server_on_a_machine_with_one_gpu_is_on_that_one(
+    fake, tmp_path, monkeypatch, gpus, known
+):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat <<END\n{gpus}\nEND\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # the trainer's own; a server's may be another
+    (handle,) = RunningServers([fake.url]).start("model", tmp_path)
+    assert handle.devices == known
+
+
 def test_no_address_at_all_is_explained(tmp_path, monkeypatch):
     monkeypatch.delenv(ADDRESSES_VARIABLE, raising=False)
     with pytest.raises(ConfigError, match=f"{ADDRESSES_VARIABLE} is not set"):
