@@ -134,10 +134,11 @@ def sample(
         logits = logits / plan.temperatures[:, None]
     logprobs = logits.log_softmax(-1)
     scores = logprobs
-    if plan.any_filtered:
-        scores = filter_logprobs(scores, plan)
+    # Before the filters, which could leave nothing but banned tokens.
     if banned is not None:
         scores = scores.masked_fill(banned, float("-inf"))
+    if plan.any_filtered:
+        scores = filter_logprobs(scores, plan)
     if not plan.all_greedy:
         noisy = scores - noise.exponential(plan.seeds, plan.positions).log_()
         scores = torch.where(plan.greedy[:, None], scores, noisy) if plan.any_greedy else noisy
@@ -149,7 +150,7 @@ def filter_logprobs(logprobs: Tensor, plan: SamplingPlan) -> Tensor:
     """Drop the tokens that `top_k`, `top_p` or `min_p` exclude (each judged on all tokens).
 
     Args:
-        logprobs: `[batch, vocab]`.
+        logprobs: `[batch, vocab]`; `-inf` for banned tokens, the mass of the others counts as 1.
         plan: What each row asks for.
 
     Returns:
@@ -157,9 +158,12 @@ def filter_logprobs(logprobs: Tensor, plan: SamplingPlan) -> Tensor:
     """
     ranked, order = logprobs.sort(dim=-1, descending=True, stable=True)
     mass = ranked.exp()
-    before = mass.cumsum(-1) - mass
+    total = mass.cumsum(-1)
+    # Rounding brings the mass to 1 before the last token: a row without top_p keeps all the same.
+    top_p = torch.where(plan.top_p < 1, plan.top_p, float("inf"))
     rank = torch.arange(logprobs.shape[-1])
-    drop = (before >= plan.top_p[:, None]) | (rank >= plan.top_k[:, None])
+    drop = total - mass >= top_p[:, None] * total[:, -1:]
+    drop |= rank >= plan.top_k[:, None]
     drop |= mass < mass[:, :1] * plan.min_p[:, None]
     drop[:, 0] = False
     return logprobs.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))

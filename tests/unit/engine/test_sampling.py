@@ -148,3 +148,24 @@ def test_banned_tokens_are_never_sampled_and_logprobs_are_of_the_full_distributi
     tokens, logprobs = sample(logits, plan(rows), Noise(VOCAB), banned)
     assert set(tokens.tolist()) == {0, 1}
     torch.testing.assert_close(logprobs, torch.full((rows,), 1 / VOCAB).log())
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 1}, {"min_p": 0.5}])
+def test_where_filters_would_leave_banned_tokens_alone_they_choose_among_the_others(
+    filters: dict[str, float],
+) -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0, 20.0]).expand(200, 5)
+    banned = torch.tensor([False] * 4 + [True]).expand(200, 5)
+    ((name, value),) = filters.items()
+    wanted = plan(200, any_filtered=True, **{name: torch.full((200,), value)})
+    tokens, logprobs = sample(logits, wanted, Noise(5), banned)
+    # softmax of 0 to 3: 0.03, 0.09, 0.24, 0.64
+    kept = {"top_p": {1, 2, 3}, "top_k": {3}, "min_p": {3}}[name]
+    assert set(tokens.tolist()) == kept
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[0, tokens])
+
+
+def test_a_row_without_filters_keeps_every_token_beside_one_that_has_them() -> None:
+    logits = torch.tensor([[0.0, -20.0, -30.0]]).expand(2, 3)
+    kept = filter_logprobs(logits.log_softmax(-1), plan(2, top_p=torch.tensor([1.0, 0.5])))
+    assert kept.isfinite().tolist() == [[True] * 3, [True, False, False]]
