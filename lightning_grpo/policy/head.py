@@ -2,7 +2,7 @@
 
 Rows are taken in chunks; the backward pass computes each chunk's logits again. Where all rows fit
 into one chunk the log-probabilities are kept, and nothing is computed twice. Logits are fp32 (or
-wider) also when hidden states and weights are bf16.
+wider) also when hidden states and weights are bf16, or are made so by autocast.
 """
 
 from __future__ import annotations
@@ -51,9 +51,18 @@ def head_logprobs(
     Returns:
         fp32 `[rows]`, and the same or None.
     """
-    rows = chunk_rows(weight.shape[0], max_logits)
-    logprobs, entropy = _Head.apply(hidden, weight, targets, temperature, with_entropy, rows)
+    rows, device = chunk_rows(weight.shape[0], max_logits), hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with _without_autocast(device):
+        logprobs, entropy = _Head.apply(hidden, weight, targets, temperature, with_entropy, rows)
     return logprobs, entropy if with_entropy else None
+
+
+def _without_autocast(device: str) -> torch.autocast:
+    """It would round every product to bf16, logits too."""
+    return torch.autocast(device, enabled=False)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
@@ -123,22 +132,23 @@ class _Head(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=temperature.dtype) if need_weight else None
-        for start in range(0, len(hidden), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            log_softmax = kept
-            if log_softmax is None:
-                log_softmax = _log_softmax(hidden[part], weight, temperature[part])
-            grad = _grad_logits(
-                log_softmax,
-                targets[part],
-                temperature[part],
-                grad_logprobs[part],
-                (entropy[part], grad_entropy[part]) if ctx.with_entropy else None,
-            ).to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = (grad @ weight).to(hidden.dtype)
-            if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[part].to(grad.dtype)
+        with _without_autocast(hidden.device.type):
+            for start in range(0, len(hidden), ctx.rows):
+                part = slice(start, start + ctx.rows)
+                log_softmax = kept
+                if log_softmax is None:
+                    log_softmax = _log_softmax(hidden[part], weight, temperature[part])
+                grad = _grad_logits(
+                    log_softmax,
+                    targets[part],
+                    temperature[part],
+                    grad_logprobs[part],
+                    (entropy[part], grad_entropy[part]) if ctx.with_entropy else None,
+                ).to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (grad @ weight).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad.t() @ hidden[part].to(grad.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None

@@ -107,3 +107,22 @@ def test_no_rows_at_all_give_gradients_of_zero():
 def test_a_chunk_is_at_least_one_row():
     assert chunk_rows(1000, 10) == 1
     assert chunk_rows(1000, 5500) == 5
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_rounds_what_comes_in_and_no_logits(rows, inside):
+    _, weight, targets, temperature = head_inputs(torch.float32)
+    hidden = head_inputs(torch.bfloat16)[0]
+    rounded = (hidden.detach().requires_grad_(), weight.detach().bfloat16().requires_grad_())
+    expected = head_logprobs(*rounded, targets, temperature, True, rows * VOCAB)
+    sum(t.sum() for t in expected).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_logprobs(hidden, weight, targets, temperature, True, rows * VOCAB)
+        if inside:  # where a step has several micro-batches, the first ones' backward is
+            sum(t.sum() for t in found).backward()
+    if not inside:
+        sum(t.sum() for t in found).backward()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert torch.equal(hidden.grad, rounded[0].grad)
+    assert torch.equal(weight.grad, rounded[1].grad.float())
