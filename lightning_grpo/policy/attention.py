@@ -18,10 +18,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from lightning_grpo.algorithm.layout import token_positions
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy import _varlen
 
 PACKED = "packed"
 """The name under which transformers knows the implementation."""
+
+_OTHER_ATTENTION = ("softcap", "s_aux", "position_bias")
+"""What transformers hands to attention that is more than causal: caps, sinks, biases."""
 
 _MAX_STRETCH = 1.3
 """Longest over shortest sequence that are padded together."""
@@ -182,7 +186,7 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
     scaling: float | None = None,
     sliding_window: int | None = None,
     packing: PackedLayout | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """The form that transformers calls: `[1, heads, unique, head_dim]` in.
 
@@ -196,6 +200,12 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
             'attn_implementation="packed" needs the sequences\' bounds: call the model through '
             'PackedPolicy, or load it with attn_implementation="sdpa".'
         )
+    for name in _OTHER_ATTENTION:
+        if more.get(name) is not None:
+            raise ConfigError(
+                f"`model` must have plain causal attention, {type(module).__name__} has a "
+                f"`{name}`. Way out: a model without it, such as Qwen3 or Llama."
+            )
     if packing.num_sequences == 1:
         out = causal_attention(query, key, value, scaling, sliding_window)
         return out.transpose(1, 2), None

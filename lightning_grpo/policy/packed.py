@@ -120,19 +120,19 @@ def _per_row(temperature: Tensor | float, positions: Tensor, hidden: Tensor) -> 
 
 
 def _check(model: PreTrainedModel) -> None:
-    name, config = type(model).__name__, model.config.to_dict()
+    name, config = type(model).__name__, model.config
     if not model._supports_attention_backend:
         raise ConfigError(
             f"`model` must let transformers choose its attention, {name} doesn't. Way out: a "
             "model with `_supports_attention_backend`, such as Qwen3 or Llama."
         )
-    other = set(config.get("layer_types") or ()) - _LAYER_TYPES
+    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if other:
         raise ConfigError(
             f"`model` must consist of attention layers, {name} has {sorted(other)}, which would "
             "run across the sequences of a packed row. Way out: a model without them."
         )
-    transforms = [key for key in _LOGIT_TRANSFORMS if config.get(key) not in (None, 1, 1.0)]
+    transforms = [key for key in _LOGIT_TRANSFORMS if getattr(config, key, None) not in (None, 1)]
     if transforms:
         raise ConfigError(
             f"`model` must use its head's logits as they are, {name} sets {transforms}. "

@@ -4,7 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+)
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PackedLayout
@@ -221,3 +227,27 @@ def test_absolute_positions_work_too_and_a_model_all_in_fp64_agrees_to_fp64():
     found.sum().backward()
     assert torch.allclose(found, expected, atol=1e-12)
     assert relative(gradients(model), expected_gradients) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["s_aux", "softcap"])
+def test_attention_that_is_more_than_causal_is_refused_by_name(name):
+    settings = {"s_aux": ("gpt_oss", {}), "softcap": ("gemma2", {"final_logit_softcapping": None})}
+    kind, more = settings[name]
+    small = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    config = CONFIG_MAPPING[kind](vocab_size=VOCAB, **small, **heads, **more)
+    policy = PackedPolicy(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    with pytest.raises(ConfigError, match=f"has a `{name}`"):
+        policy(*pack(make_sequences([6, 9])))
+
+
+def test_a_scale_of_the_logits_that_a_config_computes_is_refused_too():
+    class Scaled(Qwen3Config):
+        @property
+        def logits_scaling(self):  # as MiniCPM3's does
+            return self.hidden_size / 16
+
+    model = make_causal_model()
+    model.config = Scaled(**model.config.to_dict())
+    with pytest.raises(ConfigError, match="logits_scaling"):
+        PackedPolicy(model)
