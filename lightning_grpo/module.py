@@ -158,7 +158,13 @@ class GRPOModule(EvaluatedModule):
         """Bring the model's values to a sharding root that was built on the meta device."""
         assert isinstance(module, PackedPolicy)
         adapt = self.lora.add_to if self.lora else None
-        materialize_from_folder(module.model, self.model_path, device=device, adapt=adapt)
+        materialize_from_folder(
+            module.model,
+            self.model_path,
+            device=device,
+            model_kwargs=self._model_kwargs,
+            adapt=adapt,
+        )
 
     def configure_model(self) -> None:
         """Lightning's hook: build the policy, once."""

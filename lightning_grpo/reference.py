@@ -84,8 +84,7 @@ class ReferencePolicy:
         if sharding is not None:
             sharding.shard(policy, offload)
             home = torch.device("cpu") if offload else device
-            revision = self._model_kwargs.get("revision")
-            materialize_from_folder(model, path, device=home, revision=revision)
+            materialize_from_folder(model, path, device=home, model_kwargs=self._model_kwargs)
             for buffer in policy.buffers():
                 buffer.data = buffer.data.to(device)
         return policy

@@ -23,7 +23,7 @@ def materialize_from_folder(
     folder: str,
     *,
     device: torch.device | str = "cpu",
-    revision: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
     adapt: Callable[[PreTrainedModel], None] | None = None,
 ) -> None:
     """Fills a meta model (after `fully_shard`, if it is sharded) with a checkpoint's values.
@@ -34,7 +34,7 @@ def materialize_from_folder(
         model: Built by `load_policy(..., meta=True)`.
         folder: Hub id or folder of the checkpoint.
         device: Where this rank computes.
-        revision: Of the hub's repository.
+        model_kwargs: As `load_policy` had them (`revision`, ...).
         adapt: What was done to the model after it was built (`LoRA.add_to`); new parameters get
             their first values so.
 
@@ -45,7 +45,7 @@ def materialize_from_folder(
     model.tie_weights()
     many = distributed.is_initialized() and distributed.get_world_size() > 1
     reads = not many or distributed.get_rank() == 0
-    values: dict[str, Any] = _read(model, folder, revision, adapt) if reads else {}
+    values: dict[str, Any] = _read(model, folder, model_kwargs, adapt) if reads else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     set_model_state_dict(model, values, options=options)
     rebuild_buffers(model)
@@ -85,11 +85,10 @@ def _fresh(name: str, module: nn.Module) -> nn.Module:
 def _read(
     model: PreTrainedModel,
     folder: str,
-    revision: str | None,
+    model_kwargs: dict[str, Any] | None,
     adapt: Callable[[PreTrainedModel], None] | None,
 ) -> dict[str, Tensor]:
-    options = {} if revision is None else {"revision": revision}
-    source = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **options)
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **(model_kwargs or {}))
     if adapt is not None:
         adapt(source)
     values: dict[str, Tensor] = source.state_dict()

@@ -5,6 +5,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.materialize import materialize_from_folder, rebuild_buffers
 from lightning_grpo.policy.packed import PackedPolicy
@@ -28,6 +29,19 @@ def test_a_materialized_model_computes_the_same_bits_as_a_loaded_one(architectur
     materialize_from_folder(policy, str(tmp_path))
     found, _ = PackedPolicy(policy)(*packed)
     assert torch.equal(found, expected)
+
+
+def test_the_values_of_the_meta_device_come_from_where_model_kwargs_say(tmp_path):
+    for place, seed in ((tmp_path, 0), (tmp_path / "older", 1)):
+        make_causal_model(seed=seed).save_pretrained(place)
+    kwargs = {"subfolder": "older"}  # a hub's `revision` goes the same way
+    loaded, sharded = (GRPOModule(str(tmp_path), model_kwargs=kwargs) for _ in range(2))
+    loaded.configure_model()
+    with torch.device("meta"):
+        sharded.configure_model()
+    sharded.materialize(sharded.sharding_root(), torch.device("cpu"))
+    expected = dict(loaded.named_parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in sharded.named_parameters())
 
 
 def test_long_context_frequencies_are_made_again_too(tmp_path):
