@@ -289,12 +289,10 @@ def split(taken: Taken, prepared: Prepared, shape: Shape) -> list[RankShare]:
 
 def _minibatch_bounds(groups: list[Group], minibatches: int) -> list[tuple[int, int]]:
     """First and last (exclusive) trajectory of each minibatch: whole groups, in order."""
-    size = len(groups) // minibatches
-    ends = [0]
-    for m in range(minibatches):
-        chunk = groups[m * size : (m + 1) * size]
-        ends.append(ends[-1] + sum(len(g.trajectories) for g in chunk))
-    return list(itertools.pairwise(ends))
+    # A recording's batches need not divide evenly: no group may be lost.
+    bounds = [len(groups) * m // minibatches for m in range(minibatches + 1)]
+    starts = [0, *itertools.accumulate(len(g.trajectories) for g in groups)]
+    return [(starts[first], starts[last]) for first, last in itertools.pairwise(bounds)]
 
 
 def _rank_share(

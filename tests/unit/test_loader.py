@@ -200,6 +200,14 @@ def test_every_rank_has_the_same_number_of_micro_batches_and_whole_groups_make_m
         assert sorted(rows) == list(range(4 * index, 4 * index + 4))
 
 
+@pytest.mark.parametrize("minibatches", [2, 3, 4, 7])
+def test_groups_that_do_not_divide_evenly_are_all_trained_on(minibatches):
+    groups = make_groups([[(2, 3), (2, 4)]] * 5, seed=0)
+    (rollout,) = shares(groups, Shape(minibatches, 1, max_tokens=100))
+    assert sorted(rollout.sequences.trajectory_index.tolist()[-10:]) == list(range(10))
+    assert sum(d.groups for d in rollout.denominators) == 5
+
+
 def test_with_nothing_to_learn_each_rank_still_has_a_micro_batch():
     groups = make_groups([[(2, 3), (2, 3)]] * 2, seed=0)
     nothing = torch.zeros(4, dtype=torch.bool)
