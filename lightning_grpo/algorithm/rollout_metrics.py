@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_grpo.algorithm.advantages import group_mean
+from lightning_grpo.algorithm.advantages import has_no_variance
 from lightning_grpo.algorithm.batch import RolloutBatch
 
 
@@ -35,10 +35,8 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
 
 def zero_variance_fraction(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """The share of groups whose rewards are all equal: they teach nothing."""
-    spread = (rewards - group_mean(rewards, group_ids)).abs()
-    groups = group_ids.unique()
-    flat = [not bool((spread[group_ids == g] > 1e-9).any()) for g in groups]  # noqa: PLR2004
-    return torch.tensor(flat).float().mean()
+    flat = group_ids[has_no_variance(rewards, group_ids)].unique()
+    return torch.tensor(len(flat) / len(group_ids.unique()))
 
 
 def group_minimum(values: Tensor, group_ids: Tensor) -> Tensor:
