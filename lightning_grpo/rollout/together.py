@@ -30,7 +30,7 @@ class Together:
         """
         key = (client, request.extra_key, tuple(request.input_ids))
         shared = self._gathering.get(key)
-        if shared is None:
+        if shared is None or shared.is_left:
             shared = self._gathering[key] = _Shared()
             shared.exchange = asyncio.create_task(self._send(key, client, shared))
             shared.exchange.add_done_callback(seen)
@@ -42,7 +42,8 @@ class Together:
         try:
             await asyncio.sleep(0)  # whoever was ready before this task has joined by now
         finally:
-            del self._gathering[key]
+            if self._gathering.get(key) is shared:
+                del self._gathering[key]
         return await client.generate_together(shared.requests)
 
 
@@ -54,6 +55,11 @@ class _Shared:
     def __init__(self) -> None:
         self.requests: list[GenerateRequest] = []
         self._num_waiting = 0
+
+    @property
+    def is_left(self) -> bool:
+        """Whether nobody waits for it any more: it is being cancelled."""
+        return not self._num_waiting
 
     async def reply(self, request: GenerateRequest) -> GenerateReply:
         index = len(self.requests)

@@ -91,6 +91,19 @@ async def test_whoever_leaves_before_it_was_sent_leaves_nothing_behind():
     assert (await ask(together, client, 1)).output_ids == [1]
 
 
+async def test_whoever_comes_while_the_last_one_leaves_has_an_exchange_of_its_own():
+    together, client = Together(), Client()
+    client.open.set()
+    first = ask(together, client, 0)
+    await asyncio.sleep(0)
+    first.cancel()
+    second = ask(together, client, 1)  # runs between the cancellation and its effect
+    await settle()
+    assert first.cancelled()
+    assert (await second).output_ids == [1]
+    assert client.exchanges == [["1"]]
+
+
 async def test_an_exchange_that_fails_fails_all_of_them():
     together, client = Together(), Client(error=ServerError("gone"))
     tasks = [ask(together, client, i) for i in range(3)]
