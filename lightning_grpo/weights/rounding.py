@@ -23,7 +23,7 @@ def round_by_chance(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         name: Of the parameter; others draw independently of it.
 
     Returns:
-        The same shape, in `dtype`.
+        The same shape, in `dtype`; what is not finite stays so.
     """
     lost = _num_lost_bits(dtype)
     if values.dtype != torch.float32 or lost <= 0:
@@ -34,7 +34,9 @@ def round_by_chance(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     )
     # The bits that are lost, as a number, are the chance of rounding away from zero: a carry.
     bits = values.contiguous().view(torch.int32).add(draw).bitwise_and_(-(1 << lost))
-    return bits.view(torch.float32).to(dtype)
+    rounded = bits.view(torch.float32)
+    # A NaN of all ones, which is CUDA's, would carry into the sign and be a zero.
+    return rounded.where(values.isfinite(), values).to(dtype)
 
 
 def _num_lost_bits(dtype: torch.dtype) -> int:

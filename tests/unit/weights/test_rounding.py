@@ -37,6 +37,15 @@ def test_a_parameter_rounds_alike_each_time_and_unlike_others():
     assert not torch.equal(round_by_chance(values, torch.bfloat16, "k_proj"), first)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_not_finite_stays_so(dtype):
+    bits = [0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000]  # the first is CUDA's NaN
+    values = torch.tensor([*bits, -0x800000], dtype=torch.int32).view(torch.float32)
+    rounded = round_by_chance(values, dtype, "w")
+    assert torch.equal(rounded.isnan(), torch.tensor([True, True, True, False, False]))
+    assert rounded[3:].tolist() == [float("inf"), float("-inf")]
+
+
 def test_where_nothing_is_lost_nothing_is_drawn():
     values = torch.randn(10)
     assert torch.equal(round_by_chance(values, torch.float32, "w"), values)
