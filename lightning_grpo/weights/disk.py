@@ -8,6 +8,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lightning_grpo.errors import ConfigError, WeightSyncError
@@ -93,7 +94,8 @@ def write_version(
         write_manifest(partial, version)
         (partial / READY).touch()
         partial.rename(final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise WeightSyncError(
             f"Version {version} could not be written to {final}: {error}."
             " Free space there, or give `DiskTransport(folder)` another folder."

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 import torch
@@ -94,6 +95,17 @@ def test_a_model_that_is_no_folder_here_has_no_companions(tmp_path):
     transport.bind(Place(tmp_path, tmp_path / "not" / "there"))
     transport.prepare(weights(1), 1)
     check_version(tmp_path / "weights" / "v000001")
+
+
+def test_a_disk_that_takes_no_more_is_named_and_left_as_it_was(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(WeightSyncError, match=r"could not be written to .*Free space there"):
+            write_version(tmp_path, 1, {"a": torch.zeros(1 << 20)}, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_keeping_none_is_refused():
