@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from http import HTTPStatus
+from http.client import HTTPException
 
 from lightning_grpo.errors import ServerStartError
 
@@ -60,7 +61,7 @@ def answers(url: str, timeout_s: float = 5.0, api_key: str | None = None) -> boo
     except urllib.error.HTTPError as error:
         error.close()
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, HTTPException):  # the last: what answers is no HTTP server
         return False
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import socket
 import threading
 
 import pytest
@@ -69,6 +70,29 @@ def test_a_url_where_nothing_listens_is_named(tmp_path):
     servers = RunningServers(["http://127.0.0.1:9"], connect_timeout_s=0.2)
     with pytest.raises(ServerStartError, match=r"answers at http://127\.0\.0\.1:9 after 0\.2 s"):
         servers.start("model", tmp_path)
+
+
+def test_what_answers_and_is_no_http_server_is_named(tmp_path):
+    def greet(listener):
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+                connection.recv(4096)  # the request, or closing would reset the connection
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=greet, args=(listener,))
+        thread.start()
+        try:
+            with pytest.raises(ServerStartError, match=f"Nothing healthy answers at {url}"):
+                RunningServers([url], connect_timeout_s=0.2).start("model", tmp_path)
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def test_a_repeated_url_is_refused(fake, tmp_path):
