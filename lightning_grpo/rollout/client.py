@@ -27,15 +27,17 @@ RETRIES = stamina.AsyncRetryingCaller(attempts=3, wait_initial=0.05, wait_max=0.
 )
 
 
-def new_session(api_key: str | None = None, max_connections: int = 2048) -> aiohttp.ClientSession:
-    """The one session of a pool: connection limit, no time-out but those of the calls.
+def new_session(api_key: str | None = None) -> aiohttp.ClientSession:
+    """The one session of a pool; no time-out but those of the calls.
 
     Must be called on the event loop that will use it; the caller closes it.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return aiohttp.ClientSession(
-        # Shorter than uvicorn's 5 s: the server never closes a connection that is being reused.
-        connector=aiohttp.TCPConnector(limit=max_connections, keepalive_timeout=4.0),
+        # No limit: the pool bounds generations by server, and behind them an abort or a health
+        # check would wait for a connection until it counts as failed. The time is shorter than
+        # uvicorn's 5 s: the server never closes a connection that is being reused.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
         timeout=aiohttp.ClientTimeout(total=None),
         headers=headers,
     )
@@ -68,6 +70,14 @@ class ServerClient:
         """Whether the server answers its health check in time; never raises for a sick server."""
         try:
             await self._call("GET", "/health", timeout_s=timeout_s)
+        except ServerError:
+            return False
+        return True
+
+    async def listens(self, timeout_s: float = 5.0) -> bool:
+        """Whether the server answers what takes no token, so also while it is paused."""
+        try:
+            await self._call("GET", "/model_info", timeout_s=timeout_s)
         except ServerError:
             return False
         return True

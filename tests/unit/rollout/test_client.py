@@ -112,6 +112,13 @@ async def test_the_key_is_sent_and_never_shown():
         assert "wrong-one" not in str(error.value)
 
 
+async def test_no_call_waits_until_others_give_their_connections_back():
+    # An abort or a health check behind thousands of generations would count as failed.
+    async with new_session() as session:
+        assert session.connector.limit == 0
+        assert session.connector.limit_per_host == 0
+
+
 async def test_a_dead_server_is_not_healthy():
     server = FakeServer()
     async with new_session() as session:
