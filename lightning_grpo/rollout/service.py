@@ -179,13 +179,13 @@ class RolloutService:
 
     async def _until_ended(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
         results: list[_T] = []
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._cancel_at_the_end, tasks.cancel_scope)
             try:
                 results.append(await function(*arguments))
             except Exception as error:  # noqa: BLE001 - raised below, without the group's wrapper
-                errors.append(error)
+                errors.append(_alone(error))
             tasks.cancel_scope.cancel()
         if results:
             return results[0]
@@ -218,9 +218,14 @@ class RolloutService:
             raise RolloutError(_LOOP_LOST) from error
 
     def _why_ended(self) -> BaseException:
-        failure = self._failure
-        while isinstance(failure, BaseExceptionGroup) and len(failure.exceptions) == 1:
-            failure = failure.exceptions[0]
+        failure = self._failure and _alone(self._failure)
         if isinstance(failure, asyncio.CancelledError | SystemExit):
             return RolloutError(_LOOP_LOST)
         return failure or RolloutError("the rollouts are not running.")
+
+
+def _alone(error: BaseException) -> BaseException:
+    """The one error that a task group wrapped; of several, the group."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

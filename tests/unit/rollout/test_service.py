@@ -142,6 +142,20 @@ def test_a_service_never_started_closes():
     RolloutService().close()
 
 
+def test_an_error_that_left_a_task_group_alone_is_raised_as_itself(running):
+    service = start(running)
+
+    async def refuse():
+        raise ConfigError("no such thing")
+
+    async def call():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(refuse)
+
+    with pytest.raises(ConfigError, match="no such thing"):
+        service.run(call).result(timeout=10)
+
+
 def test_a_cancelled_take_ends_alone(running):
     running.generator.duration = lambda ids, n: 1000.0
     service = start(running)
