@@ -11,6 +11,7 @@ the pool sends it nothing until it is clean.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from concurrent.futures import Future
@@ -272,10 +273,11 @@ class WeightPublisher:
                     require_success(reply, target, "to begin an update")
             async with report.phase("update", timeout_s):
                 await self._transport.send(target, label, timeout_s)
-        except WeightSyncError:
+        except (ServerError, WeightSyncError):
             # A session left open would refuse the next attempt.
             if framed:
-                await client.update("/end_weight_update", {}, timeout_s)
+                with contextlib.suppress(ServerError):
+                    await client.update("/end_weight_update", {}, timeout_s)
             raise
         if framed:
             async with report.phase("end", timeout_s):

@@ -121,7 +121,7 @@ class FakeServer:
     async def start(self) -> None:
         app = web.Application(middlewares=[self._faulty])
         routes = {
-            "/health": self._ok,
+            "/health": self._health,
             "/model_info": self._model_info,
             "/server_info": self._server_info,
         }
@@ -192,8 +192,9 @@ class FakeServer:
             request.transport.abort()
         return web.Response()
 
-    async def _ok(self, request: web.Request) -> web.Response:
-        return web.Response()
+    async def _health(self, request: web.Request) -> web.Response:
+        # SGLang has a token sampled, which it does not do while it is paused.
+        return web.Response(status=503 if self.paused else 200)
 
     async def _model_info(self, request: web.Request) -> web.Response:
         said = {"model_path": "fake", "weight_version": self.label}
@@ -319,6 +320,9 @@ class FakeServer:
         return web.json_response({"success": True, "message": "Succeeded"})
 
     async def _begin_weight_update(self, request: web.Request) -> web.Response:
+        if self.in_session:
+            message = "a weight update is already in progress"
+            return web.json_response({"success": False, "message": message}, status=400)
         self.in_session = True
         return web.json_response({"success": True, "message": ""})
 

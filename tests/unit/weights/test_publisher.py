@@ -504,6 +504,16 @@ async def test_a_session_left_open_by_a_crashed_run_is_closed_first(tmp_path):
         assert not server.in_session
 
 
+async def test_a_session_that_breaks_off_is_closed_before_the_next_attempt(tmp_path):
+    faults = [Fault("/update_weights_from_distributed", "error", ATTEMPTS - 1)]
+    server = FakeServer(version="0.5.23", faults=faults)
+    transport = ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    async with fleet(tmp_path, transport, server) as (_, publisher):
+        report = await publish(publisher, 1)
+        assert report.updated == [server.url]
+        assert holds(server, 1)
+
+
 async def test_closing_gives_the_weights_back_to_nobodys_name(tmp_path, transport):
     server = FakeServer()
     async with fleet(tmp_path, transport, server) as (_, publisher):
