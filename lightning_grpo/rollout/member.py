@@ -156,6 +156,8 @@ class Member:
         self.state = MemberState.CLEAN
         self.version = version
         self.reason = ""
+        # One name for each version: a server that restarts on its own has the name from before.
+        self._labels = {name: v for name, v in self._labels.items() if v != version}
         self.expect(version, label)
         self._settle()
 

@@ -48,7 +48,7 @@ class Monitor:
         policy: The limits.
         restart: Starts the server of a URL again; None where the run did not start it.
         revive: Connects a restarted server and brings it to the current weights.
-        changed: Called when a server became routable.
+        changed: Called when a server became routable, or is lost for good.
         lost: Called once with the error that ends the run.
     """
 
@@ -73,10 +73,11 @@ class Monitor:
         self._given_up: set[int] = set()
         self._unavailable_since: float | None = None
 
-    @property
-    def restarting(self) -> bool:
-        """Whether a server is on its way back."""
-        return bool(self._restarting)
+    def may_return(self, member: Member) -> bool:
+        """Whether a server that is not clean may become so without another update."""
+        if member.slot in self._restarting or member.state is MemberState.UPDATING:
+            return True
+        return not member.alive and member.slot not in self._given_up
 
     @property
     def can_restart(self) -> bool:
@@ -115,14 +116,18 @@ class Monitor:
             member.mark_dead(f"its process {pid} is gone")
             return
         if member.state is MemberState.UPDATING:
-            # Paused, and SGLang's health check wants a token; the update has deadlines of its own.
-            return
-        if await member.client.healthy(self._policy.check_timeout_s):
+            return  # The update has deadlines of its own.
+        # SGLang's health check wants a token, which a paused server doesn't give.
+        paused = member.paused
+        answers = member.client.listens if paused else member.client.healthy
+        if await answers(self._policy.check_timeout_s):
             member.num_failed_checks = 0
             if member.suspect:
                 member.suspect = False
                 self._changed()
             return
+        if member.paused and not paused:
+            return  # The pause held the check back: that says nothing.
         member.suspect = True
         member.num_failed_checks += 1
         if member.num_failed_checks >= self._policy.failed_checks:
@@ -142,6 +147,7 @@ class Monitor:
             self._lost(ServersLostError(self._obituary(member, left)))
         else:
             logger.error("server %d is lost: %s", member.slot, member.describe())
+            self._changed()
 
     async def _replace(self, member: Member) -> None:
         assert self._restart is not None

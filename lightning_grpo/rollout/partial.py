@@ -170,6 +170,11 @@ def token_versions(
             raise ServerError(
                 f"{member.url} reports versions for {len(versions)} of {num_tokens} tokens"
             )
+        if min(versions, default=pinned_version) < pinned_version:
+            raise ServerError(
+                f"{member.url} went back from version {pinned_version} to {min(versions)}"
+                " (was it restarted by someone else?)"
+            )
         return versions
     if meta.weight_version is not None and num_tokens:
         at_finish = member.version_of(meta.weight_version)

@@ -267,8 +267,7 @@ class ServerPool:
             while not any(m.state is MemberState.CLEAN for m in self._members):
                 if self._failure is not None:
                     raise self._failure
-                dirty = all(m.state is MemberState.DIRTY for m in self._members)
-                if dirty and not self._monitor.restarting:
+                if not any(self._monitor.may_return(m) for m in self._members):
                     raise ServersLostError(f"No server is usable:\n{self.describe()}")
                 await self._changed.wait()
 

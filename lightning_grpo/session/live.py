@@ -140,11 +140,11 @@ async def open_live(
                 settings.seed,
             )
             producer = _producer(settings, material, runner, begun)
-            async with producer:
-                try:
+            try:
+                async with producer:
                     yield Live(pool, publisher, producer, first_sync)
-                finally:
-                    await publisher.close()
+            finally:
+                await publisher.close()  # Nothing is in flight now that would see the name change.
     finally:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(settings.servers.stop)

@@ -405,6 +405,58 @@ async def test_a_server_under_update_is_not_asked_for_its_health():
         await until(lambda: "/health" in server.calls)
 
 
+async def test_a_paused_server_is_asked_only_whether_it_listens():
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        await pool.interrupt()
+        await asyncio.sleep(0.05)
+        server.calls.clear()
+        await until(lambda: server.calls.count("/model_info") > FAST.failed_checks)
+        assert "/health" not in server.calls
+        assert pool.members[0].routable
+        await pool.resume()
+        assert len((await pool.generate([1], Sampling(max_new_tokens=2))).token_ids) == 2
+
+
+async def test_a_server_that_dies_while_it_is_paused_is_noticed():
+    server = FakeServer()
+    async with pool_of(server) as pool:
+        await pool.interrupt()
+        await server.kill()
+        await until(lambda: not pool.members[0].alive)
+
+
+@pytest.mark.parametrize("name_of_old", ["default", "run:6"])
+async def test_a_server_that_restarted_by_itself_with_old_weights_is_dirty(name_of_old):
+    servers = [FakeServer(), FakeServer()]
+    async with pool_of(*servers) as pool:
+        await publish(pool, servers, 6)
+        await publish(pool, servers, 7)
+        servers[0].label = name_of_old
+        completion = await pool.generate([1], Sampling(max_new_tokens=4))
+        assert completion.versions == (7,) * 4
+        assert pool.members[0].state is MemberState.DIRTY
+
+
+async def test_the_name_of_weights_before_they_were_published_is_not_theirs():
+    servers = [FakeServer(), FakeServer()]
+    async with pool_of(*servers) as pool:
+        await publish(pool, servers, 0)  # a resumed run brings its weights under the same version
+        servers[0].label = "default"
+        await pool.generate([1], Sampling(max_new_tokens=4))
+        assert pool.members[0].state is MemberState.DIRTY
+
+
+async def test_nobody_waits_for_a_server_that_is_lost_beside_a_dirty_one():
+    servers = [FakeServer(), FakeServer()]
+    async with pool_of(*servers) as pool:
+        await servers[1].kill()
+        await until(lambda: not pool.members[1].alive)
+        pool.members[0].mark_dirty("for the test")
+        with pytest.raises(ServersLostError, match="for the test"):
+            await pool.wait_until_clean(15)
+
+
 async def test_a_server_is_idle_only_while_it_has_no_request():
     server = FakeServer(token_delay_s=0.005)
     async with pool_of(server) as pool:
