@@ -72,6 +72,7 @@ class WeightPublisher:
         self._lock = asyncio.Lock()
         self._current: tuple[int, Expected] | None = None
         self._prepared = False
+        self._restoring: set[Target] = set()
 
     async def adopt(self, version: int, expected: Scores) -> bool:
         """Names what the servers loaded at their start `version`, if a probe says it is that.
@@ -131,7 +132,8 @@ class WeightPublisher:
             self._current, self._prepared = (version, expected), True
             async with anyio.create_task_group() as tasks:
                 for target in self._fleet.members:
-                    if target.alive:
+                    # A restarted server is `restore`'s: what was connected to it is gone.
+                    if target.alive and target not in self._restoring:
                         target.mark_updating()
                         tasks.start_soon(self._bring, target, report, interrupted)
         await self._fleet.resume()
@@ -169,18 +171,25 @@ class WeightPublisher:
             WeightSyncError: It could not be proved to hold it.
             ServerError: It failed again.
         """
-        async with self._lock:
-            if self._record is not None:
-                self._record.forget(target.url)
-            await self._transport.abandon(target)
-            if self._current is None:
-                return
-            report = PublishReport(self._current[0])
-            target.mark_updating()
-            if self._prepared:
-                await self._update(target, target.client, report)
-            else:
-                await self._adopt(target, report)
+        self._restoring.add(target)
+        try:
+            async with self._lock:
+                await self._restore(target)
+        finally:
+            self._restoring.discard(target)
+
+    async def _restore(self, target: Target) -> None:
+        if self._record is not None:
+            self._record.forget(target.url)
+        await self._transport.abandon(target)
+        if self._current is None:
+            return
+        report = PublishReport(self._current[0])
+        target.mark_updating()
+        if self._prepared:
+            await self._update(target, target.client, report)
+        else:
+            await self._adopt(target, report)
 
     async def close(self) -> None:
         """Ends what connects to servers and gives their weights back to nobody's name."""
@@ -287,10 +296,12 @@ class WeightPublisher:
     async def _continue_and_prove(
         self, target: Target, client: UpdateClient, label: str, report: PublishReport
     ) -> None:
-        # Sent while the server is still paused, the probe is answered before what was held.
+        # Sent while the server is still paused, the probe is there before what was held goes on:
+        # one turn of the loop starts it, the next its requests.
         proof = asyncio.create_task(self._probe(client, label, report))
         try:
-            await asyncio.sleep(0)
+            for _ in range(2):
+                await asyncio.sleep(0)
             async with report.phase("continue", self._settings.request_timeout_s):
                 await target.unpause()
             await proof

@@ -114,14 +114,10 @@ async def test_the_order_of_one_publish(tmp_path):
     async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
         server.calls.clear()
         await publish(publisher, 1)
-    assert [c for c in server.calls if c != "/health"][:6] == [
-        "/pause_generation",
-        "/flush_cache",
-        "/update_weights_from_disk",
-        "/continue_generation",
-        "/generate",
-        "/generate",
-    ]
+    calls = [c for c in server.calls if c not in ("/health", "/model_info")][:6]
+    assert calls[:3] == ["/pause_generation", "/flush_cache", "/update_weights_from_disk"]
+    assert sorted(calls[3:]) == ["/continue_generation", "/generate", "/generate"]
+    assert calls[3] == "/generate"  # before what the server held while it was paused
 
 
 async def test_servers_stop_while_the_weights_are_gathered(tmp_path):
@@ -502,6 +498,39 @@ async def test_a_session_left_open_by_a_crashed_run_is_closed_first(tmp_path):
         assert report.updated == [server.url]
         assert holds(server, 1)
         assert not server.in_session
+
+
+async def test_a_server_that_comes_back_during_a_publish_is_brought_by_its_restart_alone(tmp_path):
+    servers = [FakeServer(), FakeServer()]
+    back = servers[1]
+
+    async def restart(url):
+        back.table, back.label = make_table(0), "default"
+        back.unpaused.set()
+        back.calls.clear()
+        await back.start()
+        return back
+
+    transport = ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    options = {"restart": restart, "timeout_s": 30.0}
+    async with fleet(tmp_path, transport, *servers, **options) as (pool, publisher):
+        await publish(publisher, 1)
+        gathered = Future()
+        publishing = asyncio.create_task(publisher.publish(gathered, 2, expected(2)))
+        await until(lambda: all(server.paused for server in servers))
+        await back.kill()
+        await until(lambda: pool.members[1].state is MemberState.DIRTY)
+        gathered.set_result(snapshot(2))
+        report = await publishing
+        assert report.updated == [servers[0].url]
+        assert not report.failures
+        await until(lambda: pool.members[1].routable)
+        assert holds(back, 2)
+        # A weight group of the process before would end SGLang.
+        calls = back.calls
+        assert calls.count("/init_weights_update_group") == 1
+        update = "/update_weights_from_distributed"
+        assert calls.index("/init_weights_update_group") < calls.index(update)
 
 
 async def test_a_session_that_breaks_off_is_closed_before_the_next_attempt(tmp_path):
