@@ -85,7 +85,10 @@ class Servers(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Ends what was started: no process, port or thread is left. May be called twice."""
+        """Ends what was started: no process, port or thread is left. May be called twice.
+
+        Also from another thread than `start`, which then fails as soon as it can.
+        """
 
     def describe(self) -> str:
         """One line a server: address, process, GPUs, log."""

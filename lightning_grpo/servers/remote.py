@@ -96,13 +96,11 @@ class NodeServers(Servers):
     def stop(self) -> None:
         """Has every node end its servers; the nodes themselves end with their job."""
         self._stopping.set()
-        if self._mailbox is not None:
-            self._stop_nodes()
-        self._mailbox, self._handles = None, []
+        mailbox, self._mailbox, self._handles = self._mailbox, None, []
+        if mailbox is not None:
+            self._stop_nodes(mailbox)
 
-    def _stop_nodes(self) -> None:
-        mailbox = self._mailbox
-        assert mailbox is not None
+    def _stop_nodes(self, mailbox: TrainerMailbox) -> None:
         asked = [mailbox.ask(node, "stop") for node in range(self.num_nodes)]
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for number in asked:

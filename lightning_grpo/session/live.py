@@ -157,7 +157,8 @@ async def _open_pool(
     servers: Servers = settings.servers
 
     async def restart(url: str) -> ServerHandle:
-        return await anyio.to_thread.run_sync(servers.restart, url)
+        # Whoever closes does not wait for it: `stop`, which comes then, ends it.
+        return await anyio.to_thread.run_sync(servers.restart, url, abandon_on_cancel=True)
 
     pool = ServerPool(
         handles,

@@ -141,6 +141,8 @@ class RolloutSession:
         lead = self._lead
         if lead is not None:
             lead.beginning.cancel()
+            if lead.started is not None and not lead.started.done():
+                self.settings.servers.stop()  # or the end would wait for them to come up
             lead.starting.shutdown(wait=True)
             lead.service.close()
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+from types import SimpleNamespace
+
+import anyio
 import pytest
 import torch
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.distributed import RankChannel
+from lightning_grpo.errors import ConfigError, ServerStartError
+from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.servers.base import Servers
+from lightning_grpo.session.live import _open_pool
 from lightning_grpo.session.material import check_sampling, open_material, room_for_prompts
+from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.state import from_checkpoint, to_checkpoint
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import NeverServers, make_data, make_prompts
+from tests.fakes.server import FakeServer
 from tests.fakes.tiny_model import make_tiny_model
 
 
@@ -72,3 +82,49 @@ def test_room_for_prompts_is_what_the_context_leaves():
     assert room_for_prompts(Sampling(), None) is None
     with pytest.raises(ConfigError, match="must leave room for a prompt"):
         room_for_prompts(Sampling(max_new_tokens=64), 64)
+
+
+class SlowServers(Servers):
+    """Come up after 20 s unless they are stopped before."""
+
+    can_restart = True
+    handles = ()
+
+    def __init__(self):
+        self.begun, self.stopped, self.outcomes = threading.Event(), threading.Event(), []
+
+    def start(self, model_path, run_dir):
+        self.begun.set()
+        self.outcomes.append("stopped" if self.stopped.wait(20) else "up")
+        raise ServerStartError("The start was given up.")
+
+    def restart(self, url):
+        return self.start("", None)
+
+    def stop(self):
+        self.stopped.set()
+
+
+def test_closing_does_not_wait_until_servers_come_up(folder, tmp_path):
+    servers = SlowServers()
+    session = RolloutSession(make_data(servers)._settings(str(folder), tmp_path), RankChannel())
+    session.start()
+    assert servers.begun.wait(20)
+    session.close()
+    assert servers.outcomes == ["stopped"]
+
+
+def test_closing_does_not_wait_until_a_server_is_restarted(folder, tmp_path):
+    servers = SlowServers()
+    settings = make_data(servers)._settings(str(folder), tmp_path)
+    material = SimpleNamespace(requirements=Requirements, tokenizer=None)
+
+    async def close_during_a_restart():
+        async with FakeServer(pid=2**30) as server:  # no process has that number
+            async with _open_pool(settings, material, "run", [server]):
+                await anyio.to_thread.run_sync(servers.begun.wait, 20)
+            closed_before = not servers.outcomes
+            servers.stop()
+            return closed_before
+
+    assert anyio.run(close_during_a_restart)
