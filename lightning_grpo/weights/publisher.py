@@ -25,7 +25,7 @@ from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
 from lightning_grpo.weights.proof import Expected, scores_of, settled
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
-from lightning_grpo.weights.standstill import flush, pause_again
+from lightning_grpo.weights.standstill import make_room, pause_again, release
 from lightning_grpo.weights.transport import (
     Fleet,
     Snapshot,
@@ -157,12 +157,7 @@ class WeightPublisher:
                 for target in self._fleet.members:
                     if target.alive:
                         target.mark_updating()
-                        tasks.start_soon(self._release, target, report)
-
-    async def _release(self, target: Target, report: PublishReport) -> None:
-        await flush(target.client, report, self._settings.request_timeout_s)
-        async with report.phase("release", self._settings.request_timeout_s):
-            await target.release_memory()
+                        tasks.start_soon(release, target, report, self._settings.request_timeout_s)
 
     async def restore(self, target: Target) -> None:
         """Brings a restarted server to the current version.
@@ -237,7 +232,8 @@ class WeightPublisher:
 
     async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
         label = f"{self._run_id}:{report.version}"
-        await self._empty(target, client, report)
+        idle = self._interruption == "abort"
+        await make_room(target, client, report, self._settings.request_timeout_s, idle)
         target.expect(report.version, label)
         refusal: UpdateRefusedError | None = None
         try:
@@ -263,13 +259,6 @@ class WeightPublisher:
             raise WeightSyncError(f"{client.url} was lost while it was updated")
         report.updated.append(client.url)
         target.mark_clean(report.version, label)
-
-    async def _empty(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
-        if target.released:
-            async with report.phase("resume", self._settings.request_timeout_s):
-                await target.resume_memory()
-        if self._interruption == "abort" and target.caches_prefixes:
-            await flush(client, report, self._settings.request_timeout_s)
 
     async def _transfer(self, target: Target, label: str, report: PublishReport) -> None:
         timeout_s = self._settings.request_timeout_s

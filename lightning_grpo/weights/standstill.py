@@ -29,6 +29,24 @@ async def flush(client: UpdateClient, report: PublishReport, timeout_s: float) -
             await anyio.sleep(FLUSH_WAIT_S)
 
 
+async def release(target: Target, report: PublishReport, timeout_s: float) -> None:
+    """Has the server give its GPU memory back; it must be quite idle."""
+    await flush(target.client, report, timeout_s)
+    async with report.phase("release", timeout_s):
+        await target.release_memory()
+
+
+async def make_room(
+    target: Target, client: UpdateClient, report: PublishReport, timeout_s: float, idle: bool
+) -> None:
+    """Has it take its GPU memory again, and empty the prefix cache where it is idle."""
+    if target.released:
+        async with report.phase("resume", timeout_s):
+            await target.resume_memory()
+    if idle and target.caches_prefixes:
+        await flush(client, report, timeout_s)
+
+
 async def pause_again(target: Target) -> None:
     """A server with unknown weights is left paused, if it still listens."""
     try:
