@@ -75,6 +75,10 @@ def _most_telling(
     key: str, annotation: Any, setting: Setting, problems: Mapping[int, ConfigProblem]
 ) -> ConfigProblem:
     """Of the problems with each member of a union, the one that was meant."""
+    if isinstance(setting.value, dict) and "class_path" in setting.value:
+        for index, kind in enumerate(members(annotation)):
+            if is_component(kind):
+                return problems[index]
     deepest = max(problems.values(), key=lambda problem: problem.key.count("."))
     if deepest.key != key or len(problems) == 1:
         return deepest

@@ -62,7 +62,12 @@ def call_shape(member: Any) -> tuple[int, type]:
 
 
 def accepts(annotation: Any, setting: Setting) -> bool:
-    """Whether jsonargparse takes the value; on the command line also as text."""
+    """Whether jsonargparse takes the value; on the command line also as text.
+
+    It takes null for everything; here null stands only where the annotation names it.
+    """
+    if setting.value is None:
+        return annotation is Any
     if annotation is Any or not (isclass(annotation) or get_origin(annotation)):
         return True
     parser = ArgumentParser(exit_on_error=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 from typing_extensions import is_protocol
 
+import lightning_grpo
 from lightning_grpo.cli.problem import nearest
 
 
@@ -100,6 +101,8 @@ def import_object(path: str, base: type = object) -> Any:
         if name in known:
             return known[name]
         near = nearest(name, known)
+        if name in lightning_grpo.__all__:  # not loaded yet, so not among the known
+            near = f"did you mean `lightning_grpo.{name}`?"
         raise ImportPathError(f"must be an import path (`package.module.name`), got {path!r}", near)
     imported = _import_module(path, module, known)
     try:

@@ -215,3 +215,6 @@ def refuse_unknown_sections(settings: Setting) -> None:
         if key not in SECTIONS:
             rule = f"is not a section of a config ({', '.join(SECTIONS[:4])})"
             raise ConfigProblem(key, rule, setting.where, nearest(key, SECTIONS))
+        if key in SECTIONS[1:4] and isinstance(setting.value, bool | int | float | list):
+            rule = f"must hold settings (`{key}: {{name: value}}`), got {setting.plain()}"
+            raise ConfigProblem(key, rule, setting.where)

@@ -30,7 +30,7 @@ from lightning_grpo.cli.runs import (
     remove_unused,
     version_of,
 )
-from lightning_grpo.cli.sources import Setting
+from lightning_grpo.cli.sources import Setting, read_yaml
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
 from lightning_grpo.strategies.restoring import require_checkpoint
@@ -96,6 +96,8 @@ class GRPOCLI(LightningCLI):
         except ArgumentError as error:
             check_settings(self._settings, self._roots)
             raise condense(str(error), self._settings) from error
+        if any(setting.value is None for _, setting in self._settings.walk()):
+            check_settings(self._settings, self._roots)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the config says what the model is, the checkpoint gives its weights.
@@ -212,7 +214,9 @@ def run_cli(
         ConfigProblem: A setting was refused: by the parser, a constructor, or while setting up.
     """
     silence_jsonargparse()
-    arguments = [part for _, path in configs for part in ("--config", str(path))]
+    # The parser refuses a file that says nothing, such as one whose lines are all comments.
+    said = [path for name, path in configs if read_yaml(path, name).value]
+    arguments = [part for path in said for part in ("--config", str(path))]
     with _quiet_lightning(), _located(settings):
         GRPOCLI(
             command,

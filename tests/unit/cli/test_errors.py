@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_grpo.cli.fit import split_configs
+from lightning_grpo.cli.imports import ImportPathError, import_object
 from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.sources import collect
 from lightning_grpo.cli.trainer_cli import run_cli
@@ -271,6 +272,18 @@ YAML = {
         "data.workflow.init_args.reward (good.yaml, line 20)",
         "is missing: RLVRWorkflow has no default for it",
     ],
+    ("group_size: 8", "group_size:"): [
+        "data.group_size (good.yaml, line 25)",
+        "must be an int, got None",
+    ],
+    ("max_new_tokens: 56", "max_new_tokens: null"): [
+        "data.workflow.init_args.sampling.max_new_tokens (good.yaml, line 22)",
+        "must be an int, got None",
+    ],
+    ("trainer:\n  accelerator: cpu\n  max_steps: 30", "trainer: 3"): [
+        "trainer (good.yaml, line 2)",
+        "must hold settings (`trainer: {name: value}`), got 3",
+    ],
     ("path: train.jsonl", "limit: [1]"): [
         "data.prompts.limit (good.yaml, line 14)",
         "must be an int or null, got [1]",
@@ -320,3 +333,20 @@ def test_a_missing_section_says_where_to_get_a_config(tmp_path):
         "model is missing",
         "give `--config FILE` (quickstart.yaml and gsm8k.yaml are shipped)",
     ] or lines[0].startswith("model")
+
+
+def test_a_file_name_in_the_place_of_settings_is_named_where_it_stands(tmp_path):
+    lines = refusal(tmp_path, "--data.prompts rows.jsonl")
+    assert lines[:2] == [
+        "data.prompts (command line)",
+        "`rows.jsonl` can't be imported: there is no module `rows`",
+    ]
+
+
+def test_a_public_name_that_is_not_loaded_yet_is_suggested():
+    class Another:
+        pass
+
+    with pytest.raises(ImportPathError) as caught:
+        import_object("SGLangServers", Another)
+    assert caught.value.suggestion == "did you mean `lightning_grpo.SGLangServers`?"

@@ -95,6 +95,12 @@ def test_a_later_file_wins_over_an_earlier_one(run, tmp_path):
     assert data.group_size == 5
 
 
+def test_a_file_whose_lines_are_all_comments_changes_nothing(run, tmp_path):
+    (tmp_path / "more.yaml").write_text("# data: {group_size: 5}\n")
+    _, data = run("--config=small.yaml", "--config=more.yaml")
+    assert data.group_size == 4
+
+
 def test_a_subclass_in_the_current_folder_keeps_the_files_arguments(run, tmp_path, monkeypatch):
     (tmp_path / "mymaxrl.py").write_text(
         "from tests.fakes.cli_stubs import GRPOModule\n\nclass MaxRL(GRPOModule):\n    pass\n"
