@@ -128,8 +128,16 @@ class Prompts:
                 f"column {self.column!r} must hold text or a list of chat messages, "
                 f"got {type(content).__name__}."
             )
-        if self.suffix and messages:
-            messages[-1]["content"] = f"{messages[-1]['content']}{self.suffix}"
+        if not messages:
+            raise ConfigError(f"column {self.column!r} holds an empty list of chat messages.")
+        if self.suffix:
+            content = messages[-1].get("content")
+            if not isinstance(content, str):
+                raise ConfigError(
+                    f"`suffix` needs a last message of text, got {type(content).__name__}. Add it "
+                    "with `transform`."
+                )
+            messages[-1]["content"] = f"{content}{self.suffix}"
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         return messages
@@ -170,7 +178,7 @@ class PromptSet:
 
     def prompt(self, row: int, pass_index: int = 0) -> Prompt:
         """The prompt at a position of the (unshuffled) set."""
-        made = self._make(self._row(self._index[row]))
+        made = self._made(self._index[row])
         if self.max_prompt_tokens is not None and len(made.input_ids) > self.max_prompt_tokens:
             raise ConfigError(self._too_long_message({row: len(made.input_ids)}))
         return replace(made, row=row, pass_index=pass_index, dataset=self.name)
@@ -194,14 +202,10 @@ class PromptSet:
         """
         if not len(self):
             raise ConfigError(f"{self._source} has no rows.")
-        first = self._row(0)
-        if column is not None and column not in first:
-            raise ConfigError(
-                f"`column` must be one of {self._source}'s columns {sorted(first)}, got {column!r}."
-            )
+        self._require(column, 0)
         if self.max_prompt_tokens is None:
             return
-        too_long = self._measure(overhead=len(self._make(first).input_ids))
+        too_long = self._measure(column, overhead=len(self._made(0).input_ids))
         if too_long and self.prompts.too_long == "error":
             raise ConfigError(self._too_long_message(too_long))
         self.num_too_long = len(too_long)
@@ -209,7 +213,7 @@ class PromptSet:
         if not self._index:
             raise ConfigError(self._too_long_message(too_long))
 
-    def _measure(self, overhead: int) -> dict[int, int]:
+    def _measure(self, column: str | None, overhead: int) -> dict[int, int]:
         """Rows over the limit and their lengths.
 
         A token is at least one byte of text, so only rows with that many bytes are tokenized: for
@@ -218,17 +222,55 @@ class PromptSet:
         limit = self.max_prompt_tokens or 0
         too_long = {}
         for row in self._index:
-            values = self._row(row)
+            values = self._require(column, row)
             num_bytes = len(str(values.get(self.prompts.column, values)).encode())
             if num_bytes + overhead > limit:
-                num_tokens = len(self._make(values).input_ids)
+                num_tokens = len(self._made(row).input_ids)
                 if num_tokens > limit:
                     too_long[row] = num_tokens
         return too_long
 
+    def _require(self, column: str | None, row: int) -> dict[str, Any]:
+        values = self._row(row)
+        if column is not None and column not in values:
+            place = f" in row {row}" if row else ""
+            raise ConfigError(
+                f"`column` must be one of {self._source}'s columns {sorted(values)}{place}, "
+                f"got {column!r}."
+            )
+        return values
+
+    def _made(self, row: int) -> Prompt:
+        try:
+            return self._make(self._row(row))
+        except ConfigError:
+            raise
+        except Exception as error:  # the template's, or the user's own `make_prompt`
+            raise ConfigError(
+                f"row {row} of {self._source} can't be made a prompt: {error!r}. Mend the row, or "
+                "change it with `transform`."
+            ) from error
+
     def _row(self, row: int) -> dict[str, Any]:
-        found = dict(self._rows[row])
-        return self.prompts.transform(found) if self.prompts.transform else found
+        found = self._rows[row]
+        if not isinstance(found, Mapping):
+            raise ConfigError(
+                f"row {row} of {self._source} must have columns by name, got {found!r:.60}."
+            )
+        if self.prompts.transform is None:
+            return dict(found)
+        try:
+            changed = self.prompts.transform(dict(found))
+        except Exception as error:  # the user's
+            raise ConfigError(
+                f"`transform` failed for row {row} of {self._source}: {error!r}."
+            ) from error
+        if not isinstance(changed, dict):
+            raise ConfigError(
+                f"`transform` must return the row as a dictionary, got {type(changed).__name__} "
+                f"for row {row} of {self._source}."
+            )
+        return changed
 
     @property
     def _source(self) -> str:

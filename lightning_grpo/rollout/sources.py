@@ -11,6 +11,9 @@ from lightning_grpo.errors import ConfigError
 
 Rows = Sequence[Mapping[str, Any]]
 
+# What looks like a file: not asked for on the hub, which takes half a minute to give up.
+_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst")
+
 
 def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
     """Rows of a hub dataset, a file, a folder, or whatever already is a sequence of rows.
@@ -19,7 +22,13 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         ConfigError: There is no such source, split or format.
     """
     if not isinstance(path, str | Path):
-        return _pick_split(path, split)
+        rows = _pick_split(path, split)
+        if not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+            raise ConfigError(
+                f"`path` must be the name of a dataset or file, a dataset or a list of rows, "
+                f"got {type(rows).__name__}."
+            )
+        return rows
     resolved = Path(_resolve(str(path)))
     if resolved.is_file():
         return _read_file(resolved)
@@ -27,7 +36,7 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         import datasets
 
         return _pick_split(datasets.load_from_disk(str(resolved)), split)
-    if resolved.suffix in (".json", ".jsonl", ".parquet"):
+    if resolved.suffix in _FILES:
         raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
     return _load_dataset(str(path), str(resolved), name, split)
 
@@ -56,17 +65,25 @@ def _load_dataset(asked: str, path: str, name: str | None, split: str) -> Rows:
 def _read_file(path: Path) -> Rows:
     if path.suffix == ".parquet":
         return _ParquetRows(path)
-    text = path.read_text(encoding="utf-8")
+    if path.suffix not in (".json", ".jsonl"):
+        raise ConfigError(
+            f"`path` must end in .json, .jsonl or .parquet, got {str(path)!r}. Convert it, a .csv "
+            "with `datasets.Dataset.from_csv(FILE).to_json(OUT)`."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"`path` must name a file in UTF-8, got {str(path)!r}: {error}. Save it as UTF-8."
+        ) from error
     if path.suffix == ".jsonl":
         # Not splitlines(): JSON allows U+2028 and its like unescaped inside a string.
         lines = enumerate(text.split("\n"), start=1)
         return [_parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
-    if path.suffix == ".json":
-        rows = _parse(text, str(path))
-        if isinstance(rows, list):
-            return rows
-        raise ConfigError(f"{path} must hold a list of rows, got {type(rows).__name__}.")
-    raise ConfigError(f"`path` must end in .json, .jsonl or .parquet, got {str(path)!r}.")
+    rows = _parse(text, str(path))
+    if isinstance(rows, list):
+        return rows
+    raise ConfigError(f"{path} must hold a list of rows, got {type(rows).__name__}.")
 
 
 def _parse(text: str, where: str) -> Any:
@@ -91,7 +108,12 @@ class _ParquetRows(Sequence[Mapping[str, Any]]):
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet
 
-        self._table = pyarrow.parquet.read_table(path)
+        try:
+            self._table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise ConfigError(
+                f"`path` must name a Parquet file, got {str(path)!r}: {error}."
+            ) from error
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

@@ -216,3 +216,69 @@ def test_passes_and_seeds_have_orders_of_their_own():
         for p in (0, 1)
     ]
     assert len({tuple(order) for order in orders}) == 4
+
+
+NO_ROWS = [
+    (b'{"question": "a"}\n3\n', "row 1 of .* must have columns by name, got 3"),
+    (b'{"question": "a"}\n{"quest": "b"}\n', r"columns \['quest'\] in row 1, got 'question'"),
+    (b"\xff\xfe{}", "must name a file in UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), NO_ROWS)
+def test_a_file_that_is_no_list_of_rows_is_refused_with_the_place(content, message, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load(str(tmp_path / "rows.jsonl"), max_prompt_tokens=100)
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a"}')
+    assert load(str(tmp_path / "rows.jsonl")).columns == ("question",)
+
+
+def test_a_broken_parquet_file_is_refused(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"hello")
+    with pytest.raises(ConfigError, match="must name a Parquet file"):
+        load(str(tmp_path / "rows.parquet"))
+
+
+def test_a_missing_csv_file_is_not_looked_for_on_the_hub():
+    with pytest.raises(ConfigError, match="must name an existing file"):
+        load("gone.csv")
+
+
+def test_a_csv_file_is_refused_with_the_way_to_convert_it(tmp_path):
+    (tmp_path / "rows.csv").write_text("question\na\n")
+    with pytest.raises(ConfigError, match="from_csv"):
+        load(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize("path", [7, None])
+def test_what_can_not_be_rows_is_refused(path):
+    with pytest.raises(ConfigError, match="`path` must be the name of a dataset or file"):
+        load(path)
+
+
+def test_a_transform_that_fails_or_returns_no_row_is_named():
+    with pytest.raises(ConfigError, match=r"`transform` failed for row 0 .* KeyError\('gone'\)"):
+        load(transform=lambda row: row["gone"])
+    with pytest.raises(ConfigError, match=r"`transform` must return the row .* got NoneType"):
+        load(transform=lambda row: None)
+
+
+@pytest.mark.parametrize("message", [{"content": "hi"}, {"role": "user"}])
+def test_a_row_that_the_template_can_not_render_is_named(message):
+    with pytest.raises(ConfigError, match=r"row 0 of .* can't be made a prompt"):
+        load([{"question": [message]}]).prompt(0)
+
+
+def test_a_suffix_is_not_put_behind_a_message_of_parts():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    with pytest.raises(ConfigError, match="`suffix` needs a last message of text, got list"):
+        load([{"question": parts}], suffix=" End.").prompt(0)
+
+
+def test_an_empty_conversation_is_refused():
+    with pytest.raises(ConfigError, match="holds an empty list of chat messages"):
+        load([{"question": []}]).prompt(0)
