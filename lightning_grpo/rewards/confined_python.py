@@ -14,6 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# A program may put others in the place of the built-in ones, and no test would run.
+_compile, _exec = compile, exec
+
 
 def main() -> None:
     """Confines this process, runs the program and then its tests, and says that they ended."""
@@ -37,7 +40,7 @@ def main() -> None:
 
 
 def _run(source: str, name: str, names: dict[str, Any]) -> None:
-    exec(compile(source, name, "exec"), names)
+    _exec(_compile(source, name, "exec"), names)
 
 
 def _load(name: str, path: Path) -> ModuleType:

@@ -111,3 +111,9 @@ def test_threads_and_the_scratch_folder_work():
 def test_limits_that_nothing_could_run_under_are_refused():
     with pytest.raises(ConfigError, match="`timeout_s` must be > 0, got 0"):
         CodeLimits(timeout_s=0)
+
+
+@pytest.mark.parametrize("name", ["exec", "compile"])
+def test_a_program_that_replaces_a_built_in_function_does_not_skip_its_tests(name):
+    replaced = f"import builtins\nbuiltins.{name} = lambda *a: None"
+    assert run(replaced, "assert False").ending == "raised"
