@@ -65,6 +65,8 @@ def answer_of(value: Any) -> Answer:
             return "misuse", message
     try:
         if isinstance(value, Mapping):
+            if not value:
+                raise ValueError("a reward's dictionary must hold a number, got an empty one.")
             return "value", {_name(name): _number(number) for name, number in value.items()}
         return "value", _number(value)
     except (TypeError, ValueError) as error:

@@ -44,6 +44,7 @@ def test_a_dictionary_is_several_rewards():
         (math.nan, "must be finite, got nan"),
         (-math.inf, "must be finite, got -inf"),
         ({"a": math.nan}, "must be finite, got nan"),
+        ({}, "must hold a number, got an empty one"),
         ({1: 1.0}, "must have names as keys, got 1"),
         (object(), "must be a string or a real number"),
         (np.array([1.0, 2.0]), "0-dimensional|size-1|only length-1"),
