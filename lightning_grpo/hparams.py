@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from lightning_grpo.errors import CheckpointError
+from lightning_grpo.errors import CheckpointError, ConfigError
 
 NOT_RESTORED = "not_restored"
 _PRIMITIVES = (str, int, float, bool, type(None))
@@ -88,6 +88,20 @@ def factory(value: Any) -> Callable[..., Any] | None:
     if isinstance(value, Mapping) and "class_path" in value:
         return functools.partial(import_object(value["class_path"]), **value.get("init_args", {}))
     return from_plain(value)
+
+
+def build(name: str, make: Callable[[Any], Any], argument: Any) -> Any:
+    """What a factory makes of its argument.
+
+    Raises:
+        ConfigError: It refuses its own settings, a negative learning rate for instance.
+    """
+    try:
+        return make(argument)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`{name}` could not be built: {type(error).__name__}: {error}. Change its arguments."
+        ) from error
 
 
 def require_restored(saved: Mapping[str, Any], given: Collection[str], owner: str) -> None:

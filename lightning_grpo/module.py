@@ -299,10 +299,11 @@ class GRPOModule(EvaluatedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all trainable parameters; a schedule steps with it."""
-        optimizer = self._optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = hparams.build("optimizer", self._optimizer, trained)
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
+        scheduler = hparams.build("lr_scheduler", self._lr_scheduler, optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

@@ -189,6 +189,11 @@ def check_sampling(sampling: Sampling) -> None:
         )
     if sampling.max_new_tokens < 1:
         raise ConfigError(f"`sampling.max_new_tokens` must be >= 1, got {sampling.max_new_tokens}.")
+    if not all(sampling.stop):
+        raise ConfigError(
+            f"`sampling.stop` must hold texts that are not empty, got {list(sampling.stop)}. "
+            "Leave the empty one out."
+        )
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, model_path: str) -> None:

@@ -12,7 +12,7 @@ from lightning_grpo.algorithm.aggregation import SequenceMean
 from lightning_grpo.algorithm.corrections import TokenTIS
 from lightning_grpo.algorithm.kl import K3, KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss
-from lightning_grpo.errors import CheckpointError
+from lightning_grpo.errors import CheckpointError, ConfigError
 from tests.fakes.user_objects import ScaledLoss, make_adam, own_loss
 
 OBJECTS = [
@@ -83,3 +83,12 @@ def test_what_could_not_be_kept_must_be_passed_again():
 def test_an_import_path_that_is_gone_is_named(path):
     with pytest.raises(CheckpointError, match=f"`{path}` of the checkpoint's hyper-parameters"):
         hparams.from_plain({"class_path": path, "init_args": {}})
+
+
+def test_a_factory_that_refuses_its_settings_is_named():
+    with pytest.raises(ConfigError, match="`optimizer` could not be built: ValueError: Invalid"):
+        hparams.build(
+            "optimizer",
+            functools.partial(torch.optim.AdamW, lr=-1.0),
+            [torch.nn.Parameter(torch.zeros(1))],
+        )

@@ -76,6 +76,11 @@ def test_sampling_that_biases_the_ratio_is_refused_unless_allowed(folder, tmp_pa
         check_sampling(sampling)
 
 
+def test_an_empty_stop_is_refused():
+    with pytest.raises(ConfigError, match=r"`sampling\.stop` must hold texts .* got \['a', ''\]"):
+        check_sampling(Sampling(stop=("a", "")))
+
+
 def test_room_for_prompts_is_what_the_context_leaves():
     assert room_for_prompts(Sampling(max_new_tokens=10), 64) == 54
     assert room_for_prompts(None, 64) is None
