@@ -47,7 +47,7 @@ def load_policy(
     check_source(model)
     try:
         policy = _meta(model, dtype, options) if meta else _load(model, dtype, options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"`model` must be a causal language model that transformers loads, got {model!r}: "
             f"{_first_line(error)} Way out: a hub id, or a folder with config.json and weights."
