@@ -50,7 +50,7 @@ def test_a_folder_without_weights_is_a_config_error(tmp_path):
 def test_an_argument_that_the_model_does_not_take_is_a_config_error(tmp_path):
     make_causal_model().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="tourch_dtype"):
-        load_policy(str(tmp_path), tourch_dtype="float32")
+        load_policy(str(tmp_path), model_kwargs={"tourch_dtype": "float32"})
 
 
 def test_a_folder_without_tokenizer_is_a_config_error(tmp_path):
