@@ -111,17 +111,21 @@ def _check_callbacks(trainer: L.Trainer) -> None:
 
 def _intervals(trainer: L.Trainer, epoch_steps: int) -> list[tuple[str, int]]:
     """Every setting that says "after this many optimizer steps"."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return [("trainer.fast_dev_run", trainer.max_steps)]  # it sets all the others
     found: list[tuple[str, int]] = [("trainer.max_steps", trainer.max_steps)]
-    interval: Any = trainer.val_check_interval
+    limit: Any = trainer.limit_train_batches
+    if isinstance(limit, int):
+        found.append(("trainer.limit_train_batches", limit))
+        epoch_steps = min(limit, epoch_steps)
+    elif limit < 1.0:
+        epoch_steps = int(epoch_steps * limit)
+        found.append(("trainer.limit_train_batches", epoch_steps))
+    interval = vars(trainer).get("val_check_interval")  # not there where a time is set
     if isinstance(interval, int) and not isinstance(interval, bool):
         found.append(("trainer.val_check_interval", interval))
     elif isinstance(interval, float) and interval < 1.0:
         found.append(("trainer.val_check_interval", max(1, int(epoch_steps * interval))))
-    limit: Any = trainer.limit_train_batches
-    if isinstance(limit, int) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        found.append(("trainer.limit_train_batches", limit))
-    elif isinstance(limit, float) and limit < 1.0:
-        found.append(("trainer.limit_train_batches", int(epoch_steps * limit)))
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             # Lightning offers no public reading of this setting.
@@ -136,6 +140,12 @@ def _check_times(trainer: L.Trainer) -> None:
             "`trainer.max_time` must be null where a rollout batch takes several optimizer steps "
             f"(it would stop and save between them), got {timer.time_remaining()} s. Use "
             "`max_steps`, or send SIGTERM, which stops between two rollout batches."
+        )
+    if "val_check_interval" not in vars(trainer):
+        raise ConfigError(
+            "`trainer.val_check_interval` must be a number of steps or a part of an epoch where a "
+            "rollout batch takes several optimizer steps (a time would validate between them, with "
+            "weights that the servers have not), got a time."
         )
     for callback in trainer.checkpoint_callbacks:
         # Lightning offers no public reading of this setting.
@@ -256,13 +266,22 @@ def check_sized(trainer: L.Trainer) -> None:
         )
 
 
-def remaining_steps(trainer: L.Trainer, epoch_steps: int) -> int | None:
-    """Optimizer steps until `max_steps` or `max_epochs`; None if neither is set."""
-    limit: Any = trainer.limit_train_batches
-    epoch_steps = limit if isinstance(limit, int) else int(epoch_steps * limit)
-    ends = []
+def remaining_steps(trainer: L.Trainer) -> int | None:
+    """Optimizer steps until `max_steps` or `max_epochs`; None if neither is set.
+
+    From `on_train_start` on. Epochs are counted as Lightning counts them: those behind may have
+    been of another length (another `limit_train_batches`, other prompts in a second `fit`).
+    """
+    ends: list[float] = []
     if trainer.max_steps > 0:
         ends.append(trainer.max_steps - trainer.global_step)
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        ends.append(trainer.max_epochs * epoch_steps - trainer.global_step)
-    return max(0, min(ends)) if ends else None
+        length = trainer.num_training_batches
+        loop: Any = trainer.fit_loop
+        epochs = loop.epoch_progress.current
+        left = (trainer.max_epochs - epochs.processed) * length
+        if epochs.ready > epochs.processed:  # resumed in the middle of one
+            left -= min(length, loop.epoch_loop.batch_progress.current.processed)
+        ends.append(left)
+    nearest = min(ends, default=math.inf)
+    return max(0, int(nearest)) if nearest < math.inf else None

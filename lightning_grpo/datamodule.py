@@ -33,8 +33,14 @@ from lightning_grpo.session.protocol import Session
 from lightning_grpo.session.ranks import connect_ranks
 from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.session.state import from_checkpoint, require_same, to_checkpoint
+from lightning_grpo.session.state import (
+    from_checkpoint,
+    require_own,
+    require_same,
+    to_checkpoint,
+)
 from lightning_grpo.shipped import resolve_path
+from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.types import Group, Prompt
 from lightning_grpo.validation import EvaluationLoader
 from lightning_grpo.weights.publisher import PublishReport
@@ -138,19 +144,22 @@ class RolloutDataModule(L.LightningDataModule):
         trainer = self._attached
         check_trainer(trainer)
         check_devices(trainer, self.servers)
-        session = self._make_session(trainer)
+        self.session = session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         check_intervals(trainer, self.steps_per_rollout, epoch_steps)
         sequences = self.batch_size // self.minibatches_per_batch * self.group_size
         check_ranks(trainer.world_size, sequences)
         self._adapt(trainer, stage)
-        self.session = session
+        self._steps_before = None
+        if stage != TrainerFn.FITTING:
+            session.remaining_batches = 0
         session.start()
 
     def _adapt(self, trainer: L.Trainer, stage: str) -> None:
         settings: Any = trainer  # Lightning sets these in helpers, unseen by type checkers
         # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
         settings.num_sanity_val_steps = 0
+        use_atomic_checkpoints(trainer)
         if self.val_prompts:
             return
         if stage != TrainerFn.FITTING:
@@ -165,26 +174,15 @@ class RolloutDataModule(L.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of rollouts; sized, so that Lightning fetches none ahead."""
         module: GRPOModule = self._attached.lightning_module  # type: ignore[assignment]
-        loader = self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
-        session = self._open_session
-        remaining = remaining_steps(self._attached, len(loader))
-        steps = self.steps_per_rollout
-        session.remaining_batches = None if remaining is None else -(-remaining // steps)
-        self._steps_before = self._attached.global_step - session.version * self.steps_per_rollout
-        return loader
+        return self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         """One loader for each set of held-out prompts, answered by the servers."""
-        session = self._open_session
-        chunk = max(1, self.batch_size * self.group_size * (self.max_staleness + 1))
-        loaders = []
-        for name, count in session.num_val_prompts.items():
-            loaders.append(EvaluationLoader(name, count, chunk, session.ask, session.answer))
-        return loaders
+        return self._evaluation_loaders(self._attached.limit_val_batches)
 
     def test_dataloader(self) -> list[EvaluationLoader]:
         """The same sets as validation."""
-        return self.val_dataloader()
+        return self._evaluation_loaders(self._attached.limit_test_batches)
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -214,9 +212,13 @@ class RolloutDataModule(L.LightningDataModule):
         """Go on from a checkpoint."""
         if state_dict and self.session is not None:
             state = from_checkpoint(state_dict)
-            if self._attached.state.fn == TrainerFn.FITTING:
+            if self._is_fitting:
                 require_same(state.get("settings", {}), self._pinned)
             self.session.load_state_dict(state)
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse to train on from a checkpoint that doesn't say where these rollouts stood."""
+        require_own(checkpoint, type(self).__qualname__)
 
     # -- without a Trainer (Fabric) -------------------------------------------------------------
 
@@ -228,7 +230,7 @@ class RolloutDataModule(L.LightningDataModule):
             run_dir: Where logs and weights go.
         """
         settings = self._settings(resolve_path(model_path), Path(run_dir))
-        self.session = RolloutSession(settings, self._channel())
+        self.session = self._open(settings)
         self.session.start()
 
     def batches(self, prepare: Prepare, max_tokens_per_microbatch: int = 16384) -> RolloutLoader:
@@ -255,7 +257,10 @@ class RolloutDataModule(L.LightningDataModule):
             trained: Whether a rollout batch was trained on since the last publish. Call it once
                 with False before the first batch.
         """
-        return self._open_session.publish(policy, trained=trained)
+        session = self._open_session
+        if self._steps_before is None and self._is_fitting:
+            self._begin_to_count(session)
+        return session.publish(policy, trained=trained)
 
     def close(self) -> None:
         """End servers, reward processes and the event loop; may be called twice."""
@@ -280,7 +285,33 @@ class RolloutDataModule(L.LightningDataModule):
         module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
         module.truncation.check(self.workflow.sampling)
         run_dir = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir))
-        return RolloutSession(self._settings(module.model_path, run_dir), self._channel())
+        return self._open(self._settings(module.model_path, run_dir))
+
+    def _open(self, settings: SessionSettings) -> RolloutSession:
+        channel = self._channel()
+        try:
+            return RolloutSession(settings, channel)
+        except BaseException:
+            channel.close()
+            raise
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    def _begin_to_count(self, session: Session) -> None:
+        """At the start of training: `train_dataloader` may be called before steps are restored."""
+        remaining, steps = remaining_steps(self._attached), self.steps_per_rollout
+        session.remaining_batches = None if remaining is None else -(-remaining // steps)
+        self._steps_before = self._attached.global_step - session.version * steps
+
+    def _evaluation_loaders(self, limit: float | None) -> list[EvaluationLoader]:
+        session = self._open_session
+        chunk = max(1, self.batch_size * self.group_size * (self.max_staleness + 1))
+        return [
+            EvaluationLoader(name, count, chunk, session.ask, session.answer, limit)
+            for name, count in session.num_val_prompts.items()
+        ]
 
     @property
     def _open_session(self) -> Session:

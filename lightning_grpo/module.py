@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -27,7 +28,6 @@ from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.algorithm.minibatch_loss import TokenLoss
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import missing_callbacks
-from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.contract import check_callers, check_sized
 from lightning_grpo.describe import describe_module
 from lightning_grpo.distributed.metrics import reduced
@@ -41,7 +41,6 @@ from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.reference import ReferencePolicy
 from lightning_grpo.shipped import resolve_path
-from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.gradient_sync import gradient_sync
 from lightning_grpo.strategies.restoring import require_own_weights
 from lightning_grpo.validation import EvaluatedModule
@@ -320,14 +319,6 @@ class GRPOModule(EvaluatedModule):
         check_callers(self.trainer)
         return missing_callbacks(self.trainer)
 
-    def setup(self, stage: str) -> None:
-        """Let signals end the run between two rollout batches, with a whole checkpoint."""
-        use_atomic_checkpoints(self.trainer)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SignalHandling) and self._data.session is not None:
-                channel = self._data.session.channel
-                callback.connect(channel, at_boundary=lambda batch: batch.is_last)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model, and a default where the checkpoint's run had an own object."""
         super().on_load_checkpoint(checkpoint)
@@ -336,6 +327,8 @@ class GRPOModule(EvaluatedModule):
         unused = set() if self._trainer else {"optimizer", "lr_scheduler"}
         hparams.require_restored(saved, self._given | unused, type(self).__name__)
         require_own_weights(self, checkpoint)
+        if self._trainer and self.trainer.state.fn == TrainerFn.FITTING:
+            self._data.check_checkpoint(checkpoint)
 
     def describe(self) -> dict[str, str]:
         """What trains, as resolved: lines for the summary at the start."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,6 +60,9 @@ class ReplayDataModule(RolloutDataModule):
         if not 0 < trainer.max_steps < end:
             trainer.fit_loop.epoch_loop.max_steps = end
         return loader
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Any will do: how many steps were taken says where to go on."""
 
     def describe(self) -> dict[str, str]:
         """What is replayed: lines for the summary at the start."""

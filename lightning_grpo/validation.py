@@ -51,6 +51,8 @@ class EvaluationLoader:
         chunk: Prompts of one batch.
         ask: Starts a chunk: `(name, first, last)`.
         answer: Waits for a chunk that was started.
+        limit: Chunks that will be read, or which part of them, as the Trainer's limits say it;
+            None: all.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class EvaluationLoader:
         chunk: int,
         ask: Callable[[str, int, int], None],
         answer: Answer,
+        limit: float | None = None,
     ) -> None:
         self.name = name
         self._bounds = [(i, min(i + chunk, num_prompts)) for i in range(0, num_prompts, chunk)]
         self._ask = ask
         self._answer = answer
-        self.limit = len(self._bounds)
+        part = 1.0 if limit is None else limit
+        self._limit = int(part * len(self._bounds)) if isinstance(part, float) else part
 
     def __len__(self) -> int:
         """Batches of this set."""
@@ -73,7 +77,7 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         """Ask for the next chunk before waiting for this one, so that the servers stay busy."""
-        bounds = self._bounds[: self.limit]
+        bounds = self._bounds[: self._limit]
         if bounds:
             self._ask(self.name, *bounds[0])
         for k, (first, last) in enumerate(bounds):

@@ -23,7 +23,7 @@ class EarlyStop:
     cluster's warning before the time limit, is kept until training begins (`was_warned`).
 
     Attributes:
-        is_armed: Whether SIGTERM is to raise.
+        is_armed: Whether a signal is to be acted on; else the default action is what it gets.
         warned: Whether SIGUSR1 came.
     """
 
@@ -34,9 +34,9 @@ class EarlyStop:
         """From here on SIGTERM raises; only the main thread can have it so."""
         if threading.current_thread() is not threading.main_thread():
             return
+        self.is_armed = True
         if _acts_as_default(signal.getsignal(signal.SIGTERM)):
             signal.signal(signal.SIGTERM, self._stop)
-            self.is_armed = True
         if _acts_as_default(signal.getsignal(signal.SIGUSR1)):
             signal.signal(signal.SIGUSR1, self._keep)
 
@@ -55,7 +55,11 @@ class EarlyStop:
         raise StopRun("SIGTERM outside of training: nothing was saved", number)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
-        self.warned = True
+        if self.is_armed:
+            self.warned = True
+            return
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def was_warned(handler: Any) -> bool:

@@ -32,6 +32,7 @@ from lightning_grpo._compat import (
 )
 from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.callbacks.stop_flag import StopFlag
+from lightning_grpo.callbacks.views import OnRollouts
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import StopRun
 
@@ -112,8 +113,11 @@ class SignalHandling(Callback):
         return self.flag.requested or None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Until training begins SIGTERM ends the run as an exception does."""
+        """Join the ranks of a run on rollouts; until training begins SIGTERM raises."""
         self._early.install()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, OnRollouts) and data.session is not None:
+            self.connect(data.session.channel, at_boundary=lambda batch: batch.is_last)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from Lightning's handlers, which were registered just before."""
@@ -152,8 +156,7 @@ class SignalHandling(Callback):
             elif not self.flag.installed:
                 end_with_this_process(launched_processes(trainer).values())
             elif not self._saved_to:
-                exception.args = (self._stop(trainer, signal.Signals(exception.signal).name),)
-                exception.saved_to = self._saved_to
+                self._save_late(trainer, exception)
         finally:
             self.flag.uninstall(exit_on_signal=True)
             self._early.uninstall()
@@ -162,6 +165,16 @@ class SignalHandling(Callback):
         """Give the signals back."""
         self.flag.uninstall()
         self._early.uninstall()
+
+    def _save_late(self, trainer: L.Trainer, stop: StopRun) -> None:
+        name = signal.Signals(stop.signal).name
+        try:
+            stop.args = (self._stop(trainer, name),)
+        except Exception as error:  # noqa: BLE001 - said; servers are still to be ended
+            self._channel.report_failure(error)
+            stop.args = (f"{name}: stopped at step {trainer.global_step}, and {error}",)
+            _LOG.error("%s", stop)
+        stop.saved_to = self._saved_to
 
     def _stop(self, trainer: L.Trainer, name: str) -> str:
         self._channel.beat("saving a checkpoint", deadline_s=600.0)

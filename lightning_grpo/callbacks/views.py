@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import lightning as L
 
+from lightning_grpo.distributed import RankChannel
 from lightning_grpo.types import Group
 
 
@@ -76,6 +77,19 @@ class Evaluated(Protocol):
     """A data module that keeps its validations."""
 
     evaluations: Sequence[EvaluationView]
+
+
+class SessionView(Protocol):
+    """What the ranks of a run share."""
+
+    channel: RankChannel
+
+
+@runtime_checkable
+class OnRollouts(Protocol):
+    """A data module whose batches come from a session of rollouts."""
+
+    session: SessionView | None
 
 
 def evaluated_step(trainer: L.Trainer) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_grpo.strategies.parallelize import reshard, unshard
+from lightning_grpo.weights.probe import require_finite
 
 
 @torch.no_grad()
@@ -30,4 +31,5 @@ def own_scores(policy: nn.Module, sequences: Sequence[Sequence[int]]) -> list[li
         logprobs, _ = policy(torch.tensor(ids).to(device, non_blocking=True))
         scores.append(logprobs.float().tolist())
     reshard(policy)  # the optimizer and callbacks look at the shards
+    require_finite(scores)
     return scores

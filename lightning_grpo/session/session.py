@@ -20,6 +20,7 @@ from torch import nn
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
+from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
@@ -156,6 +157,12 @@ class RolloutSession:
 
     def take(self) -> Taken:
         """The next rollout batch: groups on rank 0, its scalars on every rank."""
+        if not self._synced:
+            raise ConfigError(
+                "weights must be published before the first rollout batch. Keep WeightSync among "
+                "the callbacks (an own `configure_callbacks` adds to `super()`'s), or call "
+                "`data.publish(policy, trained=False)` in a program without a Trainer."
+            )
         self._emit("fetch", version=self.version)
         lead = self._lead
         future = lead.service.run(_take, self._live, self.version) if lead else None
@@ -318,8 +325,16 @@ class RolloutSession:
 
 
 async def _take(live: Live, version: int) -> Taken:
+    gate = live.producer.gate
+    if gate.num_pending_batches > gate.max_staleness:  # no group may start, for ever
+        raise RolloutError(
+            f"the weights of the last {gate.num_pending_batches} rollout batches were not published"
+            f", which `max_staleness` {gate.max_staleness} doesn't allow. After the last step on "
+            "each, a subclass of WeightSync must call `super().on_train_batch_end`, a program "
+            "without a Trainer `data.publish(policy)`."
+        )
     groups = await live.producer.take()
-    index = live.producer.gate.num_taken // live.producer.gate.batch_size - 1
+    index = gate.num_taken // gate.batch_size - 1
     batch = RolloutBatch.from_groups(groups, version, index)
     return Taken(index, version, batch, rollout_metrics(batch) | live.count(), groups)
 

@@ -59,3 +59,25 @@ def require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
                 f"{given[name]}. Set it back, or begin a new run from these weights: "
                 "`lightning-grpo export` the checkpoint and set `model.model` to the folder."
             )
+
+
+def require_own(checkpoint: Mapping[str, Any], name: str) -> None:
+    """Refuse to go on from a checkpoint without a state of this run's data module.
+
+    Lightning keeps it under the name of the class, and passes over one of another name.
+
+    Args:
+        checkpoint: The whole of it.
+        name: Of this run's class.
+
+    Raises:
+        ConfigError: Which class the checkpoint's run had.
+    """
+    if name not in checkpoint:
+        others = [k for k, v in checkpoint.items() if isinstance(v, Mapping) and "run_id" in v]
+        raise ConfigError(
+            "`data` must be of the class that the checkpoint's run had (the prompts would begin "
+            f"anew), {', '.join(others) or 'none of ours'}, got {name}. Set it back, or begin a "
+            "new run from these weights: `lightning-grpo export` the checkpoint and set "
+            "`model.model` to the folder."
+        )

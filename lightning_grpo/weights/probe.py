@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,6 +111,20 @@ class ProbeRecord:
             return False
         must_show = FLOAT_NOISE if self.probe.exact else max(FLOAT_NOISE, (baseline or 0.0))
         return reading.change > must_show
+
+
+def require_finite(scores: Scores) -> None:
+    """Refuse to publish a policy that a step has broken: no server is to blame for it.
+
+    Raises:
+        WeightSyncError: The trainer's own logprobs are not numbers.
+    """
+    if not all(math.isfinite(logprob) for row in scores for logprob in row):
+        raise WeightSyncError(
+            "the policy's logprobs are not finite: a step with an infinite or undefined gradient "
+            "has broken its weights. Look at `policy/loss` and `policy/grad_norm`, and go on from "
+            "an earlier checkpoint."
+        )
 
 
 def mean_difference(left: Scores, right: Scores) -> float:

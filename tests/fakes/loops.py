@@ -39,11 +39,12 @@ def make_data(servers: Servers | str, reward: Any = odd_reward, **kwargs: Any) -
     Args:
         servers: Or the URL of one that runs.
         reward: Or several.
-        kwargs: Of the data module; `prompts` and `sampling` too.
+        kwargs: Of the data module; `prompts` and `sampling` too; `cls` is its class.
     """
     if isinstance(servers, str):
         servers = RunningServers([servers], connect_timeout_s=2.0)
     sampling = kwargs.pop("sampling", Sampling(max_new_tokens=6))
+    cls = kwargs.pop("cls", RolloutDataModule)
     settings: dict[str, Any] = {
         "prompts": make_prompts(),
         "workflow": RLVRWorkflow(reward, sampling),
@@ -54,7 +55,7 @@ def make_data(servers: Servers | str, reward: Any = odd_reward, **kwargs: Any) -
         "evaluation": Evaluation(num_samples=1, greedy=False),
         "limits": INLINE,
     }
-    return RolloutDataModule(**{**settings, **kwargs})
+    return cls(**{**settings, **kwargs})
 
 
 def sgd(params: Any) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.curriculum import Curriculum, undecided
 from lightning_grpo.rollout.records import recorded_version, trajectory_files
 from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.user_objects import MaxRL, ScaledLoss, make_adam
@@ -195,3 +197,43 @@ def test_the_step_behind_which_a_signal_stops_is_in_the_curve_and_on_disk(
     with (tmp_path / "metrics.csv").open() as rows:
         assert [row["step"] for row in csv.DictReader(rows) if row["reward/mean"]] == list("012")
     assert [recorded_version(file) for file in trajectory_files(tmp_path)] == [0, 1, 2]
+
+
+class OwnSetup(GRPOModule):
+    """Lightning's own hook, for which no `super()` is needed."""
+
+    def setup(self, stage) -> None:
+        self.stage = stage
+
+
+def test_a_module_with_a_setup_of_its_own_stops_between_rollout_batches_too(
+    tiny_model, server, tmp_path
+):
+    trainer = make_trainer(tmp_path, max_steps=10, callbacks=[SignalAt()])
+    with pytest.raises(StopRun, match="SIGTERM: stopped at step 4"):
+        trainer.fit(make_module(tiny_model, OwnSetup), make_data(server, minibatches_per_batch=2))
+
+
+class FullDisk(AtomicCheckpointIO):
+    """Takes no checkpoint."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        self.failed(path, "No space left on device")
+
+
+def test_a_stop_that_can_t_save_ends_all_that_the_run_has_started(tiny_model, server, tmp_path):
+    answered = []
+
+    def reward(completion: str) -> float:
+        answered.append(completion)
+        if len(answered) == 9:  # of the third batch, which the trainer waits for
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(answered) >= 9:
+            time.sleep(0.2)
+        return float(len(answered) % 2)
+
+    data = make_data(server, reward)
+    with pytest.raises(StopRun, match=r"stopped at step 2, and .* No space left") as stop:
+        make_trainer(tmp_path, max_steps=9, plugins=[FullDisk()]).fit(make_module(tiny_model), data)
+    assert (stop.value.code, stop.value.saved_to) == (143, "")
+    assert not data.session._lead.service.is_running

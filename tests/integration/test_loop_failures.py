@@ -11,7 +11,15 @@ import time
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo.errors import FailureBudgetError, ServersLostError
+from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.errors import (
+    ConfigError,
+    FailureBudgetError,
+    RolloutError,
+    ServersLostError,
+    WeightSyncError,
+)
+from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.servers.embedded import EmbeddedServers
 from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
@@ -80,6 +88,48 @@ def test_a_failed_run_can_be_fitted_again(tiny_model, server, tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.fit(module, data)
     assert trainer.global_step == 2
+
+
+class Forgetful(WeightSync):
+    """A subclass that forgets `super()`."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        pass
+
+
+class Bare(GRPOModule):
+    """A subclass that forgets it too."""
+
+    def configure_callbacks(self):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("cls", "callbacks", "error", "message"),
+    [
+        (GRPOModule, [Forgetful()], RolloutError, r"last 2 rollout batches were not published.*1"),
+        (Bare, [], ConfigError, r"must be published before the first rollout batch\. Keep WeightS"),
+    ],
+)
+def test_weights_that_nobody_publishes_end_the_run_that_would_wait_for_ever(
+    tiny_model, server, tmp_path, cls, callbacks, error, message
+):
+    trainer = make_trainer(tmp_path, max_steps=9, callbacks=callbacks)
+    with pytest.raises(error, match=message):
+        trainer.fit(make_module(tiny_model, cls), make_data(server, max_staleness=1))
+
+
+class Undefined(GRPOModule):
+    """A loss that divides by nothing."""
+
+    def token_loss(self, policy_logprobs, batch):
+        loss, metrics = super().token_loss(policy_logprobs, batch)
+        return loss * float("nan"), metrics
+
+
+def test_weights_that_a_step_has_broken_are_no_fault_of_the_servers(tiny_model, server, tmp_path):
+    with pytest.raises(WeightSyncError, match=r"logprobs are not finite: .*`policy/grad_norm`"):
+        make_trainer(tmp_path).fit(make_module(tiny_model, Undefined), make_data(server))
 
 
 class Killer(Callback):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
 
+from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError
 from tests.fakes.loops import NeverServers, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.ranks import run_ranks
@@ -61,6 +63,21 @@ def test_a_checkpoint_of_another_model_is_refused(server, tmp_path, checkpoint):
         make_trainer(tmp_path).fit(make_module(other), make_data(server), ckpt_path=checkpoint)
 
 
+class Renamed(RolloutDataModule):
+    """Lightning keeps states under the names of classes."""
+
+
+def test_a_checkpoint_of_another_class_of_data_module_is_refused(
+    tiny_model, server, tmp_path, checkpoint
+):
+    data = make_data(server, cls=Renamed)
+    with pytest.raises(ConfigError, match=r"would begin anew\), RolloutDataModule, got Renamed\."):
+        make_trainer(tmp_path).fit(make_module(tiny_model), data, ckpt_path=checkpoint)
+    held_out = make_data(server, cls=Renamed, val_prompts=make_prompts(2))
+    make_trainer(tmp_path).validate(make_module(tiny_model), held_out, ckpt_path=checkpoint)
+    assert held_out.evaluations[-1].step == 2
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tiny_model, server, tmp_path, checkpoint):
     with pytest.raises(ConfigError, match=r"is a folder without meta\.pt.*In it lies .*run\.ckpt"):
         make_trainer(tmp_path).fit(
@@ -68,17 +85,21 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tiny_model, server, tmp_path,
         )
 
 
-def fit_on_too_few_sequences(model: str, folder: str) -> tuple[str, bool]:
+def fit_on_too_few_sequences(model: str, folder: str) -> tuple[str, bool, list[str]]:
     servers = NeverServers()
     trainer = make_trainer(Path(folder), devices=3, strategy="ddp")
     with pytest.raises(ConfigError) as refusal:
         trainer.fit(make_module(model), make_data(servers, batch_size=1))
-    return str(refusal.value), servers.started
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("grpo-")]
+    return str(refusal.value), servers.started, left
 
 
 @pytest.mark.slow
 def test_more_ranks_than_sequences_are_refused_before_a_server_starts(tiny_model, tmp_path):
-    for said, started in run_ranks(fit_on_too_few_sequences, 3, str(tiny_model), str(tmp_path)):
+    for said, started, left in run_ranks(
+        fit_on_too_few_sequences, 3, str(tiny_model), str(tmp_path)
+    ):
         assert "at most the sequences of a minibatch" in said
         assert said.endswith("got 3 ranks. Use fewer devices, or raise `data.batch_size`.")
         assert not started
+        assert left == []

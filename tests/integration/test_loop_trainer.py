@@ -17,7 +17,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
+from lightning_grpo.module import GRPOModule
+from tests.fakes.loops import (
+    Events,
+    Recorder,
+    make_data,
+    make_module,
+    make_prompts,
+    make_trainer,
+)
 
 
 class Validations(Callback):
@@ -79,9 +87,11 @@ def test_validation_runs_when_the_trainer_says_and_once_before_the_first_step(
 
 def test_limit_val_batches_limits_the_prompts_that_are_answered(tiny_model, server, tmp_path):
     data = make_data(server, val_prompts=make_prompts(10))  # batches of four prompts
+    data.on_event = events = Events()
     trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=1)
     trainer.fit(make_module(tiny_model), data)
     assert len(data.evaluations[0].groups[""]) == 4
+    assert len(events.of("admit")) == 2
 
 
 def test_gradients_are_clipped_after_their_norm_is_logged(tiny_model, server, tmp_path):
@@ -179,6 +189,61 @@ def test_validate_and_test_answer_with_the_module_s_own_weights(tiny_model, serv
         assert torch.allclose(
             logprobs[start:], torch.tensor(trajectory.logprobs[start:]), atol=1e-4
         )
+
+
+def test_validating_answers_what_the_limit_says_and_nothing_else(tiny_model, server, tmp_path):
+    asked: set[str] = set()
+
+    def reward(completion: str, question: str) -> float:
+        asked.add(question)
+        return 1.0
+
+    held_out = make_prompts(10, shuffle=False)  # batches of four prompts
+    data = make_data(server, reward, prompts=make_prompts(30), val_prompts=held_out)
+    data.on_event = events = Events()
+    trainer = make_trainer(tmp_path, limit_val_batches=1, limit_test_batches=2)
+    module = make_module(tiny_model)
+    trainer.validate(module, data, verbose=False)
+    assert len(asked) == 4
+    asked.clear()
+    trainer.test(module, data, verbose=False)
+    assert len(asked) == 8
+    assert "admit" not in events.names  # no training prompt
+
+
+def test_epochs_ahead_count_whatever_the_length_of_those_behind(tiny_model, server, tmp_path):
+    module, long, short = make_module(tiny_model), make_data(server), make_prompts(4)
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, long)
+    trainer.save_checkpoint(tmp_path / "long.ckpt")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, make_data(server, prompts=short))
+    assert trainer.global_step == 6 + 2
+    trainer = make_trainer(tmp_path, max_epochs=3, limit_train_batches=2)
+    trainer.fit(module, make_data(server), ckpt_path=tmp_path / "long.ckpt")
+    assert trainer.global_step == 6 + 2 * 2
+
+
+class Scheduled(GRPOModule):
+    """Asks, as schedules do, how many steps there will be: Lightning loads the data for it."""
+
+    def configure_optimizers(self):
+        self.num_steps = self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+def test_a_schedule_may_ask_for_the_number_of_steps_also_when_resuming(
+    tiny_model, server, tmp_path
+):
+    for epochs in (1, 2, 3):
+        trainer, data = make_trainer(tmp_path, max_epochs=epochs), make_data(server)
+        module = make_module(tiny_model, Scheduled)
+        path = tmp_path / f"{epochs - 1}.ckpt" if epochs > 1 else None
+        trainer.fit(module, data, ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        assert module.num_steps == trainer.global_step == 6 * epochs
+        saved = torch.load(tmp_path / f"{epochs}.ckpt", weights_only=True)["RolloutDataModule"]
+        assert saved["version"] == saved["producer"]["gate"]["version"] == 6 * epochs
 
 
 def test_several_sets_are_logged_under_their_names(tiny_model, server, tmp_path):

@@ -93,8 +93,21 @@ def test_what_works_passes(settings):
     ("settings", "name", "got", "nearest"),
     [
         ({"max_steps": 10}, "trainer.max_steps", 10, 12),
+        ({"fast_dev_run": True}, "trainer.fast_dev_run", 1, 4),
         ({"val_check_interval": 5}, "trainer.val_check_interval", 5, 4),
         ({"val_check_interval": 0.25}, "trainer.val_check_interval", 10, 12),
+        (
+            {"val_check_interval": 0.5, "limit_train_batches": 12},
+            "trainer.val_check_interval",
+            6,
+            8,
+        ),
+        (
+            {"val_check_interval": 0.5, "limit_train_batches": 0.3},
+            "trainer.val_check_interval",
+            6,
+            8,
+        ),
         ({"limit_train_batches": 6}, "trainer.limit_train_batches", 6, 8),
         ({"limit_train_batches": 0.55}, "trainer.limit_train_batches", 22, 24),
         (
@@ -128,6 +141,13 @@ def test_a_clock_may_not_save_between_the_steps_of_a_rollout_batch():
     check_intervals(make_trainer(**saving), steps_per_rollout=1, epoch_steps=40)
     with pytest.raises(ConfigError, match=r"train_time_interval` must be null.*0:05:00"):
         check_intervals(make_trainer(**saving), steps_per_rollout=4, epoch_steps=40)
+
+
+def test_a_clock_may_not_validate_between_the_steps_of_a_rollout_batch():
+    trainer = make_trainer(val_check_interval="00:00:05:00")
+    check_intervals(trainer, steps_per_rollout=1, epoch_steps=40)
+    with pytest.raises(ConfigError, match=r"`trainer\.val_check_interval` must be a number of"):
+        check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
 
 
 def test_a_clock_may_not_stop_between_the_steps_of_a_rollout_batch():

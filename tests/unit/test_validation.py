@@ -24,6 +24,17 @@ def test_the_next_chunk_is_asked_before_this_one_is_waited_for():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("limit", "asked"), [(2, 6), (9, 7), (0.7, 6), (1.0, 7), (0, 0)])
+def test_no_more_is_asked_than_the_trainer_will_read(limit, asked):
+    last = [0]
+    loader = EvaluationLoader(
+        "", 7, 3, lambda name, first, end: last.append(end), lambda *chunk: chunk, limit
+    )
+    assert len(loader) == 3
+    list(loader)
+    assert last[-1] == asked
+
+
 def test_an_empty_set_asks_nothing():
     loader = EvaluationLoader("", 0, 3, pytest.fail, pytest.fail)
     assert len(loader) == 0

@@ -68,13 +68,14 @@ def test_a_handler_that_was_brought_back_gives_way_to_the_next_run_s():
     second.uninstall()
 
 
-def test_a_handler_that_somebody_brings_back_later_acts_as_the_default():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_handler_that_somebody_brings_back_later_acts_as_the_default(number):
     program = (
         "import os, signal; from lightning_grpo.callbacks.early_stop import EarlyStop as E;"
-        "e = E(); e.install(); kept = signal.getsignal(15); e.uninstall(); signal.signal(15, kept);"
-        "os.kill(os.getpid(), 15); print('still here')"
+        f"n = {int(number)}; e = E(); e.install(); kept = signal.getsignal(n); e.uninstall();"
+        "signal.signal(n, kept); os.kill(os.getpid(), n); print('still here')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
