@@ -266,6 +266,11 @@ def check_sized(trainer: L.Trainer) -> None:
         )
 
 
+def is_fitting(trainer: L.Trainer | None) -> bool:
+    """Whether this is training; not under Fabric, `validate` or `test`."""
+    return trainer is not None and trainer.state.fn == TrainerFn.FITTING
+
+
 def remaining_steps(trainer: L.Trainer) -> int | None:
     """Optimizer steps until `max_steps` or `max_epochs`; None if neither is set.
 

@@ -11,14 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from lightning_grpo.contract import (
-    check_devices,
-    check_intervals,
-    check_ranks,
-    check_sizes,
-    check_trainer,
-    remaining_steps,
-)
+from lightning_grpo import contract
 from lightning_grpo.describe import describe_data
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
@@ -29,20 +22,15 @@ from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, by_name
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.servers.base import Servers
+from lightning_grpo.session import state as states
+from lightning_grpo.session.opening import open_session
 from lightning_grpo.session.protocol import Session
 from lightning_grpo.session.ranks import connect_ranks
-from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.session.state import (
-    from_checkpoint,
-    require_own,
-    require_same,
-    to_checkpoint,
-)
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.types import Group, Prompt
-from lightning_grpo.validation import EvaluationLoader
+from lightning_grpo.validation import EvaluationLoader, evaluation_loaders
 from lightning_grpo.weights.publisher import PublishReport
 
 if TYPE_CHECKING:
@@ -109,7 +97,9 @@ class RolloutDataModule(L.LightningDataModule):
         self.limits = limits
         self._keep_group = keep_group
         self.curriculum = curriculum
-        check_sizes(batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness)
+        contract.check_sizes(
+            batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness
+        )
         self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
         self.session: Session | None = None
@@ -142,13 +132,13 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be checked, then start the servers in the background."""
         trainer = self._attached
-        check_trainer(trainer)
-        check_devices(trainer, self.servers)
+        contract.check_trainer(trainer)
+        contract.check_devices(trainer, self.servers)
         self.session = session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
-        check_intervals(trainer, self.steps_per_rollout, epoch_steps)
+        contract.check_intervals(trainer, self.steps_per_rollout, epoch_steps)
         sequences = self.batch_size // self.minibatches_per_batch * self.group_size
-        check_ranks(trainer.world_size, sequences)
+        contract.check_ranks(trainer.world_size, sequences)
         self._adapt(trainer, stage)
         self._steps_before = None
         if stage != TrainerFn.FITTING:
@@ -206,19 +196,19 @@ class RolloutDataModule(L.LightningDataModule):
         if self.session is None:
             return {}
         state = self.session.state_dict(self._num_unpublished(self.session.version))
-        return to_checkpoint({**state, "settings": self._pinned})
+        return states.to_checkpoint({**state, "settings": self._pinned})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         if state_dict and self.session is not None:
-            state = from_checkpoint(state_dict)
-            if self._is_fitting:
-                require_same(state.get("settings", {}), self._pinned)
+            state = states.from_checkpoint(state_dict)
+            if contract.is_fitting(self.trainer):
+                states.require_same(state.get("settings", {}), self._pinned)
             self.session.load_state_dict(state)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse to train on from a checkpoint that doesn't say where these rollouts stood."""
-        require_own(checkpoint, type(self).__qualname__)
+        states.require_own(checkpoint, type(self).__qualname__)
 
     # -- without a Trainer (Fabric) -------------------------------------------------------------
 
@@ -230,7 +220,7 @@ class RolloutDataModule(L.LightningDataModule):
             run_dir: Where logs and weights go.
         """
         settings = self._settings(resolve_path(model_path), Path(run_dir))
-        self.session = self._open(settings)
+        self.session = open_session(settings, self._channel())
         self.session.start()
 
     def batches(self, prepare: Prepare, max_tokens_per_microbatch: int = 16384) -> RolloutLoader:
@@ -258,7 +248,7 @@ class RolloutDataModule(L.LightningDataModule):
                 with False before the first batch.
         """
         session = self._open_session
-        if self._steps_before is None and self._is_fitting:
+        if self._steps_before is None and contract.is_fitting(self.trainer):
             self._begin_to_count(session)
         return session.publish(policy, trained=trained)
 
@@ -285,33 +275,17 @@ class RolloutDataModule(L.LightningDataModule):
         module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
         module.truncation.check(self.workflow.sampling)
         run_dir = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir))
-        return self._open(self._settings(module.model_path, run_dir))
-
-    def _open(self, settings: SessionSettings) -> RolloutSession:
-        channel = self._channel()
-        try:
-            return RolloutSession(settings, channel)
-        except BaseException:
-            channel.close()
-            raise
-
-    @property
-    def _is_fitting(self) -> bool:
-        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return open_session(self._settings(module.model_path, run_dir), self._channel())
 
     def _begin_to_count(self, session: Session) -> None:
         """At the start of training: `train_dataloader` may be called before steps are restored."""
-        remaining, steps = remaining_steps(self._attached), self.steps_per_rollout
+        remaining, steps = contract.remaining_steps(self._attached), self.steps_per_rollout
         session.remaining_batches = None if remaining is None else -(-remaining // steps)
         self._steps_before = self._attached.global_step - session.version * steps
 
     def _evaluation_loaders(self, limit: float | None) -> list[EvaluationLoader]:
-        session = self._open_session
         chunk = max(1, self.batch_size * self.group_size * (self.max_staleness + 1))
-        return [
-            EvaluationLoader(name, count, chunk, session.ask, session.answer, limit)
-            for name, count in session.num_val_prompts.items()
-        ]
+        return evaluation_loaders(self._open_session, chunk, limit)
 
     @property
     def _open_session(self) -> Session:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -28,7 +27,7 @@ from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.algorithm.minibatch_loss import TokenLoss
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import missing_callbacks
-from lightning_grpo.contract import check_callers, check_sized
+from lightning_grpo.contract import check_callers, check_sized, is_fitting
 from lightning_grpo.describe import describe_module
 from lightning_grpo.distributed.metrics import reduced
 from lightning_grpo.errors import ConfigError
@@ -327,7 +326,7 @@ class GRPOModule(EvaluatedModule):
         unused = set() if self._trainer else {"optimizer", "lr_scheduler"}
         hparams.require_restored(saved, self._given | unused, type(self).__name__)
         require_own_weights(self, checkpoint)
-        if self._trainer and self.trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(self._trainer):
             self._data.check_checkpoint(checkpoint)
 
     def describe(self) -> dict[str, str]:

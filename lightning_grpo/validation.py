@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -84,6 +84,28 @@ class EvaluationLoader:
             if k + 1 < len(bounds):
                 self._ask(self.name, *bounds[k + 1])
             yield self._answer(self.name, first, last)
+
+
+class AnswersPrompts(Protocol):
+    """A session of rollouts, as far as validation needs one."""
+
+    num_val_prompts: dict[str, int]
+
+    def ask(self, name: str, first: int, last: int) -> None:
+        """Start to answer prompts `first` to `last` (exclusive)."""
+
+    def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
+        """Wait for prompts that were asked."""
+
+
+def evaluation_loaders(
+    session: AnswersPrompts, chunk: int, limit: float | None
+) -> list[EvaluationLoader]:
+    """One loader for each set of held-out prompts; see `EvaluationLoader`."""
+    return [
+        EvaluationLoader(name, count, chunk, session.ask, session.answer, limit)
+        for name, count in session.num_val_prompts.items()
+    ]
 
 
 class EvaluationMeans:
