@@ -9,7 +9,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.devices import machine_devices
 from lightning_grpo.servers.environment import ADDRESSES_VARIABLE, server_addresses
-from lightning_grpo.servers.waiting import wait_until_healthy
+from lightning_grpo.servers.waiting import LISTENS, wait_until_healthy
 
 
 class RunningServers(Servers):
@@ -54,7 +54,7 @@ class RunningServers(Servers):
         if repeated:
             raise ConfigError(f"`urls` names {', '.join(sorted(repeated))} more than once.")
         for url in urls:
-            wait_until_healthy(url, self.connect_timeout_s, self.api_key)
+            wait_until_healthy(url, self.connect_timeout_s, self.api_key, path=LISTENS)
         # On a machine with one GPU there is no doubt where a server is.
         present = machine_devices() if any(map(is_local, urls)) else []
         only = tuple(present) if len(present) == 1 else ()

@@ -49,9 +49,17 @@ def start_error(what: str, log: str, returncode: int | None = None) -> ServerSta
     return ServerStartError(message + (f"\nThe end of its log:\n{log}" if log else ""))
 
 
-def answers(url: str, timeout_s: float = 5.0, api_key: str | None = None) -> bool:
-    """Whether the server's health check succeeds."""
-    request = urllib.request.Request(f"{url}/health")
+HEALTH = "/health"
+"""Wants a token of the server: once it comes, the server is warm."""
+LISTENS = "/model_info"
+"""Wants nothing: answered also by a server that a run which crashed left paused."""
+
+
+def answers(
+    url: str, timeout_s: float = 5.0, api_key: str | None = None, path: str = HEALTH
+) -> bool:
+    """Whether the server answers a request for `path` well."""
+    request = urllib.request.Request(url + path)
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -70,6 +78,7 @@ def wait_until_healthy(
     timeout_s: float,
     api_key: str | None = None,
     check: Callable[[], None] = lambda: None,
+    path: str = HEALTH,
 ) -> None:
     """Waits until the server answers.
 
@@ -78,12 +87,13 @@ def wait_until_healthy(
         timeout_s: How long.
         api_key: Sent as a bearer token.
         check: Raises when waiting is pointless (the process has ended).
+        path: What is asked for.
 
     Raises:
         ServerStartError: It does not answer in time.
     """
     deadline = time.monotonic() + timeout_s
-    while not answers(url, api_key=api_key):
+    while not answers(url, api_key=api_key, path=path):
         check()
         if time.monotonic() > deadline:
             raise ServerStartError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_grpo.errors import WeightSyncError
 from lightning_grpo.weights.buckets import empty_run
 from lightning_grpo.weights.names import (
     ADAPTED_PART,
@@ -21,10 +22,16 @@ from lightning_grpo.weights.rounding import round_by_chance
 
 @runtime_checkable
 class AdaptedLayer(Protocol):
-    """A linear layer of PEFT: its own weight, and adapters that are added to it."""
+    """A linear layer of PEFT: its own weight, and adapters that are added to it.
 
-    base_layer: nn.Module
-    active_adapters: list[str]
+    What every instance has, submodules and parameters, is left out: from Python 3.12 on such a
+    check looks for attributes of classes, and modules find theirs by `__getattr__`.
+    """
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of what is added."""
+        ...
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight; sharded where its parameters are."""
@@ -89,7 +96,12 @@ def _adapted_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     if not found:
         return None
     layer = module.get_submodule(owner)
-    return layer if isinstance(layer, AdaptedLayer) else None
+    if not isinstance(layer, AdaptedLayer):
+        raise WeightSyncError(
+            f"{owner} ({type(layer).__name__}) wraps a weight as PEFT's layers do, but can't say"
+            " what it adds: servers would get the weight alone. Use a linear layer with LoRA."
+        )
+    return layer
 
 
 def _merged(weight: Tensor, layer: AdaptedLayer, dtype: torch.dtype | None) -> Tensor:

@@ -47,6 +47,13 @@ def test_the_addresses_of_a_launcher_are_used_where_none_are_given(fake, tmp_pat
     assert [h.url for h in RunningServers().start("model", tmp_path)] == [fake.url]
 
 
+def test_a_server_that_a_crashed_run_left_paused_is_taken(fake, tmp_path):
+    fake.unpaused.clear()
+    assert fake.paused
+    (handle,) = RunningServers([fake.url], connect_timeout_s=5).start("model", tmp_path)
+    assert handle.url == fake.url
+
+
 @pytest.mark.parametrize(("gpus", "known"), [("0", (0,)), ("0\n1", ()), ("", ())])
 def test_a_server_on_a_machine_with_one_gpu_is_on_that_one(
     fake, tmp_path, monkeypatch, gpus, known
