@@ -25,7 +25,7 @@ from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
 from lightning_grpo.weights.proof import Expected, scores_of, settled
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
-from lightning_grpo.weights.standstill import make_room, pause_again, release
+from lightning_grpo.weights.standstill import make_room, pause_again, recover, release
 from lightning_grpo.weights.transport import (
     Fleet,
     Snapshot,
@@ -130,15 +130,16 @@ class WeightPublisher:
                 await self._fleet.resume()  # on the weights that they have
                 raise
             self._current, self._prepared = (version, expected), True
+            # A restarted server is `restore`'s: what was connected to it is gone.
+            behind = [t for t in self._fleet.members if t.alive and t not in self._restoring]
             async with anyio.create_task_group() as tasks:
-                for target in self._fleet.members:
-                    # A restarted server is `restore`'s: what was connected to it is gone.
-                    if target.alive and target not in self._restoring:
-                        target.mark_updating()
-                        tasks.start_soon(self._bring, target, report, interrupted)
+                for target in tuple(behind):
+                    target.mark_updating()
+                    tasks.start_soon(self._bring, target, report, interrupted, behind)
+        # Last of all: the trainer need not wait until what was held back is sent.
         await self._fleet.resume()
         if not report.updated:
-            await self._recover(report)
+            await recover(self._fleet, report, self._settings.recovery_timeout_s)
         return report
 
     async def release_memory(self) -> None:
@@ -210,7 +211,9 @@ class WeightPublisher:
         await self._fleet.interrupt(self._settings.request_timeout_s, mode)
         report.seconds["interrupt"] = time.monotonic() - started
 
-    async def _bring(self, target: Target, report: PublishReport, interrupted: float) -> None:
+    async def _bring(
+        self, target: Target, report: PublishReport, interrupted: float, behind: list[Target]
+    ) -> None:
         """Updates one server, in a few attempts; its failure is recorded, not raised."""
         client = target.client
         for attempt in range(ATTEMPTS):
@@ -225,8 +228,10 @@ class WeightPublisher:
                 await self._transport.abandon(target)
             else:
                 report.failures.pop(client.url, None)
-                await self._fleet.resume()
                 report.paused_s = time.monotonic() - interrupted
+                behind.remove(target)
+                if behind:
+                    await self._fleet.resume()  # without the others
                 return
         self._fleet.give_up(client.url)
 
@@ -321,14 +326,3 @@ class WeightPublisher:
         assert self._record is not None
         sequences = self._record.probe.sequences
         return await scores_of(client, sequences, extra_key, self._settings.request_timeout_s)
-
-    async def _recover(self, report: PublishReport) -> None:
-        """No server took the version: one may be restarting, and `restore` will bring it."""
-        reasons = "; ".join(report.failures.values()) or "no server was alive"
-        try:
-            await self._fleet.wait_until_clean(self._settings.recovery_timeout_s)
-        except TimeoutError as error:
-            raise WeightSyncError(
-                f"No server could be brought to version {report.version} within"
-                f" {self._settings.recovery_timeout_s:g} s: {reasons}"
-            ) from error

@@ -1,4 +1,4 @@
-"""A server that stands still for new weights."""
+"""Servers that stand still for new weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import logging
 
 import anyio
 
-from lightning_grpo.errors import ServerError
+from lightning_grpo.errors import ServerError, WeightSyncError
 from lightning_grpo.weights.report import PublishReport
-from lightning_grpo.weights.transport import Target, UpdateClient
+from lightning_grpo.weights.transport import Fleet, Target, UpdateClient
 
 logger = logging.getLogger(__name__)
 
@@ -53,3 +53,20 @@ async def pause_again(target: Target) -> None:
         await target.pause()
     except ServerError as error:
         logger.info("%s could not be paused again: %s", target.url, error)
+
+
+async def recover(fleet: Fleet, report: PublishReport, timeout_s: float) -> None:
+    """No server took the version: one may be restarting, and `restore` will bring it.
+
+    Raises:
+        WeightSyncError: None came back in time.
+        ServersLostError: None will.
+    """
+    reasons = "; ".join(report.failures.values()) or "no server was alive"
+    try:
+        await fleet.wait_until_clean(timeout_s)
+    except TimeoutError as error:
+        raise WeightSyncError(
+            f"No server could be brought to version {report.version} within {timeout_s:g} s:"
+            f" {reasons}"
+        ) from error

@@ -50,14 +50,14 @@ def expected(version):
 
 
 @asynccontextmanager
-async def fleet(tmp_path, transport, *servers, probe=PROBE, timeout_s=TIMEOUT_S, **options):
+async def fleet(
+    tmp_path, transport, *servers, probe=PROBE, timeout_s=TIMEOUT_S, kind=ServerPool, **options
+):
     (tmp_path / "base").mkdir(exist_ok=True)
     async with asyncio.timeout(40):
         for server in servers:
             await server.start()
-        pool = ServerPool(
-            servers, Requirements("run"), lambda ids: "", **{"health": FAST, **options}
-        )
+        pool = kind(servers, Requirements("run"), lambda ids: "", **{"health": FAST, **options})
         await pool.start()
         transport.bind(Place(tmp_path / "run", tmp_path / "base", bucket_bytes=512))
         settings = SyncSettings(
@@ -107,6 +107,28 @@ async def test_a_publish_brings_weights_and_label_to_every_server(tmp_path, tran
         assert report.paused_s > 0
         completion = await pool.generate([1], Sampling(max_new_tokens=4))
         assert set(completion.versions) == {3}
+
+
+class CountingPool(ServerPool):
+    """Counts how often requests were let go on, and how many servers were behind each time."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.behind = []
+
+    async def resume(self):
+        self.behind.append(sum(m.state is not MemberState.CLEAN for m in self.members))
+        await super().resume()
+
+
+async def test_requests_go_on_when_a_server_is_ready_and_behind_the_last_one_once(tmp_path):
+    # What was held back takes the loop milliseconds to send, and the trainer waits for the report.
+    servers = [FakeServer(), FakeServer(), FakeServer()]
+    async with fleet(tmp_path, DiskTransport(), *servers, kind=CountingPool) as (pool, publisher):
+        await publish(publisher, 1)
+        pool.behind.clear()
+        await publish(publisher, 2)
+        assert pool.behind == [2, 1, 0]
 
 
 async def test_the_order_of_one_publish(tmp_path):
