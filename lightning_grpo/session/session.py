@@ -191,7 +191,10 @@ class RolloutSession:
             return None
         version = self.version + int(trained)
         lead = self._lead
-        if not trained and version == 0:
+        # Servers that somebody else started may hold weights of another run, so close to these
+        # that they would pass for rounding.
+        ours = self.settings.servers.can_restart
+        if ours and not trained and version == 0:
             expected = self._probe_scores(policy)
             future = lead.service.run(self._live.publisher.adopt, 0, expected) if lead else None
             adopted = self.channel.wait(future, what="the first probe of the servers")

@@ -211,6 +211,15 @@ def test_validating_answers_what_the_limit_says_and_nothing_else(tiny_model, ser
     assert "admit" not in events.names  # no training prompt
 
 
+def test_servers_of_somebody_else_are_brought_the_weights_that_they_seem_to_hold(
+    tiny_model, server, tmp_path
+):
+    data = make_data(server, val_prompts=make_prompts(4))
+    make_trainer(tmp_path).validate(make_module(tiny_model), data, verbose=False)
+    assert data.session.report.updated == [server]
+    assert data.session.report.version == 0
+
+
 def test_epochs_ahead_count_whatever_the_length_of_those_behind(tiny_model, server, tmp_path):
     module, long, short = make_module(tiny_model), make_data(server), make_prompts(4)
     trainer = make_trainer(tmp_path, max_epochs=1)
