@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import statistics
 import tempfile
@@ -192,6 +193,9 @@ def main() -> None:
             found = run(model, folder, staleness, args)
         except Exception:  # noqa: BLE001 - one run's failure is a result
             found = {"error": traceback.format_exc()}
+        gc.collect()
+        if not args.smoke:
+            torch.cuda.empty_cache()
         report[f"staleness_{staleness}"] = found
         if "staleness_0" in report:
             judge(report)
