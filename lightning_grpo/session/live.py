@@ -14,6 +14,10 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
+from lightning_grpo.errors import RolloutError
+from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.counters import Counters, metrics
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import Policy, StalenessGate
@@ -50,6 +54,27 @@ class Live:
     _counted: dict[str, int] = field(default_factory=dict)
     _counted_at: float = field(default_factory=time.monotonic)
     _idle_s: float = 0.0
+
+    async def take(self, version: int) -> Taken:
+        """The next rollout batch, for a trainer that is at `version`."""
+        gate = self.producer.gate
+        if gate.num_pending_batches > gate.max_staleness:  # no group may start, for ever
+            raise RolloutError(
+                f"the weights of the last {gate.num_pending_batches} rollout batches were not"
+                f" published, which `max_staleness` {gate.max_staleness} doesn't allow. After the"
+                " last step on each, a subclass of WeightSync must call"
+                " `super().on_train_batch_end`, a program without a Trainer"
+                " `data.publish(policy)`."
+            )
+        groups = await self.producer.take()
+        index = gate.num_taken // gate.batch_size - 1
+        batch = RolloutBatch.from_groups(groups, version, index)
+        return Taken(index, version, batch, rollout_metrics(batch) | self.count(), groups)
+
+    def advance(self, version: int) -> None:
+        """The servers have the weights of `version`."""
+        self.producer.advance(version)
+        self.first_sync.set()
 
     def count(self) -> dict[str, float]:
         """`rollout/...`, `staleness/dropped_...`, `idle/...`: what happened since the last call."""

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_grpo.algorithm.batch import RolloutBatch
-from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import ConfigError, RolloutError
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
@@ -165,7 +163,7 @@ class RolloutSession:
             )
         self._emit("fetch", version=self.version)
         lead = self._lead
-        future = lead.service.run(_take, self._live, self.version) if lead else None
+        future = lead.service.run(self._live.take, self.version) if lead else None
         taken = self.channel.wait(future, what="rollouts")
         scalars = None
         if taken is not None:
@@ -243,7 +241,7 @@ class RolloutSession:
         self.version = version
         self._synced = True
         if self._lead is not None:
-            self._lead.service.call(_advance, self._live, version)
+            self._lead.service.call(self._live.advance, version)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -325,23 +323,3 @@ class RolloutSession:
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""
         return {"servers": self.settings.servers.describe()}
-
-
-async def _take(live: Live, version: int) -> Taken:
-    gate = live.producer.gate
-    if gate.num_pending_batches > gate.max_staleness:  # no group may start, for ever
-        raise RolloutError(
-            f"the weights of the last {gate.num_pending_batches} rollout batches were not published"
-            f", which `max_staleness` {gate.max_staleness} doesn't allow. After the last step on "
-            "each, a subclass of WeightSync must call `super().on_train_batch_end`, a program "
-            "without a Trainer `data.publish(policy)`."
-        )
-    groups = await live.producer.take()
-    index = gate.num_taken // gate.batch_size - 1
-    batch = RolloutBatch.from_groups(groups, version, index)
-    return Taken(index, version, batch, rollout_metrics(batch) | live.count(), groups)
-
-
-def _advance(live: Live, version: int) -> None:
-    live.producer.advance(version)
-    live.first_sync.set()
