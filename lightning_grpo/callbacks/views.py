@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
 
 import lightning as L
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.types import Group

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Protocol, override, runtime_checkable
 
 from lightning_grpo._compat import optimizers_to_device, set_data_parallel_size
 from lightning_grpo.errors import CheckpointError, ConfigError

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol, runtime_checkable
 
 import lightning as L
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Protocol, runtime_checkable
 
 
 @runtime_checkable

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_grpo.errors import WeightSyncError
 from lightning_grpo.weights.buckets import empty_run
@@ -24,8 +23,8 @@ from lightning_grpo.weights.rounding import round_by_chance
 class AdaptedLayer(Protocol):
     """A linear layer of PEFT: its own weight, and adapters that are added to it.
 
-    What every instance has, submodules and parameters, is left out: from Python 3.12 on such a
-    check looks for attributes of classes, and modules find theirs by `__getattr__`.
+    Submodules and parameters are left out: from Python 3.12 on (and in typing_extensions, so that
+    it is the same everywhere) the check doesn't see what a module finds by `__getattr__`.
     """
 
     @property
