@@ -51,7 +51,7 @@ test-sglang: $(VENV)/.test
 	SGLANG_TEST_ENVIRONMENT=$(SGLANG_VENV) $(BIN)/python -m pytest -m sglang $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m gpu tests $(PYTEST_ARGS)
 
 base: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/make_base.py --out examples/quickstart

@@ -5,6 +5,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from lightning_grpo.policy.adapted import AdaptedLinear
+from tests.fakes.devices import ON_A_GPU
 
 
 def make_layer(kind, bias, size=1.0):
@@ -33,10 +34,11 @@ def test_it_computes_what_peft_s_layer_does_gradients_included(bias):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
 @pytest.mark.parametrize("bias", [False, True])
-def test_in_bf16_an_update_below_half_a_unit_counts_in_full(bias):
-    layer, x = make_layer(AdaptedLinear, bias, size=1e-4).bfloat16(), torch.randn(600, 256)
-    x = x.bfloat16()
+def test_in_bf16_an_update_below_half_a_unit_counts_in_full(bias, device):
+    layer = make_layer(AdaptedLinear, bias, size=1e-4).to(device, torch.bfloat16)
+    x = torch.randn(600, 256).to(device, torch.bfloat16)
     with torch.no_grad():
         found = layer(x).float()
         update = layer.lora_B["default"](layer.lora_A["default"](x)).float() * 2

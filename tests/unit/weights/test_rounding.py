@@ -2,15 +2,17 @@ import pytest
 import torch
 
 from lightning_grpo.weights.rounding import round_by_chance
+from tests.fakes.devices import ON_A_GPU
 
 HALF = [torch.bfloat16, torch.float16]
 
 
+@pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_mean_of_many_roundings_is_the_value(dtype):
+def test_the_mean_of_many_roundings_is_the_value(dtype, device):
     value = 1.0 + torch.finfo(dtype).eps * 0.03
     for signed in (value, -value):
-        rounded = round_by_chance(torch.full((100_000,), signed), dtype, "w").float()
+        rounded = round_by_chance(torch.full((100_000,), signed, device=device), dtype, "w").float()
         assert len(rounded.unique()) == 2
         assert rounded.mean().item() == pytest.approx(signed, abs=torch.finfo(dtype).eps * 3e-3)
 
