@@ -1,4 +1,4 @@
-"""RMS norms in one kernel on GPUs, where transformers' own take seven."""
+"""RMS norms in one kernel on GPUs, where transformers' own take one for each operation."""
 
 from __future__ import annotations
 

@@ -68,16 +68,15 @@ class ServerClient:
 
     async def healthy(self, timeout_s: float = 5.0) -> bool:
         """Whether the server answers its health check in time; never raises for a sick server."""
-        try:
-            await self._call("GET", "/health", timeout_s=timeout_s)
-        except ServerError:
-            return False
-        return True
+        return await self._answers("/health", timeout_s)
 
     async def listens(self, timeout_s: float = 5.0) -> bool:
         """Whether the server answers what takes no token, so also while it is paused."""
+        return await self._answers("/model_info", timeout_s)
+
+    async def _answers(self, path: str, timeout_s: float) -> bool:
         try:
-            await self._call("GET", "/model_info", timeout_s=timeout_s)
+            await self._call("GET", path, timeout_s=timeout_s)
         except ServerError:
             return False
         return True
