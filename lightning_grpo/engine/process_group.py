@@ -33,42 +33,73 @@ TIMEOUT = timedelta(seconds=300)
 _FLAT = "flattened_bucket"
 
 
-def join_group(body: InitGroupBody, timeout: timedelta = TIMEOUT) -> dist.ProcessGroup:
-    """Join the group that the trainer opens; blocks until all members are there.
+class TrainerGroup:
+    """A group that the trainer opened and this engine joined; the trainer is rank 0.
 
-    Raises:
-        WeightUpdateError: If they don't come.
+    Only here is torch's group in a variable: whatever else holds it, if only the traceback of an
+    error, would keep its connection open, and the other side waiting.
     """
-    try:
-        store, rank, world_size = next(
-            rendezvous(
-                f"tcp://{body.master_address}:{body.master_port}",
-                rank=body.rank_offset,
-                world_size=body.world_size,
+
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        self.name = name
+        self._group: dist.ProcessGroup | None = group
+
+    @classmethod
+    def join(cls, body: InitGroupBody, timeout: timedelta = TIMEOUT) -> TrainerGroup:
+        """Join the group that the trainer opens; blocks until all members are there.
+
+        Raises:
+            WeightUpdateError: If they don't come.
+        """
+        try:
+            store, rank, world_size = next(
+                rendezvous(
+                    f"tcp://{body.master_address}:{body.master_port}",
+                    rank=body.rank_offset,
+                    world_size=body.world_size,
+                    timeout=timeout,
+                )
+            )
+            store.set_timeout(timeout)
+            group, _ = _new_process_group_helper(
+                world_size,
+                rank,
+                [],
+                body.backend,
+                PrefixStore(body.group_name, store),
+                group_name=GroupName(body.group_name),
                 timeout=timeout,
             )
-        )
-        store.set_timeout(timeout)
-        group, _ = _new_process_group_helper(
-            world_size,
-            rank,
-            [],
-            body.backend,
-            PrefixStore(body.group_name, store),
-            group_name=GroupName(body.group_name),
-            timeout=timeout,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise WeightUpdateError(f"can't join group {body.group_name!r}: {error}") from error
-    # Lets `broadcast` take ranks of this group, there being no default group to number them.
-    _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-    return group
+        except (RuntimeError, ValueError) as error:
+            raise WeightUpdateError(f"can't join group {body.group_name!r}: {error}") from error
+        # Lets `broadcast` take ranks of this group, there being no default group to number them.
+        _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+        return cls(body.group_name, group)
 
+    def receive(self, tensor: Tensor) -> None:
+        """Fill a tensor with the trainer's next broadcast; blocks.
 
-def leave_group(group: dist.ProcessGroup) -> None:
-    """Leave a group; one that is already broken is no error."""
-    with contextlib.suppress(RuntimeError, ValueError):
-        dist.destroy_process_group(group)
+        Raises:
+            WeightUpdateError: If the broadcast fails, or the group was left.
+        """
+        failure = "it was left"
+        try:
+            if self._group is not None:
+                dist.broadcast(tensor, src=0, group=self._group)
+                return
+        except (RuntimeError, ValueError) as error:
+            failure = str(error)
+        raise WeightUpdateError(f"the broadcast in {self.name!r} failed: {failure}")
+
+    def leave(self) -> None:
+        """Leave it; one that is already broken is no error.
+
+        A broadcast under way ends when the trainer takes part in it or leaves, too.
+        """
+        group, self._group = self._group, None
+        if group is not None:
+            with contextlib.suppress(RuntimeError, ValueError):
+                dist.destroy_process_group(group)
 
 
 def check_init(body: InitGroupBody) -> None:
@@ -110,7 +141,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def receive_bucket(
-    group: dist.ProcessGroup, body: DistributedUpdateBody, dtypes: Sequence[torch.dtype]
+    group: TrainerGroup, body: DistributedUpdateBody, dtypes: Sequence[torch.dtype]
 ) -> dict[str, Tensor]:
     """Receive all tensors of a bucket from rank 0; blocks.
 
@@ -120,27 +151,23 @@ def receive_bucket(
     Raises:
         WeightUpdateError: If the broadcast fails.
     """
-    try:
-        if body.load_format == _FLAT:
-            return _receive_flat(group, body, dtypes)
-        tensors = {}
-        for name, dtype, shape in zip(body.names, dtypes, body.shapes, strict=True):
-            tensor = torch.empty(shape, dtype=dtype)
-            dist.broadcast(tensor, src=0, group=group)
-            tensors[name] = tensor
-    except RuntimeError as error:
-        raise WeightUpdateError(f"the broadcast in {body.group_name!r} failed: {error}") from error
+    if body.load_format == _FLAT:
+        return _receive_flat(group, body, dtypes)
+    tensors = {}
+    for name, dtype, shape in zip(body.names, dtypes, body.shapes, strict=True):
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        group.receive(tensors[name])
     return tensors
 
 
 def _receive_flat(
-    group: dist.ProcessGroup, body: DistributedUpdateBody, dtypes: Sequence[torch.dtype]
+    group: TrainerGroup, body: DistributedUpdateBody, dtypes: Sequence[torch.dtype]
 ) -> dict[str, Tensor]:
     sizes = [
         math.prod(shape) * dtype.itemsize for shape, dtype in zip(body.shapes, dtypes, strict=True)
     ]
     flat = torch.empty(sum(sizes), dtype=torch.uint8)
-    dist.broadcast(flat, src=0, group=group)
+    group.receive(flat)
     pieces = flat.split(sizes)
     # A piece may start between two elements of its type, so it is copied before the view.
     return {

@@ -9,15 +9,12 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from lightning_grpo.engine.errors import BadRequestError
 from lightning_grpo.engine.loop import EngineThread
 from lightning_grpo.engine.process_group import (
+    TrainerGroup,
     check_bucket,
     check_init,
-    join_group,
-    leave_group,
     receive_bucket,
 )
 from lightning_grpo.engine.protocol import (
@@ -65,7 +62,7 @@ class WeightUpdates:
         self.model_path = model_path
         self._engine = engine
         self._weights = weights
-        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._groups: dict[str, TrainerGroup] = {}
         self._lock = asyncio.Lock()
 
     async def from_disk(self, body: DiskUpdateBody) -> None:
@@ -102,16 +99,16 @@ class WeightUpdates:
                 f"`group_name` must be new, got {body.group_name!r}, which was joined before"
             )
         async with self._lock:
-            self._groups[body.group_name] = await in_thread(lambda: join_group(body))
+            self._groups[body.group_name] = await in_thread(lambda: TrainerGroup.join(body))
 
     async def destroy_group(self, body: DestroyGroupBody) -> None:
-        """Leave a group; this also ends a broadcast that hangs in it."""
+        """Leave a group; buckets that wait for their turn in it are refused."""
         group = self._groups.pop(body.group_name, None)
         if group is None:
             raise BadRequestError(
                 f"`group_name` must name a group that was joined, got {body.group_name!r}"
             )
-        await in_thread(lambda: leave_group(group))
+        await in_thread(group.leave)
 
     @asynccontextmanager
     async def _quiet(self, abort_all: bool) -> AsyncIterator[None]:

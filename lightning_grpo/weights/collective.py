@@ -87,25 +87,34 @@ class WeightGroup:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Sends a tensor to every rank of the server; blocks until it is there."""
-        assert self._backend is not None, "the group was not joined"
+        backend = self._backend
+        assert backend is not None, "the group was not joined, or left"
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.rootTensor = 0
         options.timeout = self._timeout
-        if tensor.is_cuda:
-            # On a stream of its own: the policy's next pass must not wait for the server.
-            stream = torch.cuda.Stream(tensor.device)
-            stream.wait_stream(torch.cuda.current_stream(tensor.device))
-            with torch.cuda.stream(stream):
-                self._backend.broadcast([tensor], options).wait()
-                stream.synchronize()
-        else:
-            self._backend.broadcast([tensor], options).wait()
+        try:
+            if tensor.is_cuda:
+                # On a stream of its own: the policy's next pass must not wait for the server.
+                stream = torch.cuda.Stream(tensor.device)
+                stream.wait_stream(torch.cuda.current_stream(tensor.device))
+                with torch.cuda.stream(stream):
+                    backend.broadcast([tensor], options).wait()
+                    stream.synchronize()
+            else:
+                backend.broadcast([tensor], options).wait()
+        finally:
+            del backend  # an error's traceback would keep the connection open
 
     def abort(self) -> None:
         """Breaks the group, as far as the backend can; NCCL's kernels are ended."""
         if self._backend is not None and self.backend == "nccl":
             self._backend.abort()
+
+    def leave(self) -> None:
+        """Closes this side's connection, once no broadcast is under way."""
+        self.abort()
+        self._backend = None
 
 
 def address_towards(url: str) -> str:

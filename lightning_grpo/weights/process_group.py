@@ -77,13 +77,11 @@ class ProcessGroupTransport(Transport):
         group = self._groups.pop(target.url, None)
         if group is None:
             return
-        name = group.name
-        group.abort()
-        del group
+        group.leave()
         if target.alive:
             with contextlib.suppress(ServerError):
                 await target.client.update(
-                    "/destroy_weights_update_group", {"group_name": name}, LEAVE_TIMEOUT_S
+                    "/destroy_weights_update_group", {"group_name": group.name}, LEAVE_TIMEOUT_S
                 )
 
     async def _connect(self, target: Target, timeout_s: float) -> WeightGroup:

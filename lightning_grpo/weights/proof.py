@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from lightning_grpo.errors import GRPOError
 from lightning_grpo.weights.probe import Scores
 from lightning_grpo.weights.transport import UpdateClient
 
@@ -16,16 +17,32 @@ Expected = Scores | Future[Scores]
 """The trainer's scores; of a future, which it may set while the weights travel."""
 
 
+class TrainerFailedError(GRPOError, RuntimeError):
+    """What the trainer promised will not come: no server is to blame."""
+
+
 @contextmanager
 def promised(*promises: Future[Any]) -> Iterator[None]:
-    """An error in here is the result of what was not set yet: nobody waits for it in vain."""
+    """An error in here breaks what was not set yet: nobody waits for it in vain.
+
+    Whoever waits gets a `TrainerFailedError` of it: a signal's `SystemExit` would end the event
+    loop.
+    """
     try:
         yield
     except BaseException as error:
         for promise in promises:
             if not promise.done():
-                promise.set_exception(error)
+                broken = TrainerFailedError(f"the trainer failed: {error!r}")
+                broken.__cause__ = error
+                promise.set_exception(broken)
         raise
+
+
+def require_trainer(promise: Any) -> None:
+    """Raises the `TrainerFailedError` of a promise that is broken."""
+    if isinstance(promise, Future) and promise.done():
+        promise.result()
 
 
 async def settled(given: T | Future[T]) -> T:

@@ -14,7 +14,9 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 
 import anyio
 import anyio.to_thread
@@ -22,7 +24,13 @@ import anyio.to_thread
 from lightning_grpo.errors import ServerError, WeightSyncError
 from lightning_grpo.types import NO_VERSION, Interruption
 from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
-from lightning_grpo.weights.proof import Expected, scores_of, settled
+from lightning_grpo.weights.proof import (
+    Expected,
+    TrainerFailedError,
+    require_trainer,
+    scores_of,
+    settled,
+)
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
 from lightning_grpo.weights.standstill import make_room, pause_again, recover, release
@@ -40,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """A server that fails an update is tried again so often, from the start, before it is given up."""
+
+CLOSE_WAIT_S = 5.0
+"""What is under way may take so long to end before it is broken off."""
 
 
 class WeightPublisher:
@@ -70,6 +81,8 @@ class WeightPublisher:
         self._interruption = interruption
         self._record = ProbeRecord(probe) if probe is not None and self._settings.verify else None
         self._lock = asyncio.Lock()
+        self._scope: anyio.CancelScope | None = None
+        self._closed = False
         self._current: tuple[int, Expected] | None = None
         self._prepared = False
         self._restoring: set[Target] = set()
@@ -84,7 +97,7 @@ class WeightPublisher:
         """
         if self._record is None:
             return False
-        async with self._lock:
+        async with self._turn():
             for target in self._fleet.members:
                 await target.unpause()  # a run that crashed may have left it paused
                 scores = await self._score(target.client, f"{self._run_id}:adopt")
@@ -115,9 +128,11 @@ class WeightPublisher:
             WeightSyncError: The snapshot did not come in time, or no server could be brought to the
                 version.
             ServersLostError: Too few servers are left.
+            TrainerFailedError: A promise was broken. Servers are not left in the middle of a
+                transfer, and none is clean.
         """
         report = PublishReport(version)
-        async with self._lock:
+        async with self._turn():
             preparing = asyncio.ensure_future(self._prepare(snapshot, report))
             try:
                 if not self._transport.prepares_quickly:
@@ -136,6 +151,7 @@ class WeightPublisher:
                 for target in tuple(behind):
                     target.mark_updating()
                     tasks.start_soon(self._bring, target, report, interrupted, behind)
+            require_trainer(expected)
         # Last of all: the trainer need not wait until what was held back is sent.
         await self._fleet.resume()
         if not report.updated:
@@ -152,7 +168,7 @@ class WeightPublisher:
             ServerError: One did not answer.
         """
         report = PublishReport(NO_VERSION)
-        async with self._lock:
+        async with self._turn():
             await self._interrupt(report, "abort")  # a server must be idle for it
             async with anyio.create_task_group() as tasks:
                 for target in self._fleet.members:
@@ -169,7 +185,7 @@ class WeightPublisher:
         """
         self._restoring.add(target)
         try:
-            async with self._lock:
+            async with self._turn():
                 await self._restore(target)
         finally:
             self._restoring.discard(target)
@@ -188,7 +204,21 @@ class WeightPublisher:
             await self._adopt(target, report)
 
     async def close(self) -> None:
-        """Ends what connects to servers and gives their weights back to nobody's name."""
+        """Ends what connects to servers and gives their weights back to nobody's name.
+
+        A publish may be under way, of a trainer that failed or was stopped. It gets a moment to
+        end: a server that is cut off in a transfer may wait minutes for the rest.
+        """
+        self._closed = True
+        with anyio.move_on_after(CLOSE_WAIT_S):
+            async with self._lock:
+                pass
+        if self._scope is not None:
+            self._scope.cancel()
+        async with self._lock:
+            await self._close()
+
+    async def _close(self) -> None:
         alive = [target for target in self._fleet.members if target.alive]
         await self._transport.close(alive)
         for target in alive:
@@ -196,6 +226,16 @@ class WeightPublisher:
                 await target.client.update_weight_version("default")
             except ServerError as error:
                 logger.info("%s keeps the name of its weights: %s", target.url, error)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One at a time, until `close`."""
+        async with self._lock:
+            with anyio.CancelScope() as self._scope:
+                if not self._closed:
+                    yield
+                    return
+            raise WeightSyncError("the weight publisher was closed")
 
     async def _prepare(self, given: Snapshot | Future[Snapshot], report: PublishReport) -> None:
         async with report.phase("gather", self._settings.gather_timeout_s):
@@ -226,6 +266,9 @@ class WeightPublisher:
                     return
                 target.mark_dirty(str(error))
                 await self._transport.abandon(target)
+            except TrainerFailedError as error:
+                target.mark_dirty(str(error))
+                return
             else:
                 report.failures.pop(client.url, None)
                 report.paused_s = time.monotonic() - interrupted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -99,6 +100,7 @@ class Trainer:
         """Leave on both sides."""
         self.engine.post("/destroy_weights_update_group", group_name=self.name)
         dist.destroy_process_group(self.group)
+        del self.group  # closes its connection
 
 
 @pytest.fixture
@@ -203,6 +205,26 @@ def test_a_trainer_that_dies_in_a_broadcast_leaves_the_weights(
     assert (status, reply["success"]) == (400, False)
     engine.post("/destroy_weights_update_group", group_name="dying")
     assert greedy(engine) == before
+
+
+def test_a_group_that_is_left_refuses_the_buckets_that_wait_for_it(engine: EngineProcess) -> None:
+    trainer = Trainer(engine, "left")
+    body = {
+        "names": ["model.norm.weight"],
+        "dtypes": ["float32"],
+        "shapes": [[64]],
+        "group_name": "left",
+    }
+    # The first waits for the trainer's broadcast, the second for the first.
+    answers = [
+        engine.start(engine.request, "/update_weights_from_distributed", body) for _ in range(2)
+    ]
+    time.sleep(0.5)  # one that came later would be refused, too
+    trainer.close()
+    for answer in answers:
+        status, reply = answer.result()
+        assert status == 400
+        assert "'left'" in reply["error"]["message"]
 
 
 @pytest.mark.parametrize(

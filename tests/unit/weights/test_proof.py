@@ -3,25 +3,28 @@ from concurrent.futures import Future
 
 import pytest
 
-from lightning_grpo.weights.proof import promised, settled
+from lightning_grpo.errors import StopRun
+from lightning_grpo.weights.proof import TrainerFailedError, promised, settled
 
 
-def test_an_error_reaches_whoever_waits_for_what_was_promised():
+@pytest.mark.parametrize("error", [ArithmeticError, StopRun, KeyboardInterrupt])
+def test_an_error_reaches_whoever_waits_for_what_was_promised_and_never_ends_the_loop(error):
     kept, broken = Future(), Future()
 
     def fail():
         with promised(kept, broken):
             kept.set_result(1)
-            raise ArithmeticError
+            raise error
 
     async def wait():
-        return await settled(broken)
+        with pytest.raises(TrainerFailedError, match=error.__name__) as failed:
+            await settled(broken)
+        assert isinstance(failed.value.__cause__, error)
 
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(error):
         fail()
     assert kept.result() == 1
-    with pytest.raises(ArithmeticError):
-        asyncio.run(wait())
+    asyncio.run(wait())
 
 
 def test_what_is_there_needs_no_waiting():

@@ -15,6 +15,7 @@ from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.probe import Probe
 from lightning_grpo.weights.process_group import ProcessGroupTransport
+from lightning_grpo.weights.proof import TrainerFailedError, promised
 from lightning_grpo.weights.publisher import ATTEMPTS, SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place
 from tests.fakes.server import FakeServer, Fault, make_table, table_scores
@@ -211,6 +212,54 @@ async def test_the_trainers_scores_may_come_while_the_weights_travel(tmp_path):
         report = await publishing
         assert pool.members[0].state is MemberState.CLEAN
         assert report.probe_diff < 1e-5
+
+
+async def test_a_trainer_that_can_not_score_ends_the_publish_and_no_server_is_to_blame(
+    tmp_path, transport
+):
+    servers = [FakeServer(), FakeServer()]
+    async with fleet(tmp_path, transport, *servers) as (pool, publisher):
+        scores = Future()
+        publishing = asyncio.create_task(publisher.publish(snapshot(1), 1, scores))
+        # One is behind the other when the news comes; it is not left in the middle of a transfer.
+        await until(lambda: any(s.label == "run:1" for s in servers))
+        with pytest.raises(WeightSyncError), promised(scores):
+            raise WeightSyncError("not finite")
+        with pytest.raises(TrainerFailedError, match="not finite"):
+            await publishing
+        assert all(holds(s, 1) for s in servers)
+        for server in servers:
+            assert server.calls.count("/pause_generation") == 1  # no other attempt
+        assert not any(m.state is MemberState.CLEAN for m in pool.members)
+
+
+async def test_closing_waits_for_a_publish_that_is_under_way(tmp_path, transport):
+    server = FakeServer()
+    async with fleet(tmp_path, transport, server) as (_, publisher):
+        scores = Future()
+        publishing = asyncio.create_task(publisher.publish(snapshot(1), 1, scores))
+        await until(lambda: server.label == "run:1")
+        closing = asyncio.create_task(publisher.close())
+        await asyncio.sleep(0.05)
+        scores.set_result(expected(1))
+        await closing
+        assert (await publishing).updated == [server.url]
+        assert server.label == "default"
+        with pytest.raises(WeightSyncError, match="was closed"):
+            await publish(publisher, 2)
+        assert not holds(server, 2)
+
+
+async def test_closing_breaks_off_a_publish_that_hangs_and_leaves_no_thread(tmp_path):
+    server = FakeServer(faults=[Fault("/update_weights_from_distributed", "hang")])
+    transport = ProcessGroupTransport("gloo", timeout_s=100.0)
+    async with fleet(tmp_path, transport, server, timeout_s=100.0) as (_, publisher):
+        publishing = asyncio.create_task(publish(publisher, 1))
+        await until(lambda: "/update_weights_from_distributed" in server.calls)
+        await publisher.close()
+        with pytest.raises(WeightSyncError, match="was closed"):
+            await publishing
+        assert "/destroy_weights_update_group" in server.calls
 
 
 async def test_scores_that_do_not_come_in_time_leave_the_server_dirty(tmp_path):
