@@ -47,6 +47,15 @@ def mix_(values: Tensor) -> Tensor:
     return values
 
 
+def mix_32_(values: Tensor) -> Tensor:
+    """Hash 32-bit numbers in place (two rounds of lowbias32); different ones stay different."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
+        # A logical shift, as in `mix_`.
+        values ^= (values >> shift) & ((1 << (32 - shift)) - 1)
+        values *= factor
+    return values
+
+
 class Noise:
     """Exponential noise for every token of the vocabulary.
 
@@ -59,7 +68,8 @@ class Noise:
     """
 
     def __init__(self, vocab_size: int) -> None:
-        self._token_keys = mix_(torch.arange(1, vocab_size + 1) * as_int64(_GOLDEN)).int()
+        # No two tokens share a key, and with it their noise for ever.
+        self._token_keys = mix_32_(torch.arange(1, vocab_size + 1, dtype=torch.int32))
 
     def exponential(self, seeds: Tensor, positions: Tensor) -> Tensor:
         """Standard exponential noise; `argmin(noise / p)` is a sample of `p`.
@@ -72,11 +82,7 @@ class Noise:
             fp32 `[batch, vocab]`, positive.
         """
         keys = mix_(mix_(seeds.clone()) + positions).int()
-        bits = keys[:, None] ^ self._token_keys
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-            # Two rounds of lowbias32; a logical shift, as in `mix_`.
-            bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
-            bits *= factor
+        bits = mix_32_(keys[:, None] ^ self._token_keys)
         # The upper bits are the best ones; the factor keeps the largest below 1, where log1p ends.
         uniform = ((bits >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5)
         return uniform.mul_(-(2.0**-31) * (1 - 2.0**-23)).log1p_().neg_()

@@ -89,6 +89,12 @@ def test_noise_changes_with_seed_position_and_token() -> None:
     assert len(set(base[0].tolist())) == VOCAB
 
 
+def test_no_two_tokens_of_a_large_vocabulary_share_their_noise_for_ever() -> None:
+    several = torch.arange(3)
+    noise = Noise(200_000).exponential(several, several)
+    assert len(set(zip(*noise.tolist(), strict=True))) == 200_000
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_samples_follow_the_temperature_scaled_distribution(temperature: float) -> None:
     logits = torch.linspace(-2, 2, VOCAB)
