@@ -11,12 +11,9 @@ the pool sends it nothing until it is clean.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 
 import anyio
 import anyio.to_thread
@@ -33,7 +30,13 @@ from lightning_grpo.weights.proof import (
 )
 from lightning_grpo.weights.report import PublishReport as PublishReport
 from lightning_grpo.weights.report import SyncSettings as SyncSettings
-from lightning_grpo.weights.standstill import make_room, pause_again, recover, release
+from lightning_grpo.weights.standstill import (
+    make_room,
+    pause_again,
+    recover,
+    release,
+    transfer,
+)
 from lightning_grpo.weights.transport import (
     Fleet,
     Snapshot,
@@ -41,8 +44,8 @@ from lightning_grpo.weights.transport import (
     Transport,
     UpdateClient,
     UpdateRefusedError,
-    require_success,
 )
+from lightning_grpo.weights.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +83,7 @@ class WeightPublisher:
         self._settings = settings or SyncSettings()
         self._interruption = interruption
         self._record = ProbeRecord(probe) if probe is not None and self._settings.verify else None
-        self._lock = asyncio.Lock()
-        self._scope: anyio.CancelScope | None = None
-        self._closed = False
+        self._turns = Turns()
         self._current: tuple[int, Expected] | None = None
         self._prepared = False
         self._restoring: set[Target] = set()
@@ -97,7 +98,7 @@ class WeightPublisher:
         """
         if self._record is None:
             return False
-        async with self._turn():
+        async with self._turns.take():
             for target in self._fleet.members:
                 await target.unpause()  # a run that crashed may have left it paused
                 scores = await self._score(target.client, f"{self._run_id}:adopt")
@@ -132,7 +133,7 @@ class WeightPublisher:
                 transfer, and none is clean.
         """
         report = PublishReport(version)
-        async with self._turn():
+        async with self._turns.take():
             preparing = asyncio.ensure_future(self._prepare(snapshot, report))
             try:
                 if not self._transport.prepares_quickly:
@@ -168,7 +169,7 @@ class WeightPublisher:
             ServerError: One did not answer.
         """
         report = PublishReport(NO_VERSION)
-        async with self._turn():
+        async with self._turns.take():
             await self._interrupt(report, "abort")  # a server must be idle for it
             async with anyio.create_task_group() as tasks:
                 for target in self._fleet.members:
@@ -185,7 +186,7 @@ class WeightPublisher:
         """
         self._restoring.add(target)
         try:
-            async with self._turn():
+            async with self._turns.take():
                 await self._restore(target)
         finally:
             self._restoring.discard(target)
@@ -209,16 +210,7 @@ class WeightPublisher:
         A publish may be under way, of a trainer that failed or was stopped. It gets a moment to
         end: a server that is cut off in a transfer may wait minutes for the rest.
         """
-        self._closed = True
-        with anyio.move_on_after(CLOSE_WAIT_S):
-            async with self._lock:
-                pass
-        if self._scope is not None:
-            self._scope.cancel()
-        async with self._lock:
-            await self._close()
-
-    async def _close(self) -> None:
+        await self._turns.close(CLOSE_WAIT_S)
         alive = [target for target in self._fleet.members if target.alive]
         await self._transport.close(alive)
         for target in alive:
@@ -226,16 +218,6 @@ class WeightPublisher:
                 await target.client.update_weight_version("default")
             except ServerError as error:
                 logger.info("%s keeps the name of its weights: %s", target.url, error)
-
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """One at a time, until `close`."""
-        async with self._lock:
-            with anyio.CancelScope() as self._scope:
-                if not self._closed:
-                    yield
-                    return
-            raise WeightSyncError("the weight publisher was closed")
 
     async def _prepare(self, given: Snapshot | Future[Snapshot], report: PublishReport) -> None:
         async with report.phase("gather", self._settings.gather_timeout_s):
@@ -285,7 +267,7 @@ class WeightPublisher:
         target.expect(report.version, label)
         refusal: UpdateRefusedError | None = None
         try:
-            await self._transfer(target, label, report)
+            await transfer(self._transport, target, label, report, self._settings.request_timeout_s)
         except UpdateRefusedError as error:
             # Refused, or done and answered so (a flush that failed): the probe knows.
             if self._record is None:
@@ -307,28 +289,6 @@ class WeightPublisher:
             raise WeightSyncError(f"{client.url} was lost while it was updated")
         report.updated.append(client.url)
         target.mark_clean(report.version, label)
-
-    async def _transfer(self, target: Target, label: str, report: PublishReport) -> None:
-        timeout_s = self._settings.request_timeout_s
-        client = target.client
-        framed = self._transport.in_session and target.update_session
-        try:
-            if framed:
-                async with report.phase("begin", timeout_s):
-                    reply = await client.update("/begin_weight_update", {}, timeout_s)
-                    require_success(reply, target, "to begin an update")
-            async with report.phase("update", timeout_s):
-                await self._transport.send(target, label, timeout_s)
-        except (ServerError, WeightSyncError):
-            # A session left open would refuse the next attempt.
-            if framed:
-                with contextlib.suppress(ServerError):
-                    await client.update("/end_weight_update", {}, timeout_s)
-            raise
-        if framed:
-            async with report.phase("end", timeout_s):
-                reply = await client.update("/end_weight_update", {}, timeout_s)
-                require_success(reply, target, "to end an update")
 
     async def _continue_and_prove(
         self, target: Target, client: UpdateClient, label: str, report: PublishReport

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import anyio
 
 from lightning_grpo.errors import ServerError, WeightSyncError
 from lightning_grpo.weights.report import PublishReport
-from lightning_grpo.weights.transport import Fleet, Target, UpdateClient
+from lightning_grpo.weights.transport import (
+    Fleet,
+    Target,
+    Transport,
+    UpdateClient,
+    require_success,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +52,31 @@ async def make_room(
             await target.resume_memory()
     if idle and target.caches_prefixes:
         await flush(client, report, timeout_s)
+
+
+async def transfer(
+    transport: Transport, target: Target, label: str, report: PublishReport, timeout_s: float
+) -> None:
+    """Sends what the transport prepared, between begin and end where the server demands it."""
+    client = target.client
+    framed = transport.in_session and target.update_session
+    try:
+        if framed:
+            async with report.phase("begin", timeout_s):
+                reply = await client.update("/begin_weight_update", {}, timeout_s)
+                require_success(reply, target, "to begin an update")
+        async with report.phase("update", timeout_s):
+            await transport.send(target, label, timeout_s)
+    except (ServerError, WeightSyncError):
+        # A session left open would refuse the next attempt.
+        if framed:
+            with contextlib.suppress(ServerError):
+                await client.update("/end_weight_update", {}, timeout_s)
+        raise
+    if framed:
+        async with report.phase("end", timeout_s):
+            reply = await client.update("/end_weight_update", {}, timeout_s)
+            require_success(reply, target, "to end an update")
 
 
 async def pause_again(target: Target) -> None:
