@@ -32,7 +32,8 @@ class WeightSync(Callback):
             milliseconds; a server needs twice as much free memory for a process group's.
         gather_timeout_s: Deadline of gathering the shards.
         request_timeout_s: Deadline of each request to a server.
-        verify: Whether a probe must agree after each publish.
+        verify: Whether a probe must agree after each publish. Without it nothing tells whether
+            servers took the weights, or whether a step has broken them.
         interruption: What becomes of requests in flight. `abort` takes them back and sends them
             again with what they have, and is exact on every server. `retract` has the server read
             them again: quicker, and exact on the embedded engine and on SGLang from 0.5.19 when

@@ -192,7 +192,7 @@ class RolloutSession:
         # Servers that somebody else started may hold weights of another run, so close to these
         # that they would pass for rounding.
         ours = self.settings.servers.can_restart
-        if ours and not trained and version == 0:
+        if ours and not trained and version == 0 and self.sync.verify:
             expected = self._probe_scores(policy)
             future = lead.service.run(self._live.publisher.adopt, 0, expected) if lead else None
             adopted = self.channel.wait(future, what="the first probe of the servers")
@@ -213,7 +213,8 @@ class RolloutSession:
             snapshot.set_result(
                 gather_weights(policy, serving_dtype(), this_gpu(), keep=lead is not None)
             )
-            scores.set_result(self._probe_scores(policy))
+            if self.sync.verify:
+                scores.set_result(self._probe_scores(policy))
         self.report = self.channel.wait(
             future_report, what=f"the weight sync of version {version}", stoppable=False
         )

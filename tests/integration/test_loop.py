@@ -6,8 +6,11 @@ import itertools
 import re
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.algorithm.truncation import Truncation
+from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.rollout.filters import has_variance
 from lightning_grpo.types import NO_VERSION, Sampling
 from tests.fakes.loops import (
@@ -108,6 +111,31 @@ def test_the_trained_prompts_are_the_admitted_ones_whatever_their_answers_take(
     lengths = {t.num_response_tokens for b in recorder.batches for g in b.rollout.groups
                for t in g.trajectories}  # fmt: skip
     assert len(lengths) > 3
+
+
+class ScoringPasses(Callback):
+    """Counts the policy's passes that no step needs."""
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.count = 0
+        pl_module.policy.register_forward_pre_hook(self._pass)
+
+    def _pass(self, *_: object) -> None:
+        self.count += not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_without_a_proof_weights_are_published_and_the_trainer_scores_nothing(
+    tiny_model, server, tmp_path, verify
+):
+    passes, sync = ScoringPasses(), WeightSync(verify=verify)
+    trainer = make_trainer(tmp_path, max_steps=3, callbacks=[passes, sync])
+    events, recorder = run(trainer, make_module(tiny_model), make_data(server))
+    assert [seen["version"] for seen in events.of("sync")] == [0, 1, 2, 3]
+    trajectories = [t for b in recorder.batches for g in b.rollout.groups for t in g.trajectories]
+    assert {v for t in trajectories for v in t.versions} == {NO_VERSION, 0, 1, 2}
+    assert bool(passes.count) == verify
+    assert ("mismatch/probe" in recorder.metrics[-1]) == verify
 
 
 def test_weights_that_changed_are_seen_by_the_servers_and_the_probe_tells_them_apart(
