@@ -61,6 +61,8 @@ def check_intervals(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int
     Raises:
         ConfigError: Which setting, and the nearest value that works.
     """
+    epoch_steps = _limited(trainer, epoch_steps)
+    _check_validation(trainer, epoch_steps)
     if steps_per_rollout > 1:
         for name, steps in _intervals(trainer, epoch_steps):
             _check_interval(name, steps, steps_per_rollout)
@@ -109,6 +111,26 @@ def _check_callbacks(trainer: L.Trainer) -> None:
                 )
 
 
+def _limited(trainer: L.Trainer, epoch_steps: int) -> int:
+    """Steps of an epoch, as the Trainer limits it."""
+    limit: Any = trainer.limit_train_batches
+    return min(limit, epoch_steps) if isinstance(limit, int) else int(epoch_steps * limit)
+
+
+def _check_validation(trainer: L.Trainer, epoch_steps: int) -> None:
+    """What Lightning would refuse, too, once servers run: it counts an interval in each epoch."""
+    interval = vars(trainer).get("val_check_interval")  # not there where a time is set
+    settings: Any = trainer
+    counted_anew = trainer.check_val_every_n_epoch is not None and settings.limit_val_batches > 0
+    if isinstance(interval, int) and interval > epoch_steps and counted_anew:
+        raise ConfigError(
+            f"`trainer.val_check_interval` must be at most {epoch_steps}, the steps of an epoch, "
+            f"got {interval}. To count steps across epochs set "
+            "`trainer.check_val_every_n_epoch: null`; for no validation `trainer.limit_val_batches:"
+            " 0`."
+        )
+
+
 def _intervals(trainer: L.Trainer, epoch_steps: int) -> list[tuple[str, int]]:
     """Every setting that says "after this many optimizer steps"."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -117,9 +139,7 @@ def _intervals(trainer: L.Trainer, epoch_steps: int) -> list[tuple[str, int]]:
     limit: Any = trainer.limit_train_batches
     if isinstance(limit, int):
         found.append(("trainer.limit_train_batches", limit))
-        epoch_steps = min(limit, epoch_steps)
     elif limit < 1.0:
-        epoch_steps = int(epoch_steps * limit)
         found.append(("trainer.limit_train_batches", epoch_steps))
     interval = vars(trainer).get("val_check_interval")  # not there where a time is set
     if isinstance(interval, int) and not isinstance(interval, bool):

@@ -136,7 +136,8 @@ class RolloutDataModule(L.LightningDataModule):
         contract.check_devices(trainer, self.servers)
         self.session = session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
-        contract.check_intervals(trainer, self.steps_per_rollout, epoch_steps)
+        if stage == TrainerFn.FITTING:
+            contract.check_intervals(trainer, self.steps_per_rollout, epoch_steps)
         sequences = self.batch_size // self.minibatches_per_batch * self.group_size
         contract.check_ranks(trainer.world_size, sequences)
         self._adapt(trainer, stage)

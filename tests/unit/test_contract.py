@@ -126,6 +126,23 @@ def test_what_would_cut_a_rollout_batch_is_refused_with_the_nearest(settings, na
     assert str(refusal.value).endswith(f"The nearest is {nearest}.")
 
 
+@pytest.mark.parametrize(("limit", "longest"), [(None, 40), (12, 12), (0.5, 20), (60, 40)])
+def test_a_validation_that_no_epoch_reaches_is_refused_with_the_way_out(limit, longest):
+    def check(interval, **settings):
+        trainer = make_trainer(val_check_interval=interval, limit_train_batches=limit, **settings)
+        check_intervals(trainer, steps_per_rollout=1, epoch_steps=40)
+
+    check(longest)
+    check(longest + 1, check_val_every_n_epoch=None)
+    check(longest + 1, limit_val_batches=0)
+    with pytest.raises(ConfigError) as refusal:
+        check(longest + 1)
+    message = str(refusal.value)
+    assert message.startswith(f"`trainer.val_check_interval` must be at most {longest}, the steps")
+    assert f"got {longest + 1}." in message
+    assert "`trainer.check_val_every_n_epoch: null`" in message
+
+
 def test_intervals_between_rollout_batches_pass():
     trainer = make_trainer(
         max_steps=12,
