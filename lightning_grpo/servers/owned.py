@@ -31,6 +31,7 @@ class OwnedServers(Servers):
         self._processes: list[ServerProcess] = []
         self._handles: list[ServerHandle] = []
         self._lock = threading.Lock()
+        self._stopping = False
 
     @abstractmethod
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
@@ -59,6 +60,7 @@ class OwnedServers(Servers):
             try:
                 for launch in self._launches:
                     self._processes.append(ServerProcess(launch))
+                    self._heed_stop()
                 self._handles = [p.wait_until_ready(deadline) for p in self._processes]
             except BaseException:
                 self._end_all()
@@ -73,16 +75,24 @@ class OwnedServers(Servers):
                 raise ServerError(f"{url} is none of this run's servers:\n{self.describe()}")
             self._processes[slot].end()
             self._processes[slot] = ServerProcess(self._launches[slot])
+            self._heed_stop()
             deadline = time.monotonic() + self.start_timeout_s
             self._handles[slot] = self._processes[slot].wait_until_ready(deadline)
             return self._handles[slot]
 
     def stop(self) -> None:
         """Ends every server; returns when all are gone. A start under way fails at once."""
-        for process in list(self._processes):
-            process.ask_to_end()
+        self._stopping = True
+        self._heed_stop()
         with self._lock:
             self._end_all()
+            self._stopping = False
+
+    def _heed_stop(self) -> None:
+        """Whoever starts a process asks after it: `stop` may have looked before."""
+        if self._stopping:
+            for process in list(self._processes):
+                process.ask_to_end()
 
     def _end_all(self) -> None:
         for process in self._processes:

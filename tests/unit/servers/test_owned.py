@@ -1,0 +1,62 @@
+"""Servers that a run owns, restarted and stopped by two threads at once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import pytest
+
+from lightning_grpo.errors import ServerStartError
+from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.process import Launch
+
+SLOW_TO_END = """
+import http.server, pathlib, signal, sys
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+folder = pathlib.Path(sys.argv[1])
+server = http.server.HTTPServer(("127.0.0.1", 0), Healthy)
+signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").touch())
+if not (folder / "began").exists():
+    print(f"READY http://127.0.0.1:{server.server_port}", flush=True)
+(folder / "began").touch()
+server.serve_forever()
+"""
+"""Ready the first time, never again; its end takes the supervisor's whole grace time."""
+
+
+class Slow(OwnedServers):
+    """One such server."""
+
+    start_timeout_s = 500.0
+
+    def launches(self, model_path, run_dir):
+        return [Launch([sys.executable, "-c", SLOW_TO_END, str(run_dir)], run_dir / "log", {})]
+
+
+@pytest.mark.timeout(60)
+def test_a_stop_while_a_restart_ends_the_old_server_ends_the_new_one_at_once(tmp_path):
+    servers, failures = Slow(), []
+    (handle,) = servers.start("model", tmp_path)
+
+    def restart() -> None:
+        try:
+            servers.restart(handle.url)
+        except ServerStartError as error:
+            failures.append(str(error))
+
+    restarting = threading.Thread(target=restart)
+    restarting.start()
+    while not (tmp_path / "asked").exists():
+        time.sleep(0.01)
+    servers.stop()
+    restarting.join()
+    assert len(failures) == 1
+    assert "ended with status" in failures[0]
+    assert servers.handles == []
