@@ -7,6 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_grpo.errors import ServerError
 from lightning_grpo.servers.base import ServerHandle, Servers
@@ -32,6 +33,14 @@ class OwnedServers(Servers):
         self._handles: list[ServerHandle] = []
         self._lock = threading.Lock()
         self._stopping = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a rank that is spawned gets: locks and processes are this process's."""
+        return self.__dict__ | {"_lock": None, "_launches": [], "_processes": [], "_handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In the other process."""
+        self.__dict__ |= state | {"_lock": threading.Lock()}
 
     @abstractmethod
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:

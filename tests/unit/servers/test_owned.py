@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import threading
 import time
@@ -60,3 +61,13 @@ def test_a_stop_while_a_restart_ends_the_old_server_ends_the_new_one_at_once(tmp
     assert len(failures) == 1
     assert "ended with status" in failures[0]
     assert servers.handles == []
+
+
+def test_servers_can_be_handed_to_a_spawned_rank_which_owns_none_of_them(tmp_path):
+    servers = Slow()
+    servers.start("model", tmp_path)
+    copy = pickle.loads(pickle.dumps(servers))
+    copy.stop()
+    assert copy.handles == []
+    assert len(servers.handles) == 1
+    servers.stop()
