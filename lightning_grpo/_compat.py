@@ -10,6 +10,7 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_logger_connector.update_train_step_metrics` | lightning.pytorch.Trainer | lightning 2.6.6 |
 | `_accelerator_connector.cluster_environment` | lightning.pytorch.Trainer | lightning 2.6.6 |
 | `_last_global_step_saved` | lightning.pytorch.callbacks.ModelCheckpoint | lightning 2.6.6 |
+| `_start_method` | launchers of lightning.pytorch that fork or spawn | lightning 2.6.6 |
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 """
@@ -72,6 +73,12 @@ def launched_processes(trainer: Trainer) -> dict[int, Popen[bytes]]:
     launcher = trainer.strategy.launcher
     processes = vars(launcher).get("procs", []) if launcher is not None else []
     return {trainer.global_rank + i: process for i, process in enumerate(processes, start=1)}
+
+
+def start_method(trainer: Trainer) -> str | None:
+    """`fork` or `spawn` where ranks are children that share this program; None elsewhere."""
+    launcher = trainer.strategy.launcher
+    return vars(launcher).get("_start_method") if launcher is not None else None
 
 
 def no_split_modules(module: nn.Module) -> set[str]:

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_grpo._compat import start_method
 from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import set_one_thread_default, silence_jsonargparse
 from lightning_grpo.cli.problem import ConfigProblem, nearest
@@ -130,6 +131,14 @@ class GRPOCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             # Lightning's own for accelerators, strategies and precisions.
             raise locate(_explained(str(error)), self._settings) from error
+        method = start_method(trainer)
+        if method is not None:
+            refusal = (
+                "`trainer.strategy` must start each rank as a program of its own (those that are"
+                f" {method}ed hear of no signal to this one), got `{config.strategy}`. Use `ddp` or"
+                " `fsdp2`."
+            )
+            raise locate(refusal, self._settings)
         if isinstance(trainer.accelerator, CPUAccelerator) and set_one_thread_default():
             torch.set_num_threads(1)
         if self._command != "fit":

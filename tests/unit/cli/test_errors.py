@@ -94,6 +94,12 @@ COMMAND_LINE = {
         "is not a setting of Trainer, got 1",
         "did you mean `trainer.gradient_clip_val`?",
     ],
+    "--trainer.strategy ddp_fork --trainer.devices 2": [
+        "trainer.strategy (command line)",
+        "`trainer.strategy` must start each rank as a program of its own (those that are forked hear"
+        " of no signal to this one), got `ddp_fork`",
+        "Use `ddp` or `fsdp2`.",
+    ],
     "--trainer.strategy fsdp3": [
         "trainer.strategy (command line)",
         "`fsdp3` is not a registered strategy",
