@@ -1,0 +1,32 @@
+"""The data module in a program of the user's own, as under Fabric; the example is a slow test."""
+
+from __future__ import annotations
+
+from lightning_grpo.loader import Prepared
+from lightning_grpo.policy.load import load_policy
+from lightning_grpo.policy.packed import PackedPolicy
+from tests.fakes.loops import make_data, make_prompts
+
+
+def prepare(batch):
+    return Prepared(batch.rewards, batch.rewards == batch.rewards)
+
+
+def test_a_program_without_a_trainer_gets_rollouts_and_every_held_out_answer(
+    tiny_model, server, tmp_path
+):
+    data = make_data(server, val_prompts=make_prompts(5))
+    policy = PackedPolicy(load_policy(str(tiny_model)))
+    try:
+        data.start(str(tiny_model), run_dir=tmp_path)
+        data.publish(policy, trained=False)
+        batches = iter(data.batches(prepare))
+        for version in (0, 1):
+            answered = [batch for loader in data.val_dataloader() for batch in loader]
+            assert sum(len(batch.sampled) for batch in answered) == 5
+            batch = next(batches)
+            assert batch.rollout.version == version
+            assert batch.is_last
+            data.publish(policy)
+    finally:
+        data.close()
