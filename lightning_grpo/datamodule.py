@@ -168,10 +168,7 @@ class RolloutDataModule(L.LightningDataModule):
         return self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
 
     def val_dataloader(self) -> list[EvaluationLoader]:
-        """One loader for each set of held-out prompts, answered by the servers.
-
-        All of them in a program without a Trainer, else as many as `limit_val_batches` lets.
-        """
+        """One loader for each set of held-out prompts, answered by the servers."""
         limit = self.trainer.limit_val_batches if self.trainer is not None else 1.0
         return self._evaluation_loaders(limit)
 

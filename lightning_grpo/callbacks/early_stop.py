@@ -20,15 +20,18 @@ class EarlyStop:
     """Raises `StopRun` on the first SIGTERM; the second one ends the process at once.
 
     It takes the place of the default action only: a handler of somebody else's stays. SIGUSR1, a
-    cluster's warning before the time limit, is kept until training begins (`was_warned`).
+    cluster's warning before the time limit, is kept until training begins. SIGTERM is kept, too:
+    the exception may come up in a library that catches all there are, or in a finalizer, and be
+    lost there (`came_early`).
 
     Attributes:
         is_armed: Whether a signal is to be acted on; else the default action is what it gets.
-        warned: Whether SIGUSR1 came.
+        came: The signals that came.
     """
 
     def __init__(self) -> None:
-        self.is_armed = self.warned = False
+        self.is_armed = False
+        self.came: set[int] = set()
 
     def install(self) -> None:
         """From here on SIGTERM raises; only the main thread can have it so."""
@@ -43,29 +46,30 @@ class EarlyStop:
     def uninstall(self) -> None:
         """Signals are what they were, also where others have saved this handler and restore it."""
         self.is_armed = False
-        for number, ours in ((signal.SIGTERM, self._stop), (signal.SIGUSR1, self._keep)):
-            if signal.getsignal(number) == ours:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            if _owner(signal.getsignal(number)) is self:
                 signal.signal(number, signal.SIG_DFL)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        if not self.is_armed:
+        if not self.is_armed or number in self.came:
+            signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        self.came.add(number)
         raise StopRun("SIGTERM outside of training: nothing was saved", number)
 
     def _keep(self, number: int, frame: FrameType | None) -> None:
         if self.is_armed:
-            self.warned = True
+            self.came.add(number)
             return
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
-def was_warned(handler: Any) -> bool:
-    """Whether this handler, of before training, has kept a signal for it."""
+def came_early(number: int, handler: Any) -> bool:
+    """Whether this handler, of before training, was given the signal and the run goes on."""
     owner = _owner(handler)
-    return owner is not None and owner.warned
+    return owner is not None and owner.is_armed and number in owner.came
 
 
 def _acts_as_default(handler: Any) -> bool:

@@ -30,7 +30,7 @@ from lightning_grpo._compat import (
     launched_processes,
     log_step,
 )
-from lightning_grpo.callbacks.early_stop import EarlyStop
+from lightning_grpo.callbacks.early_stop import EarlyStop, came_early
 from lightning_grpo.callbacks.stop_flag import StopFlag
 from lightning_grpo.callbacks.views import OnRollouts
 from lightning_grpo.distributed import RankChannel
@@ -105,7 +105,10 @@ class SignalHandling(Callback):
 
     def poll(self) -> str:
         """The name of the signal that this rank got, or an empty string."""
-        return self.flag.requested
+        if self.flag.installed:
+            return self.flag.requested
+        # Its exception was raised, and came to nothing: the next wait ends the run.
+        return "SIGTERM" if came_early(signal.SIGTERM, signal.getsignal(signal.SIGTERM)) else ""
 
     @property
     def requested(self) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
-from lightning_grpo.callbacks.early_stop import was_warned
+from lightning_grpo.callbacks.early_stop import came_early
 from lightning_grpo.distributed.stops import ENDING, most_urgent
 
 
@@ -63,7 +63,7 @@ class StopFlag:
         self._old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._saved = {each: signal.signal(each, self._raise_flag) for each in signals}
         for each, before in self._saved.items():
-            if was_warned(before):
+            if came_early(each, before):
                 self._raise_flag(each, None)
 
     def uninstall(self, *, exit_on_signal: bool = False) -> None:

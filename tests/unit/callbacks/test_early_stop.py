@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import pytest
 
 from lightning_grpo.callbacks.early_stop import EarlyStop
+from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.stop_flag import StopFlag
+from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import StopRun
 
 
@@ -29,8 +33,28 @@ def test_the_signal_raises_once_with_its_exit_status():
     with pytest.raises(StopRun, match="SIGTERM outside of training") as stop:
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     early.uninstall()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_whose_exception_was_lost_in_a_library_ends_the_next_wait_and_training():
+    early, handling = EarlyStop(), SignalHandling()
+    channel = RankChannel.single(poll_s=0.01)
+    handling.connect(channel)
+    early.install()
+    try:
+        assert handling.poll() == ""
+        with contextlib.suppress(Exception):  # as around an optional import
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert handling.poll() == "SIGTERM"
+        with pytest.raises(StopRun):
+            channel.wait(Future(), what="the start of the servers")
+        handling.flag.install(("SIGTERM", "SIGUSR1"))
+        assert handling.poll() == "SIGTERM"
+    finally:
+        handling.flag.uninstall()
+        early.uninstall()
+    assert handling.poll() == ""
 
 
 def test_a_warning_of_the_time_limit_waits_for_training():
