@@ -37,7 +37,7 @@ class EarlyStop:
         """From here on SIGTERM raises; only the main thread can have it so."""
         if threading.current_thread() is not threading.main_thread():
             return
-        self.is_armed = True
+        self.is_armed, self.came = True, set()  # a run before may have had its own
         if _acts_as_default(signal.getsignal(signal.SIGTERM)):
             signal.signal(signal.SIGTERM, self._stop)
         if _acts_as_default(signal.getsignal(signal.SIGUSR1)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_grpo.loader import Prepared
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.packed import PackedPolicy
@@ -9,7 +11,7 @@ from tests.fakes.loops import make_data, make_prompts
 
 
 def prepare(batch):
-    return Prepared(batch.rewards, batch.rewards == batch.rewards)
+    return Prepared(batch.rewards, torch.ones(len(batch.rewards), dtype=torch.bool))
 
 
 def test_a_program_without_a_trainer_gets_rollouts_and_every_held_out_answer(

@@ -47,6 +47,16 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
+def one_weight(group_name: str) -> dict[str, Any]:
+    """A request that is in order."""
+    return {
+        "names": ["model.norm.weight"],
+        "dtypes": ["float32"],
+        "shapes": [[64]],
+        "group_name": group_name,
+    }
+
+
 class Trainer:
     """Rank 0 of a group with one engine."""
 
@@ -175,12 +185,7 @@ def test_a_wrong_bucket_is_received_and_refused_whole(
 def test_a_malformed_bucket_is_refused_before_the_broadcast(
     trainer: Trainer, change: dict[str, Any], word: str
 ) -> None:
-    body = {
-        "names": ["model.norm.weight"],
-        "dtypes": ["float32"],
-        "shapes": [[64]],
-        "group_name": trainer.name,
-    }
+    body = one_weight(trainer.name)
     status, reply = trainer.engine.request("/update_weights_from_distributed", body | change)
     assert status == 400
     assert word in reply["error"]["message"]
@@ -191,13 +196,7 @@ def test_a_trainer_that_dies_in_a_broadcast_leaves_the_weights(
 ) -> None:
     before = greedy(engine)
     trainer = Trainer(engine, "dying")
-    body = {
-        "names": ["model.norm.weight"],
-        "dtypes": ["float32"],
-        "shapes": [[64]],
-        "group_name": "dying",
-        "weight_version": "never",
-    }
+    body = one_weight("dying") | {"weight_version": "never"}
     answer = engine.start(engine.request, "/update_weights_from_distributed", body)
     dist.destroy_process_group(trainer.group)
     del trainer.group
@@ -209,12 +208,7 @@ def test_a_trainer_that_dies_in_a_broadcast_leaves_the_weights(
 
 def test_a_group_that_is_left_refuses_the_buckets_that_wait_for_it(engine: EngineProcess) -> None:
     trainer = Trainer(engine, "left")
-    body = {
-        "names": ["model.norm.weight"],
-        "dtypes": ["float32"],
-        "shapes": [[64]],
-        "group_name": "left",
-    }
+    body = one_weight("left")
     # The first waits for the trainer's broadcast, the second for the first.
     answers = [
         engine.start(engine.request, "/update_weights_from_distributed", body) for _ in range(2)

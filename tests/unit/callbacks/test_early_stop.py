@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from lightning_grpo.callbacks.early_stop import EarlyStop
+from lightning_grpo.callbacks.early_stop import EarlyStop, came_early
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.stop_flag import StopFlag
 from lightning_grpo.distributed import RankChannel
@@ -55,6 +55,23 @@ def test_a_signal_whose_exception_was_lost_in_a_library_ends_the_next_wait_and_t
         handling.flag.uninstall()
         early.uninstall()
     assert handling.poll() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_of_one_run_is_no_news_to_the_next_one_in_the_same_program(number):
+    early, flag = EarlyStop(), StopFlag()
+    early.install()
+    with contextlib.suppress(StopRun):
+        os.kill(os.getpid(), number)
+    early.uninstall()
+    early.install()
+    try:
+        assert not came_early(number, signal.getsignal(number))
+        flag.install(("SIGTERM", "SIGUSR1"))
+        assert flag.requested == ""
+    finally:
+        flag.uninstall()
+        early.uninstall()
 
 
 def test_a_warning_of_the_time_limit_waits_for_training():
