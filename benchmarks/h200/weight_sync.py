@@ -1,11 +1,12 @@
 """One weight sync end to end, by phase: medians of 20 after 3 (by disk of 3 after 1).
 
 The trainer's side is a run's own: the policy under `fully_shard`, fp32 masters, bf16 compute, on
-the main thread, the servers' client on a loop of its own; the trainer scores the probe while the
-weights travel. They move by about 1 % before each sync. By NCCL the trainer is on another GPU than
-the server, by IPC on the same. `--in-flight` requests of 1,024 tokens are always under way.
-`--no-proof` leaves the probe out: what is left is the weights' own way. With `--release` the server
-gives its memory back before each sync, as beside a trainer that needs it (`enable-memory-saver`).
+the main thread, the servers' client on a loop of its own; what is sent is scored while it travels,
+and the policy once the servers work again (`policy_s`, which is no part of the sync). The weights
+move by about 1 % before each sync. By NCCL the trainer is on another GPU than the server, by IPC on
+the same. `--in-flight` requests of 1,024 tokens are always under way. `--no-proof` leaves the probe
+out: what is left is the weights' own way. With `--release` the server gives its memory back before
+each sync, as beside a trainer that needs it (`enable-memory-saver`).
 
 The rule: end to end at most 60 ms by IPC and by NCCL after the first; servers paused at most 100 ms
 with 32 requests in flight.
@@ -50,13 +51,13 @@ from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.session.heap import QuietHeap
-from lightning_grpo.session.own_scores import own_scores
+from lightning_grpo.session.proof import TrainerProof, policy_scores
 from lightning_grpo.strategies.parallelize import parallelize, reshard
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.gather import gather_weights
 from lightning_grpo.weights.ipc import IPCTransport
-from lightning_grpo.weights.probe import Probe
+from lightning_grpo.weights.probe import Probe, SentScores
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place, Snapshot, Transport
@@ -74,8 +75,8 @@ TRANSPORTS = {
 def make_probe(vocab: int) -> Probe:
     """As long as a run's."""
     noise = random.Random(1)
-    ids = tuple(noise.randrange(5, vocab) for _ in range(128))
-    return Probe((ids,), exact=not torch.cuda.is_available())
+    ids = [noise.randrange(5, vocab) for _ in range(140)]
+    return Probe((tuple(ids[:128]), tuple(ids[128:])))
 
 
 class Policy:
@@ -95,10 +96,6 @@ class Policy:
         reshard(self.module)
         for parameter in self.module.parameters():
             parameter.mul_(1.0 + 1e-2 * float(torch.randn(())))
-
-    def scores(self, probe: Probe) -> list[list[float]]:
-        """As the session asks for them."""
-        return own_scores(self.module, probe.sequences)
 
     def wait(self) -> None:
         """Until the GPU has done all it was told."""
@@ -149,7 +146,7 @@ async def connect(
 
 
 def sync(
-    portal: BlockingPortal, servers: Servers, policy: Policy, probe: Probe, version: int
+    portal: BlockingPortal, servers: Servers, policy: Policy, proof: TrainerProof, version: int
 ) -> dict[str, float]:
     """One weight sync as `RolloutSession.publish` does it, timed by part."""
     policy.step()
@@ -160,15 +157,22 @@ def sync(
         portal.call(servers.publisher.release_memory)
     started = time.perf_counter()
     snapshot: Future[Snapshot] = Future()
-    scores: Future[list[list[float]]] = Future()
+    sent: Future[SentScores] = Future()
+    turn: Future[None] = Future()
     publish = servers.publisher.publish
-    report_to_come = portal.start_task_soon(publish, snapshot, version, scores)
-    snapshot.set_result(gather_weights(policy.module, policy.serving_dtype))
+    report_to_come = portal.start_task_soon(publish, snapshot, version, sent, turn)
+    turn.result()
+    weights = gather_weights(policy.module, policy.serving_dtype, into=proof.memory)
+    snapshot.set_result(weights)
     gathered = time.perf_counter()
-    scores.set_result(policy.scores(probe) if servers.proves else [])
+    sent.set_result(proof.score(policy.module, weights) if servers.proves else SentScores([]))
     scored = time.perf_counter()
     report = report_to_come.result()
     ended = time.perf_counter()
+    sent_diff = 0.0
+    if servers.proves:
+        scores, kind = policy_scores(policy.module, proof.probe.sequences)
+        sent_diff = proof.check_policy(version, sent.result(), scores, kind, merged=False)
     assert not report.failures, report.failures
     return {
         "requests_in_flight": float(in_flight),
@@ -178,6 +182,8 @@ def sync(
         **{f"{phase}_s": seconds for phase, seconds in report.seconds.items()},
         "gather_s": gathered - started,
         "score_s": scored - gathered,
+        "policy_s": time.perf_counter() - ended,
+        "sent_diff": sent_diff,
         "probe_diff": report.probe_diff or 0.0,
         "bytes": report.num_bytes,
     }
@@ -188,6 +194,7 @@ def measure(
 ) -> dict[str, Any]:
     """All syncs of one case."""
     probe = make_probe(400)
+    proof = TrainerProof(probe, [str(policy.serving_dtype or torch.float32).removeprefix("torch.")])
     transport: Transport = TRANSPORTS[case["transport"]]()
     transport.bind(place)
     settings = SyncSettings(verify=case["proof"], release_memory=case["release"])
@@ -204,7 +211,7 @@ def measure(
             if version == 2:  # the first brings the weights of this case
                 portal.call(servers.load, case["in_flight"], 40 if smoke else 1024)
             time.sleep(0.25)
-            rows.append(sync(portal, servers, policy, probe, version))
+            rows.append(sync(portal, servers, policy, proof, version))
         generated = portal.call(servers.drain)
         portal.call(servers.publisher.close)
     heap.thaw()

@@ -118,6 +118,8 @@ class WeightSync(Callback):
             logged["time/servers_paused_s"] = report.paused_s
             if report.probe_diff is not None:
                 logged["mismatch/probe"] = report.probe_diff
+            if report.sent_diff is not None:
+                logged["mismatch/sent"] = report.sent_diff
         pl_module.log_dict(trainer.strategy.broadcast(logged))
 
     def _publish(

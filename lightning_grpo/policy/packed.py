@@ -70,6 +70,29 @@ class PackedPolicy(nn.Module):
             layout = PackedLayout.of_one(len(input_ids), input_ids.device)
         else:
             layout = PackedLayout(cu_seqlens, input_ids if self.share_prefixes else None)
+        predicted = predicted_positions(layout, positions_mask)
+        return self.score(input_ids, layout, predicted, temperature, with_entropy)
+
+    def score(
+        self,
+        input_ids: Tensor,
+        layout: PackedLayout,
+        predicted: Tensor,
+        temperature: Tensor | float = 1.0,
+        with_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute what `forward` returns, for a layout that is known already.
+
+        Nothing here waits for the device, so that a CUDA graph can capture it. A sharded policy
+        must be called by `forward`, which gathers its parameters.
+
+        Args:
+            input_ids: int64 `[tokens]`.
+            layout: Of these tokens.
+            predicted: Positions whose logprobs are wanted, as `predicted_positions` gives them.
+            temperature: One for all, or fp32 `[tokens]`.
+            with_entropy: Whether to compute entropies too.
+        """
         output = self.model.get_decoder()(
             input_ids=input_ids[layout.unique].unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),
@@ -77,7 +100,6 @@ class PackedPolicy(nn.Module):
             packing=layout,
         )
         hidden = output.last_hidden_state.squeeze(0)
-        predicted = predicted_positions(layout, positions_mask)
         logprobs, entropy = head_logprobs(
             hidden.index_select(0, layout.unique_of[predicted - 1]),
             self.model.get_output_embeddings().weight,

@@ -106,6 +106,11 @@ class Member:
         return self.facts.info.disable_radix_cache is not True
 
     @property
+    def precision(self) -> str:
+        """What it computes in, by its own name: `bfloat16`, `fp8`, ..."""
+        return self.facts.info.precision
+
+    @property
     def alive(self) -> bool:
         """Whether it can be talked to."""
         return self.state is not MemberState.DEAD

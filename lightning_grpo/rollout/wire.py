@@ -106,6 +106,14 @@ class ServerInfo(msgspec.Struct):
     tp_size: int = 1
     vocab_size: int | None = None
     dtype: str = "unknown"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def precision(self) -> str:
+        """The coarsest that it computes in: `float32`, `bfloat16`, `fp8`, ..."""
+        cache = self.kv_cache_dtype if self.kv_cache_dtype.startswith("fp") else None
+        return self.quantization or cache or self.dtype
 
 
 def sampling_params(

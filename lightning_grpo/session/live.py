@@ -31,7 +31,6 @@ from lightning_grpo.session.material import Material
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Completion, Sampling
 from lightning_grpo.weights.choose import choose_transport
-from lightning_grpo.weights.probe import Probe
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place
 
@@ -213,11 +212,10 @@ def _publisher(
     transport = choose_transport(begun.sync.transport, settings.servers, begun.trainer_gpu)
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
-    probe = Probe(material.probe_sequences, exact=material.exact)
     mode = pool.choose_interruption(begun.sync.interruption)
     if begun.sync.release_memory:
         pool.check_memory_release()
-    return WeightPublisher(pool, transport, begun.run_id, probe, begun.sync, mode)
+    return WeightPublisher(pool, transport, begun.run_id, material.probe, begun.sync, mode)
 
 
 def _producer(

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError
@@ -17,11 +16,13 @@ from lightning_grpo.rollout.prompts import Prompts, PromptSet
 from lightning_grpo.rollout.verify import SHAPE, Requirements
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Prompt, Sampling
+from lightning_grpo.weights.probe import Probe
 
 logger = logging.getLogger(__name__)
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 32
+SHORT_PROBE_TOKENS = 12
 FINGERPRINT_ROWS = 64
 
 
@@ -36,7 +37,6 @@ class Material:
         sampling: Of training; None if the workflow keeps it to itself.
         prompts: Training prompts by dataset.
         val_prompts: Held-out prompts by name.
-        exact: Whether trainer and servers compute alike, in fp32 on CPUs.
         end_ids: Tokens that end a completion, as servers find them.
         config: Of the model.
     """
@@ -47,7 +47,6 @@ class Material:
     sampling: Sampling | None
     prompts: dict[str, PromptSet]
     val_prompts: dict[str, PromptSet]
-    exact: bool
     end_ids: frozenset[int] = frozenset()
     config: Any = None
 
@@ -95,14 +94,16 @@ class Material:
         return replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
 
     @property
-    def probe_sequences(self) -> tuple[tuple[int, ...], ...]:
-        """What servers and trainer score to prove a weight sync: the starts of a few prompts.
+    def probe(self) -> Probe:
+        """What servers, the sent weights and the policy score to prove a weight sync.
 
-        They are one sequence, since a server reads one request in one pass, and several in two.
+        The starts of a few prompts, end to end, and the start of one alone.
         """
         starts = [prompt.input_ids[:PROBE_TOKENS] for prompt in self._first_prompts(PROBE_PROMPTS)]
-        ids = tuple(i for start in starts[:PROBE_PROMPTS] for i in start)
-        return (ids[: self.context_tokens],)
+        joined = tuple(i for start in starts[:PROBE_PROMPTS] for i in start)
+        alone = starts[0][:SHORT_PROBE_TOKENS]
+        sequences = (joined[: self.context_tokens], alone[: self.context_tokens])
+        return Probe(tuple(ids for ids in sequences if len(ids) > 1))
 
     def _first_prompts(self, most: int) -> list[Prompt]:
         """A few prompts of every dataset."""
@@ -137,7 +138,6 @@ def open_material(settings: SessionSettings) -> Material:
         sampling,
         prompts,
         val_prompts,
-        exact=not torch.cuda.is_available(),
         end_ids=end_token_ids(settings.model_path, config, tokenizer),
         config=config,
     )

@@ -27,11 +27,12 @@ from lightning_grpo.session.gpu import current_gpu, serving_dtype, this_gpu
 from lightning_grpo.session.heap import QuietHeap
 from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
-from lightning_grpo.session.own_scores import own_scores
+from lightning_grpo.session.proof import TrainerProof, is_adapted, policy_scores
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Group, Sampling
 from lightning_grpo.validation import EvaluationBatch, joined_groups
 from lightning_grpo.weights.gather import gather_weights
+from lightning_grpo.weights.probe import SentScores
 from lightning_grpo.weights.proof import promised
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Snapshot
@@ -47,6 +48,7 @@ class _Lead:
     started: Future[None] | None = None
     beginning: Future[Beginning] = field(default_factory=Future)
     live: Live | None = None
+    proof: TrainerProof | None = None
 
     @asynccontextmanager
     async def build(self, settings: SessionSettings) -> AsyncIterator[RolloutProducer]:
@@ -132,6 +134,9 @@ class RolloutSession:
                     )
                 )
         self.channel.wait(started, what="the start of the servers")
+        if self._lead is not None and self._lead.proof is None and self.sync.verify:
+            kinds = {member.precision for member in self._live.pool.members}
+            self._lead.proof = TrainerProof(self._lead.material.probe, kinds)
         self._heap.freeze()
 
     def close(self) -> None:
@@ -188,50 +193,80 @@ class RolloutSession:
         if not trained and self._synced:
             return None
         version = self.version + int(trained)
-        lead = self._lead
         # Servers that somebody else started may hold weights of another run, so close to these
         # that they would pass for rounding.
         ours = self.settings.servers.can_restart
-        if ours and not trained and version == 0 and self.sync.verify:
-            expected = self._probe_scores(policy)
-            future = lead.service.run(self._live.publisher.adopt, 0, expected) if lead else None
-            adopted = self.channel.wait(future, what="the first probe of the servers")
-            if self.channel.broadcast(adopted):
-                self._finish_publish(version)
-                return None
+        if ours and not trained and version == 0 and self.sync.verify and self._adopt(policy):
+            self._finish_publish(version)
+            return None
         if self.sync.release_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the step cached is the servers' again
         snapshot: Future[Snapshot] = Future()
-        scores: Future[list[list[float]]] = Future()
+        sent: Future[SentScores] = Future()
+        turn: Future[None] = Future()
+        lead = self._lead
         future_report = None
         if lead is not None:
-            future_report = lead.service.run(
-                self._live.publisher.publish, snapshot, version, scores
+            publish = self._live.publisher.publish
+            future_report = lead.service.run(publish, snapshot, version, sent, turn)
+        with promised(snapshot, sent):
+            self.channel.wait(
+                turn if lead else None, what="the servers' last update", stoppable=False
             )
-        with promised(snapshot, scores):
-            # While the servers stop; then its side of the proof, while the weights travel.
-            snapshot.set_result(
-                gather_weights(policy, serving_dtype(), this_gpu(), keep=lead is not None)
-            )
-            if self.sync.verify:
-                scores.set_result(self._probe_scores(policy))
+            weights = self._gather(policy)  # while the servers stop
+            snapshot.set_result(weights)
+            if lead is not None and lead.proof is not None:
+                sent.set_result(lead.proof.score(policy, weights))  # while the weights travel
         self.report = self.channel.wait(
             future_report, what=f"the weight sync of version {version}", stoppable=False
         )
         self._finish_publish(version)
+        self._check_policy(policy, version, sent)
         return self.report
+
+    def _adopt(self, policy: nn.Module) -> bool:
+        """Whether the servers hold the weights of version 0 already, from the model's folder."""
+        lead, adopted = self._lead, None
+        weights = self._gather(policy)
+        sent: Future[SentScores] = Future()
+        if lead is not None and lead.proof is not None:
+            sent.set_result(lead.proof.score(policy, weights))
+            adopted = lead.service.run(self._live.publisher.adopt, 0, sent.result())
+        done = self.channel.wait(adopted, what="the first probe of the servers")
+        if not self.channel.broadcast(done):
+            return False
+        self._check_policy(policy, 0, sent)
+        return True
+
+    def _gather(self, policy: nn.Module) -> Snapshot:
+        lead = self._lead
+        memory = lead.proof.memory if lead is not None and lead.proof is not None else None
+        return gather_weights(
+            policy, serving_dtype(), this_gpu(), keep=lead is not None, into=memory
+        )
+
+    def _check_policy(self, policy: nn.Module, version: int, sent: Future[SentScores]) -> None:
+        """Prove that what was sent is what trains, while the servers work again."""
+        if not self.sync.verify:
+            return
+        lead = self._lead
+        sequences = self.channel.broadcast(lead.material.probe.sequences if lead else None)
+        scores, kind = policy_scores(policy, sequences)
+
+        def check() -> None:
+            assert lead is not None
+            assert lead.proof is not None
+            diff = lead.proof.check_policy(version, sent.result(), scores, kind, is_adapted(policy))
+            if self.report is not None:
+                self.report.sent_diff = diff
+
+        self.channel.on_rank_zero(check, what="the proof of what was sent")
 
     def release_memory(self) -> None:
         """Have the servers give their GPU memory back until the next publish."""
         lead = self._lead
         future = lead.service.run(self._live.publisher.release_memory) if lead else None
         self.channel.wait(future, what="the release of the servers' memory")
-
-    def _probe_scores(self, policy: nn.Module) -> list[list[float]]:
-        return own_scores(
-            policy,
-            self.channel.broadcast(self._lead.material.probe_sequences if self._lead else None),
-        )
 
     def _emit(self, name: str, **data: Any) -> None:
         if self.settings.on_event is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -43,7 +45,8 @@ def gather_weights(
     device: torch.device | str | None = None,
     *,
     keep: bool = True,
-) -> dict[str, Tensor]:
+    into: Mapping[str, Tensor] | None = None,
+) -> Mapping[str, Tensor]:
     """Copies every weight, whole, in the dtype that the servers run in.
 
     Collective where parameters are sharded: every rank must call it. Shards are cast before they
@@ -58,12 +61,13 @@ def gather_weights(
         dtype: Of the servers; None keeps each parameter's own.
         device: Where the copies go; None keeps each parameter's own.
         keep: Whether this rank wants the result (rank 0 does); the others get an empty dict.
+        into: What an earlier call returned: its memory is written to, and it is returned.
     """
     _reshard(module)
     parameters = dict(module.named_parameters())
     names = checkpoint_names(parameters, pretrained_prefix(module), tied=ties_head(module))
-    copies: dict[str, Tensor] = {}
-    if keep:
+    copies: Mapping[str, Tensor] = into or {}
+    if keep and into is None:
         wanted = {target: parameters[name] for name, target in names.items()}
         copies = empty_run(wanted, dtype, device)
     at_once: dict[str, Tensor] = {}

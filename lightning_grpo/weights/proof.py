@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from lightning_grpo.errors import GRPOError
-from lightning_grpo.weights.probe import Scores
+from lightning_grpo.weights.probe import SentScores
 from lightning_grpo.weights.transport import UpdateClient
 
 T = TypeVar("T")
-Expected = Scores | Future[Scores]
-"""The trainer's scores; of a future, which it may set while the weights travel."""
+Sent = SentScores | Future[SentScores]
+"""What the sent weights score; of a future, which the trainer may set while they travel."""
 
 
 class TrainerFailedError(GRPOError, RuntimeError):

@@ -20,10 +20,11 @@ import anyio.to_thread
 
 from lightning_grpo.errors import ServerError, WeightSyncError
 from lightning_grpo.types import NO_VERSION, Interruption
-from lightning_grpo.weights.probe import Probe, ProbeRecord, Scores
+from lightning_grpo.weights.probe import Probe, SentScores, ServerProof
 from lightning_grpo.weights.proof import (
-    Expected,
+    Sent,
     TrainerFailedError,
+    promised,
     require_trainer,
     scores_of,
     settled,
@@ -82,45 +83,55 @@ class WeightPublisher:
         self._run_id = run_id
         self._settings = settings or SyncSettings()
         self._interruption = interruption
-        self._record = ProbeRecord(probe) if probe is not None and self._settings.verify else None
+        self._proof = ServerProof(probe) if probe is not None and self._settings.verify else None
         self._turns = Turns()
-        self._current: tuple[int, Expected] | None = None
+        self._current: tuple[int, Sent] | None = None
         self._prepared = False
         self._restoring: set[Target] = set()
 
-    async def adopt(self, version: int, expected: Scores) -> bool:
+    async def adopt(self, version: int, sent: SentScores) -> bool:
         """Names what the servers loaded at their start `version`, if a probe says it is that.
 
         Spares the first publish, where trainer and servers began from the same folder.
 
+        Args:
+            version: Of the trainer's weights.
+            sent: What they would score if they were sent.
+
         Returns:
             Whether every server holds the weights; if not, `publish` is due.
         """
-        if self._record is None:
+        if self._proof is None:
             return False
         async with self._turns.take():
             for target in self._fleet.members:
                 await target.unpause()  # a run that crashed may have left it paused
-                scores = await self._score(target.client, f"{self._run_id}:adopt")
-                if not self._record.agrees(expected, scores):
+                scores = await self._score(target, target.client, f"{self._run_id}:adopt")
+                if not self._proof.agrees(sent, scores, target.precision):
                     return False
-            self._current = (version, expected)
+            self._current = (version, sent)
             for target in self._fleet.members:
                 await self._adopt(target, PublishReport(version))
         await self._fleet.resume()
         return True
 
     async def publish(
-        self, snapshot: Snapshot | Future[Snapshot], version: int, expected: Expected
+        self,
+        snapshot: Snapshot | Future[Snapshot],
+        version: int,
+        sent: Sent,
+        turn: Future[None] | None = None,
     ) -> PublishReport:
         """Brings `snapshot` to every server that lives, dirty ones included.
 
         Args:
-            snapshot: Whole weights by checkpoint name, not written to afterwards; of a future,
-                which may be set while the servers are interrupted.
+            snapshot: Whole weights by checkpoint name, not written to before the next publish has
+                its turn; of a future, which may be set while the servers are interrupted.
             version: Of these weights.
-            expected: The trainer's own scores of the probe under them (unused without a probe);
-                of a future, which may be set while the weights travel.
+            sent: What they score (unused without a probe); of a future, which may be set while
+                the weights travel.
+            turn: Set once no server is sent earlier weights any more, so that their memory may
+                be written to.
 
         Returns:
             What happened; `failures` names servers that are left behind.
@@ -133,7 +144,19 @@ class WeightPublisher:
                 transfer, and none is clean.
         """
         report = PublishReport(version)
+        turn = turn or Future()
+        with promised(turn):
+            return await self._publish(snapshot, sent, report, turn)
+
+    async def _publish(
+        self,
+        snapshot: Snapshot | Future[Snapshot],
+        sent: Sent,
+        report: PublishReport,
+        turn: Future[None],
+    ) -> PublishReport:
         async with self._turns.take():
+            turn.set_result(None)
             preparing = asyncio.ensure_future(self._prepare(snapshot, report))
             try:
                 if not self._transport.prepares_quickly:
@@ -145,14 +168,14 @@ class WeightPublisher:
                 preparing.cancel()
                 await self._fleet.resume()  # on the weights that they have
                 raise
-            self._current, self._prepared = (version, expected), True
+            self._current, self._prepared = (report.version, sent), True
             # A restarted server is `restore`'s: what was connected to it is gone.
             behind = [t for t in self._fleet.members if t.alive and t not in self._restoring]
             async with anyio.create_task_group() as tasks:
                 for target in tuple(behind):
                     target.mark_updating()
                     tasks.start_soon(self._bring, target, report, interrupted, behind)
-            require_trainer(expected)
+            require_trainer(sent)
         # Last of all: the trainer need not wait until what was held back is sent.
         await self._fleet.resume()
         if not report.updated:
@@ -192,8 +215,8 @@ class WeightPublisher:
             self._restoring.discard(target)
 
     async def _restore(self, target: Target) -> None:
-        if self._record is not None:
-            self._record.forget(target.url)
+        if self._proof is not None:
+            self._proof.forget(target.url)
         await self._transport.abandon(target)
         if self._current is None:
             return
@@ -270,7 +293,7 @@ class WeightPublisher:
             await transfer(self._transport, target, label, report, self._settings.request_timeout_s)
         except UpdateRefusedError as error:
             # Refused, or done and answered so (a flush that failed): the probe knows.
-            if self._record is None:
+            if self._proof is None:
                 raise
             logger.warning("%s; asking the probe", error)
             refusal = error
@@ -295,7 +318,7 @@ class WeightPublisher:
     ) -> None:
         # Sent while the server is still paused, the probe is there before what was held goes on:
         # one turn of the loop starts it, the next its requests.
-        proof = asyncio.create_task(self._probe(client, label, report))
+        proof = asyncio.create_task(self._probe(target, client, label, report))
         try:
             for _ in range(2):
                 await asyncio.sleep(0)
@@ -310,22 +333,28 @@ class WeightPublisher:
         """Names weights that the server loaded itself."""
         label = f"{self._run_id}:{report.version}"
         await target.client.update_weight_version(label)
-        await self._probe(target.client, label, report)
+        await self._probe(target, target.client, label, report)
         report.updated.append(target.url)
         target.mark_clean(report.version, label)
 
-    async def _probe(self, client: UpdateClient, label: str, report: PublishReport) -> None:
-        if self._record is None:
+    async def _probe(
+        self, target: Target, client: UpdateClient, label: str, report: PublishReport
+    ) -> None:
+        if self._proof is None:
             return
         assert self._current is not None
         version, given = self._current
         async with report.phase("probe", self._settings.request_timeout_s):
-            scores = await self._score(client, f"{label}:probe")
+            scores = await self._score(target, client, f"{label}:probe")
         async with report.phase("trainer", self._settings.request_timeout_s):
-            expected = await settled(given)
-        report.readings[client.url] = self._record.check(client.url, version, expected, scores)
+            sent = await settled(given)
+        report.readings[client.url] = self._proof.check(
+            client.url, version, sent, scores, target.precision
+        )
 
-    async def _score(self, client: UpdateClient, extra_key: str) -> list[list[float]]:
-        assert self._record is not None
-        sequences = self._record.probe.sequences
+    async def _score(
+        self, target: Target, client: UpdateClient, extra_key: str
+    ) -> list[list[float]]:
+        assert self._proof is not None
+        sequences = self._proof.sequences_for(target.url)
         return await scores_of(client, sequences, extra_key, self._settings.request_timeout_s)

@@ -52,6 +52,7 @@ class PublishReport:
         updated: The servers that hold the version now.
         readings: Their probes, where there is one.
         failures: Why the others do not.
+        sent_diff: What was sent against the policy, mean |dlogprob|; None where not compared.
     """
 
     version: int
@@ -61,15 +62,16 @@ class PublishReport:
     updated: list[str] = field(default_factory=list)
     readings: dict[str, Reading] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    sent_diff: float | None = None
 
     @property
     def probe_diff(self) -> float | None:
-        """The largest difference of a server from the trainer, mean |dlogprob|."""
+        """The largest difference of a server from what was sent, mean |dlogprob|."""
         return max((r.diff for r in self.readings.values()), default=None)
 
     @property
     def probe_change(self) -> float | None:
-        """How far the trainer moved since the previous version, mean |dlogprob|."""
+        """How far what was sent moved since the previous version, mean |dlogprob|."""
         changes = [r.change for r in self.readings.values() if r.change is not None]
         return max(changes, default=None)
 

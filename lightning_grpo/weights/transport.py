@@ -93,6 +93,11 @@ class Target(Protocol):
         ...
 
     @property
+    def precision(self) -> str:
+        """What it computes in, by its own name: `bfloat16`, `fp8`, ..."""
+        ...
+
+    @property
     def alive(self) -> bool:
         """Whether it can be talked to."""
         ...

@@ -206,7 +206,9 @@ class FakeServer:
         return web.json_response({"tokens": self.tokens, "count": len(self.tokens)})
 
     async def _server_info(self, request: web.Request) -> web.Response:
-        return web.json_response({"version": self.version, "tp_size": 1, **self.info})
+        return web.json_response(
+            {"version": self.version, "tp_size": 1, "dtype": "float32", **self.info}
+        )
 
     async def _generate(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.types import Completion, Sampling
 from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.probe import Probe
+from lightning_grpo.weights.probe import Probe, SentScores
 from lightning_grpo.weights.publisher import WeightPublisher
 from lightning_grpo.weights.report import PublishReport
 from tests.sglang.scoring import full_logprobs
 
 IN_FLIGHT = 16
 TOKENS = 150
-PROBE = Probe(((3, 9, 4, 200, 31), (77, 5, 12)), exact=True)
+PROBE = Probe(((3, 9, 4, 200, 31), (77, 5, 12)))
 
 
 class MovingWeights:
@@ -40,9 +40,11 @@ class MovingWeights:
                 parameter.copy_(self._first[name] + step)
         return self._model
 
-    def scores(self, version: int) -> list[list[float]]:
+    def scores(self, version: int) -> SentScores:
         model = self.at(version)
-        return [[0.0, *full_logprobs(model, list(ids)).tolist()] for ids in PROBE.sequences]
+        return SentScores(
+            [[0.0, *full_logprobs(model, list(ids)).tolist()] for ids in PROBE.sequences]
+        )
 
     async def publish(self, publisher: WeightPublisher, version: int) -> PublishReport:
         snapshot = {n: t.clone() for n, t in gather_weights(self.at(version)).items()}

@@ -45,10 +45,11 @@ def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_
     assert {name: len(p) for name, p in material.val_prompts.items()} == {"": 3}
     assert material.vocab_size == 512
     assert material.greedy == Sampling(max_new_tokens=6, temperature=0.0)
-    (probed,) = material.probe_sequences
+    probed, alone = material.probe.sequences
     (prompts,) = material.prompts.values()
     starts = [prompts[k].input_ids[:32] for k in range(4)]
     assert probed == tuple(i for start in starts for i in start)
+    assert alone == starts[0][:12]
     assert material.longest_prompt == max(len(p.input_ids) for p in (
         material.prompts[""][i] for i in range(12)))  # fmt: skip
 

@@ -18,7 +18,7 @@ from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.probe import Probe
+from lightning_grpo.weights.probe import Probe, SentScores
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place
@@ -26,7 +26,7 @@ from tests.fakes.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.anyio
 
-PROBE = Probe(((3, 9, 4, 200, 31), (77, 5, 12)), exact=True)
+PROBE = Probe(((3, 9, 4, 200, 31), (77, 5, 12)))
 FAST = HealthPolicy(interval_s=0.2, check_timeout_s=10.0, failed_checks=3)
 PROMPT = [10, 20, 30, 40]
 
@@ -59,7 +59,7 @@ class Trainer:
         return [0.0, *(logprobs[t, i].item() for t, i in enumerate(ids[1:]))]
 
     def probe(self, version):
-        return [self.scores(version, list(ids)) for ids in PROBE.sequences]
+        return SentScores([self.scores(version, list(ids)) for ids in PROBE.sequences])
 
     async def publish(self, publisher, version):
         return await publisher.publish(self.snapshot(version), version, self.probe(version))

@@ -51,6 +51,7 @@ def gather_on_a_rank(when: str) -> dict[str, list] | None:
     cast = gather_weights(policy, torch.bfloat16, keep=dist.get_rank() == 0)
     result = {name: tensor.tolist() for name, tensor in kept.items()}
     assert {tensor.dtype for tensor in cast.values()} <= {torch.bfloat16}
+    dist.barrier()
     dist.destroy_process_group()
     return result
 

@@ -13,7 +13,7 @@ from lightning_grpo.rollout.pool import ServerPool
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.disk import DiskTransport
-from lightning_grpo.weights.probe import Probe
+from lightning_grpo.weights.probe import Probe, Rounding, SentScores
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.proof import TrainerFailedError, promised
 from lightning_grpo.weights.publisher import ATTEMPTS, SyncSettings, WeightPublisher
@@ -23,7 +23,7 @@ from tests.fakes.server import FakeServer, Fault, make_table, table_scores
 pytestmark = pytest.mark.anyio
 
 FAST = HealthPolicy(interval_s=0.02, check_timeout_s=2.0, failed_checks=2)
-PROBE = Probe(((1, 2, 3, 4), (5, 6, 7)), exact=True)
+PROBE = Probe(((1, 2, 3, 4), (5, 6, 7)))
 TIMEOUT_S = 3.0
 
 
@@ -47,7 +47,7 @@ def snapshot(version):
 def expected(version):
     # Through fp32, as the servers receive them.
     table = torch.tensor(make_table(version)).tolist()
-    return [table_scores(table, list(ids)) for ids in PROBE.sequences]
+    return SentScores([table_scores(table, list(ids)) for ids in PROBE.sequences])
 
 
 @asynccontextmanager
@@ -450,7 +450,7 @@ async def test_an_update_that_says_yes_but_did_not_happen_makes_the_server_dirty
     other = FakeServer()
     async with fleet(tmp_path, DiskTransport(), server, other) as (pool, publisher):
         report = await publish(publisher, 1)
-        assert "does not hold version 1" in report.failures[server.url]
+        assert "holds other weights than were sent as version 1" in report.failures[server.url]
         assert server.paused
         assert pool.members[0].state is MemberState.DIRTY
         before = len(server.requests)
@@ -537,17 +537,60 @@ async def test_servers_that_hold_the_folders_weights_are_adopted_without_a_trans
 
 
 async def test_a_server_that_scores_to_the_last_bit_as_before_did_not_change(tmp_path):
-    # In a lower precision the first limit is wide: staying the same is what gives it away.
-    probe = Probe(PROBE.sequences, exact=False)
+    # In a lower precision the limit is wide: staying the same is what gives it away.
     close = torch.tensor(make_table(1)) + 0.1 * torch.tensor(make_table(7))
+    server = FakeServer(info={"dtype": "bfloat16"})
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        rounding = Rounding({"bfloat16": 0.05})
+        noisy = [[x + 0.05 for x in row] for row in expected(1).scores]
+        await publisher.publish(snapshot(1), 1, SentScores(noisy, rounding=rounding))
+        server.faults.append(Fault("/update_weights_from_disk", "ignore", times=99))
+        scores = [table_scores(close.tolist(), list(ids)) for ids in PROBE.sequences]
+        with pytest.raises((WeightSyncError, ServersLostError), match="kept old weights"):
+            await publisher.publish({"table": close}, 2, SentScores(scores, rounding=rounding))
+
+
+async def test_the_first_proof_of_a_server_is_thorough_and_later_ones_are_not(tmp_path):
+    probe = Probe(PROBE.sequences, thorough=((7, 8, 9, 10, 11),))
     server = FakeServer()
     async with fleet(tmp_path, DiskTransport(), server, probe=probe) as (_, publisher):
-        noisy = [[x + 0.05 for x in row] for row in expected(1)]
-        await publisher.publish(snapshot(1), 1, noisy)
-        server.faults.append(Fault("/update_weights_from_disk", "ignore", times=99))
-        scores = [table_scores(close.tolist(), list(ids)) for ids in probe.sequences]
-        with pytest.raises((WeightSyncError, ServersLostError), match="did not change"):
-            await publisher.publish({"table": close}, 2, scores)
+        table = torch.tensor(make_table(1)).tolist()
+        long = table_scores(table, list(probe.thorough[0]))
+        wrong = SentScores([*expected(1).scores, [x - 0.1 for x in long]])
+        with pytest.raises((WeightSyncError, ServersLostError), match="holds other weights"):
+            await publisher.publish(snapshot(1), 1, wrong)
+        right = SentScores([*expected(1).scores, long])
+        await publisher.publish(snapshot(1), 1, right)
+        server.calls.clear()
+        await publish(publisher, 2)
+        assert server.calls.count("/generate") == len(PROBE.sequences)
+
+
+async def test_weights_may_be_written_over_once_no_server_is_sent_them_any_more(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        first, second = Future(), Future()
+        publishing = asyncio.create_task(publisher.publish(snapshot(1), 1, first))
+        await until(lambda: server.label == "run:1")
+        turn = Future()
+        waiting = asyncio.create_task(publisher.publish(second, 2, expected(2), turn))
+        await asyncio.sleep(0.05)
+        assert not turn.done()
+        first.set_result(expected(1))
+        await publishing
+        await until(turn.done)
+        second.set_result(snapshot(2))
+        assert (await waiting).updated == [server.url]
+
+
+async def test_a_turn_that_never_comes_is_told(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        await publisher.close()
+        turn = Future()
+        with pytest.raises(WeightSyncError, match="was closed"):
+            await publisher.publish(snapshot(1), 1, expected(1), turn)
+        assert isinstance(turn.exception(), TrainerFailedError)
 
 
 async def test_without_a_probe_a_refusal_stands(tmp_path):
