@@ -5,6 +5,8 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | name | where | seen in |
 |---|---|---|
 | `_given_hyperparameters` | lightning.pytorch.core.mixins.hparams_mixin | lightning 2.6.6 |
+| `_destroy_dist_connection` | lightning.fabric.utilities.distributed | lightning 2.6.6 |
+| `_get_process_group_backend` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
 | `_optimizers_to_device` | lightning.fabric.utilities.optimizer | lightning 2.6.6 |
 | `_checkpoint_connector.hpc_save_path` | lightning.pytorch.trainer.Trainer | lightning 2.6.6 |
 | `_logger_connector.update_train_step_metrics` | lightning.pytorch.Trainer | lightning 2.6.6 |
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -35,6 +38,11 @@ def given_hyperparameters() -> Mapping[str, Any] | None:
     """What LightningCLI is building the module from, as it stands in the config."""
     given: Mapping[str, Any] | None = _given_hyperparameters.get()
     return given
+
+
+def destroy_dist_connection() -> None:
+    """Leave the default process group at the end of the program, whatever signals come."""
+    _destroy_dist_connection()
 
 
 def optimizers_to_device(optimizers: Iterable[torch.optim.Optimizer], device: torch.device) -> None:

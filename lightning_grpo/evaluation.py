@@ -125,7 +125,9 @@ class PromptMean(Metric):
     count: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        # Every rank has the scores of all prompts already. Gathering them would fail, too, where
+        # the ranks' group moves GPU tensors only, also on a single rank.
+        super().__init__(sync_on_compute=False)
         for name in ("total", "squares", "count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, distributed
 
 from lightning_grpo.evaluation import (
     Evaluation,
@@ -178,8 +178,9 @@ class EvaluatedModule(L.LightningModule):
         if step is None or self.trainer.state.fn == TrainerFn.FITTING:
             step = self.global_step
         record = self._means.record(step)
-        # Equal on all ranks already; Lightning would warn of what is not reduced.
-        self.log_dict(record.metrics, sync_dist=self.trainer.world_size > 1)
+        # Equal on all ranks already; Lightning would warn of what is not reduced, where there is
+        # a process group, if only of one rank.
+        self.log_dict(record.metrics, sync_dist=distributed.is_initialized())
         self.trainer.datamodule.evaluations.append(record)  # type: ignore[attr-defined]
 
     on_test_epoch_start = on_validation_epoch_start

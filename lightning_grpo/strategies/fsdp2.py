@@ -6,6 +6,7 @@ that name).
 
 from __future__ import annotations
 
+import atexit
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from typing_extensions import Protocol, override, runtime_checkable
 
-from lightning_grpo._compat import optimizers_to_device, set_data_parallel_size
+from lightning_grpo._compat import (
+    destroy_dist_connection,
+    optimizers_to_device,
+    set_data_parallel_size,
+)
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.strategies.checkpoints import (
     AtomicCheckpointIO,
@@ -98,8 +103,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
-            # Host tensors are reduced too (the gradients' norm) when parameters live there.
-            process_group_backend="cpu:gloo,cuda:nccl" if cpu_offload else None,
             timeout=timeout,
         )
         self._requested_size = data_parallel_size
@@ -120,6 +123,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         self._check()  # the first call at which the Trainer has set devices and precision
         super()._configure_launcher()
+
+    def _get_process_group_backend(self) -> str:
+        """On GPUs, too, tensors in host memory are reduced: metrics, norms of offloaded shards."""
+        backend = super()._get_process_group_backend()
+        if backend != "nccl":
+            return backend
+        atexit.register(destroy_dist_connection)  # as Lightning does for plain `nccl`
+        return "cpu:gloo,cuda:nccl"
 
     @override
     def setup_environment(self) -> None:

@@ -7,6 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import (
@@ -51,6 +52,22 @@ def test_a_mean_has_the_interval_of_its_prompts_and_none_for_one():
     one = PromptMean()
     one.update(torch.tensor([1.0]))
     assert math.isnan(one.half_width())
+
+
+@pytest.fixture
+def group_of_one_device():
+    """A process group as NCCL's: it moves tensors of GPUs and no others."""
+    dist.init_process_group("cuda:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_mean_asks_nothing_of_a_group_that_moves_gpu_tensors_only(group_of_one_device):
+    with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
+        dist.all_reduce(torch.zeros(1))
+    mean = PromptMean()
+    mean.update(torch.tensor([0.0, 1.0]))
+    assert float(mean.compute()) == 0.5
 
 
 def test_scores_are_read_in_order_of_prompts_and_samples():

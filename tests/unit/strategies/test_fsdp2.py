@@ -7,6 +7,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
@@ -106,3 +107,11 @@ def test_a_module_that_can_not_be_sharded_says_what_is_missing(module, message, 
     strategy.setup_environment()
     with pytest.raises(ConfigError, match=message):
         strategy.setup(runner)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_the_ranks_of_gpus_can_reduce_what_lies_in_host_memory_too(device, backend):
+    strategy = FSDP2Strategy()
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.parallel_devices = [torch.device(device, 0)]
+    assert strategy._get_process_group_backend() == backend
