@@ -6,7 +6,7 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 |---|---|---|
 | `_given_hyperparameters` | lightning.pytorch.core.mixins.hparams_mixin | lightning 2.6.6 |
 | `_destroy_dist_connection` | lightning.fabric.utilities.distributed | lightning 2.6.6 |
-| `_get_process_group_backend` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
+| `_get_process_group_backend` | lightning ... ModelParallelStrategy | lightning 2.6.6 |
 | `_optimizers_to_device` | lightning.fabric.utilities.optimizer | lightning 2.6.6 |
 | `_checkpoint_connector.hpc_save_path` | lightning.pytorch.trainer.Trainer | lightning 2.6.6 |
 | `_logger_connector.update_train_step_metrics` | lightning.pytorch.Trainer | lightning 2.6.6 |
