@@ -17,6 +17,7 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import Evaluation, EvaluationRecord
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
+from lightning_grpo.policy.memory import ADAPTER_FRACTION, ModelSize, training_bytes
 from lightning_grpo.rollout.curriculum import Curriculum
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, by_name
@@ -29,6 +30,7 @@ from lightning_grpo.session.ranks import connect_ranks
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Group, Prompt
 from lightning_grpo.validation import EvaluationLoader, evaluation_loaders
 from lightning_grpo.weights.publisher import PublishReport
@@ -317,7 +319,22 @@ class RolloutDataModule(L.LightningDataModule):
             make_prompt=self.make_prompt if overridden else None,
             seed=next(iter(self.prompts.values())).seed,
             deterministic=torch.are_deterministic_algorithms_enabled(),
+            training_bytes=self._training_bytes if contract.is_fitting(self.trainer) else None,
             on_event=self.on_event,
+        )
+
+    def _training_bytes(self, size: ModelSize) -> int:
+        """What training takes of a GPU, for servers that share it."""
+        trainer, strategy = self._attached, self._attached.strategy
+        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        return training_bytes(
+            size,
+            module.max_tokens_per_microbatch,
+            ranks=trainer.world_size,
+            sharded=isinstance(strategy, FSDP2Strategy),
+            checkpointing=module.gradient_checkpointing,
+            trained_fraction=ADAPTER_FRACTION if module.lora is not None else 1.0,
+            offloaded=isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload,
         )
 
     def _channel(self) -> RankChannel:

@@ -135,7 +135,7 @@ class GRPOModule(EvaluatedModule):
         self.truncation: Truncation = hparams.from_plain(truncation)
         self._optimizer = hparams.factory(optimizer) or default_optimizer
         self._lr_scheduler = hparams.factory(lr_scheduler)
-        self._gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
         self._reference = ReferencePolicy(self.kl, model, self._model_kwargs, self.lora is not None)
@@ -171,7 +171,7 @@ class GRPOModule(EvaluatedModule):
             if self.lora is not None:
                 self.lora.add_to(model)
             self.policy = PackedPolicy(model)
-            if self._gradient_checkpointing:
+            if self.gradient_checkpointing:
                 checkpoint_activations(self.policy.model)
 
     def sharding_root(self) -> nn.Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_grpo.errors import ServerError
+from lightning_grpo.servers.sizing import ServerLoad
 
 TAIL_LINES = 25
 TAIL_BYTES = 16 << 10
@@ -50,6 +51,10 @@ class Servers(ABC):
     api_key: str | None = None
     deterministic: bool = False
     """Whether equal requests must get equal bits; set before `start` by a deterministic run."""
+    fits_load: bool = False
+    """Whether servers are started to suit what the run will ask of them."""
+    load: ServerLoad | None = None
+    """What the run will ask; set before `start` where `fits_load`."""
 
     @abstractmethod
     def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:

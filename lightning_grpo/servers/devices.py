@@ -6,9 +6,6 @@ import subprocess
 
 from lightning_grpo.servers.environment import visible_devices
 
-SHARED_MEMORY_FRACTION = 0.4
-"""What a server takes of a GPU that the trainer uses, too."""
-
 
 def present_devices() -> list[int]:
     """The GPUs that this process may use, by their number on the machine."""
@@ -32,6 +29,24 @@ def machine_devices() -> list[int]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [int(line) for line in listed.stdout.split()]
+
+
+def device_bytes(device: int) -> int:
+    """Memory of a GPU, by its number on the machine; 0 where nobody tells."""
+    try:
+        said = subprocess.run(
+            [
+                *("nvidia-smi", f"--id={device}", "--query-gpu=memory.total"),
+                "--format=csv,noheader,nounits",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        return int(said.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
 
 
 def serving_devices(present: list[int]) -> list[int]:

@@ -14,6 +14,7 @@ from lightning_grpo.errors import GRPOError
 from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.servers.mailbox import BEAT_S, POLL_S, NodeMailbox, Request
 from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.sizing import ServerLoad
 
 
 class ServerNode:
@@ -61,6 +62,8 @@ class ServerNode:
             self._servers = build_servers(arguments["servers"])
             self._servers.host = self._host
             self._servers.dedicated = True
+            if arguments.get("load"):
+                self._servers.load = ServerLoad(**arguments["load"])
             run_dir = Path(arguments["run_dir"]) / f"node-{self._node}"
             return self._servers.start(arguments["model_path"], run_dir)
         if what == "restart" and self._servers is not None:

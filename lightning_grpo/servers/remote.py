@@ -6,6 +6,7 @@ import inspect
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ class NodeServers(Servers):
         self._handles: list[tuple[int, ServerHandle]] = []
         self._stopping = threading.Event()
 
+    def _node_load(self) -> dict[str, Any] | None:
+        """Each node's part of the load, as JSON has it."""
+        if self.load is None:
+            return None
+        return asdict(replace(self.load, in_flight=-(-self.load.in_flight // self.num_nodes)))
+
+    @property
+    def fits_load(self) -> bool:  # type: ignore[override]
+        """As what the nodes start."""
+        return self.servers.fits_load
+
     @property
     def can_restart(self) -> bool:
         """Always: the nodes own them."""
@@ -70,6 +82,7 @@ class NodeServers(Servers):
             "model_path": _shared(model_path),
             "run_dir": str(run_dir.absolute()),
             "servers": describe_servers(self.servers),
+            "load": self._node_load(),
         }
         asked = [self._mailbox.ask(node, "start", **request) for node in range(self.num_nodes)]
         limit_s = self.servers.start_timeout_s + STOP_TIMEOUT_S

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.servers.devices import (
-    SHARED_MEMORY_FRACTION,
-    present_devices,
-    serving_devices,
-)
+from lightning_grpo.servers.devices import device_bytes, present_devices, serving_devices
 from lightning_grpo.servers.installed import ServerPython, resolve_python
 from lightning_grpo.servers.owned import OwnedServers
 from lightning_grpo.servers.ports import free_ports
 from lightning_grpo.servers.process import Launch
+from lightning_grpo.servers.sizing import SHARED_FRACTION, ServerSize, size_servers
 
 OWN_FLAGS = ("model-path", "port", "tp-size", "mem-fraction-static")
 """Flags that have a parameter, or that the run sets itself."""
@@ -50,16 +47,19 @@ class SGLangServers(OwnedServers):
         num_servers: How many; None: as many as `devices` allow.
         tp: GPUs of one server (tensor parallel).
         devices: GPUs that serve; None: half of the machine's, rounded up; a single GPU is shared.
-        memory_fraction: Of a GPU's memory for weights and cache; None: 0.4 on a shared GPU, else
-            SGLang's own choice.
+        memory_fraction: Of a GPU's memory for weights and cache; None: what the run's requests
+            need, as far as a trainer on the same GPU leaves room.
         python: Interpreter that has SGLang; "auto": what `lightning-grpo install-server` made,
             else this one.
         port_range: Where free ports are looked for, the end excluded.
         start_timeout_s: How long all of them may take to answer (kernels may have to be compiled).
         log_dir: Where their output goes; None: `servers/` in the run's folder.
         flags: Further flags of `sglang.launch_server`: `{"attention-backend": "triton"}`; true is
-            a bare flag, false and null leave it out.
+            a bare flag, false and null leave it out. What the run would choose (requests at once,
+            graphs, context, cache) gives way to what stands here.
     """
+
+    fits_load = True
 
     def __init__(
         self,
@@ -83,7 +83,15 @@ class SGLangServers(OwnedServers):
         self.start_timeout_s = start_timeout_s
         self.log_dir = log_dir
         self.flags = {key.lstrip("-").replace("_", "-"): v for key, v in (flags or {}).items()}
+        self._size: ServerSize | None = None
         self._check()
+
+    def describe(self) -> str:
+        """One line a server, and what was chosen for all of them."""
+        lines = [super().describe()]
+        if self._size is not None:
+            lines.append(self._size.describe())
+        return "\n".join(lines)
 
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
         """One `sglang.launch_server` for each group of `tp` GPUs."""
@@ -92,10 +100,18 @@ class SGLangServers(OwnedServers):
         groups, shared = self._device_groups(on_cpu)
         folder = Path(self.log_dir) if self.log_dir else run_dir / "servers"
         ports = free_ports(len(groups), self.port_range)
-        flags = {"host": self.host} | (CPU_FLAGS if on_cpu else {}) | self.flags
+        chosen: dict[str, Any] = dict(CPU_FLAGS) if on_cpu else {}
         fraction = self.memory_fraction
-        if fraction is None and shared:
-            fraction = SHARED_MEMORY_FRACTION
+        if not on_cpu:
+            self._size = self._fit(groups, shared)
+            chosen = dict(self._size.flags) if self._size is not None else {}
+            if fraction is not None:
+                chosen.pop("max-total-tokens", None)  # as much as it holds
+            elif self._size is not None:
+                fraction = self._size.memory_fraction
+            elif shared:
+                fraction = SHARED_FRACTION
+        flags = {"host": self.host} | chosen | self.flags
         environment = CPU_ENVIRONMENT if on_cpu else {}
         return [
             Launch(
@@ -112,6 +128,15 @@ class SGLangServers(OwnedServers):
             )
             for slot, (group, port) in enumerate(zip(groups, ports, strict=True))
         ]
+
+    def _fit(self, groups: list[tuple[int, ...]], shared: bool) -> ServerSize | None:
+        """How the servers suit the run's load; None where nobody said what it is."""
+        if self.load is None:
+            return None
+        gpu_bytes = min(device_bytes(device) for group in groups for device in group)
+        return size_servers(
+            self.load, len(groups), gpu_bytes, tp=self.tp, shared=shared, given=self.flags
+        )
 
     def _on_cpu(self, installed: ServerPython) -> bool:
         return self.flags.get("device", installed.device) == "cpu"

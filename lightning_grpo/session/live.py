@@ -143,6 +143,8 @@ async def open_live(
     """
     settings.servers.deterministic = settings.deterministic
     try:
+        if settings.servers.fits_load:
+            settings.servers.load = await anyio.to_thread.run_sync(material.load_of, settings)
         handles = await anyio.to_thread.run_sync(
             settings.servers.start, settings.model_path, settings.run_dir
         )

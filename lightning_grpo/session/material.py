@@ -12,8 +12,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import check_source, load_tokenizer
+from lightning_grpo.policy.memory import HALF, model_size
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
 from lightning_grpo.rollout.verify import SHAPE, Requirements
+from lightning_grpo.servers.sizing import ServerLoad
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Prompt, Sampling
 from lightning_grpo.weights.probe import Probe
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 32
 SHORT_PROBE_TOKENS = 12
+CONTEXT_STEP = 64
+MEASURED_PROMPTS = 20_000
 FINGERPRINT_ROWS = 64
 
 
@@ -69,6 +73,37 @@ class Material:
     def num_prompts(self) -> int:
         """Rows of all datasets."""
         return sum(map(len, self.prompts.values()))
+
+    def load_of(self, settings: SessionSettings) -> ServerLoad:
+        """What the run will ask of its servers."""
+        in_flight = (settings.max_staleness + 1) * settings.batch_size * settings.group_size
+        context, needed = self.context_tokens, None
+        if self.sampling is not None and settings.workflow.asks_once:
+            needed = self._longest_of_all() + self.sampling.max_new_tokens
+            needed = -(-needed // CONTEXT_STEP) * CONTEXT_STEP
+        known = [tokens for tokens in (context, needed) if tokens is not None]
+        size = model_size(self.config)
+        if size is None:
+            return ServerLoad(in_flight, min(known, default=None), vocab_size=self.vocab_size)
+        estimate = settings.training_bytes
+        return ServerLoad(
+            in_flight,
+            min(known, default=None),
+            weight_bytes=size.parameters * HALF,
+            kv_bytes_per_token=size.kv_bytes_per_token,
+            vocab_size=self.vocab_size,
+            trainer_bytes=estimate(size) if estimate is not None else 0,
+        )
+
+    def _longest_of_all(self) -> int:
+        """Tokens of the longest prompt; of very large datasets a guess from those seen."""
+        sets = [*self.prompts.values(), *self.val_prompts.values()]
+        longest = 0
+        for each in sets:
+            rows = range(min(len(each), MEASURED_PROMPTS))
+            found = max(len(each[i].input_ids) for i in rows)
+            longest = max(longest, found if len(each) == len(rows) else 2 * found)
+        return longest
 
     def requirements(self, run_id: str) -> Requirements:
         """What a server must be like to serve this run."""

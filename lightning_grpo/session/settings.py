@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.evaluation import Evaluation
+from lightning_grpo.policy.memory import ModelSize
 from lightning_grpo.rollout.curriculum import Curriculum
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts
@@ -39,6 +40,7 @@ class SessionSettings:
         deterministic: Take groups strictly in the order of admission, and ask servers to answer
             equal requests with equal bits.
         allow_biased_sampling: Whether top_p, top_k are allowed in training.
+        training_bytes: Estimates what the trainer needs of its GPU; None: it does not train.
         on_event: Told of every fetch, admission, finish, take, sync and advance.
     """
 
@@ -59,6 +61,7 @@ class SessionSettings:
     seed: int = 0
     deterministic: bool = False
     allow_biased_sampling: bool = False
+    training_bytes: Callable[[ModelSize], int] | None = None
     on_event: Callable[..., None] | None = None
 
     @property

@@ -110,7 +110,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
         self.reshard_after_forward = reshard_after_forward
-        self._cpu_offload = cpu_offload
+        self.cpu_offload = cpu_offload
 
     @property
     def compute_dtype(self) -> str:
@@ -152,7 +152,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         root = self._sharding_root()
         if not is_sharded(root):
-            self.shard(root, self._cpu_offload)
+            self.shard(root, self.cpu_offload)
         if any(p.is_meta for p in root.parameters()):
             self._materialize(root)
         self.model_to_device()
@@ -161,7 +161,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if fitting and not self._cpu_offload:
+        if fitting and not self.cpu_offload:
             optimizers_to_device(self.optimizers, self.root_device)
 
     def shard(self, module: nn.Module, cpu_offload: bool) -> None:
@@ -179,7 +179,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def model_to_device(self) -> None:
         assert self.model is not None
-        if not self._cpu_offload:
+        if not self.cpu_offload:
             super().model_to_device()
             return
         for buffer in self.model.buffers():
@@ -258,7 +258,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`{type(module).__name__}` was built on the meta device and has no method "
                 "`materialize(module, device)` to fill it. Build it with its values."
             )
-        module.materialize(root, torch.device("cpu") if self._cpu_offload else self.root_device)
+        module.materialize(root, torch.device("cpu") if self.cpu_offload else self.root_device)
         left = [name for name, p in root.named_parameters() if p.is_meta]
         left += [name for name, b in root.named_buffers() if b.is_meta]
         if left:
@@ -291,7 +291,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`data_parallel_size` must be auto or the number of ranks ({size}), got "
                 f"{self._requested_size}."
             )
-        if self._cpu_offload and self.root_device.type == "cpu":
+        if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
 
 
