@@ -31,7 +31,7 @@ from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.types import Group, Prompt
+from lightning_grpo.types import Group, Prompt, RolloutProgress
 from lightning_grpo.validation import EvaluationLoader, evaluation_loaders
 from lightning_grpo.weights.publisher import PublishReport
 
@@ -261,6 +261,10 @@ class RolloutDataModule(L.LightningDataModule):
         if self.session is not None:
             self.session.close()
             self.session.channel.close()
+
+    def progress(self) -> RolloutProgress | None:
+        """How far the next rollout batch is; rank 0 only, from any thread."""
+        return None if self.session is None else self.session.progress()
 
     def health(self) -> dict[str, float]:
         """`health/...` of rank 0's event loop; empty elsewhere."""

@@ -159,6 +159,23 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutProgress:
+    """How far the rollouts are while somebody waits for them.
+
+    Attributes:
+        done: Completed trajectories of the next rollout batch.
+        wanted: Trajectories of a rollout batch.
+        evaluated: Completed trajectories of held-out prompts, since the start of the run.
+        tokens: Tokens of all completed requests, since the start of the run.
+    """
+
+    done: int
+    wanted: int
+    evaluated: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """All trajectories of one prompt; advantages are computed within it.
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from lightning_grpo.callbacks.views import MinibatchView, evaluated_step, logged_numbers
+from lightning_grpo.callbacks.views import (
+    MinibatchView,
+    Rolling,
+    evaluated_step,
+    logged_numbers,
+)
+from lightning_grpo.types import RolloutProgress
 
 _MEAN_OVER = 5
+_FIRST_WORD_S, _NEXT_WORD_S, _REDRAW_S = 10.0, 30.0, 1.0
+"""Where there is no terminal: a wait is told after so long, and then so often."""
 
 
 class GRPOProgress(ProgressBar):
@@ -33,6 +45,7 @@ class GRPOProgress(ProgressBar):
         self._enabled = self._with_bar = True
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._wait: WaitTeller | None = None
 
     def disable(self) -> None:
         """Say nothing (Lightning calls it on other ranks)."""
@@ -62,13 +75,21 @@ class GRPOProgress(ProgressBar):
         self._with_bar = all(is_default_bar(other) for other in others)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar on a terminal."""
+        """Open the bar on a terminal, and begin to tell of long waits."""
+        self._begin_to_wait(trainer, _ROLLOUTS)
         if not (self._enabled and self._with_bar and self._console.is_terminal):
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._bar = Progress(*columns, console=self._console, transient=True, auto_refresh=False)
         self._task = self._bar.add_task("train", total=total_steps(trainer))
         self._bar.start()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The wait for this batch is over."""
+        if self._wait is not None:
+            self._wait.end()
 
     def on_train_batch_end(
         self,
@@ -79,6 +100,7 @@ class GRPOProgress(ProgressBar):
         batch_idx: int,
     ) -> None:
         """Move the bar; after the last step on a rollout batch, say the line."""
+        self._begin_to_wait(trainer, _ROLLOUTS)
         if batch.is_last:
             metrics = logged_numbers(trainer)
             if "reward/mean" in metrics:
@@ -91,6 +113,7 @@ class GRPOProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say in the bar why training waits."""
         self._move(trainer.global_step, "held-out prompts")
+        self._begin_to_wait(trainer, _HELD_OUT)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say the held-out scores."""
@@ -98,7 +121,12 @@ class GRPOProgress(ProgressBar):
         if scores and not trainer.sanity_checking:
             self._say(evaluation_line(evaluated_step(trainer), scores))
         self._move(trainer.global_step, "train")
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._begin_to_wait(trainer, _ROLLOUTS)
+        else:
+            self._close()
 
+    on_test_start = on_validation_start
     on_test_end = on_validation_end
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -111,6 +139,24 @@ class GRPOProgress(ProgressBar):
         """Close the bar, so that the terminal is left as it was."""
         self._close()
 
+    def _begin_to_wait(self, trainer: L.Trainer, what: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if self._wait is None and self._enabled and isinstance(data, Rolling):
+            self._wait = WaitTeller(data.progress, self._tell)
+            self._wait.start()
+        if self._wait is not None:
+            self._wait.begin(what)
+
+    def _tell(self, words: str, waited_s: float, told_s: float) -> bool:
+        """Show how far a wait is: in the bar at once, else in a line now and then."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=words, refresh=True)
+            return True
+        if waited_s < _FIRST_WORD_S or told_s < _NEXT_WORD_S:
+            return False
+        self._say(words)
+        return True
+
     def _say(self, line: str) -> None:
         if self._enabled:
             self._console.print(line, markup=False, soft_wrap=True)
@@ -120,9 +166,81 @@ class GRPOProgress(ProgressBar):
             self._bar.update(self._task, completed=step, description=what, refresh=True)
 
     def _close(self) -> None:
+        if self._wait is not None:
+            self._wait.close()
+            self._wait = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+_ROLLOUTS, _HELD_OUT = "rollouts", "held-out prompts"
+
+
+class WaitTeller:
+    """Tells how far a wait for completions is, from a thread of its own.
+
+    Args:
+        progress: How far the rollouts are; None: not known.
+        tell: Given the words, the seconds waited, and those since it last returned True.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        progress: Callable[[], RolloutProgress | None],
+        tell: Callable[[str, float, float], bool],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._progress, self._tell, self._clock = progress, tell, clock
+        self._what = ""
+        self._since = self._told = -math.inf
+        self._before: tuple[float, RolloutProgress] | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="wait teller", daemon=True)
+
+    def start(self) -> None:
+        """Look once a second from now on."""
+        self._thread.start()
+
+    def begin(self, what: str) -> None:
+        """A wait begins."""
+        self._what, self._since, self._before = what, self._clock(), None
+
+    def end(self) -> None:
+        """The wait is over."""
+        self._what = ""
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closed.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        """Tell now, if there is a wait and something is known of it."""
+        what, since, now = self._what, self._since, self._clock()
+        progress = self._progress() if what else None
+        if progress is None:
+            return
+        if self._before is None:
+            self._before = (now, progress)
+            return
+        words = wait_words(what, progress, self._before[1], now - self._before[0])
+        if self._what == what and self._tell(words, now - since, now - self._told):
+            self._told = now
+
+    def _run(self) -> None:
+        while not self._closed.wait(_REDRAW_S):
+            self.look()
+
+
+def wait_words(what: str, now: RolloutProgress, before: RolloutProgress, seconds: float) -> str:
+    """How far a wait is: completions done of those wanted, and how fast tokens come."""
+    done = f"{now.evaluated - before.evaluated:,}"
+    if what == _ROLLOUTS:
+        done = f"{now.done:,} of {now.wanted:,}"
+    speed = (now.tokens - before.tokens) / max(seconds, 1e-9)
+    return f"{what} | {done} completions | {speed:,.0f} tokens/s | {seconds:.0f} s"
 
 
 def is_default_bar(bar: ProgressBar) -> bool:

@@ -8,7 +8,7 @@ import lightning as L
 from typing_extensions import Protocol, runtime_checkable
 
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.types import Group
+from lightning_grpo.types import Group, RolloutProgress
 
 
 class RolloutView(Protocol):
@@ -41,6 +41,15 @@ class MinibatchView(Protocol):
     @property
     def is_last(self) -> bool:
         """Whether it is the last one on its rollout batch."""
+        ...
+
+
+@runtime_checkable
+class Rolling(Protocol):
+    """A data module that knows how far its rollouts are."""
+
+    def progress(self) -> RolloutProgress | None:
+        """How far the next rollout batch is."""
         ...
 
 

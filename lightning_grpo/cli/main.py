@@ -72,8 +72,9 @@ def _run(command: str, module: str, arguments: list[str]) -> int:
     run: Callable[[list[str]], int] = import_module(f"lightning_grpo.cli.{module}").run
     try:
         return run(arguments)
-    except (GRPOError, KeyboardInterrupt) as error:
-        if wants_traceback():
+    except (GRPOError, KeyboardInterrupt, RuntimeError) as error:
+        known = isinstance(error, GRPOError | KeyboardInterrupt) or is_out_of_memory(error)
+        if wants_traceback() or not known:
             raise
         code, lines = explain(error)
         if isinstance(error, StopRun) and error.saved_to:
@@ -89,7 +90,19 @@ def _run(command: str, module: str, arguments: list[str]) -> int:
     return code
 
 
-def explain(error: GRPOError | KeyboardInterrupt) -> tuple[int, list[str]]:
+_ROOM = (
+    "lower `model.max_tokens_per_microbatch`, set `model.gradient_checkpointing: true` or "
+    "`model.lora`, shard over more GPUs (`fsdp2`); where a server shares the GPU, lower "
+    "`data.servers.memory_fraction`, too. Then go on with `--ckpt_path last`."
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was full; torch is not imported to find out."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def explain(error: GRPOError | KeyboardInterrupt | RuntimeError) -> tuple[int, list[str]]:
     """The exit code and the words for what ended a command."""
     match error:
         case StopRun():
@@ -98,9 +111,10 @@ def explain(error: GRPOError | KeyboardInterrupt) -> tuple[int, list[str]]:
             return 128 + _SIGINT, ["stopped: interrupted"]
         case ConfigError():
             return _MISUSED, [f"error: {error}"]
-        case _:
-            hint = "(LIGHTNING_GRPO_TRACEBACK=1 shows where it came from)"
-            return _FAILED, [f"{type(error).__name__}: {error}", hint]
+    lines = [f"{type(error).__name__}: {error}"]
+    if is_out_of_memory(error):
+        lines = [f"the trainer's GPU is full: {str(error).splitlines()[0]}", _ROOM]
+    return _FAILED, [*lines, "(LIGHTNING_GRPO_TRACEBACK=1 shows where it came from)"]
 
 
 def resume_command(command: str, arguments: list[str], checkpoint: str) -> str:

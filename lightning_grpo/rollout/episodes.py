@@ -56,6 +56,7 @@ class Episode:
     def __init__(self, runner: EpisodeRunner, request: Request, seed_path: tuple[int, ...]) -> None:
         self.tokenizer: Tokenizer = runner.tokenizer
         self.num_tokens = 0
+        self._tally = runner.tally
         self.temperatures: set[float] = set()
         self.length_limit: int | None = None
         self._generator = runner.generator
@@ -77,6 +78,7 @@ class Episode:
             seed=seed,
         )
         self.num_tokens += len(completion.token_ids)
+        self._tally.tokens += len(completion.token_ids)
         self.temperatures.add(chosen.temperature)
         self.length_limit = chosen.max_new_tokens
         return completion
@@ -101,6 +103,19 @@ class Attempt:
 
 
 @dataclass
+class Tally:
+    """What was completed since the start of the run.
+
+    Attributes:
+        evaluated: Episodes of held-out prompts.
+        tokens: Of all requests.
+    """
+
+    evaluated: int = 0
+    tokens: int = 0
+
+
+@dataclass
 class EpisodeRunner:
     """What every episode shares.
 
@@ -119,6 +134,7 @@ class EpisodeRunner:
     tokenizer: Tokenizer
     group_size: int = 8
     seed: int = 0
+    tally: Tally = field(default_factory=Tally)
 
     async def run(
         self, prompt: Prompt, request: Request, attempt: Attempt, num_samples: int | None = None
@@ -168,6 +184,7 @@ class EpisodeRunner:
         if checked.num_turns > 1:
             first = checked.response_mask.index(True)
             transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
+        self.tally.evaluated += request.priority
         attempt.trajectories[sample] = replace(
             checked, length_limit=episode.length_limit, transcript=transcript
         )

@@ -30,7 +30,7 @@ from lightning_grpo.rollout.ledger import Ledger
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.runs import Backlog, GroupRun
-from lightning_grpo.types import Group, Outcome, Prompt, PromptKey, Sampling
+from lightning_grpo.types import Group, Outcome, Prompt, PromptKey, RolloutProgress, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,17 @@ class RolloutProducer:
                 return self._hand_over(tickets, version)
             with anyio.move_on_after(left_s):
                 await changed.wait()
+
+    def progress(self) -> RolloutProgress:
+        """How far the next rollout batch is."""
+        size, tally = self.gate.batch_size, self.runner.tally
+        runs = [self._backlog.runs[ticket] for ticket in sorted(self._backlog.runs)[:size]]
+        done = sum(
+            len(run.attempt.trajectories if run.group is None else run.group.trajectories)
+            for run in runs
+        )
+        wanted = size * self.runner.group_size
+        return RolloutProgress(done, wanted, tally.evaluated, tally.tokens)
 
     def advance(self, version: int) -> None:
         """The servers have new weights: slots of the batches trained on become free.

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.loader import RolloutSource
+from lightning_grpo.types import RolloutProgress
 from lightning_grpo.validation import EvaluationBatch
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 
@@ -63,6 +64,10 @@ class Session(RolloutSource, Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+        ...
+
+    def progress(self) -> RolloutProgress | None:
+        """How far the next rollout batch is, if that is known here; from any thread."""
         ...
 
     def health(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, GRPOError
 from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
@@ -29,7 +29,7 @@ from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
 from lightning_grpo.session.proof import TrainerProof, is_adapted, policy_scores
 from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.types import Group, Sampling
+from lightning_grpo.types import Group, RolloutProgress, Sampling
 from lightning_grpo.validation import EvaluationBatch, joined_groups
 from lightning_grpo.weights.gather import gather_weights
 from lightning_grpo.weights.probe import SentScores
@@ -341,6 +341,16 @@ class RolloutSession:
         self.version = int(state["version"])
         self.run_id = str(state["run_id"])
         self._restored = state["producer"]
+
+    def progress(self) -> RolloutProgress | None:
+        """How far the next rollout batch is; rank 0 only, from any thread."""
+        lead = self._lead
+        if lead is None or lead.live is None or not lead.service.is_live:
+            return None
+        try:
+            return lead.service.call(lead.live.producer.progress)
+        except GRPOError:  # it has ended meanwhile, which others will say
+            return None
 
     def health(self) -> dict[str, float]:
         """How late the event loop was; rank 0 only, empty elsewhere."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections import deque
 
 import pytest
@@ -10,10 +11,12 @@ from rich.console import Console
 
 from lightning_grpo.callbacks.progress import (
     GRPOProgress,
+    WaitTeller,
     evaluation_line,
     progress_line,
     waiting_fraction,
 )
+from lightning_grpo.types import RolloutProgress
 from tests.fakes.tiny_run import TinyData, TinyEvaluation, TinyModule
 
 METRICS = {
@@ -102,3 +105,78 @@ def test_a_bar_with_settings_of_its_own_stays(make_trainer, console, printed):
     trainer.fit(TinyModule(), datamodule=TinyData())
     assert bar.is_enabled
     assert "step 4/4" in printed()
+
+
+class Waiting:
+    """A wait that is looked at by hand, on a clock that is set."""
+
+    def __init__(self, tells=lambda waited_s, told_s: True):
+        self.now = 100.0
+        self.progress = RolloutProgress(0, 64, 0, 0)
+        self.told = []
+        self.tells = tells
+        self.teller = WaitTeller(lambda: self.progress, self.tell, lambda: self.now)
+
+    def tell(self, words, waited_s, told_s):
+        if not self.tells(waited_s, told_s):
+            return False
+        self.told.append(words)
+        return True
+
+    def after(self, seconds, done=0, evaluated=0, tokens=0):
+        self.now += seconds
+        self.progress = RolloutProgress(done, 64, evaluated, tokens)
+        self.teller.look()
+
+
+def test_a_wait_for_rollouts_is_told_by_completions_and_tokens():
+    waiting = Waiting()
+    waiting.teller.begin("rollouts")
+    waiting.after(0)
+    waiting.after(10, done=16, tokens=5_000)
+    assert waiting.told == ["rollouts | 16 of 64 completions | 500 tokens/s | 10 s"]
+
+
+def test_a_wait_for_held_out_prompts_counts_their_answers_alone():
+    waiting = Waiting()
+    waiting.teller.begin("held-out prompts")
+    waiting.after(0, evaluated=300)
+    waiting.after(4, done=16, evaluated=340, tokens=8_000)
+    assert waiting.told == ["held-out prompts | 40 completions | 2,000 tokens/s | 4 s"]
+
+
+def test_nothing_is_told_of_a_wait_that_is_over_or_of_which_nothing_is_known():
+    waiting = Waiting()
+    waiting.after(10)
+    waiting.teller.begin("rollouts")
+    waiting.progress = None
+    waiting.teller.look()
+    waiting.teller.end()
+    waiting.after(10)
+    assert waiting.told == []
+
+
+def test_without_a_terminal_a_wait_is_told_after_ten_seconds_then_every_thirty(printed, console):
+    progress = GRPOProgress(console)
+    waiting = Waiting()
+    waiting.tell = lambda words, waited_s, told_s: progress._tell(words, waited_s, told_s)
+    waiting.teller._tell = waiting.tell
+    waiting.teller.begin("rollouts")
+    for second in range(60):
+        waiting.after(1, done=second)
+    seconds = [line.rpartition("| ")[2] for line in printed().splitlines()]
+    assert seconds == ["9 s", "39 s"]
+
+
+class Rolling(TinyData):
+    def progress(self):
+        return RolloutProgress(1, 4, 0, 100)
+
+
+def test_a_run_begins_and_ends_the_teller(make_trainer, console):
+    before = threading.active_count()
+    make_trainer(callbacks=[GRPOProgress(console)]).fit(TinyModule(), datamodule=Rolling())
+    make_trainer(callbacks=[GRPOProgress(console)], limit_val_batches=1).validate(
+        TinyModule(), datamodule=Rolling()
+    )
+    assert threading.active_count() == before

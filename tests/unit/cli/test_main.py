@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
 from lightning_grpo.cli.main import COMMANDS, available_commands, explain, main
@@ -75,6 +76,11 @@ def test_the_user_may_ask_for_tracebacks(monkeypatch):
         (StopRun("saved at step 4", signal.SIGINT), 130, "stopped: saved at step 4"),
         (KeyboardInterrupt(), 130, "stopped: interrupted"),
         (ServerStartError("no answer"), 1, "ServerStartError: no answer"),
+        (
+            torch.OutOfMemoryError("Tried to allocate 9 GiB.\nSee ..."),
+            1,
+            "the trainer's GPU is full: Tried to allocate 9 GiB.",
+        ),
     ],
 )
 def test_what_ended_a_command_decides_its_exit_code(error, code, words):
