@@ -1,0 +1,211 @@
+"""Rollout throughput with no flag set, against what hand-tuning finds; three loads.
+
+Each load is a number of requests at once, in groups that share a prompt, and of new tokens each,
+all of which are sampled. `chosen` are the servers as the package sizes them; the others are set by
+hand. Servers of one load start side by side (their start is the CPU's work) and are measured in
+turn, twice, through the package's own client. `share` is that of `chosen` over the best by hand.
+The rule: at least 0.95 on each load.
+
+    python -m benchmarks.h200.server_sizes --small MODEL --out sizes.json
+    python -m benchmarks.h200.server_sizes --loads small --variants chosen twice --out sizes.json
+    python -m benchmarks.h200.server_sizes --smoke --out sizes.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from benchmarks.h200.serving import (
+    hardware,
+    make_model,
+    parse_arguments,
+    server_python,
+    write_report,
+)
+from lightning_grpo.policy.memory import HALF, model_size
+from lightning_grpo.rollout.pool import PoolLimits, ServerPool
+from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.sglang import SGLangServers
+from lightning_grpo.servers.sizing import ServerLoad
+from lightning_grpo.shipped import resolve_path
+from lightning_grpo.types import Sampling
+
+GROUP, PROMPT_TOKENS, ROUNDS = 16, 100, 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked.
+
+    Attributes:
+        model: `small` (a folder that is given) or `large` (1.5B, random weights).
+        in_flight: Requests at once.
+        new_tokens: Of each.
+    """
+
+    model: str
+    in_flight: int
+    new_tokens: int
+
+
+LOADS = {
+    "small": Load("small", 2048, 320),
+    "large": Load("large", 3072, 512),
+    "long": Load("large", 256, 4096),
+}
+# What a user would try: as many as SGLang takes, all by graphs; larger prefills; no detokenizer;
+# several servers on one GPU, since one scheduler's Python bounds a small model.
+ALL = {"enable-prefill-delayer": False, "cuda-graph-max-bs-prefill": 512}
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "chosen": (1, {}),
+    "no delay": (1, {"enable-prefill-delayer": False}),
+    "all at once": (1, ALL | {"max-running-requests": 4096, "cuda-graph-max-bs-decode": 4096}),
+    "half at once": (1, ALL | {"max-running-requests": 1024, "cuda-graph-max-bs-decode": 1024}),
+    "large prefills": (1, {"chunked-prefill-size": 32768, "max-prefill-tokens": 32768}),
+    "long delay": (
+        1,
+        {
+            "enable-prefill-delayer": True,
+            "prefill-delayer-queue-min-ratio": 0.3,
+            "prefill-delayer-max-delay-passes": 30,
+        },
+    ),
+    "twice": (2, {}),
+}
+
+
+def servers_of(
+    name: str, load: Load, model: Path, work: Path, args: argparse.Namespace
+) -> list[OwnedServers]:
+    """One variant's servers, not started yet."""
+    count, flags = VARIANTS[name]
+    if args.smoke:
+        return [EmbeddedServers(1, max_running_requests=64) for _ in range(count)]
+    base: dict[str, Any] = {"sampling-backend": "pytorch"} | args.flags.get(load.model, {})
+    config = AutoConfig.from_pretrained(model)
+    size = model_size(config)
+    assert size is not None
+    made = []
+    for _ in range(count):
+        servers = SGLangServers(
+            1, devices=[args.serve_device], python=server_python(work), flags=base | flags
+        )
+        servers.load = ServerLoad(
+            -(-load.in_flight // count),
+            -(-(PROMPT_TOKENS + load.new_tokens) // 64) * 64,
+            weight_bytes=size.parameters * HALF,
+            kv_bytes_per_token=size.kv_bytes_per_token,
+            vocab_size=config.vocab_size,
+        )
+        made.append(servers)
+    return made
+
+
+async def generate(pool: ServerPool, load: Load, vocab: int, seed: int) -> float:
+    """All requests at once; tokens/s."""
+    noise = random.Random(seed)
+    sampling = Sampling(max_new_tokens=load.new_tokens, min_new_tokens=load.new_tokens)
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(load.in_flight // GROUP):
+            prompt = [noise.randrange(5, vocab) for _ in range(PROMPT_TOKENS)]
+            for _ in range(GROUP):
+                tasks.create_task(pool.generate(prompt, sampling, group_key=tuple(prompt[:4])))
+    return load.in_flight * load.new_tokens / (time.perf_counter() - started)
+
+
+def measure(started: list[OwnedServers], load: Load, vocab: int) -> dict[str, Any]:
+    """Some rounds through one pool."""
+
+    async def run() -> list[float]:
+        handles = [handle for servers in started for handle in servers.handles]
+        limits = PoolLimits(together=True)
+        async with ServerPool(
+            handles, Requirements("bench"), lambda ids: "", limits=limits
+        ) as pool:
+            return [await generate(pool, load, vocab, k) for k in range(ROUNDS)]
+
+    rates = asyncio.run(run())
+    return {
+        "tokens_per_s": round(max(rates)),
+        "rounds": [round(rate) for rate in rates],
+        "started_as": [servers.describe() for servers in started],
+    }
+
+
+def start(servers: OwnedServers, model: Path, folder: Path) -> OwnedServers | str:
+    """The servers, or why they did not start."""
+    try:
+        servers.start(str(model), folder)
+    except Exception:  # noqa: BLE001 - a variant that does not start is a result
+        return traceback.format_exc()[-1500:]
+    return servers
+
+
+def of_load(name: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """All variants of one load: started together, measured in turn."""
+    load = LOADS[name]
+    model = args.small if load.model == "small" else make_model(args.model)
+    if args.smoke:
+        load, model = Load("small", 64, 24), Path(resolve_path("shipped:quickstart"))
+    vocab = AutoConfig.from_pretrained(model).vocab_size
+    found = report["loads"][name] = {"requests": load.in_flight, "new_tokens": load.new_tokens}
+    work = Path(tempfile.mkdtemp())
+    planned = {v: servers_of(v, load, model, work, args) for v in args.variants}
+    began = time.monotonic()
+    with ThreadPoolExecutor(16) as threads:
+        waiting = {
+            variant: [
+                threads.submit(start, servers, model, work / f"{variant}-{k}".replace(" ", "-"))
+                for k, servers in enumerate(all_servers)
+            ]
+            for variant, all_servers in planned.items()
+        }
+        ready = {variant: [f.result() for f in futures] for variant, futures in waiting.items()}
+    print(f"== {name}: started after {time.monotonic() - began:.0f} s", flush=True)
+    try:
+        for variant, each in ready.items():
+            errors = [one for one in each if isinstance(one, str)]
+            if errors:
+                found[variant] = {"error": errors[0]}
+            else:
+                found[variant] = measure([s for s in each if not isinstance(s, str)], load, vocab)
+            print(name, variant, found[variant], flush=True)
+    finally:
+        for all_servers in planned.values():
+            for servers in all_servers:
+                servers.stop()
+    by_hand = [found[v]["tokens_per_s"] for v in args.variants[1:] if "tokens_per_s" in found[v]]
+    if by_hand and "tokens_per_s" in found.get("chosen", {}):
+        found["share"] = round(found["chosen"]["tokens_per_s"] / max(by_hand), 3)
+    write_report(args.out, report)
+
+
+def main() -> None:
+    """Each load in turn."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--small", type=Path, help="folder of SmolLM2-135M-Instruct")
+    args = parse_arguments(parser)
+    args.flags = {"small": {"attention-backend": "triton"}, "large": {"attention-backend": "fa3"}}
+    report: dict[str, Any] = {"hardware": hardware(), "loads": {}}
+    for name in args.loads:
+        of_load(name, args, report)
+
+
+if __name__ == "__main__":
+    main()
