@@ -114,7 +114,7 @@ def newest(folder: Path) -> Path:
 def curve(folder: Path) -> dict[str, Any]:
     """From all metrics below a folder: the figures of each step, and every validation."""
     found: dict[str, Any] = {name: [] for name in CURVE} | {"held_out": {}}
-    for file in sorted(folder.rglob("metrics.csv"), key=lambda path: path.stat().st_mtime):
+    for file in sorted(folder.rglob("metrics*.csv"), key=lambda path: path.stat().st_mtime):
         with file.open() as rows:
             for row in csv.DictReader(rows):
                 for name, column in CURVE.items():

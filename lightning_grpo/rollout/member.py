@@ -111,6 +111,11 @@ class Member:
         return self.facts.info.precision
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether it computes on a CPU, whatever the trainer does."""
+        return self.facts.info.device == "cpu"
+
+    @property
     def alive(self) -> bool:
         """Whether it can be talked to."""
         return self.state is not MemberState.DEAD

@@ -106,6 +106,7 @@ class ServerInfo(msgspec.Struct):
     tp_size: int = 1
     vocab_size: int | None = None
     dtype: str = "unknown"
+    device: str = "cuda"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
 

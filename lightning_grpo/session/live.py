@@ -211,7 +211,12 @@ def _scorer(settings: SessionSettings) -> RewardScorer:
 def _publisher(
     settings: SessionSettings, material: Material, begun: Beginning, pool: ServerPool
 ) -> WeightPublisher:
-    transport = choose_transport(begun.sync.transport, settings.servers, begun.trainer_gpu)
+    transport = choose_transport(
+        begun.sync.transport,
+        settings.servers,
+        begun.trainer_gpu,
+        on_cpu=any(member.on_cpu for member in pool.members),
+    )
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
     mode = pool.choose_interruption(begun.sync.interruption)

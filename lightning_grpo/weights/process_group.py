@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
+from dataclasses import replace
 
 import torch
 
@@ -59,6 +60,8 @@ class ProcessGroupTransport(Transport):
     def prepare(self, snapshot: Snapshot, version: int) -> int:
         """Flattens the weights, on whichever device they are."""
         self._buckets = make_buckets(snapshot, self._bucket_bytes)
+        if self.backend == "gloo":  # which moves what is in host memory
+            self._buckets = [replace(b, flat=b.flat.cpu()) for b in self._buckets]
         return sum(bucket.flat.nbytes for bucket in self._buckets)
 
     async def send(self, target: Target, label: str, timeout_s: float) -> None:

@@ -27,6 +27,13 @@ def test_the_transport_follows_from_where_trainer_and_servers_are(trainer_gpu, s
     assert type(choose_transport(None, servers_on(*serving), trainer_gpu)) is kind
 
 
+def test_a_server_on_a_cpu_beside_a_trainer_on_a_gpu_joins_a_group_of_the_cpus():
+    # Of a running server that is local the only GPU is known, not whether it uses it.
+    chosen = choose_transport(None, servers_on(0), 0, on_cpu=True)
+    assert isinstance(chosen, ProcessGroupTransport)
+    assert chosen.backend == "gloo"
+
+
 def test_a_given_transport_is_kept():
     given = DiskTransport()
     assert choose_transport(given, servers_on(0), 0) is given
