@@ -274,14 +274,30 @@ def _quiet_lightning() -> Iterator[None]:
     # Of Lightning's own code, about nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(_is_news)
+    # What is resumed has a folder with checkpoints.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    for handler in handlers:
+        handler.addFilter(is_news)
     try:
         yield
     finally:
-        logger.removeFilter(_is_news)
+        for handler in handlers:
+            handler.removeFilter(is_news)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Neither advertising nor a list of the hardware that is not there."""
-    return "Tip: " not in record.getMessage() and " available: False" not in record.getMessage()
+_NO_NEWS = (
+    "Tip: ",
+    " available: False",  # hardware that is not there
+    "Initializing distributed: GLOBAL_RANK",
+    "distributed_backend=",
+    "that has Tensor Cores",  # matrix products are bf16 where that matters
+    "LOCAL_RANK: ",
+)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's says something of this run that its user doesn't know."""
+    message = record.getMessage()
+    return not any(words in message for words in _NO_NEWS)

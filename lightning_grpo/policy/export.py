@@ -12,6 +12,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_grpo.policy.load import without_bars
+
 
 def export_policy(
     model: PreTrainedModel,
@@ -63,7 +65,8 @@ def _write(
     model.config.use_cache = True
     try:
         values = None if state_dict is None else dict(state_dict)
-        model.save_pretrained(folder, state_dict=values)
+        with without_bars():
+            model.save_pretrained(folder, state_dict=values)
     finally:
         model.config.use_cache = use_cache
     if tokenizer is not None:

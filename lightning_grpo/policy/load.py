@@ -126,15 +126,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    with _without_bars():
+    with without_bars():
         policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
     assert isinstance(policy, PreTrainedModel)
     return policy
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Loading is quick or happens on every rank: a bar for each says nothing."""
+def without_bars() -> Iterator[None]:
+    """Reading and writing are quick or happen on every rank: a bar for each says nothing."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

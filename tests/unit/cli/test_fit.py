@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lightning_grpo.cli.fit import split_configs
 from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.runs import last_checkpoint, version_of
 from lightning_grpo.cli.sources import collect
-from lightning_grpo.cli.trainer_cli import run_cli
+from lightning_grpo.cli.trainer_cli import is_news, run_cli
 from lightning_grpo.errors import ConfigError
 from tests.fakes.cli_stubs import GRPOModule, RolloutDataModule
 
@@ -266,3 +267,17 @@ def test_one_thread_is_used_on_cpus_unless_the_user_chose(run, monkeypatch):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("line", "news"),
+    [
+        ("You are using a CUDA device ('NVIDIA H200') that has Tensor Cores. To ...", False),
+        ("Initializing distributed: GLOBAL_RANK: 0, MEMBER: 1/1", False),
+        ("----\ndistributed_backend=nccl\nAll distributed processes registered.", False),
+        ("TPU available: False, using: 0 TPU cores", False),
+        ("Restored all states from the checkpoint at step=4.ckpt", True),
+    ],
+)
+def test_of_lightnings_lines_those_are_shown_that_say_something_new(line, news):
+    assert is_news(logging.makeLogRecord({"msg": line})) is news
