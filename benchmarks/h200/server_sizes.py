@@ -66,52 +66,46 @@ LOADS = {
     "large": Load("large", 3072, 512),
     "long": Load("large", 256, 4096),
 }
-# What a user would try: as many as SGLang takes, all by graphs; larger prefills; no detokenizer;
-# several servers on one GPU, since one scheduler's Python bounds a small model.
-ALL = {"enable-prefill-delayer": False, "cuda-graph-max-bs-prefill": 512}
-VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "chosen": (1, {}),
-    "no delay": (1, {"enable-prefill-delayer": False}),
-    "all at once": (1, ALL | {"max-running-requests": 4096, "cuda-graph-max-bs-decode": 4096}),
-    "half at once": (1, ALL | {"max-running-requests": 1024, "cuda-graph-max-bs-decode": 1024}),
-    "large prefills": (1, {"chunked-prefill-size": 32768, "max-prefill-tokens": 32768}),
-    "long delay": (
-        1,
-        {
-            "enable-prefill-delayer": True,
-            "prefill-delayer-queue-min-ratio": 0.3,
-            "prefill-delayer-max-delay-passes": 30,
-        },
-    ),
-    "twice": (2, {}),
+# What a user would try: one server and all requests at once, by graphs; without what spaces
+# prefills; larger prefills; longer waits; more servers on the GPU.
+ONE = {"enable-prefill-delayer": False, "cuda-graph-max-bs-prefill": 512}
+ALL = {"max-running-requests": 4096, "cuda-graph-max-bs-decode": 4096}
+HALF_OF_THEM = {"max-running-requests": 1024, "cuda-graph-max-bs-decode": 1024}
+VARIANTS: dict[str, tuple[int | None, dict[str, Any]]] = {
+    "chosen": (None, {}),
+    "no delay": (None, {"enable-prefill-delayer": False}),
+    "one": (1, ONE | ALL),
+    "one, half at once": (1, ONE | HALF_OF_THEM),
+    "two": (2, {}),
+    "three": (3, {}),
+    "six": (6, {}),
+    "large prefills": (None, {"chunked-prefill-size": 32768, "max-prefill-tokens": 32768}),
 }
 
 
 def servers_of(
     name: str, load: Load, model: Path, work: Path, args: argparse.Namespace
-) -> list[OwnedServers]:
+) -> OwnedServers:
     """One variant's servers, not started yet."""
     count, flags = VARIANTS[name]
     if args.smoke:
-        return [EmbeddedServers(1, max_running_requests=64) for _ in range(count)]
+        return EmbeddedServers(count or 1, max_running_requests=64)
     base: dict[str, Any] = {"sampling-backend": "pytorch"} | args.flags.get(load.model, {})
     config = AutoConfig.from_pretrained(model)
     size = model_size(config)
     assert size is not None
-    made = []
-    for _ in range(count):
-        servers = SGLangServers(
-            1, devices=[args.serve_device], python=server_python(work), flags=base | flags
-        )
-        servers.load = ServerLoad(
-            -(-load.in_flight // count),
-            -(-(PROMPT_TOKENS + load.new_tokens) // 64) * 64,
-            weight_bytes=size.parameters * HALF,
-            kv_bytes_per_token=size.kv_bytes_per_token,
-            vocab_size=config.vocab_size,
-        )
-        made.append(servers)
-    return made
+    servers = SGLangServers(
+        count, devices=[args.serve_device], python=server_python(work), flags=base | flags
+    )
+    servers.load = ServerLoad(
+        load.in_flight,
+        load.in_flight,
+        -(-(PROMPT_TOKENS + load.new_tokens) // 64) * 64,
+        weight_bytes=size.parameters * HALF,
+        kv_bytes_per_token=size.kv_bytes_per_token,
+        vocab_size=config.vocab_size,
+    )
+    return servers
 
 
 async def generate(pool: ServerPool, load: Load, vocab: int, seed: int) -> float:
@@ -127,22 +121,20 @@ async def generate(pool: ServerPool, load: Load, vocab: int, seed: int) -> float
     return load.in_flight * load.new_tokens / (time.perf_counter() - started)
 
 
-def measure(started: list[OwnedServers], load: Load, vocab: int) -> dict[str, Any]:
+def measure(servers: OwnedServers, load: Load, vocab: int) -> dict[str, Any]:
     """Some rounds through one pool."""
 
     async def run() -> list[float]:
-        handles = [handle for servers in started for handle in servers.handles]
         limits = PoolLimits(together=True)
-        async with ServerPool(
-            handles, Requirements("bench"), lambda ids: "", limits=limits
-        ) as pool:
+        pool = ServerPool(servers.handles, Requirements("bench"), lambda ids: "", limits=limits)
+        async with pool:
             return [await generate(pool, load, vocab, k) for k in range(ROUNDS)]
 
     rates = asyncio.run(run())
     return {
         "tokens_per_s": round(max(rates)),
         "rounds": [round(rate) for rate in rates],
-        "started_as": [servers.describe() for servers in started],
+        "started_as": servers.describe(),
     }
 
 
@@ -167,27 +159,20 @@ def of_load(name: str, args: argparse.Namespace, report: dict[str, Any]) -> None
     planned = {v: servers_of(v, load, model, work, args) for v in args.variants}
     began = time.monotonic()
     with ThreadPoolExecutor(16) as threads:
-        waiting = {
-            variant: [
-                threads.submit(start, servers, model, work / f"{variant}-{k}".replace(" ", "-"))
-                for k, servers in enumerate(all_servers)
-            ]
-            for variant, all_servers in planned.items()
-        }
-        ready = {variant: [f.result() for f in futures] for variant, futures in waiting.items()}
+        folders = {variant: work / variant.replace(" ", "-") for variant in planned}
+        waiting = {v: threads.submit(start, s, model, folders[v]) for v, s in planned.items()}
+        ready = {variant: future.result() for variant, future in waiting.items()}
     print(f"== {name}: started after {time.monotonic() - began:.0f} s", flush=True)
     try:
-        for variant, each in ready.items():
-            errors = [one for one in each if isinstance(one, str)]
-            if errors:
-                found[variant] = {"error": errors[0]}
+        for variant, servers in ready.items():
+            if isinstance(servers, str):
+                found[variant] = {"error": servers}
             else:
-                found[variant] = measure([s for s in each if not isinstance(s, str)], load, vocab)
+                found[variant] = measure(servers, load, vocab)
             print(name, variant, found[variant], flush=True)
     finally:
-        for all_servers in planned.values():
-            for servers in all_servers:
-                servers.stop()
+        for servers in planned.values():
+            servers.stop()
     by_hand = [found[v]["tokens_per_s"] for v in args.variants[1:] if "tokens_per_s" in found[v]]
     if by_hand and "tokens_per_s" in found.get("chosen", {}):
         found["share"] = round(found["chosen"]["tokens_per_s"] / max(by_hand), 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ from lightning_grpo.servers.installed import ServerPython, resolve_python
 from lightning_grpo.servers.owned import OwnedServers
 from lightning_grpo.servers.ports import free_ports
 from lightning_grpo.servers.process import Launch
-from lightning_grpo.servers.sizing import SHARED_FRACTION, ServerSize, size_servers
+from lightning_grpo.servers.sizing import (
+    SHARED_FRACTION,
+    ServerSize,
+    servers_per_gpu,
+    size_servers,
+)
 
 OWN_FLAGS = ("model-path", "port", "tp-size", "mem-fraction-static")
 """Flags that have a parameter, or that the run sets itself."""
@@ -44,7 +50,8 @@ class SGLangServers(OwnedServers):
     `lightning-grpo install-server --cpu` made.
 
     Args:
-        num_servers: How many; None: as many as `devices` allow.
+        num_servers: How many; None: one for each `tp` of `devices`, and several on each where a
+            small model leaves a GPU waiting for its server (`tp` 1).
         tp: GPUs of one server (tensor parallel).
         devices: GPUs that serve; None: half of the machine's, rounded up; a single GPU is shared.
         memory_fraction: Of a GPU's memory for weights and cache; None: what the run's requests
@@ -97,13 +104,13 @@ class SGLangServers(OwnedServers):
         """One `sglang.launch_server` for each group of `tp` GPUs."""
         installed = resolve_python(self.python)
         on_cpu = self._on_cpu(installed)
-        groups, shared = self._device_groups(on_cpu)
+        groups, shared, per_gpu = self._device_groups(on_cpu)
         folder = Path(self.log_dir) if self.log_dir else run_dir / "servers"
         ports = free_ports(len(groups), self.port_range)
         chosen: dict[str, Any] = dict(CPU_FLAGS) if on_cpu else {}
         fraction = self.memory_fraction
         if not on_cpu:
-            self._size = self._fit(groups, shared)
+            self._size = self._fit(groups, shared, per_gpu)
             chosen = dict(self._size.flags) if self._size is not None else {}
             if fraction is not None:
                 chosen.pop("max-total-tokens", None)  # as much as it holds
@@ -129,13 +136,19 @@ class SGLangServers(OwnedServers):
             for slot, (group, port) in enumerate(zip(groups, ports, strict=True))
         ]
 
-    def _fit(self, groups: list[tuple[int, ...]], shared: bool) -> ServerSize | None:
+    def _fit(self, groups: list[tuple[int, ...]], shared: bool, per_gpu: int) -> ServerSize | None:
         """How the servers suit the run's load; None where nobody said what it is."""
         if self.load is None:
             return None
         gpu_bytes = min(device_bytes(device) for group in groups for device in group)
         return size_servers(
-            self.load, len(groups), gpu_bytes, tp=self.tp, shared=shared, given=self.flags
+            self.load,
+            len(groups),
+            gpu_bytes,
+            tp=self.tp,
+            per_gpu=per_gpu,
+            shared=shared,
+            given=self.flags,
         )
 
     def _on_cpu(self, installed: ServerPython) -> bool:
@@ -150,10 +163,10 @@ class SGLangServers(OwnedServers):
             self.devices if self.devices is not None else serving_devices(present_devices())
         )
 
-    def _device_groups(self, on_cpu: bool) -> tuple[list[tuple[int, ...]], bool]:
-        """The GPUs of each server, and whether the trainer uses them, too."""
+    def _device_groups(self, on_cpu: bool) -> tuple[list[tuple[int, ...]], bool, int]:
+        """The GPUs of each server, whether the trainer uses them too, and servers on each GPU."""
         if on_cpu:
-            return [()] * (self.num_servers or 1), False
+            return [()] * (self.num_servers or 1), False, 1
         present = present_devices()
         ours = present if self.dedicated else serving_devices(present)
         devices = self.devices if self.devices is not None else ours
@@ -164,6 +177,12 @@ class SGLangServers(OwnedServers):
                 " RunningServers for servers elsewhere, or `flags: {device: cpu}` with an"
                 " environment made by `lightning-grpo install-server --cpu`."
             )
+        per_gpu = 1
+        if self.num_servers is None and self.tp == 1 and self.load is not None:
+            per_gpu = servers_per_gpu(self.load, len(devices), os.cpu_count() or 1)
+        elif self.num_servers is not None and self.tp == 1:
+            per_gpu = max(1, self.num_servers // len(devices))
+        devices = list(devices) * per_gpu
         num_servers = self.num_servers or len(devices) // self.tp
         if num_servers * self.tp > len(devices) or num_servers < 1:
             raise ConfigError(
@@ -171,7 +190,7 @@ class SGLangServers(OwnedServers):
                 f" {self.num_servers} x {self.tp} for GPUs {devices}."
             )
         groups = [tuple(devices[i * self.tp : (i + 1) * self.tp]) for i in range(num_servers)]
-        return groups, len(present) == 1 and not self.dedicated
+        return groups, len(present) == 1 and not self.dedicated, per_gpu
 
     def _check(self) -> None:
         if self.num_servers is not None and self.num_servers < 1:

@@ -28,6 +28,12 @@ LOGIT_BYTES = 16
 SPARE_TOKENS = 1.05
 """Pages are not always full."""
 FEWEST_REQUESTS = 64
+"""The least that the cache must hold at once."""
+ENOUGH_REQUESTS = 256
+"""One more server on the same GPU must have so many requests of its own to be worth it."""
+SMALL_WEIGHTS, MOST_PER_GPU, CORES_PER_SERVER = 4 * GIB, 4, 4
+"""A server's scheduler is one thread of Python, which takes some 15 microseconds for each token.
+Below about 2B parameters a GPU waits for it, and serves several of them in turn."""
 MAX_RUNNING = 4096
 """More requests in one decoding step than any server was measured with."""
 PREFILL_TOKENS = 8192
@@ -44,6 +50,8 @@ class ServerLoad:
 
     Attributes:
         in_flight: Requests at once, at most.
+        batch: Of one rollout batch; 0: not known. More are not decoded side by side, so that the
+            oldest batch is done first and batches don't all end together.
         context_tokens: Longest sequence, prompt and completion together; None: the model's own.
         weight_bytes: Of the model as servers hold it; 0: not known.
         kv_bytes_per_token: Of keys and values, as servers hold them; 0: not known.
@@ -52,6 +60,7 @@ class ServerLoad:
     """
 
     in_flight: int
+    batch: int = 0
     context_tokens: int | None = None
     weight_bytes: int = 0
     kv_bytes_per_token: int = 0
@@ -78,12 +87,22 @@ class ServerSize:
         return ", ".join(self.notes)
 
 
+def servers_per_gpu(load: ServerLoad, num_gpus: int, cores: int) -> int:
+    """How many servers of one GPU each are worth starting on each GPU."""
+    if not 0 < load.weight_bytes <= SMALL_WEIGHTS:
+        return 1
+    at_once = (load.batch or load.in_flight) // num_gpus
+    most = min(MOST_PER_GPU, cores // (CORES_PER_SERVER * num_gpus), at_once // ENOUGH_REQUESTS)
+    return max(1, most)
+
+
 def size_servers(
     load: ServerLoad,
     num_servers: int,
     gpu_bytes: int,
     *,
     tp: int = 1,
+    per_gpu: int = 1,
     shared: bool = False,
     given: Mapping[str, Any] | None = None,
 ) -> ServerSize:
@@ -94,6 +113,7 @@ def size_servers(
         num_servers: How many.
         gpu_bytes: Memory of each GPU; 0: not known.
         tp: GPUs of each server, which divide weights and cache.
+        per_gpu: Servers on each GPU, which divide its memory.
         shared: Whether the trainer uses the same GPU.
         given: The user's own flags, by name; what follows from one follows from it.
 
@@ -102,7 +122,8 @@ def size_servers(
     """
     given = given or {}
     requests = -(-load.in_flight // num_servers)
-    running = int(given.get("max-running-requests", min(max(requests, 1), MAX_RUNNING)))
+    at_once = -(-min(load.batch or load.in_flight, load.in_flight) // num_servers)
+    running = int(given.get("max-running-requests", min(max(at_once, 1), MAX_RUNNING)))
     context = given.get("context-length", load.context_tokens)
     flags, by_graphs = _flags(running, given)
     notes = [f"{requests:,} requests in flight", f"{running:,} decoded at once{by_graphs}"]
@@ -115,20 +136,22 @@ def size_servers(
     weights, per_token = load.weight_bytes / tp, load.kv_bytes_per_token / tp
     overhead = max(MIN_OVERHEAD, weights // 8)
     overhead += running * (GRAPH_BYTES + load.vocab_size * LOGIT_BYTES)
-    room = _room(load, gpu_bytes, shared) - weights - overhead
+    room = _room(load, gpu_bytes, shared) / per_gpu - weights - overhead
     wanted = int(running * context * SPARE_TOKENS)
     tokens = min(wanted, int(room // per_token))
     least = min(wanted, FEWEST_REQUESTS * context)
     if tokens < least:
         _refuse(load, weights, overhead, least * per_token, gpu_bytes, context, shared)
-    # The pool is limited by its tokens; the fraction must only not be what limits it.
-    fraction = min(LARGEST_FRACTION, (weights + tokens * per_token) / gpu_bytes + 0.02)
+    # The cache is limited by its tokens. The fraction must only not limit it, also where another
+    # server takes its memory meanwhile, or a server comes back beside a trainer that has its own.
     flags["max-total-tokens"] = tokens
     pool = f"cache for {tokens:,} tokens ({tokens * per_token / GIB:.1f} GiB a GPU"
     short = "" if tokens == wanted else f", {tokens / wanted:.0%} of what all requests may need"
     notes.append(f"{pool}{short})")
-    notes.append(f"about {(weights + tokens * per_token + overhead) / GIB:.0f} GiB in all")
-    return ServerSize(flags, round(fraction, 3), tuple(notes))
+    notes.append(
+        f"about {per_gpu * (weights + tokens * per_token + overhead) / GIB:.0f} GiB in all"
+    )
+    return ServerSize(flags, LARGEST_FRACTION, tuple(notes))
 
 
 def _flags(running: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

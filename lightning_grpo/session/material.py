@@ -76,7 +76,8 @@ class Material:
 
     def load_of(self, settings: SessionSettings) -> ServerLoad:
         """What the run will ask of its servers."""
-        in_flight = (settings.max_staleness + 1) * settings.batch_size * settings.group_size
+        batch = settings.batch_size * settings.group_size
+        in_flight = (settings.max_staleness + 1) * batch
         context, needed = self.context_tokens, None
         if self.sampling is not None and settings.workflow.asks_once:
             needed = self._longest_of_all() + self.sampling.max_new_tokens
@@ -84,10 +85,12 @@ class Material:
         known = [tokens for tokens in (context, needed) if tokens is not None]
         size = model_size(self.config)
         if size is None:
-            return ServerLoad(in_flight, min(known, default=None), vocab_size=self.vocab_size)
+            known_context = min(known, default=None)
+            return ServerLoad(in_flight, batch, known_context, vocab_size=self.vocab_size)
         estimate = settings.training_bytes
         return ServerLoad(
             in_flight,
+            batch,
             min(known, default=None),
             weight_bytes=size.parameters * HALF,
             kv_bytes_per_token=size.kv_bytes_per_token,
