@@ -15,10 +15,12 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_start_method` | launchers of lightning.pytorch that fork or spawn | lightning 2.6.6 |
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
+| `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from subprocess import Popen
 from typing import Any
@@ -92,3 +94,19 @@ def start_method(trainer: Trainer) -> str | None:
 def no_split_modules(module: nn.Module) -> set[str]:
     """Class names of the decoder blocks that transformers declares, over all models inside."""
     return {name for m in module.modules() for name in vars(m).get("_no_split_modules") or ()}
+
+
+def window_in_mask(attention: nn.Module) -> int | None:
+    """The sliding window of a layer of transformers, for those that only the mask says it to.
+
+    Most layers pass it on to the attention function; a few (PhiMoE's) rely on the mask that a model
+    makes, which own attention functions don't get.
+    """
+    config: Any = getattr(attention, "config", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return None
+    source = sys.modules[type(attention).__module__]
+    kinds, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
+    is_full = kinds and layer is not None and kinds[layer] != "sliding_attention"
+    return window if hasattr(source, "create_sliding_window_causal_mask") and not is_full else None

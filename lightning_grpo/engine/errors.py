@@ -11,3 +11,7 @@ class BadRequestError(GRPOError, ValueError):
 
 class WeightUpdateError(GRPOError, RuntimeError):
     """New weights that can't be taken; the old ones stay. Answered with status 400."""
+
+
+class UnservableError(GRPOError, RuntimeError):
+    """A model with a part that the engine doesn't have."""

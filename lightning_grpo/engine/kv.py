@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_grpo.engine.errors import UnservableError
+
 _GROWTH = 64
 
 
@@ -152,7 +154,12 @@ class PrefillCapture:
     ) -> tuple[Tensor, Tensor]:
         """Remember a layer's keys and values `[prompts, kv_heads, tokens, head_dim]`."""
         if layer_idx != len(self._layers):
-            raise RuntimeError(f"layer {layer_idx} came when layer {len(self._layers)} was due")
+            raise UnservableError(f"layer {layer_idx} came when layer {len(self._layers)} was due")
+        if keys.shape != values.shape:
+            raise UnservableError(
+                f"its keys {list(keys.shape[1:])} and values {list(values.shape[1:])} differ in "
+                "shape (multi-head latent attention)"
+            )
         self._layers.append((keys, values))
         return keys, values
 

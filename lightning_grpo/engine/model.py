@@ -18,12 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_grpo._compat import window_in_mask
+from lightning_grpo.engine.errors import UnservableError
 from lightning_grpo.engine.kv import PrefillCapture, PromptState, SlotCache
+from lightning_grpo.errors import ConfigError
 
 ATTENTION_NAME = "lightning_grpo_slots"
 _EXTENDED_TOGETHER = 32
 """Slots whose tails are read in one pass: of similar length, since they are padded."""
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def slot_attention(
@@ -43,10 +46,14 @@ def slot_attention(
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"the embedded engine has no `{name}` attention ({type(module).__name__} uses it); "
-                "serve this model with SGLang"
-            )
+            raise UnservableError(f"{type(module).__name__} has a `{name}`")
+    window = kwargs.get("sliding_window") or window_in_mask(module)
+    # A window that no sequence is longer than is none.
+    if window is not None and window < module.config.max_position_embeddings:
+        raise UnservableError(
+            f"{type(module).__name__} has a sliding window of {window} tokens, shorter than the "
+            f"context of {module.config.max_position_embeddings}"
+        )
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     if attention_mask is not None:
@@ -67,13 +74,44 @@ def slot_attention(
 
 
 def load_model(path: str) -> PreTrainedModel:
-    """Load a causal language model in fp32 for the engine."""
+    """Load a causal language model in fp32 for the engine.
+
+    Raises:
+        ConfigError: The folder lacks some of its weights.
+    """
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+    model: PreTrainedModel
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=ATTENTION_NAME, output_loading_info=True
     )
+    if info["missing_keys"]:
+        raise ConfigError(
+            f"`model` must hold all weights of its config.json, {path!r} lacks "
+            f"{', '.join(sorted(info['missing_keys'])[:3])}. Way out: a complete checkpoint."
+        )
     model.eval()
     return model.requires_grad_(False)
+
+
+def check_servable(path: str) -> None:
+    """Refuse a model that the engine can't run, by reading a prompt without values.
+
+    Raises:
+        ConfigError: Why not, and what can serve it.
+    """
+    AttentionInterface.register(ATTENTION_NAME, slot_attention)
+    config = AutoConfig.from_pretrained(path)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+            ModelRunner(model.eval()).prefill([[0, 0]])
+    except (UnservableError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`data.servers` must be able to run the model, EmbeddedServers can't run {path!r} "
+            f"({config.model_type}): {error}. Way out: SGLangServers on a GPU, or another model."
+        ) from error
+    except (RuntimeError, NotImplementedError):
+        pass  # what depends on values (the routes of some mixtures) shows when there are any
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from lightning_grpo._compat import window_in_mask
 from lightning_grpo.algorithm.layout import token_positions
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy import _varlen
@@ -29,6 +30,21 @@ _OTHER_ATTENTION = ("softcap", "s_aux", "position_bias")
 
 _MAX_STRETCH = 1.3
 """Longest over shortest sequence that are padded together."""
+
+
+class NotPackedError(ValueError):
+    """Attention was called in another way than `PackedPolicy` does.
+
+    Args:
+        reason: What the model does.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the model {reason}. Call it through PackedPolicy, or load it with"
+            ' attn_implementation="sdpa".'
+        )
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,7 @@ class PackedLayout:
         unique: Positions of the unique tokens, int64 `[unique]`.
         unique_of: Which unique token each token is, int64 `[tokens]`.
         positions: Of each unique token within its sequences, int64 `[unique]`.
+        groups: Tokens of sequences that RoPE treats alike, int64 each; None: all are treated alike.
     """
 
     def __init__(
@@ -91,6 +108,7 @@ class PackedLayout:
             self.unique, self.unique_of = torch.unique(source, return_inverse=True)
             self.positions = positions[self.unique]
         self._padded: tuple[list[Bucket], Tensor] | None = None
+        self.groups: list[Tensor] | None = None
 
     @classmethod
     def of_one(cls, num_tokens: int, device: torch.device) -> Self:
@@ -102,6 +120,12 @@ class PackedLayout:
     def num_sequences(self) -> int:
         """How many."""
         return len(self._lengths)
+
+    def group(self, rows: Sequence[Sequence[int]]) -> None:
+        """Set `groups` to the tokens of these sequences; where nothing is shared."""
+        tokens = torch.arange(self.num_tokens, device=self.cu_seqlens.device)
+        spans = [tokens[s : s + n] for s, n in zip(self._starts, self._lengths, strict=True)]
+        self.groups = [torch.cat([spans[i] for i in group]) for group in rows]
 
     def padded(self) -> tuple[list[Bucket], Tensor]:
         """Buckets of unique tokens, and for each unique token its row in them laid end to end."""
@@ -195,25 +219,25 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
     Returns:
         `[1, unique, heads, head_dim]`, and no attention weights.
     """
-    if packing is None or attention_mask is not None:
-        raise ValueError(
-            'attn_implementation="packed" needs the sequences\' bounds: call the model through '
-            'PackedPolicy, or load it with attn_implementation="sdpa".'
-        )
+    if packing is None:
+        raise NotPackedError("doesn't pass on to it where sequences begin")
+    if attention_mask is not None:
+        raise NotPackedError("gives it a mask of its own")
     for name in _OTHER_ATTENTION:
         if more.get(name) is not None:
             raise ConfigError(
                 f"`model` must have plain causal attention, {type(module).__name__} has a "
                 f"`{name}`. Way out: a model without it, such as Qwen3 or Llama."
             )
+    window = sliding_window or window_in_mask(module)
     if packing.num_sequences == 1:
-        out = causal_attention(query, key, value, scaling, sliding_window)
+        out = causal_attention(query, key, value, scaling, window)
         return out.transpose(1, 2), None
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     if _varlen.is_available(query):
-        out = varlen_attention(query, key, value, packing, scaling, sliding_window)
+        out = varlen_attention(query, key, value, packing, scaling, window)
     else:
-        out = padded_attention(query, key, value, packing, scaling, sliding_window)
+        out = padded_attention(query, key, value, packing, scaling, window)
     return out.unsqueeze(0), None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +25,17 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PACKED, register_packed_attention
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")
+_OLD_BUFFERS = re.compile(r"(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias)$")
+"""Buffers that older versions of transformers wrote and that follow from the config."""
+_NOISE = re.compile(r"dropout|pdrop|layerdrop|drop_path|jitter")
+
+_OTHER_THAN_TEXT = ("vision", "audio", "vq")
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+"""What transformers raises for folders, hub ids and options that it can't make a model of."""
 
 
 def load_policy(
@@ -40,14 +54,22 @@ def load_policy(
         model_kwargs: For transformers' `from_pretrained` (`revision`, `attn_implementation`, ...).
 
     Raises:
-        ConfigError: The folder or the hub id can't be loaded.
+        ConfigError: The folder or the hub id can't be loaded, or lacks weights.
     """
     register_packed_attention()
     options: dict[str, Any] = {"attn_implementation": PACKED, **(model_kwargs or {})}
     check_source(model)
     try:
+        check_config(_read_config(model, options), model, options)
         policy = _meta(model, dtype, options) if meta else _load(model, dtype, options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except _UNREADABLE as error:
+        if isinstance(error, KeyError) and error.args == (PACKED,):
+            raise ConfigError(
+                f"`model` must let transformers choose its attention, {model!r} has a fixed list "
+                "of its own. Way out: a newer architecture, such as Qwen3 or Llama."
+            ) from error
         raise ConfigError(
             f"`model` must be a causal language model that transformers loads, got {model!r}: "
             f"{_first_line(error)} Way out: a hub id, or a folder with config.json and weights."
@@ -78,10 +100,17 @@ def load_tokenizer(model: str, **tokenizer_kwargs: Any) -> PreTrainedTokenizerBa
 
 
 def check_source(model: str) -> None:
-    """Raises ConfigError for a path to a folder that isn't there or holds no model."""
+    """Raise ConfigError for a path to a folder that isn't there or holds no model of its own."""
     path = Path(model).expanduser()
     looks_like_path = model.startswith((".", "~", "/")) or model.count("/") > 1
     if path.is_dir():
+        adapted = (path / "adapter_config.json").is_file()
+        if adapted:
+            raise ConfigError(
+                f"`model` must be a whole model, got {model!r}, which holds an adapter "
+                "(adapter_config.json): servers would not load it. Way out: merge it into the "
+                "weights (PEFT's `merge_and_unload`), or move it to a folder of its own."
+            )
         if not (path / "config.json").is_file():
             raise ConfigError(
                 f"`model` must be a folder with config.json, got {model!r}, which has none. "
@@ -91,6 +120,36 @@ def check_source(model: str) -> None:
         raise ConfigError(
             f"`model` must be a folder that exists, got {model!r}. "
             "Way out: check the path, or give a hub id such as Qwen/Qwen3-0.6B."
+        )
+
+
+def check_config(config: Any, model: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse models whose weights can't be trained here, by what their config says of them.
+
+    Args:
+        config: Of transformers.
+        model: Where it is from.
+        options: For `from_pretrained`.
+
+    Raises:
+        ConfigError: The weights are quantized, or the model takes more than text.
+    """
+    quantized = (options or {}).get("quantization_config") or getattr(
+        config, "quantization_config", None
+    )
+    if quantized:
+        said = quantized if isinstance(quantized, Mapping) else vars(quantized)
+        raise ConfigError(
+            f"`model` must have weights that can be trained, those of {model!r} are quantized "
+            f"({said.get('quant_method', 'unknown method')}). Way out: the model that they were "
+            "made from; with `lora` on a GPU that is too small, fewer layers or a smaller model."
+        )
+    parts = [part.removesuffix("_config") for part in getattr(config, "sub_configs", None) or ()]
+    if any(part.startswith(_OTHER_THAN_TEXT) or part == "text" for part in parts):
+        raise ConfigError(
+            f"`model` must be a language model alone, {model!r} ({config.model_type}) consists of "
+            f"parts: {', '.join(sorted(parts))}. Way out: save its text part as a model of its own "
+            "(docs/your_data.md, \"A model that also sees\") and give that folder."
         )
 
 
@@ -105,17 +164,29 @@ def _check_tokenizer_files(model: str) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Sets every dropout to 0: two passes over a token must give the same logprob.
-
-    The mode stays training, which gradient checkpointing asks for. (Packed attention has none.)
-    """
+    """Set every dropout layer to 0: two passes over a token must give the same logprob."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
+def compute_as_served(model: PreTrainedModel) -> None:
+    """Leave training mode, in which models add noise that servers don't have.
+
+    Dropout, jitter and sampled routes, wherever a model keeps them, ask for training mode. So does
+    gradient checkpointing, of the blocks alone: they stay in it, with their own noise set to 0.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name, value in list(vars(module).items()):
+                if _NOISE.search(name) and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keeps only the blocks' inputs for the backward pass; acts in training mode alone.
+    """Keep only the blocks' inputs for the backward pass; acts in training mode alone.
 
     transformers 5.2x renames `gradient_checkpointing_enable`; the old name warns there.
     """
@@ -126,10 +197,63 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    reports = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with without_bars():
-        policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options)
+        policy, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, **{**options, **reports}
+        )
     assert isinstance(policy, PreTrainedModel)
+    _check_weights(policy, info, model)
     return policy
+
+
+def _check_weights(policy: PreTrainedModel, info: Mapping[str, Any], model: str) -> None:
+    """Refuse what transformers would fill with random numbers or leave out, with a warning."""
+    if getattr(policy, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"`model` must be a whole model, got {model!r}, which comes with an adapter. Way out: "
+            "merge it into the weights (PEFT's `merge_and_unload`) and give that folder."
+        )
+    wrong = {
+        "lacks": sorted(info["missing_keys"]),
+        "has in another shape": sorted(
+            f"{name} ({_shape(found)}, by the config {_shape(wanted)})"
+            for name, found, wanted in info["mismatched_keys"]
+        ),
+        "has beside the layers of the config": _left_out(policy, info["unexpected_keys"]),
+    }
+    said = [
+        f"{problem} {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+        for problem, names in wrong.items()
+        if names
+    ]
+    if said:
+        raise ConfigError(
+            f"`model` must hold the weights that its config.json describes, {model!r} "
+            f"{'; it '.join(said)}. Way out: a complete checkpoint of this architecture, "
+            "or the config.json that belongs to these weights."
+        )
+    head, embedding = policy.get_output_embeddings(), policy.get_input_embeddings()
+    tied = getattr(policy.config, "tie_word_embeddings", False) and isinstance(head, nn.Linear)
+    if tied and head.weight is not embedding.weight:
+        raise ConfigError(
+            "`model` must have one weight for embedding and head (`tie_word_embeddings` in "
+            f"config.json), {model!r} holds two that differ. Way out: set `tie_word_embeddings` to "
+            "false there."
+        )
+
+
+def _left_out(policy: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Weights of the language model itself; a value head, say, does no harm."""
+    trunk = policy.base_model
+    head = next((n for n, m in policy.named_modules() if m is policy.get_output_embeddings()), "")
+    ours = {policy.base_model_prefix, head.partition(".")[0], *(n for n, _ in trunk.named_children())}
+    names = (name for name in unexpected if not _OLD_BUFFERS.search(name))
+    return sorted(name for name in names if name.partition(".")[0] in ours)
+
+
+def _shape(size: Iterable[int]) -> str:
+    return "x".join(map(str, size))
 
 
 @contextmanager
@@ -144,12 +268,16 @@ def without_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def _read_config(model: str, options: Mapping[str, Any]) -> Any:
+    kwargs = {k: v for k, v in options.items() if k not in ("attn_implementation", "config")}
+    return AutoConfig.from_pretrained(model, **kwargs)
+
+
 def _meta(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    attention = options.pop("attn_implementation")
-    config = AutoConfig.from_pretrained(model, **options)
+    config = _read_config(model, options)
     with torch.device("meta"):
         policy = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config, dtype=dtype, attn_implementation=options["attn_implementation"]
         )
     assert isinstance(policy, PreTrainedModel)
     return policy

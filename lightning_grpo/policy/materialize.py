@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.load import load_policy
 
 
 def materialize_from_folder(
@@ -39,13 +40,20 @@ def materialize_from_folder(
             their first values so.
 
     Raises:
-        ConfigError: The checkpoint lacks a parameter, or a buffer can't be made again.
+        ConfigError: The checkpoint lacks a parameter, or a buffer can't be made again; on every
+            rank.
     """
     model.to_empty(device=device)
     model.tie_weights()
     many = distributed.is_initialized() and distributed.get_world_size() > 1
-    reads = not many or distributed.get_rank() == 0
-    values: dict[str, Any] = _read(model, folder, model_kwargs, adapt) if reads else {}
+    values: dict[str, Tensor] = {}
+    failed: Exception | None = None
+    if not many or distributed.get_rank() == 0:
+        try:
+            values = _read(model, folder, model_kwargs, adapt)
+        except Exception as error:
+            failed = error
+    _raise_everywhere(failed, many)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     set_model_state_dict(model, values, options=options)
     rebuild_buffers(model)
@@ -70,6 +78,17 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
                     current.copy_(value.to(current.dtype))
 
 
+def _raise_everywhere(failed: Exception | None, many: bool) -> None:
+    """Raise rank 0's error on every rank: the others would wait for values that never come."""
+    box = [None if failed is None else str(failed) or repr(failed)]
+    if many:
+        distributed.broadcast_object_list(box, src=0)
+    if failed is not None:
+        raise failed
+    if box[0] is not None:
+        raise ConfigError(box[0])
+
+
 def _fresh(name: str, module: nn.Module) -> nn.Module:
     parameters = inspect.signature(type(module)).parameters
     config = module.__dict__.get("config")
@@ -88,7 +107,7 @@ def _read(
     model_kwargs: dict[str, Any] | None,
     adapt: Callable[[PreTrainedModel], None] | None,
 ) -> dict[str, Tensor]:
-    source = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, **(model_kwargs or {}))
+    source = load_policy(folder, dtype=model.dtype, model_kwargs=model_kwargs)
     if adapt is not None:
         adapt(source)
     values: dict[str, Tensor] = source.state_dict()

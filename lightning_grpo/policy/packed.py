@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.policy.attention import PACKED, PackedLayout, register_packed_attention
+from lightning_grpo.policy.attention import (
+    PACKED,
+    NotPackedError,
+    PackedLayout,
+    register_packed_attention,
+)
 from lightning_grpo.policy.head import head_logprobs, largest_chunk
+from lightning_grpo.policy.load import compute_as_served
 from lightning_grpo.policy.norms import fuse_norms
+from lightning_grpo.policy.rope import RowFactors
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -18,7 +27,8 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class PackedPolicy(nn.Module):
     """A causal language model of transformers on packed sequences.
 
-    All parameters are used from inside `forward`, so it is the right root for `fully_shard`. Give
+    Each sequence gets the logprobs that it gets alone, and that servers give it: the model computes
+    in evaluation mode, whatever mode it is put into. All parameters are used from inside `forward`, so it is the right root for `fully_shard`. Give
     that root `MixedPrecisionPolicy(cast_forward_inputs=False)`: temperatures are no activations.
 
     Args:
@@ -40,6 +50,7 @@ class PackedPolicy(nn.Module):
         fuse_norms(model)
         model.config.use_cache = False
         self.model = model
+        self._factors = RowFactors(model)
         self.max_logits = max_logits
         self.share_prefixes = share_prefixes
 
@@ -66,10 +77,7 @@ class PackedPolicy(nn.Module):
             token of each sequence. Entropies `[tokens]` of the distributions that the tokens were
             drawn from, laid out alike, or None. Both at least fp32.
         """
-        if cu_seqlens is None:
-            layout = PackedLayout.of_one(len(input_ids), input_ids.device)
-        else:
-            layout = PackedLayout(cu_seqlens, input_ids if self.share_prefixes else None)
+        layout = self._layout(input_ids, cu_seqlens)
         predicted = predicted_positions(layout, positions_mask)
         return self.score(input_ids, layout, predicted, temperature, with_entropy)
 
@@ -93,13 +101,10 @@ class PackedPolicy(nn.Module):
             temperature: One for all, or fp32 `[tokens]`.
             with_entropy: Whether to compute entropies too.
         """
-        output = self.model.get_decoder()(
-            input_ids=input_ids[layout.unique].unsqueeze(0),
-            position_ids=layout.positions.unsqueeze(0),
-            use_cache=False,
-            packing=layout,
-        )
-        hidden = output.last_hidden_state.squeeze(0)
+        if self.model.get_input_embeddings().training:
+            compute_as_served(self.model)
+        with self._factors.of_rows(layout.groups):
+            hidden = self._hidden(input_ids, layout)
         logprobs, entropy = head_logprobs(
             hidden.index_select(0, layout.unique_of[predicted - 1]),
             self.model.get_output_embeddings().weight,
@@ -111,6 +116,35 @@ class PackedPolicy(nn.Module):
         empty = logprobs.new_zeros(len(input_ids))
         logprobs = empty.index_copy(0, predicted, logprobs)
         return logprobs, None if entropy is None else empty.index_copy(0, predicted, entropy)
+
+    def _layout(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedLayout:
+        if cu_seqlens is None:
+            return PackedLayout.of_one(len(input_ids), input_ids.device)
+        bounds = cu_seqlens.tolist()
+        rows = self._factors.groups([end - start for start, end in pairwise(bounds)])
+        if len(rows) <= 1:
+            return PackedLayout(cu_seqlens, input_ids if self.share_prefixes else None, bounds)
+        # A prompt that two sequences begin with is not the same to them.
+        layout = PackedLayout(cu_seqlens, None, bounds)
+        layout.group(rows)
+        return layout
+
+    def _hidden(self, input_ids: Tensor, layout: PackedLayout) -> Tensor:
+        """The last hidden state of each unique token, `[unique, hidden]`."""
+        try:
+            output = self.model.get_decoder()(
+                input_ids=input_ids[layout.unique].unsqueeze(0),
+                position_ids=layout.positions.unsqueeze(0),
+                use_cache=False,
+                packing=layout,
+            )
+        except NotPackedError as error:
+            raise ConfigError(
+                f"`model` must leave its attention to transformers, {type(self.model).__name__} "
+                f"{error.reason}. Way out: a model that does, such as Qwen3 or Llama."
+            ) from error
+        hidden: Tensor = output.last_hidden_state.squeeze(0)
+        return hidden
 
 
 def predicted_positions(layout: PackedLayout, positions_mask: Tensor | None = None) -> Tensor:

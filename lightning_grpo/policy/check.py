@@ -1,0 +1,120 @@
+"""Whether a model can be trained here, found out before anybody waits for a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.load import load_policy
+from lightning_grpo.policy.packed import PackedPolicy
+
+_ROW_TOKENS = 16
+_ROUNDING = 0.1
+"""Mean |dlogprob| of two passes that draw nothing: sums whose order is left to a GPU."""
+
+
+def check_architecture(
+    model: str,
+    model_kwargs: dict[str, Any] | None = None,
+    adapt: Callable[[PreTrainedModel], None] | None = None,
+) -> None:
+    """Refuse a model that the packed pass can't compute, by one pass over shapes without values.
+
+    Args:
+        model: Hub id or folder.
+        model_kwargs: For `from_pretrained`.
+        adapt: What is done to the model once it is built (`LoRA.add_to`).
+
+    Raises:
+        ConfigError: Why it can't be trained, and what to use instead.
+    """
+    policy = load_policy(model, meta=True, model_kwargs=model_kwargs)
+    if adapt is not None:
+        adapt(policy)
+    packed = PackedPolicy(policy)
+    with torch.device("meta"), torch.no_grad():
+        try:
+            packed(torch.zeros(_ROW_TOKENS, dtype=torch.int64))
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"`model` must take packed sequences, {type(policy).__name__} doesn't: {error}. "
+                "Way out: a causal language model such as Qwen3 or Llama."
+            ) from error
+        except (RuntimeError, NotImplementedError):
+            pass  # what depends on values (the routes of some mixtures) shows when there are any
+
+
+@torch.no_grad()
+def check_two_passes(policy: PackedPolicy) -> None:
+    """Refuse a model that gives the same tokens other logprobs each time, or none that are finite.
+
+    Such a model differs from the servers by its own noise, which no weight sync can mend. On every
+    rank, as shards need all; the policy is in the state in which it trains.
+
+    Raises:
+        ConfigError: With the module that draws random numbers, where one does.
+    """
+    embedding = policy.model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    device = next(policy.parameters()).device
+    ids = (torch.arange(2 * _ROW_TOKENS, device=device) * 37 + 11) % embedding.num_embeddings
+    bounds = torch.tensor([0, _ROW_TOKENS, 2 * _ROW_TOKENS], device=device)
+    before = _random_state(device)
+    first, second = (policy(ids, bounds)[0] for _ in range(2))
+    if not first.isfinite().all():
+        raise ConfigError(
+            "`model` must give finite logprobs, and its weights give none that are: they hold NaN "
+            "or infinity, or overflow. Way out: another checkpoint."
+        )
+    draws = not torch.equal(before, _random_state(device))
+    difference = (first - second).abs().mean().item()
+    if difference > (0.0 if draws else _ROUNDING):
+        with _watching(policy.model, device) as drew:
+            policy(ids, bounds)
+        source = f", which {', '.join(drew[:3])} drew" if drew else ", not torch's"
+        raise ConfigError(
+            "`model` must give the same tokens the same logprobs, and two passes differ by "
+            f"{difference:.2g} on average, by random numbers{source}. Set what makes them (a "
+            "dropout, a jitter) to 0: by its name in `model_kwargs`, or in config.json."
+        )
+
+
+@contextmanager
+def _watching(model: nn.Module, device: torch.device) -> Iterator[list[str]]:
+    """Collects the innermost modules during whose forward random numbers are drawn."""
+    drew: list[str] = []
+    before: list[tuple[Tensor, int]] = []
+
+    def enter(_: nn.Module, __: Any) -> None:
+        before.append((_random_state(device), len(drew)))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        state, count = before.pop()
+        if len(drew) == count and not torch.equal(state, _random_state(device)):
+            drew.append(f"{names[module]} ({type(module).__name__})")
+
+    names = {module: name for name, module in model.named_modules() if name}
+    hooks = [
+        hook
+        for module in names
+        for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))
+    ]
+    try:
+        yield drew
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Of torch's generators; it changes when one is drawn from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
