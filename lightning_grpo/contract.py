@@ -18,18 +18,28 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    StochasticWeightAveraging,
     Timer,
+    WeightAveraging,
 )
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.devices import present_devices
+from lightning_grpo.servers.embedded import EmbeddedServers
 
+_BATCH = "it changes what a batch is"
+_AVERAGE = "servers answer with the weights that are trained, it validates and saves others"
+_BEST = "keep the best trained weights with `ModelCheckpoint(monitor='eval/avg_at_1', mode='max')`"
+_MEMORY = "bound memory with `model.max_tokens_per_microbatch`"
 _REFUSED_CALLBACKS = {
-    GradientAccumulationScheduler: "bound memory with `model.max_tokens_per_microbatch`",
-    LearningRateFinder: "set the learning rate of `model.optimizer`",
-    BatchSizeFinder: "bound memory with `model.max_tokens_per_microbatch`",
+    GradientAccumulationScheduler: (_BATCH, _MEMORY),
+    LearningRateFinder: (_BATCH, "set the learning rate of `model.optimizer`"),
+    BatchSizeFinder: (_BATCH, _MEMORY),
+    WeightAveraging: (_AVERAGE, _BEST),
+    StochasticWeightAveraging: (_AVERAGE, _BEST),
 }
 
 
@@ -103,11 +113,11 @@ def _is_sharded(trainer: L.Trainer) -> bool:
 
 def _check_callbacks(trainer: L.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for refused, instead in _REFUSED_CALLBACKS.items():
+        for refused, (why, instead) in _REFUSED_CALLBACKS.items():
             if isinstance(callback, refused):
                 raise ConfigError(
-                    f"`trainer.callbacks` must not hold {type(callback).__name__} (it changes what "
-                    f"a batch is). Remove it and {instead}."
+                    f"`trainer.callbacks` must not hold {type(callback).__name__} ({why}). Remove "
+                    f"it and {instead}."
                 )
 
 
@@ -199,6 +209,17 @@ def check_devices(trainer: L.Trainer, servers: Servers | None) -> None:
         present = present_devices()
         training = [present[i] for i in trainer.device_ids if i < len(present)]
         check_gpus(training, servers.planned_devices)
+
+
+def check_engine(servers: Servers | None, model: str) -> None:
+    """Refuse a model that the servers' engine can't run, before a process is started.
+
+    Args:
+        servers: None in a replay. SGLang says so itself.
+        model: Hub id or folder.
+    """
+    if isinstance(servers, EmbeddedServers):
+        check_servable(model)
 
 
 def check_gpus(training: Sequence[int], serving: Sequence[int]) -> None:

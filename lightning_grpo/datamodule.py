@@ -136,6 +136,9 @@ class RolloutDataModule(L.LightningDataModule):
         trainer = self._attached
         contract.check_trainer(trainer)
         contract.check_devices(trainer, self.servers)
+        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        module.check_model()
+        contract.check_engine(self.servers, module.model_path)
         self.session = session = self._make_session(trainer)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         if stage == TrainerFn.FITTING:
@@ -224,6 +227,7 @@ class RolloutDataModule(L.LightningDataModule):
             run_dir: Where logs and weights go.
         """
         settings = self._settings(resolve_path(model_path), Path(run_dir))
+        contract.check_engine(self.servers, settings.model_path)
         self.session = open_session(settings, self._channel())
         self.session.start()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
@@ -33,14 +35,17 @@ from lightning_grpo.distributed.metrics import reduced
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective
+from lightning_grpo.policy.check import check_architecture, check_two_passes
 from lightning_grpo.policy.export import export_policy
 from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
 from lightning_grpo.policy.lora import LoRA, export_adapter
 from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.policy.rope import longest_steady
 from lightning_grpo.reference import ReferencePolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.gradient_sync import gradient_sync
+from lightning_grpo.strategies.parallelize import reshard
 from lightning_grpo.strategies.restoring import require_own_weights
 from lightning_grpo.validation import EvaluatedModule
 from lightning_grpo.weights.gather import gather_weights
@@ -53,6 +58,8 @@ _FINAL: Mapping[str, str] = {
     "optimizer_zero_grad": "configure_optimizers",
     "on_train_batch_start": "on_train_batch_end",
 }
+_HELD_OUT = "eval/"
+"""What the names of metrics of held-out prompts begin with."""
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -99,6 +106,9 @@ class GRPOModule(EvaluatedModule):
                     f"`{cls.__name__}.{name}` can't be overridden: one batch is one optimizer step "
                     f"with its micro-batches inside. Override `{instead}`."
                 )
+        own = vars(cls).get("configure_optimizers")
+        if own is not None:
+            setattr(cls, "configure_optimizers", _with_one_optimizer(own))  # noqa: B010 - mypy
 
     def __init__(
         self,
@@ -139,6 +149,37 @@ class GRPOModule(EvaluatedModule):
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
         self._reference = ReferencePolicy(self.kl, model, self._model_kwargs, self.lora is not None)
+
+    # -- what is refused before it costs anything -----------------------------------------------
+
+    def check_model(self) -> None:
+        """Refuse a model that can't be trained, before anything is started.
+
+        Raises:
+            ConfigError: Why not, and the way out.
+        """
+        if not self.automatic_optimization:
+            raise ConfigError(
+                f"`{type(self).__name__}.automatic_optimization` must be true: one batch is one "
+                "optimizer step, whose micro-batches run inside it. Leave it out; what an own "
+                "loop would do goes into an optimizer class, or into a program with Fabric."
+            )
+        builds_own = type(self).build_policy is not GRPOModule.build_policy
+        if not builds_own and self.policy is None:
+            adapt = self.lora.add_to if self.lora else None
+            check_architecture(self.model_path, self._model_kwargs, adapt)
+        self._reference.check()
+
+    def check_passes(self) -> None:
+        """Refuse a policy that gives equal tokens unequal logprobs; on every rank.
+
+        Raises:
+            ConfigError: Where its noise comes from.
+        """
+        policy = self.sharding_root()
+        assert isinstance(policy, PackedPolicy)
+        check_two_passes(policy)
+        reshard(policy)  # the optimizer and callbacks look at the shards
 
     # -- the policy -----------------------------------------------------------------------------
 
@@ -233,6 +274,7 @@ class GRPOModule(EvaluatedModule):
 
     def prepare_rollout(self, batch: RolloutBatch) -> Prepared:
         """Advantages of a whole rollout batch, and which trajectories carry a gradient."""
+        self._check_lengths(batch)
         rewards = self.shape_rewards(batch)
         advantages = self.truncation.advantages(self.advantages, rewards, batch).detach()
         in_loss = self.truncation.in_loss(batch)
@@ -248,19 +290,36 @@ class GRPOModule(EvaluatedModule):
         """What is minimized, as resolved from the arguments."""
         return Objective(self.loss, self.correction, self.kl, self.entropy_coefficient)
 
+    def _check_lengths(self, batch: RolloutBatch) -> None:
+        """Refuse sequences that grew, over several turns, beyond what servers compute rightly."""
+        limit = None if self.policy is None else longest_steady(self.policy.model.config)
+        longest = int(batch.sequence_lengths.max())
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"sequences must have at most {limit} tokens, at which {self.model_name!r} changes "
+                f"the factors of RoPE for all that came before, got one of {longest}. Lower "
+                "`max_new_tokens`, or the workflow's `max_tokens`."
+            )
+
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
-        """Zero the gradients: Lightning's own place for it would wipe the micro-batches'."""
+        """Begin an optimizer step, which may evaluate the loss several times."""
         check_sized(self.trainer)
-        for optimizer in self.trainer.optimizers:
-            optimizer.zero_grad()
+        self._is_evaluated = False
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: see `on_train_batch_start`."""
+        """Nothing: Lightning's place for it, after `training_step`, would wipe micro-batches'."""
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
-        """Run the micro-batches of one optimizer step; Lightning does the last one's backward."""
+        """Run the micro-batches of one optimizer step; Lightning does the last one's backward.
+
+        Some optimizers ask for loss and gradient several times in a step, at other weights. What
+        belongs to the weights before the step is taken at the first time.
+        """
         policy = self.sharding_root()
-        if batch.is_first:
+        first_time, self._is_evaluated = not self._is_evaluated, True
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
+        if batch.is_first and first_time:
             steps = self._data.steps_per_rollout
             with self._reference.on(policy, self.device, self.trainer.strategy) as reference:
                 self.objective.anchor(policy, batch.rollout, steps, self.device, reference)
@@ -277,7 +336,8 @@ class GRPOModule(EvaluatedModule):
                 if not last:
                     self.trainer.strategy.backward(loss, None)
             metrics = merge(metrics, more)
-        self._log_step(batch, metrics)
+        if first_time:
+            self._log_step(batch, metrics)
         return loss
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
@@ -285,6 +345,7 @@ class GRPOModule(EvaluatedModule):
         if batch.is_first:
             logged.update(batch.rollout.metrics)
         self.log_dict(logged)
+        self._step_plateau(logged, held_out=False)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient before it is clipped."""
@@ -302,10 +363,48 @@ class GRPOModule(EvaluatedModule):
         if self._lr_scheduler is None:
             return optimizer
         scheduler = hparams.build("lr_scheduler", self._lr_scheduler, optimizer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        schedule: Any = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            self._check_monitor(scheduler)
+            # Lightning would step it by an interval, also while its metric is an old one.
+            never = {"interval": "epoch", "frequency": sys.maxsize, "reduce_on_plateau": False}
+            schedule |= never
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means, and let a schedule see those that it waits for."""
+        super().on_validation_epoch_end()
+        self._step_plateau(self._data.evaluations[-1].metrics, held_out=True)
+
+    def _check_monitor(self, scheduler: ReduceLROnPlateau) -> None:
+        monitor = vars(scheduler).get("monitor")
+        if monitor is None:
+            raise ConfigError(
+                "`lr_scheduler` must name the metric whose plateau it waits for, and torch's "
+                "ReduceLROnPlateau can't. Use `lightning.pytorch.cli.ReduceLROnPlateau(optimizer, "
+                "monitor='eval/avg_at_1', mode='max')`."
+            )
+        validates = self._trainer is None or self._trainer.enable_validation
+        if monitor.startswith(_HELD_OUT) and not validates:
+            raise ConfigError(
+                f"`lr_scheduler.monitor` must be a metric of this run, got {monitor!r}, and no "
+                "held-out prompts are answered. Set `data.val_prompts`, or monitor `reward/mean`."
+            )
+
+    def _step_plateau(self, metrics: Mapping[str, Any], *, held_out: bool) -> None:
+        """Step a schedule that waits for a plateau, when its metric is there anew."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            if not isinstance(scheduler, ReduceLROnPlateau) or config.reduce_on_plateau:
+                continue  # another kind, or one that Lightning steps for a subclass
+            monitor = vars(scheduler)["monitor"]
+            if monitor in metrics:
+                scheduler.step(float(metrics[monitor]))
+            elif monitor.startswith(_HELD_OUT) == held_out:
+                raise ConfigError(
+                    f"`lr_scheduler.monitor` must be a metric of this run, got {monitor!r}. There "
+                    f"are: {', '.join(sorted(metrics))}."
+                )
 
     @property
     def _data(self) -> RolloutDataModule:
@@ -338,3 +437,22 @@ class GRPOModule(EvaluatedModule):
         defaults = inspect.signature(GRPOModule.__init__).parameters
         self._given = {n for n, v in arguments.items() if v is not defaults[n].default}
         self.hparams.update(hparams.to_plain(arguments, given_hyperparameters()))
+
+
+def _with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A subclass's `configure_optimizers`, refused where it returns several optimizers."""
+
+    @functools.wraps(configure)
+    def configured(self: GRPOModule) -> Any:
+        found = configure(self)
+        if isinstance(found, list | tuple) and found:
+            optimizers = found[0] if isinstance(found[0], list | tuple) else found
+            if len(optimizers) > 1:
+                raise ConfigError(
+                    f"`{type(self).__name__}.configure_optimizers` must return one optimizer (one "
+                    f"batch is one optimizer step), got {len(optimizers)}. Give one optimizer "
+                    "several parameter groups, each with its learning rate."
+                )
+        return found
+
+    return configured

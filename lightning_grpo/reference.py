@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.policy.check import check_architecture
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.lora import WithoutAdapter
 from lightning_grpo.policy.materialize import materialize_from_folder
@@ -44,6 +45,15 @@ class ReferencePolicy:
         self._model_kwargs = model_kwargs
         self._is_base = has_adapter and kl is not None and kl.reference is None
         self._policy: PackedPolicy | None = None
+
+    def check(self) -> None:
+        """Refuse a reference of another model that can't score packed sequences.
+
+        Raises:
+            ConfigError: Why not, and what to use instead.
+        """
+        if self._kl is not None and self._kl.reference is not None:
+            check_architecture(resolve_path(self._path), self._model_kwargs)
 
     @contextmanager
     def on(

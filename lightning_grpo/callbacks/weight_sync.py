@@ -81,6 +81,11 @@ class WeightSync(Callback):
         """Tell the data module how weights are to travel, before it starts servers."""
         trainer.datamodule.session.sync = self.settings  # type: ignore[attr-defined]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a policy that disagrees with itself: servers could never agree with it."""
+        module: GRPOModule = pl_module  # type: ignore[assignment]
+        module.check_passes()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring the servers to the trainer's weights (a resumed run's differ from the folder's)."""
         self._publish(trainer, pl_module, trained=False)

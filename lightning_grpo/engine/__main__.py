@@ -22,12 +22,19 @@ from transformers.utils import logging as transformers_logging
 from lightning_grpo.engine.about import About, EngineFacts
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
-from lightning_grpo.engine.model import ModelRunner, end_token_ids, load_model, load_tokenizer
+from lightning_grpo.engine.model import (
+    ModelRunner,
+    check_servable,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+)
 from lightning_grpo.engine.scheduler import Limits, Scheduler
 from lightning_grpo.engine.server import EngineServer
 from lightning_grpo.engine.stopping import StopStrings
 from lightning_grpo.engine.updates import WeightUpdates
 from lightning_grpo.engine.weights import ModelWeights
+from lightning_grpo.errors import ConfigError
 
 _SHUTDOWN_S = 2.0
 _GIL_INTERVAL_S = 0.0005
@@ -72,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Kernels this small lose more to a second thread than they gain, and the trainer needs it.
     torch.set_num_threads(1)
     sys.setswitchinterval(_GIL_INTERVAL_S)
-    asyncio.run(serve(options))
+    try:
+        asyncio.run(serve(options))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     # A thread may still wait in a collective that nobody will complete.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -109,6 +119,7 @@ def build(
     options: argparse.Namespace, loop: asyncio.AbstractEventLoop
 ) -> tuple[EngineThread, EngineServer]:
     """Load the model and wire the parts."""
+    check_servable(options.model)
     model = load_model(options.model)
     tokenizer = load_tokenizer(options.model)
     runner = ModelRunner(model, row_by_row=options.deterministic)

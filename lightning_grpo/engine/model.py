@@ -47,13 +47,7 @@ def slot_attention(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnservableError(f"{type(module).__name__} has a `{name}`")
-    window = kwargs.get("sliding_window") or window_in_mask(module)
-    # A window that no sequence is longer than is none.
-    if window is not None and window < module.config.max_position_embeddings:
-        raise UnservableError(
-            f"{type(module).__name__} has a sliding window of {window} tokens, shorter than the "
-            f"context of {module.config.max_position_embeddings}"
-        )
+    _check_window(module, kwargs.get("sliding_window"))
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     if attention_mask is not None:
@@ -73,6 +67,16 @@ def slot_attention(
     return mixed.transpose(1, 2), None
 
 
+def _check_window(module: Any, window: int | None) -> None:
+    """Refuse a sliding window, unless no sequence can be longer than it is."""
+    window = window or window_in_mask(module)
+    if window is not None and window < module.config.max_position_embeddings:
+        raise UnservableError(
+            f"{type(module).__name__} has a sliding window of {window} tokens, shorter than the "
+            f"context of {module.config.max_position_embeddings}"
+        )
+
+
 def load_model(path: str) -> PreTrainedModel:
     """Load a causal language model in fp32 for the engine.
 
@@ -80,10 +84,10 @@ def load_model(path: str) -> PreTrainedModel:
         ConfigError: The folder lacks some of its weights.
     """
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
-    model: PreTrainedModel
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=ATTENTION_NAME, output_loading_info=True
-    )
+    options: dict[str, Any] = {"attn_implementation": ATTENTION_NAME, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if info["missing_keys"]:
         raise ConfigError(
             f"`model` must hold all weights of its config.json, {path!r} lacks "
@@ -100,15 +104,20 @@ def check_servable(path: str) -> None:
         ConfigError: Why not, and what can serve it.
     """
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError):
+        return  # whoever loads the model says what is wrong with it
     try:
         with torch.device("meta"), torch.no_grad():
             model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
             ModelRunner(model.eval()).prefill([[0, 0]])
     except (UnservableError, AttributeError, KeyError, TypeError, ValueError) as error:
+        known = isinstance(error, UnservableError)
+        reason = str(error) if known else f"its layers ask for a cache of another kind ({error})"
         raise ConfigError(
-            f"`data.servers` must be able to run the model, EmbeddedServers can't run {path!r} "
-            f"({config.model_type}): {error}. Way out: SGLangServers on a GPU, or another model."
+            f"`model` must be one that the embedded engine runs, it can't run {path!r} "
+            f"({config.model_type}): {reason}. Way out: SGLangServers on a GPU, or another model."
         ) from error
     except (RuntimeError, NotImplementedError):
         pass  # what depends on values (the routes of some mixtures) shows when there are any

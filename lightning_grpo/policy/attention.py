@@ -41,8 +41,8 @@ class NotPackedError(ValueError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"the model {reason}. Call it through PackedPolicy, or load it with"
-            ' attn_implementation="sdpa".'
+            'attn_implementation="packed" needs the sequences\' bounds and no mask: call the model '
+            'through PackedPolicy, or load it with attn_implementation="sdpa".'
         )
         self.reason = reason
 

@@ -149,7 +149,7 @@ def check_config(config: Any, model: str, options: Mapping[str, Any] | None = No
         raise ConfigError(
             f"`model` must be a language model alone, {model!r} ({config.model_type}) consists of "
             f"parts: {', '.join(sorted(parts))}. Way out: save its text part as a model of its own "
-            "(docs/your_data.md, \"A model that also sees\") and give that folder."
+            '(docs/your_data.md, "A model that also sees") and give that folder.'
         )
 
 
@@ -199,11 +199,11 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     reports = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with without_bars():
-        policy, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype, **{**options, **reports}
         )
-    assert isinstance(policy, PreTrainedModel)
-    _check_weights(policy, info, model)
+    policy: PreTrainedModel = loaded[0]
+    _check_weights(policy, loaded[1], model)
     return policy
 
 
@@ -222,11 +222,7 @@ def _check_weights(policy: PreTrainedModel, info: Mapping[str, Any], model: str)
         ),
         "has beside the layers of the config": _left_out(policy, info["unexpected_keys"]),
     }
-    said = [
-        f"{problem} {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
-        for problem, names in wrong.items()
-        if names
-    ]
+    said = [f"{problem} {_some(names)}" for problem, names in wrong.items() if names]
     if said:
         raise ConfigError(
             f"`model` must hold the weights that its config.json describes, {model!r} "
@@ -247,9 +243,15 @@ def _left_out(policy: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
     """Weights of the language model itself; a value head, say, does no harm."""
     trunk = policy.base_model
     head = next((n for n, m in policy.named_modules() if m is policy.get_output_embeddings()), "")
-    ours = {policy.base_model_prefix, head.partition(".")[0], *(n for n, _ in trunk.named_children())}
+    parts = (name for name, _ in trunk.named_children())
+    ours = {policy.base_model_prefix, head.partition(".")[0], *parts}
     names = (name for name in unexpected if not _OLD_BUFFERS.search(name))
     return sorted(name for name in names if name.partition(".")[0] in ours)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
 
 
 def _shape(size: Iterable[int]) -> str:

@@ -46,12 +46,12 @@ def materialize_from_folder(
     model.to_empty(device=device)
     model.tie_weights()
     many = distributed.is_initialized() and distributed.get_world_size() > 1
-    values: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
     failed: Exception | None = None
     if not many or distributed.get_rank() == 0:
         try:
             values = _read(model, folder, model_kwargs, adapt)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised below, on every rank
             failed = error
     _raise_everywhere(failed, many)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)

@@ -27,8 +27,10 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class PackedPolicy(nn.Module):
     """A causal language model of transformers on packed sequences.
 
-    Each sequence gets the logprobs that it gets alone, and that servers give it: the model computes
-    in evaluation mode, whatever mode it is put into. All parameters are used from inside `forward`, so it is the right root for `fully_shard`. Give
+    Each sequence gets the logprobs that it gets alone and that servers give it: the model computes
+    in evaluation mode, whatever mode it is put into.
+
+    All parameters are used from inside `forward`, so it is the right root for `fully_shard`. Give
     that root `MixedPrecisionPolicy(cast_forward_inputs=False)`: temperatures are no activations.
 
     Args:
@@ -196,7 +198,8 @@ def _check(model: PreTrainedModel) -> None:
         )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
+        found = type(head).__name__ + (" with one" if isinstance(head, nn.Linear) else "")
         raise ConfigError(
-            f"`model` must end in a linear head without bias, got {type(head).__name__}. "
+            f"`model` must end in a linear head without bias, {name} has {found}. "
             "Way out: a causal language model such as Qwen3 or Llama."
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class RowFactors:
         text = model.config.get_text_config()
         ropes = [(rope, switch) for rope in _ropes(text) if (switch := _switch(text, rope))]
         self._rules = [("dynamic" in str(rope["rope_type"]), switch) for rope, switch in ropes]
-        self._rotaries = [m for m in model.modules() if ropes and _depends_on_length(m)]
+        self._rotaries: list[Any] = [m for m in model.modules() if ropes and _depends_on_length(m)]
         for rotary in self._rotaries:
             rotary.groups = None
             rotary.forward = MethodType(_forward, rotary)
@@ -76,19 +76,19 @@ class RowFactors:
 
     @contextmanager
     def of_rows(self, groups: Sequence[Tensor] | None) -> Iterator[None]:
-        """Within it each group of tokens (int64 positions) has factors of its own; None: all one."""
+        """Within it each group of tokens, int64 positions, has its own factors; None: one group."""
         for rotary in self._rotaries:
-            cast("Any", rotary).groups = groups
+            rotary.groups = groups
         try:
             yield
         finally:
             for rotary in self._rotaries:
-                cast("Any", rotary).groups = None
+                rotary.groups = None
 
 
 def _forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     def own(positions: Tensor) -> Any:
-        if dynamic:  # it remembers the longest sequence that it has seen; a short one makes it forget
+        if dynamic:  # it remembers the longest sequence so far; a short one makes it forget
             type(self).forward(self, x, torch.zeros_like(positions[..., :1]), *args, **kwargs)
         return type(self).forward(self, x, positions, *args, **kwargs)
 
