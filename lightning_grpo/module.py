@@ -180,6 +180,7 @@ class GRPOModule(EvaluatedModule):
         assert isinstance(policy, PackedPolicy)
         check_two_passes(policy)
         reshard(policy)  # the optimizer and callbacks look at the shards
+        policy.train()  # each pass sees to its mode; Lightning would warn of another one
 
     # -- the policy -----------------------------------------------------------------------------
 

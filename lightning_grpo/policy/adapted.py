@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 
@@ -24,12 +25,13 @@ class AdaptedLinear(Linear):
         """x: `[..., in]`; gives `[..., out]`."""
         (name,) = self.active_adapters
         base, scale = self.get_base_layer(), self.scaling[name]
-        assert isinstance(base, nn.Linear)
+        assert isinstance(base, nn.Linear | Conv1D)
         if scale == 0.0:  # switched off
             return base(x)
         rows = x.flatten(0, -2)
         update = self.lora_B[name](self.lora_A[name](rows)) * scale
-        summed = torch.addmm(update, rows, base.weight.t())
+        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
+        summed = torch.addmm(update, rows, weight)
         if base.bias is not None:
             summed = summed + base.bias.to(summed.dtype)  # autocast leaves it as it is
         return summed.unflatten(0, x.shape[:-1])

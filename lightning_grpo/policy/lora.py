@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.export import whole_folder
@@ -32,7 +33,7 @@ class LoRA:
         rank: Rows of A, columns of B.
         alpha: Scale of the update; with alpha = rank it is B A itself.
         targets: Which linear layers, by the last part of their names (`q_proj`); None is all but
-            the head.
+            the head. A model with fused experts needs them named: the experts can't be adapted.
     """
 
     rank: int = 32
@@ -58,32 +59,57 @@ class LoRA:
             ConfigError: `targets` names no layer, or one that can't be adapted.
         """
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import ParamWrapper
 
         from lightning_grpo.policy.adapted import AdaptedLinear
 
+        layers = _linear_layers(model)
+        self._check_targets(model, {name.rpartition(".")[2] for name in layers})
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules="all-linear" if self.targets is None else list(self.targets),
             task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
         )
-        config._register_custom_module({nn.Linear: AdaptedLinear})
-        self._check_targets(model)
+        config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})
         inject_adapter_in_model(config, model, _ADAPTER)
+        # PEFT takes the names of a mixture's layers, as they once were, for its fused experts.
+        if any(isinstance(module, ParamWrapper) for module in model.modules()):
+            raise ConfigError(
+                f"`lora.targets` must leave out the experts of {type(model).__name__} (servers "
+                f"would not get what adapts them), got {', '.join(self.targets or ())}. Name "
+                "layers of the attention alone."
+            )
 
-    def _check_targets(self, model: PreTrainedModel) -> None:
-        head = model.get_output_embeddings()
-        linear = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
-        unknown = sorted(set(self.targets or ()) - linear)
+    def _check_targets(self, model: PreTrainedModel, known: set[str]) -> None:
+        name, listed = type(model).__name__, ", ".join(sorted(known))
+        if not known:
+            raise ConfigError(f"`lora` needs linear layers, {name} has none. Train it without.")
+        if self.targets is None and _has_fused_experts(model):
+            raise ConfigError(
+                f"`lora.targets` must name layers of {name}, whose experts are one tensor for all "
+                f"and can't be adapted (servers would not get what adapts them). It has {listed}; "
+                "those of the attention are the usual choice."
+            )
+        unknown = sorted(set(self.targets or ()) - known)
         if unknown:
             raise ConfigError(
                 f"`lora.targets` must name linear layers of the model (not the embedding or the "
-                f"head), got {', '.join(unknown)}. It has {', '.join(sorted(linear))}."
+                f"head), got {', '.join(unknown)}. It has {listed}."
             )
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """By their names; GPT-2's are transformers' Conv1D, whose weight is transposed."""
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, Conv1D)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m is not head}
+
+
+def _has_fused_experts(model: PreTrainedModel) -> bool:
+    stacked = 3  # experts, rows, columns
+    return any(p.ndim >= stacked for p in model.parameters())
 
 
 class WithoutAdapter(nn.Module):

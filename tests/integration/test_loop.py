@@ -114,9 +114,9 @@ def test_the_trained_prompts_are_the_admitted_ones_whatever_their_answers_take(
 
 
 class ScoringPasses(Callback):
-    """Counts the policy's passes that no step needs."""
+    """Counts the policy's passes that no step needs, once training has begun."""
 
-    def on_fit_start(self, trainer, pl_module) -> None:
+    def on_train_start(self, trainer, pl_module) -> None:
         self.count = 0
         pl_module.policy.register_forward_pre_hook(self._pass)
 
