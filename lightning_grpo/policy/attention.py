@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Self
 
 import torch
@@ -78,11 +78,11 @@ class PackedLayout:
     Attributes:
         cu_seqlens: int32 `[sequences + 1]`.
         num_tokens: Of all sequences.
+        lengths: Tokens of each sequence.
         max_length: Tokens of the longest sequence.
         unique: Positions of the unique tokens, int64 `[unique]`.
         unique_of: Which unique token each token is, int64 `[tokens]`.
         positions: Of each unique token within its sequences, int64 `[unique]`.
-        groups: Tokens of sequences that RoPE treats alike, int64 each; None: all are treated alike.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class PackedLayout:
         bounds = cu_seqlens.tolist() if bounds is None else bounds
         self.num_tokens = bounds[-1]
         self._starts = bounds[:-1]
-        self._lengths = [end - start for start, end in pairwise(bounds)]
-        self.max_length = max(self._lengths, default=0)
-        if len(self._lengths) == 1:  # in few steps: a proof waits for them
+        self.lengths = [end - start for start, end in pairwise(bounds)]
+        self.max_length = max(self.lengths, default=0)
+        if len(self.lengths) == 1:  # in few steps: a proof waits for them
             self.unique = torch.arange(self.num_tokens, device=cu_seqlens.device)
             self.unique_of = self.positions = self.unique
         else:
@@ -108,7 +108,6 @@ class PackedLayout:
             self.unique, self.unique_of = torch.unique(source, return_inverse=True)
             self.positions = positions[self.unique]
         self._padded: tuple[list[Bucket], Tensor] | None = None
-        self.groups: list[Tensor] | None = None
 
     @classmethod
     def of_one(cls, num_tokens: int, device: torch.device) -> Self:
@@ -119,13 +118,12 @@ class PackedLayout:
     @property
     def num_sequences(self) -> int:
         """How many."""
-        return len(self._lengths)
+        return len(self.lengths)
 
-    def group(self, rows: Sequence[Sequence[int]]) -> None:
-        """Set `groups` to the tokens of these sequences; where nothing is shared."""
-        tokens = torch.arange(self.num_tokens, device=self.cu_seqlens.device)
-        spans = [tokens[s : s + n] for s, n in zip(self._starts, self._lengths, strict=True)]
-        self.groups = [torch.cat([spans[i] for i in group]) for group in rows]
+    def tokens_of(self, rows: Sequence[int]) -> Tensor:
+        """Positions of the tokens of some sequences, int64; where nothing is shared."""
+        spans = [range(self._starts[i], self._starts[i] + self.lengths[i]) for i in rows]
+        return torch.tensor([*chain(*spans)], device=self.cu_seqlens.device)
 
     def padded(self) -> tuple[list[Bucket], Tensor]:
         """Buckets of unique tokens, and for each unique token its row in them laid end to end."""
@@ -137,10 +135,10 @@ class PackedLayout:
         unique_of = self.unique_of.cpu()
         buckets, rows = [], torch.zeros(len(self.unique), dtype=torch.int64)
         offset = 0
-        for members in _similar(self._lengths):
-            length = max(self._lengths[i] for i in members)
+        for members in _similar(self.lengths):
+            length = max(self.lengths[i] for i in members)
             starts = torch.tensor([self._starts[i] for i in members]).unsqueeze(1)
-            lengths = torch.tensor([self._lengths[i] for i in members]).unsqueeze(1)
+            lengths = torch.tensor([self.lengths[i] for i in members]).unsqueeze(1)
             steps = torch.arange(length).unsqueeze(0)
             index = unique_of[starts + torch.minimum(steps, lengths - 1)]
             real = steps < lengths

@@ -105,7 +105,7 @@ class PackedPolicy(nn.Module):
         """
         if self.model.get_input_embeddings().training:
             compute_as_served(self.model)
-        with self._factors.of_rows(layout.groups):
+        with self._factors.of_rows(layout):
             hidden = self._hidden(input_ids, layout)
         logprobs, entropy = head_logprobs(
             hidden.index_select(0, layout.unique_of[predicted - 1]),
@@ -123,13 +123,10 @@ class PackedPolicy(nn.Module):
         if cu_seqlens is None:
             return PackedLayout.of_one(len(input_ids), input_ids.device)
         bounds = cu_seqlens.tolist()
-        rows = self._factors.groups([end - start for start, end in pairwise(bounds)])
-        if len(rows) <= 1:
-            return PackedLayout(cu_seqlens, input_ids if self.share_prefixes else None, bounds)
-        # A prompt that two sequences begin with is not the same to them.
-        layout = PackedLayout(cu_seqlens, None, bounds)
-        layout.group(rows)
-        return layout
+        # A prompt is not the same to two sequences with other factors of RoPE.
+        alike = self._factors.are_one([end - start for start, end in pairwise(bounds)])
+        shared = input_ids if self.share_prefixes and alike else None
+        return PackedLayout(cu_seqlens, shared, bounds)
 
     def _hidden(self, input_ids: Tensor, layout: PackedLayout) -> Tensor:
         """The last hidden state of each unique token, `[unique, hidden]`."""

@@ -6,6 +6,7 @@ the longest. Here each row gets the factors that it has alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -14,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lightning_grpo.policy.attention import PackedLayout
+
+logger = logging.getLogger(__name__)
 
 
 def length_switches(config: Any) -> tuple[int, ...]:
@@ -49,6 +54,25 @@ def longest_steady(config: Any) -> int | None:
     return min((switch for rope in _ropes(text) if (switch := _switch(text, rope))), default=None)
 
 
+def usable_context(config: Any) -> int | None:
+    """Tokens of the longest sequence that can be trained on; None if the config sets no limit.
+
+    That is the model's context, or less: see `longest_steady`.
+    """
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    steady = longest_steady(config)
+    if steady is None or (context is not None and context <= steady):
+        return context
+    logger.warning(
+        "sequences may have at most %d tokens, although %s has a context of %s: in longer ones it "
+        "changes the factors of RoPE for all tokens, and servers keep keys with those from before",
+        steady,
+        config.model_type,
+        context,
+    )
+    return steady
+
+
 class RowFactors:
     """The rotary embeddings of a model whose factors depend on the length.
 
@@ -65,25 +89,31 @@ class RowFactors:
             rotary.groups = None
             rotary.forward = MethodType(_forward, rotary)
 
-    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Rows with the same factors, by their index; one group where the length makes none."""
-        found: dict[tuple[int, ...], list[int]] = {}
-        for row, length in enumerate(lengths):
-            beyond = [max(0, length - switch) for _, switch in self._rules]
-            each = zip(self._rules, beyond, strict=True)
-            found.setdefault(tuple(n if grows else n > 0 for (grows, _), n in each), []).append(row)
-        return list(found.values())
+    def are_one(self, lengths: Sequence[int]) -> bool:
+        """Whether sequences of these lengths all have the same factors."""
+        return len(self._groups(lengths)) <= 1
 
     @contextmanager
-    def of_rows(self, groups: Sequence[Tensor] | None) -> Iterator[None]:
-        """Within it each group of tokens, int64 positions, has its own factors; None: one group."""
+    def of_rows(self, layout: PackedLayout) -> Iterator[None]:
+        """Within it each sequence has its own factors; those that differ share no tokens."""
+        groups = self._groups(layout.lengths)
+        tokens = [layout.tokens_of(rows) for rows in groups] if len(groups) > 1 else None
         for rotary in self._rotaries:
-            rotary.groups = groups
+            rotary.groups = tokens
         try:
             yield
         finally:
             for rotary in self._rotaries:
                 rotary.groups = None
+
+    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Sequences with the same factors, by their index."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for row, length in enumerate(lengths if self._rotaries else ()):
+            beyond = [(grows, max(0, length - switch)) for grows, switch in self._rules]
+            key = tuple(n if grows else min(n, 1) for grows, n in beyond)
+            found.setdefault(key, []).append(row)
+        return list(found.values())
 
 
 def _forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.policy.load import check_source, load_tokenizer
+from lightning_grpo.policy.load import check_config, check_source, load_tokenizer
+from lightning_grpo.policy.rope import usable_context
 from lightning_grpo.policy.memory import HALF, model_size
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
 from lightning_grpo.rollout.verify import SHAPE, Requirements
@@ -165,7 +166,7 @@ def open_material(settings: SessionSettings) -> Material:
     config = load_config(settings.model_path)
     tokenizer = load_tokenizer(settings.model_path)
     check_tokenizer(tokenizer, config.vocab_size, settings.model_path)
-    context = getattr(config, "max_position_embeddings", None)
+    context = usable_context(config)
     room = room_for_prompts(sampling, context)
     prompts = _open(settings.prompts, settings, tokenizer, room)
     val_prompts = _open(settings.val_prompts, settings, tokenizer, room)
@@ -202,12 +203,14 @@ def load_config(model_path: str) -> Any:
     """
     check_source(model_path)
     try:
-        return AutoConfig.from_pretrained(model_path)
+        config = AutoConfig.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`model` must be a hub id or a folder with config.json, got {model_path!r}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    check_config(config, model_path)
+    return config
 
 
 def check_sampling(sampling: Sampling) -> None:
