@@ -32,14 +32,16 @@ from lightning_grpo.servers.embedded import EmbeddedServers
 
 _BATCH = "it changes what a batch is"
 _AVERAGE = "servers answer with the weights that are trained, it validates and saves others"
-_BEST = "keep the best trained weights with `ModelCheckpoint(monitor='eval/avg_at_1', mode='max')`"
+KEEP_BEST = (
+    "keep the best trained weights with `ModelCheckpoint(monitor='eval/avg_at_1', mode='max')`"
+)
 _MEMORY = "bound memory with `model.max_tokens_per_microbatch`"
 _REFUSED_CALLBACKS = {
     GradientAccumulationScheduler: (_BATCH, _MEMORY),
     LearningRateFinder: (_BATCH, "set the learning rate of `model.optimizer`"),
     BatchSizeFinder: (_BATCH, _MEMORY),
-    WeightAveraging: (_AVERAGE, _BEST),
-    StochasticWeightAveraging: (_AVERAGE, _BEST),
+    WeightAveraging: (_AVERAGE, KEEP_BEST),
+    StochasticWeightAveraging: (_AVERAGE, KEEP_BEST),
 }
 
 

@@ -29,7 +29,8 @@ from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.algorithm.minibatch_loss import TokenLoss
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import missing_callbacks
-from lightning_grpo.contract import check_callers, check_sized, is_fitting
+from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
+from lightning_grpo.contract import KEEP_BEST, check_callers, check_sized, is_fitting
 from lightning_grpo.describe import describe_module
 from lightning_grpo.distributed.metrics import reduced
 from lightning_grpo.errors import ConfigError
@@ -428,6 +429,21 @@ class GRPOModule(EvaluatedModule):
         require_own_weights(self, checkpoint)
         if is_fitting(self._trainer):
             self._data.check_checkpoint(checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save other weights than those that are trained, published and validated."""
+        suspects = strangers(self.trainer, self)
+        if not suspects:
+            return
+        own = dict(self.named_parameters())
+        saved = {n: value for n, value in checkpoint.get("state_dict", {}).items() if n in own}
+        changed = not same_values(first_values(saved), first_values(own))
+        if self.trainer.strategy.reduce_boolean_decision(changed, all=False):
+            raise ConfigError(
+                "a checkpoint must hold the weights that are trained (servers answer held-out "
+                f"prompts with those), and {' or '.join(suspects)} puts others into it. Remove "
+                f"what does and {KEEP_BEST}, or save them under a key of their own."
+            )
 
     def describe(self) -> dict[str, str]:
         """What trains, as resolved: lines for the summary at the start."""

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, get_args
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from lightning_grpo.contract import KEEP_BEST
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import InterruptionChoice
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
     from lightning_grpo.loader import Minibatch
     from lightning_grpo.module import GRPOModule
+
+
+_FEW = 4
 
 
 class WeightSync(Callback):
@@ -67,6 +75,7 @@ class WeightSync(Callback):
                 f"`interruption` must be one of {', '.join(get_args(InterruptionChoice))}, got"
                 f" {interruption!r}."
             )
+        self._published: dict[str, Tensor] | None = None
         self.settings = SyncSettings(
             transport=transport,
             bucket_bytes=bucket_mb << 20,
@@ -97,6 +106,28 @@ class WeightSync(Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The same under `test`."""
         self._publish(trainer, pl_module, trained=False)
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Refuse to validate other weights than the servers answer with."""
+        if self._published is None or batch_idx + dataloader_idx > 0:
+            return
+        now = first_values(dict(pl_module.named_parameters()))
+        changed = not same_values(self._published, now)
+        if trainer.strategy.reduce_boolean_decision(changed, all=False):
+            raise ConfigError(
+                "weights must stay as they were published until the next step (servers answer "
+                f"held-out prompts with those), and {' or '.join(strangers(trainer, pl_module))} "
+                f"has changed them. Remove what swaps them around a validation and {KEEP_BEST}."
+            )
+
+    on_test_batch_start = on_validation_batch_start
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Minibatch, batch_idx: int
@@ -132,4 +163,37 @@ class WeightSync(Callback):
     ) -> PublishReport | None:
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         module: GRPOModule = pl_module  # type: ignore[assignment]
-        return data.publish(module.sharding_root(), trained=trained)
+        report = data.publish(module.sharding_root(), trained=trained)
+        # Only code of the user's could change weights between a step and a validation.
+        watched = bool(strangers(trainer, pl_module))
+        self._published = first_values(dict(module.named_parameters())) if watched else None
+        return report
+
+
+@torch.no_grad()
+def first_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the first elements of every tensor, by which other weights are recognized.
+
+    Returns:
+        fp32 `[up to 4]`, on the CPU; of sharded tensors this rank's.
+    """
+    few = {name: _local(tensor).flatten()[:_FEW].float() for name, tensor in tensors.items()}
+    flat = torch.cat([torch.empty(0), *(value.cpu() for value in few.values())])
+    return dict(zip(few, flat.split([value.numel() for value in few.values()]), strict=True))
+
+
+def same_values(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether two such takes are equal, where both have a value."""
+    pairs = ((value, right[name]) for name, value in left.items() if name in right)
+    return all(a.equal(b) for a, b in ((a[: len(b)], b[: len(a)]) for a, b in pairs))
+
+
+def strangers(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
+    """Names of the classes in a run that neither Lightning nor this package has made."""
+    known = ("lightning.", "lightning_grpo.")
+    classes = [*map(type, trainer.callbacks), type(pl_module)]  # type: ignore[attr-defined]
+    return [each.__name__ for each in classes if not each.__module__.startswith(known)]
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -4,32 +4,57 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
 
+from lightning_grpo.strategies.restoring import is_sharded
+
 RUNS = "runs"
+LAST = "last"
+LAST_OR_NONE = "last-or-none"
+"""Spellings of `--ckpt_path`: the newest checkpoint, and the same where there may be none yet."""
 _METRICS = "metrics.csv"
+_VERSION = "version_"
 
 
-def last_checkpoint(root: Path) -> Path | None:
+def last_checkpoint(root: Path, folders: Iterable[Path] = ()) -> Path | None:
     """The checkpoint that `--ckpt_path last` means: the newest below `root`, if there is one.
 
     Lightning looks in the new run's own folder, which is empty. A run that a signal stopped has
-    left its last one in `root` itself.
+    left its last one in `root` itself, one without a logger in `root/checkpoints`.
+
+    Args:
+        root: The folder of the run's versions.
+        folders: Others that checkpoints of this run go to.
     """
-    found = [*root.glob("version_*/checkpoints/*.ckpt"), *root.glob("hpc_ckpt_*.ckpt")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    own = (root / "checkpoints", *root.glob("version_*/checkpoints"), *folders)
+    # A metric's name in `filename` may hold a slash, which makes a folder.
+    found = {
+        *root.glob("hpc_ckpt_*.ckpt"),
+        *(path for each in own for path in each.rglob("*.ckpt")),
+    }
+    whole = [path for path in found if path.is_file() or is_sharded(path)]
+    return max(whole, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def version_of(checkpoint: Path) -> int:
-    """The N of the `version_N` folder that a checkpoint lies in, or that a signal stopped."""
-    folder = checkpoint.parent.parent.name
-    if folder.startswith("version_"):
-        return int(folder.removeprefix("version_"))
-    versions = [int(p.name.removeprefix("version_")) for p in checkpoint.parent.glob("version_*")]
-    return max(versions, default=0)
+def version_of(checkpoint: Path, root: Path | None = None) -> int:
+    """The N of the `version_N` folder that a checkpoint belongs to.
+
+    Args:
+        checkpoint: Somewhere in the folder, or elsewhere: then it belongs to the newest version.
+        root: The folder of the run's versions; None: the checkpoint lies in it.
+    """
+    for folder in checkpoint.parents:
+        if folder.name.startswith(_VERSION):
+            return _number(folder)
+    return max(map(_number, (root or checkpoint.parent).glob(f"{_VERSION}*")), default=0)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix(_VERSION))
 
 
 def default_loggers(root: Path, version: int | None = None) -> list[Logger]:

@@ -25,6 +25,8 @@ from lightning_grpo.cli.environment import set_one_thread_default, silence_jsona
 from lightning_grpo.cli.problem import ConfigProblem, nearest
 from lightning_grpo.cli.refusals import condense, locate
 from lightning_grpo.cli.runs import (
+    LAST,
+    LAST_OR_NONE,
     RUNS,
     default_loggers,
     last_checkpoint,
@@ -112,13 +114,25 @@ class GRPOCLI(LightningCLI):
         _share_gpus(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
-        if config.ckpt_path == "last" and _is_default(config.trainer.logger):
-            checkpoint = last_checkpoint(Path(config.trainer.default_root_dir))
-            if checkpoint is not None:
-                config.ckpt_path, self._version = str(checkpoint), version_of(checkpoint)
-        named = config.ckpt_path in (None, "best", "hpc", "last")
+        if config.ckpt_path in (LAST, LAST_OR_NONE):
+            self._find_last(config)
+        named = config.ckpt_path in (None, "best", "hpc")
         if not (named or config.ckpt_path.startswith("registry")):
             require_checkpoint(config.ckpt_path)
+
+    def _find_last(self, config: Any) -> None:
+        """Put the newest checkpoint of the run in the place of `last`."""
+        root = Path(config.trainer.default_root_dir)
+        checkpoint = last_checkpoint(root, _checkpoint_folders(config.trainer))
+        if checkpoint is None and config.ckpt_path == LAST:
+            raise ConfigError(
+                f"`ckpt_path` must name a checkpoint, and `{LAST}` finds none of this run (below "
+                f"{str(root)!r}). Leave it out to begin, or give `{LAST_OR_NONE}`, which goes on "
+                "where there is a checkpoint and begins where there is none."
+            )
+        config.ckpt_path = None if checkpoint is None else str(checkpoint)
+        if checkpoint is not None and _is_default(config.trainer.logger):
+            self._version = version_of(checkpoint, root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
@@ -172,6 +186,27 @@ class SaveConfig(SaveConfigCallback):
         config = config.clone()
         config.ckpt_path = None
         super().__init__(parser, config, **kwargs)
+
+
+def _checkpoint_folders(trainer: Any) -> list[Path]:
+    """Where a Trainer's own callbacks and loggers have checkpoints written, by its config."""
+    folders: list[Path] = []
+    for each in _listed(trainer.callbacks):
+        settings = each.get("init_args") or {}
+        if settings.get("dirpath"):
+            folders.append(Path(settings["dirpath"]))
+    for each in _listed(trainer.logger):
+        settings = each.get("init_args") or {}
+        place = Path(settings.get("save_dir") or trainer.default_root_dir)
+        names = (settings.get("name"), settings.get("project"))
+        folders += [place / name for name in names if name is not None]
+    return folders
+
+
+def _listed(value: Any) -> list[Any]:
+    """One object of a config, or several; what is no object is left out."""
+    several = value if isinstance(value, list) else [value]
+    return [each for each in several if hasattr(each, "class_path")]
 
 
 def _share_gpus(config: Any) -> None:

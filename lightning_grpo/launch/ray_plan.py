@@ -91,7 +91,7 @@ def node_tasks(job: RayJob, start: Start) -> list[NodeTask]:
         fit += ["--data.servers.num_nodes", str(job.server_nodes)]
         fit += ["--data.servers.servers", json.dumps(job.servers)]
     if start.resume:
-        fit += ["--ckpt_path", "last"]
+        fit += ["--ckpt_path", "last-or-none"]
     meeting = {"MASTER_ADDR": start.hosts[0], "MASTER_PORT": str(start.port)}
     tasks = []
     for node in range(job.train_nodes):

@@ -15,7 +15,7 @@ from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.packed import PackedPolicy
 
 _ROW_TOKENS = 16
-_ROUNDING = 0.1
+_GPU_ROUNDING = 0.1
 """Mean |dlogprob| of two passes that draw nothing: sums whose order is left to a GPU."""
 
 
@@ -74,7 +74,7 @@ def check_two_passes(policy: PackedPolicy) -> None:
         )
     draws = not torch.equal(before, _random_state(device))
     difference = (first - second).abs().mean().item()
-    if difference > (0.0 if draws else _ROUNDING):
+    if difference > (0.0 if draws or device.type == "cpu" else _GPU_ROUNDING):
         with _watching(policy.model, device) as drew:
             policy(ids, bounds)
         source = f", which {', '.join(drew[:3])} drew" if drew else ", not torch's"

@@ -12,8 +12,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import check_config, check_source, load_tokenizer
-from lightning_grpo.policy.rope import usable_context
 from lightning_grpo.policy.memory import HALF, model_size
+from lightning_grpo.policy.rope import usable_context
 from lightning_grpo.rollout.prompts import Prompts, PromptSet
 from lightning_grpo.rollout.verify import SHAPE, Requirements
 from lightning_grpo.servers.sizing import ServerLoad

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -79,3 +82,33 @@ def plain_logprobs(
         logprobs.append(torch.cat([first, taken]))
         entropies.append(torch.cat([first, -(log_softmax.exp() * log_softmax).sum(-1)[:-1]]))
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+_SIZES = {
+    **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16},
+    **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    **{"max_position_embeddings": 128, "word_embed_proj_dim": 32, "ffn_dim": 48},
+    **{"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    **{"kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    **{"v_head_dim": 12, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    **{"tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def make_model_of(kind: str, seed: int = 0, **settings: object) -> PreTrainedModel:
+    """Two layers of any architecture that transformers has, by its `model_type`."""
+    config_class = CONFIG_MAPPING[kind]
+    known = {
+        name for base in config_class.__mro__ for name in vars(base).get("__annotations__", ())
+    }
+    sizes = {name: size for name, size in _SIZES.items() if name in known}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config_class(**{**sizes, **copy.deepcopy(settings)}), dtype=torch.float32
+        )
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # so that distributions have a shape
+                parameter.data.normal_(0, 0.15)
+    return model.eval()

@@ -181,6 +181,53 @@ def test_a_run_goes_on_from_its_last_checkpoint_in_its_own_folder(run, tmp_path)
     assert steps == {"metrics-0.csv": ["0", "1"], "metrics.csv": ["2", "3"]}
 
 
+SAVES = ["--trainer.callbacks=ModelCheckpoint"]
+CSV = "lightning.pytorch.loggers.CSVLogger"
+PLACES = {
+    "a metric with a slash in the name": [
+        *SAVES, "--trainer.callbacks.filename={step}-{eval/avg_at_1:.2f}",
+    ],
+    "a folder of the user's": [*SAVES, "--trainer.callbacks.dirpath=elsewhere"],
+    "two folders": [
+        *SAVES, "--trainer.callbacks.dirpath=elsewhere", "--trainer.callbacks.save_last=true",
+        "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=a/b/{step}",
+        "--trainer.callbacks.every_n_train_steps=1",
+    ],
+    "a link": [*SAVES, "--trainer.callbacks.save_last=link"],
+    "no logger": ["--trainer.logger=false"],
+    "a logger of the user's": [
+        f"--trainer.logger={CSV}", "--trainer.logger.save_dir=logs", "--trainer.logger.name=mine",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as a new version's does
+@pytest.mark.parametrize("place", PLACES)
+def test_last_finds_a_run_s_checkpoint_wherever_it_was_put(place, run, caplog):
+    first, _ = run("--config", "small.yaml", *PLACES[place])
+    assert first.trainer.global_step == 2
+    more = ["--ckpt_path=last", "--trainer.max_steps=4"]
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
+    module, _ = run("--config", "small.yaml", *PLACES[place], *more)
+    assert "Restored all states from the checkpoint at" in caplog.text
+    assert module.trainer.global_step == 4
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_last_is_refused_where_there_is_no_checkpoint_unless_that_is_said(command, run, tmp_path):
+    stray = tmp_path / "runs/small/version_0/checkpoints/step=1.ckpt"
+    stray.mkdir(parents=True)  # a folder of shards that was not finished
+    with pytest.raises(ConfigProblem, match=r"(?s)`last` finds none.*`last-or-none`, which"):
+        run("--config=small.yaml", "--ckpt_path=last", command=command)
+    module, _ = run("--config=small.yaml", "--ckpt_path=last-or-none", command="fit")
+    assert module.trainer.global_step == 2
+    module, _ = run(
+        "--config=small.yaml", "--ckpt_path=last-or-none", "--trainer.max_steps=3", command="fit"
+    )
+    assert module.trainer.global_step == 3
+
+
 def test_the_newest_checkpoint_is_the_last_one(tmp_path):
     for version, age_s in ((0, 5), (1, 50)):
         checkpoint = tmp_path / f"version_{version}" / "checkpoints" / "x.ckpt"

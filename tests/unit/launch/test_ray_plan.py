@@ -65,7 +65,7 @@ def test_without_server_nodes_the_run_starts_its_servers_itself():
 def test_a_restart_goes_on_from_the_last_checkpoint_whatever_the_first_start_was_given():
     given = RayJob(("x",), ("--config", "a.yaml", "--ckpt_path", "first.ckpt"), SERVERS)
     (task, _) = node_tasks(given, start(2, resume=True))
-    assert value(task.command, "--ckpt_path") == "last"
+    assert value(task.command, "--ckpt_path") == "last-or-none"
 
 
 @pytest.mark.parametrize(
