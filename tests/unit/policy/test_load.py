@@ -1,9 +1,15 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import load_policy, load_tokenizer
+from lightning_grpo.policy.materialize import materialize_from_folder
+from lightning_grpo.session.material import load_config
 from tests.fakes.causal_models import make_causal_model
 from tests.fakes.tiny_model import make_tiny_model
 
@@ -62,3 +68,176 @@ def test_a_folder_without_tokenizer_is_a_config_error(tmp_path):
 def test_a_tokenizer_comes_back_from_its_folder(tmp_path):
     tokenizer = load_tokenizer(str(make_tiny_model(tmp_path)))
     assert tokenizer.decode(tokenizer("3 + 4")["input_ids"]) == "3 + 4"
+
+
+def change(folder, edit, **settings):
+    """A checkpoint whose tensors were edited; its config is that of the model."""
+    make_causal_model(**settings).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def layer(tensors, index):
+    return [name for name in tensors if name.startswith(f"model.layers.{index}.")]
+
+
+def drop_layer(tensors):
+    for name in layer(tensors, 1):
+        del tensors[name]
+
+
+def drop_head(tensors):
+    del tensors["lm_head.weight"]
+
+
+def add_layer(tensors):
+    for name in layer(tensors, 1):
+        tensors[name.replace("layers.1.", "layers.2.")] = tensors[name].clone()
+
+
+def add_layer_of_a_base_model(tensors):
+    add_layer(tensors)
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+def add_biases(tensors):
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+
+
+def reshape(tensors):
+    tensors["model.norm.weight"] = torch.ones(31)
+
+
+def untie(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+
+UNFIT = [
+    (drop_layer, {}, r"lacks model\.layers\.1\.input_layernorm\.weight, .* and 8 more"),
+    (drop_head, {"tie_word_embeddings": False}, r"lacks lm_head\.weight\. Way out"),
+    (add_layer, {}, r"has beside the layers of the config model\.layers\.2\."),
+    (add_layer_of_a_base_model, {}, r"has beside the layers of the config layers\.2\."),
+    (add_biases, {}, r"has beside the layers of the config model\.layers\.0\.self_attn\.q_proj\.b"),
+    (reshape, {}, r"has in another shape model\.norm\.weight \(31, by the config 32\)"),
+    (untie, {}, "holds two that differ"),
+]
+
+
+@pytest.mark.parametrize(("edit", "settings", "message"), UNFIT)
+def test_weights_that_the_config_does_not_describe_are_refused_by_name(
+    edit, settings, message, tmp_path
+):
+    folder = change(tmp_path, edit, **settings)
+    with pytest.raises(ConfigError, match=message):
+        load_policy(folder)
+    model = load_policy(folder, meta=True)  # as under fsdp2
+    with pytest.raises(ConfigError, match=message):
+        materialize_from_folder(model, folder)
+
+
+def other_heads(tensors):
+    tensors["v_head.summary.weight"] = torch.ones(1, 32)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    tensors["model.layers.0.self_attn.masked_bias"] = torch.ones(1)
+
+
+def head_of_a_tied_model(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def without_prefix(tensors):
+    for name in [name for name in tensors if name.startswith("model.")]:
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("edit", [other_heads, head_of_a_tied_model, without_prefix])
+def test_weights_of_other_heads_and_old_buffers_do_no_harm(edit, tmp_path):
+    policy = load_policy(change(tmp_path, edit))
+    expected = make_causal_model().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in policy.state_dict().items())
+
+
+def lose_a_shard(folder):
+    sorted(folder.glob("model-*.safetensors"))[0].unlink()
+
+
+def lose_the_index(folder):
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def cut_a_shard(folder):
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:200])
+
+
+def forget_in_the_index(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.norm.weight"]
+    shards = {k: load_file(folder / k) for k in set(index["weight_map"].values())}
+    for name, tensors in shards.items():
+        tensors.pop("model.norm.weight", None)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_a_shard, r"model-00001-of-\d+\.safetensors"),
+        (lose_the_index, "model.safetensors"),
+        (cut_a_shard, "must be a causal language model that transformers loads"),
+        (forget_in_the_index, r"lacks model\.norm\.weight"),
+    ],
+)
+def test_shards_that_are_not_whole_are_refused(damage, message, tmp_path):
+    make_causal_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    load_policy(str(tmp_path))
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_policy(str(tmp_path))
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    make_causal_model().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds an adapter \(adapter_config\.json\)"):
+        load_policy(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match="must be a whole model"):
+        load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "fp8"},
+    ],
+)
+def test_quantized_weights_are_refused_by_their_method(quantization, tmp_path):
+    make_causal_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "quantization_config": quantization})
+    )
+    message = rf"are quantized \({quantization['quant_method']}\)"
+    for meta in (False, True):
+        with pytest.raises(ConfigError, match=message):
+            load_policy(str(tmp_path), meta=meta)
+    make_causal_model().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_policy(str(tmp_path), model_kwargs={"quantization_config": quantization})
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl"])
+def test_a_model_that_also_sees_is_refused_with_the_way_to_its_text_part(kind, tmp_path):
+    CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    for load in (load_policy, load_config):
+        with pytest.raises(ConfigError, match=rf"\({kind}\) consists of parts: text, vision"):
+            load(str(tmp_path))
