@@ -149,7 +149,7 @@ def check_config(config: Any, model: str, options: Mapping[str, Any] | None = No
         raise ConfigError(
             f"`model` must be a language model alone, {model!r} ({config.model_type}) consists of "
             f"parts: {', '.join(sorted(parts))}. Way out: save its text part as a model of its own "
-            '(docs/your_data.md, "A model that also sees") and give that folder.'
+            '(docs/troubleshooting.md, "A model that also sees") and give that folder.'
         )
 
 
