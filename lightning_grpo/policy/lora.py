@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ class LoRA:
             fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
         )
         config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})
-        inject_adapter_in_model(config, model, _ADAPTER)
+        with warnings.catch_warnings():
+            # Of patterns that PEFT makes itself for what is refused below.
+            warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+            inject_adapter_in_model(config, model, _ADAPTER)
         # PEFT takes the names of a mixture's layers, as they once were, for its fused experts.
         if any(isinstance(module, ParamWrapper) for module in model.modules()):
             raise ConfigError(

@@ -15,8 +15,8 @@ from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.weights.gather import gather_weights
-from tests.fakes.adapters import LORA, make_trained
-from tests.fakes.causal_models import make_sequences, pack
+from tests.fakes.adapters import LORA, make_trained, set_adapter
+from tests.fakes.causal_models import make_model_of, make_sequences, pack
 from tests.fakes.tiny_model import make_tiny_model
 
 
@@ -146,3 +146,62 @@ def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
     with pytest.raises(ConfigError, match=r"pip install 'lightning-grpo\[lora\]'"):
         LoRA()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked by PEFT
+@pytest.mark.parametrize(
+    ("kind", "settings", "targets"),
+    [
+        ("gpt2", {}, ("c_attn",)),  # layers whose weights are transposed
+        ("gpt2", {}, None),
+        ("qwen3_moe", {}, ("q_proj", "v_proj")),
+        ("mixtral", {"sliding_window": None}, ("o_proj",)),
+        ("qwen2_moe", {}, ("down_proj",)),  # of the shared expert
+        ("phi3", {}, None),
+    ],
+)
+def test_merged_exported_and_adapted_are_one_model_in_other_architectures(
+    kind, settings, targets, tmp_path
+):
+    make_model_of(kind, **settings).save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    model = load_policy(base)
+    LoRA(rank=4, alpha=6, targets=targets).add_to(model)
+    set_adapter(model)
+    policy, packed = PackedPolicy(model), pack(make_sequences([12]))
+    adapted, _ = policy(*packed)
+    assert not torch.allclose(PackedPolicy(load_policy(base))(*packed)[0], adapted, atol=0.05)
+    assert torch.equal(
+        WithoutAdapter(policy)(*packed)[0], PackedPolicy(load_policy(base))(*packed)[0]
+    )
+    export_policy(model, None, tmp_path / "merged", gather_weights(policy))
+    merged, _ = PackedPolicy(load_policy(str(tmp_path / "merged")))(*packed)
+    assert torch.allclose(merged, adapted, atol=1e-5)
+    export_adapter(model, base, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter")
+    )
+    ids = packed[0]
+    logprobs = torch.log_softmax(theirs.eval()(ids.unsqueeze(0)).logits[0], -1)[:-1]
+    found = logprobs.gather(1, ids[1:].unsqueeze(1)).squeeze(1)
+    assert torch.allclose(found, adapted[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "targets", "message"),
+    [
+        ("qwen3_moe", {}, None, "name layers of Qwen3MoeForCausalLM, .* It has k_proj, o_proj"),
+        ("mixtral", {}, None, "name layers of MixtralForCausalLM, whose experts are one tensor"),
+        ("mixtral", {}, ("w1",), r"got w1\. It has k_proj, o_proj, q_proj, v_proj"),
+        (
+            "qwen3_moe",  # PEFT takes the dense layer's names for the experts of the other
+            {"mlp_only_layers": [0]},
+            ("gate_proj", "up_proj", "down_proj"),
+            "leave out the experts of Qwen3MoeForCausalLM .* got gate_proj, up_proj, down_proj",
+        ),
+    ],
+)
+def test_fused_experts_which_servers_would_not_get_are_refused(kind, settings, targets, message):
+    model = make_model_of(kind, **settings)
+    with pytest.raises(ConfigError, match=message):
+        LoRA(targets=targets).add_to(model)
