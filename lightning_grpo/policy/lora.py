@@ -76,7 +76,7 @@ class LoRA:
         config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})
         with warnings.catch_warnings():
             # Of patterns that PEFT makes itself for what is refused below.
-            warnings.filterwarnings("ignore", message="The following rank_pattern keys")
+            warnings.filterwarnings("ignore", message="The following .*_pattern keys")
             inject_adapter_in_model(config, model, _ADAPTER)
         # PEFT takes the names of a mixture's layers, as they once were, for its fused experts.
         if any(isinstance(module, ParamWrapper) for module in model.modules()):
