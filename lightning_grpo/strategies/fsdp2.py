@@ -7,8 +7,9 @@ that name).
 from __future__ import annotations
 
 import atexit
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -189,7 +190,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         fresh = not inner.state
-        state = super().optimizer_state(optimizer)
+        with _stepping_without_loss([inner]):
+            state = super().optimizer_state(optimizer)
         if fresh:  # torch made a step at rate 0 to learn the state's names: undo it, here and there
             inner.state.clear()
             for entry in state.get("state", {}).values():
@@ -240,7 +242,31 @@ class FSDP2Strategy(ModelParallelStrategy):
             require_same_model(saved, shapes(self.lightning_module.state_dict()))
         # Lightning passes None here whatever was asked for; checkpoints of ours are plain data.
         safe = True if weights_only is None else weights_only
-        return super().load_checkpoint(path, weights_only=safe)
+        with _stepping_without_loss(self.optimizers):
+            return super().load_checkpoint(path, weights_only=safe)
+
+    @override
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS) and self.world_size > 1:
+                raise ConfigError(_NOT_SHARDED.format("LBFGS", "it lays all of them end to end"))
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: L.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        try:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        except RuntimeError as error:
+            if "DTensor" not in str(error) and "Sharding propagation" not in str(error):
+                raise
+            name, said = type(optimizer).__name__, str(error).splitlines()[0]
+            raise ConfigError(_NOT_SHARDED.format(name, said)) from error
 
     def _sharding_root(self) -> nn.Module:
         module = self.lightning_module
@@ -293,6 +319,31 @@ class FSDP2Strategy(ModelParallelStrategy):
             )
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
+
+
+_NOT_SHARDED = (
+    "`optimizer` must work on sharded parameters under fsdp2, {} doesn't: {}. Set "
+    "`trainer.strategy: ddp`, or use an optimizer that takes each parameter by itself."
+)
+
+
+@contextmanager
+def _stepping_without_loss(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Torch takes a step on gradients of 0 to learn an optimizer's state; some want a loss, too."""
+    before = [vars(optimizer).get("step") for optimizer in optimizers]  # a schedule's wrapper
+    for optimizer in optimizers:
+        vars(optimizer)["step"] = functools.partial(_step, optimizer.step)
+    try:
+        yield
+    finally:
+        for optimizer, own in zip(optimizers, before, strict=True):
+            del vars(optimizer)["step"]
+            if own is not None:
+                vars(optimizer)["step"] = own
+
+
+def _step(step: Callable[[Any], Any], closure: Callable[[], Any] | None = None) -> Any:
+    return step(closure or (lambda: torch.zeros(())))
 
 
 def register() -> str:
