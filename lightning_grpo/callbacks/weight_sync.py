@@ -88,6 +88,7 @@ class WeightSync(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Tell the data module how weights are to travel, before it starts servers."""
+        self._published = None
         trainer.datamodule.session.sync = self.settings  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -165,8 +166,8 @@ class WeightSync(Callback):
         module: GRPOModule = pl_module  # type: ignore[assignment]
         report = data.publish(module.sharding_root(), trained=trained)
         # Only code of the user's could change weights between a step and a validation.
-        watched = bool(strangers(trainer, pl_module))
-        self._published = first_values(dict(module.named_parameters())) if watched else None
+        if strangers(trainer, pl_module) and (trained or self._published is None):
+            self._published = first_values(dict(module.named_parameters()))
         return report
 
 

@@ -13,7 +13,9 @@ from lightning.pytorch.tuner import Tuner
 
 from lightning_grpo.algorithm.losses import GRPOLoss
 from lightning_grpo.errors import ConfigError, ServerStartError
+from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.types import Sampling
+from tests.fakes.causal_models import make_model_of
 from tests.fakes.loops import (
     NeverServers,
     make_data,
@@ -112,6 +114,54 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"`model` must be .*empty"):
         make_trainer(tmp_path).fit(make_module(folder), make_data(servers))
     assert not servers.started
+
+
+class NoLaunches(EmbeddedServers):
+    """For models that the engine can't run."""
+
+    def launches(self, model_path, run_dir):
+        raise AssertionError("a process was about to be started")
+
+
+def write_model(folder, kind, **settings):
+    """A config alone, with the tokenizer: nothing needs the weights."""
+    model = make_model_of(kind, vocab_size=320, **settings)
+    model.config.save_pretrained(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 60},
+    **{"short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "servers", "message"),
+    [
+        ("nemotron", {}, NoLaunches, "must leave its attention to transformers"),
+        ("doge", {}, NoLaunches, "gives it a mask of its own"),
+        ("gptj", {"rotary_dim": 8}, NoLaunches, "must let transformers choose its attention"),
+        ("opt", {}, NoLaunches, "must be one that the embedded engine runs"),
+        ("deepseek_v3", {}, NoLaunches, "multi-head latent attention"),
+        ("mistral", {"sliding_window": 64}, NoLaunches, "sliding window of 64 tokens"),
+        ("seed_oss", {"quantization_config": {"quant_method": "gptq"}}, NoLaunches, "(gptq)"),
+        (
+            "phi3",  # answers of 40 tokens would pass the switch
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 60},
+            NeverServers,
+            "more than the 20 tokens that the context leaves beside `max_new_tokens`",
+        ),
+    ],
+)
+def test_a_model_that_can_t_be_trained_or_served_is_refused_before_a_server_is_started(
+    kind, settings, servers, message, tmp_path
+):
+    folder = write_model(tmp_path / "model", kind, **settings)
+    data = make_data(servers(), sampling=Sampling(max_new_tokens=40))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_trainer(tmp_path).fit(make_module(folder), data)
 
 
 def test_the_learning_rate_finder_and_the_batch_size_scaler_are_refused(tiny_model, tmp_path):

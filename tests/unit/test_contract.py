@@ -9,9 +9,12 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 
 from lightning_grpo.contract import check_gpus, check_intervals, check_ranks, check_trainer
@@ -53,6 +56,19 @@ def make_trainer(**settings) -> L.Trainer:
             {"callbacks": [GradientAccumulationScheduler({4: 2})]},
             "`trainer.callbacks` must not hold GradientAccumulationScheduler (it changes what a "
             "batch is). Remove it and bound memory with `model.max_tokens_per_microbatch`.",
+        ),
+        *(
+            (
+                {"callbacks": [average]},
+                f"must not hold {type(average).__name__} (servers answer with the weights that are "
+                "trained, it validates and saves others). Remove it and keep the best trained "
+                "weights with `ModelCheckpoint(monitor='eval/avg_at_1', mode='max')`.",
+            )
+            for average in (
+                EMAWeightAveraging(decay=1.0),
+                WeightAveraging(),
+                StochasticWeightAveraging(1e-6),
+            )
         ),
         (
             {"callbacks": [LearningRateFinder()]},

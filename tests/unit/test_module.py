@@ -14,6 +14,7 @@ from lightning_grpo.callbacks.defaults import DEFAULT_CALLBACKS
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import GRPOModule
+from tests.fakes.causal_models import make_model_of
 from tests.fakes.loops import NeverServers, make_data, make_module, make_trainer
 from tests.fakes.tiny_model import make_tiny_model
 from tests.fakes.tiny_run import make_group
@@ -157,3 +158,73 @@ class SlowServers(NeverServers):
 
     def start(self, model_path, run_dir):
         return []
+
+
+def two(self):
+    return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        two,
+        lambda self: (two(self), []),
+        lambda self: tuple({"optimizer": optimizer} for optimizer in two(self)),
+    ],
+)
+def test_several_optimizers_are_refused_with_what_one_can_do(folder, configure):
+    Mine = type("Mine", (GRPOModule,), {"configure_optimizers": configure})
+    module = make_module(folder, Mine)
+    module.configure_model()
+    with pytest.raises(ConfigError, match=r"`Mine\.configure_optimizers` must return one.* got 2"):
+        module.configure_optimizers()
+
+
+def test_one_optimizer_of_a_subclass_is_taken_as_it_is(folder):
+    class Mine(GRPOModule):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.25)]
+
+    module = make_module(folder, Mine)
+    module.configure_model()
+    (optimizer,) = module.configure_optimizers()
+    assert optimizer.defaults["lr"] == 0.25
+
+
+def test_manual_optimization_is_refused(folder, tmp_path):
+    module = make_module(folder)
+    module.automatic_optimization = False
+    with pytest.raises(ConfigError, match=r"`GRPOModule\.automatic_optimization` must be true"):
+        make_trainer(tmp_path).fit(module, make_data(NeverServers()))
+
+
+def test_a_plateau_must_be_one_of_a_metric_by_name(folder):
+    module = make_module(folder, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    module.configure_model()
+    with pytest.raises(ConfigError, match=r"ReduceLROnPlateau\(optimizer, monitor='eval/avg_at_1'"):
+        module.configure_optimizers()
+
+
+def test_the_model_of_a_module_is_checked_and_so_is_a_reference_of_another_one(folder, tmp_path):
+    make_module(folder).check_model()
+    make_model_of("nemotron").config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="NemotronForCausalLM doesn't pass on"):
+        make_module(tmp_path).check_model()
+    with pytest.raises(ConfigError, match="NemotronForCausalLM doesn't pass on"):
+        make_module(folder, kl=KLPenalty(0.1, reference=str(tmp_path))).check_model()
+
+    class Own(GRPOModule):
+        def build_policy(self):
+            raise AssertionError("it was built")
+
+    make_module(tmp_path, Own).check_model()
+
+
+def test_sequences_that_grew_beyond_a_switch_of_rope_are_refused(folder):
+    module = make_module(folder)
+    module.configure_model()
+    module.prepare_rollout(make_batch())
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 3}
+    module.policy.model.config.rope_parameters = rope
+    with pytest.raises(ConfigError, match=r"at most 3 tokens, at which .* got one of 4"):
+        module.prepare_rollout(make_batch())
