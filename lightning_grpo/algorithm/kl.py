@@ -1,9 +1,11 @@
 """Penalties for leaving a reference policy.
 
 With l = log(pi / ref) per token: k1 = l, k2 = l^2 / 2, k3 = exp(-l) + l - 1 (Schulman,
-"Approximating KL divergence", 2020). What the gradient of each expects to on samples of the policy:
+"Approximating KL divergence", 2020). Each is a penalty on the next token, given the tokens before
+it: KL below is the divergence of that token's two distributions. Expected over samples of the
+policy:
 
-| in the loss | expected gradient |
+| in the loss | gradient |
 |---|---|
 | k1 | 0: useless |
 | k2 | of KL(pi || ref) |
@@ -11,6 +13,12 @@ With l = log(pi / ref) per token: k1 = l, k2 = l^2 / 2, k3 = exp(-l) + l - 1 (Sc
 | ratio-weighted k3, gradient through the ratio | of KL(pi || ref), on samples of any policy |
 
 The last is DeepSeek-V3.2's (arXiv 2512.02556, section 3.1) and the default.
+
+None has the gradient of the KL between whole sequences. Of two tokens x, y that is the gradient of
+KL(x), plus the mean over x of the gradient of KL(y | x), plus the mean over x of
+grad log pi(x) * KL(y | x): a first token is also to blame for the divergence that it leads to. The
+estimators leave out that last term: a policy may drift into contexts in which it differs from the
+reference, at no cost for the tokens that lead there.
 """
 
 from __future__ import annotations
@@ -49,7 +57,7 @@ class K1(KLEstimator):
 
 @dataclass(frozen=True)
 class K2(KLEstimator):
-    """log(pi / ref)^2 / 2. On-policy its gradient is that of KL(pi || ref)."""
+    """log(pi / ref)^2 / 2. On-policy its gradient is that of the next token's KL(pi || ref)."""
 
     def __call__(
         self, policy_logprobs: Tensor, reference_logprobs: Tensor, batch: MicroBatch
@@ -60,7 +68,7 @@ class K2(KLEstimator):
 
 @dataclass(frozen=True)
 class K3(KLEstimator):
-    """ref / pi - log(ref / pi) - 1, GRPO's. On-policy its gradient is that of KL(ref || pi).
+    """ref / pi - log(ref / pi) - 1, GRPO's: on-policy the next token's KL(ref || pi) in gradient.
 
     Source: GRPO, arXiv 2402.03300, equation 4.
     """
@@ -76,6 +84,9 @@ class K3(KLEstimator):
 @dataclass(frozen=True)
 class WeightedK3(KLEstimator):
     """k3 times pi / behavior, with gradient through the ratio too: unbiased off-policy.
+
+    That is, for the next token after the tokens that were sampled: the behavior policy chose these,
+    and no gradient makes them likelier or less likely for what they lead to.
 
     Source: DeepSeek-V3.2, arXiv 2512.02556, section 3.1.
     """

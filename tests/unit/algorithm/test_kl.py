@@ -126,3 +126,41 @@ def test_a_penalty_that_cannot_work_is_refused():
     policy, batch = make_micro_batch([(1, 4)])
     with pytest.raises(ValueError, match="reference_logprobs"):
         KLPenalty(0.1)(policy, replace(batch, reference_logprobs=None))
+
+
+def test_each_estimator_is_a_penalty_on_the_next_token_not_on_the_sequence():
+    """Two tokens of two kinds: agreement after A, a divergence after B; both equal at first."""
+    first = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    second = torch.tensor([[0.0, 0.0], [3.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    after_b = torch.tensor([0.2, 0.8], dtype=torch.float64).log()
+    agreeing = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    reference = (agreeing, torch.stack([agreeing, after_b]))
+    policy = (first.log_softmax(-1), second.log_softmax(-1))
+
+    def next_token_kl(policy, reference):
+        return (policy.exp() * (policy - reference)).sum(-1)
+
+    # Every sequence x y, weighed by its probability, which has no gradient: samples.
+    estimate = torch.zeros((), dtype=torch.float64)
+    for x in range(2):
+        for y in range(2):
+            logprobs = torch.stack([policy[0][x], policy[1][x, y]])
+            expected = torch.stack([reference[0][x], reference[1][x, y]])
+            _, batch = make_micro_batch([(0, 2)])
+            mask = torch.ones(2, dtype=torch.bool)
+            batch = replace(batch, behavior_logprobs=logprobs.detach(), loss_mask=mask)
+            weight = logprobs.detach().sum().exp()
+            estimate = estimate + weight * WeightedK3()(logprobs, expected, batch).sum()
+    found = torch.autograd.grad(estimate, (first, second), retain_graph=True)
+
+    kl_first = next_token_kl(policy[0], reference[0])
+    kl_second = next_token_kl(policy[1], reference[1])
+    visited = policy[0].exp()
+    fixed = kl_first + (visited.detach() * kl_second).sum()
+    expected = torch.autograd.grad(fixed, (first, second), retain_graph=True)
+    assert all(close(left, right) for left, right in zip(found, expected, strict=True))
+    whole = torch.autograd.grad(kl_first + (visited * kl_second).sum(), (first, second))
+    # What is left out: B's share of the blame, 1/4 of the divergence after it.
+    assert close(found[0], torch.zeros(2).double())
+    assert whole[0][1].item() == pytest.approx(kl_second[1].item() / 4)
+    assert close(found[1], whole[1])

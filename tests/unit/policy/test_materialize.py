@@ -129,3 +129,29 @@ def test_two_sharded_ranks_from_the_meta_device_equal_one_whole_model(tmp_path):
         for result in results:
             found = torch.tensor(result.value[1][name])
             assert torch.allclose(found, parameter.grad, atol=1e-4), name
+
+
+def fill_from_an_incomplete_folder(folder):
+    """One rank of FSDP2: what it is told."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    try:
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        model = load_policy(folder, meta=True)
+        fully_shard(PackedPolicy(model), mesh=mesh)
+        with pytest.raises(ConfigError) as refused:
+            materialize_from_folder(model, folder)
+        return str(refused.value)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_weights_that_are_missing_are_named_on_every_rank(tmp_path):
+    model = make_causal_model(tie_word_embeddings=False)
+    values = {n: v for n, v in model.state_dict().items() if n != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=values)
+    with start_ranks(fill_from_an_incomplete_folder, 2, str(tmp_path)) as ranks:
+        results = ranks.join(timeout_s=50)
+    assert [r.returncode for r in results] == [0, 0], results[0].output + results[1].output
+    for result in results:
+        assert "lacks lm_head.weight" in result.value
