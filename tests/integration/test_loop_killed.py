@@ -61,14 +61,14 @@ def test_a_run_that_is_killed_ten_times_trains_on_each_prompt_of_each_pass_once(
     moments, root = random.Random(), tmp_path / "runs" / "tiny"
     reached = []
     for _ in range(KILLS):
-        with started(tmp_path, "--ckpt_path=last", *SAVE_EVERY) as fit:
+        with started(tmp_path, "--ckpt_path=last-or-none", *SAVE_EVERY) as fit:
             fit.wait_for(r"step +\d+/")
             time.sleep(moments.uniform(0.0, 6.0))
             fit.kill_everything()
             assert not fit.survivors()
         reached.append(max(readable(root), default=0))
     steps = reached[-1] + 10
-    arguments = ["--ckpt_path=last", f"--trainer.max_steps={steps}", *SAVE_EVERY]
+    arguments = ["--ckpt_path=last-or-none", f"--trainer.max_steps={steps}", *SAVE_EVERY]
     with started(tmp_path, *arguments) as fit:
         assert fit.process.wait(timeout=200) == 0, fit.tail
     (last,) = [p for p in root.rglob(f"*step={steps}.ckpt") if not p.is_symlink()]

@@ -1,17 +1,20 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.check import check_architecture
 from lightning_grpo.policy.load import load_policy, load_tokenizer
 from lightning_grpo.policy.materialize import materialize_from_folder
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.session.material import load_config
 from tests.fakes.causal_models import make_causal_model
-from tests.fakes.tiny_model import make_tiny_model
+from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
 
 def test_a_folder_loads_in_fp32_with_packed_attention_and_no_dropout(tmp_path):
@@ -241,3 +244,44 @@ def test_a_model_that_also_sees_is_refused_with_the_way_to_its_text_part(kind, t
     for load in (load_policy, load_config):
         with pytest.raises(ConfigError, match=rf"\({kind}\) consists of parts: text, vision"):
             load(str(tmp_path))
+
+
+def vision_model(kind):
+    text = {
+        **{"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    }
+    sees = {
+        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    more = {"gemma3": {"mm_tokens_per_image": 4}, "mistral3": {}}
+    names = {"gemma3": ("gemma3_text", "siglip_vision_model"), "mistral3": ("mistral", "pixtral")}
+    parts = {
+        "text_config": {"model_type": names[kind][0], **text},
+        "vision_config": {"model_type": names[kind][1], **sees},
+    }
+    config = CONFIG_MAPPING[kind](**parts, **more[kind], image_token_index=300)
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_the_page_s_way_to_the_text_part_gives_the_model_s_own_logprobs(kind, tmp_path):
+    torch.manual_seed(0)
+    whole = vision_model(kind)
+    whole.save_pretrained(tmp_path / "whole")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "whole")
+    page = (Path(__file__).parents[3] / "docs" / "troubleshooting.md").read_text()
+    recipe = page.split("```python text-part\n")[1].split("```")[0]
+    places = {"google/gemma-3-4b-it": tmp_path / "whole", "gemma-3-4b-text": tmp_path / "text"}
+    for name, place in places.items():
+        assert f'"{name}"' in recipe
+        recipe = recipe.replace(f'"{name}"', repr(str(place)))
+    exec(recipe, {})
+    ids = torch.arange(5, 20)
+    expected = whole(input_ids=ids.unsqueeze(0)).logits[0].log_softmax(-1)[:-1]
+    check_architecture(str(tmp_path / "text"))
+    found, _ = PackedPolicy(load_policy(str(tmp_path / "text")))(ids)
+    assert torch.allclose(found[1:], expected.gather(1, ids[1:, None])[:, 0], atol=1e-5)
+    load_tokenizer(str(tmp_path / "text"))
