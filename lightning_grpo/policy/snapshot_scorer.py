@@ -139,7 +139,8 @@ class SnapshotScorer:
             Mean |difference of logprobs| over all tokens but the first of each sequence.
         """
         reference = torch.float64 if kind == "float32" else torch.float32
-        exact = self._changed(sequences, lambda weight: weight.to(reference))
+        with _in_any_precision(self._policy.model):
+            exact = self._changed(sequences, lambda weight: weight.to(reference))
         if kind == "fp8":
             with _rounded_inputs(self._policy.model):
                 return _distance(exact, self._changed(sequences, _as_fp8, torch.bfloat16))
@@ -253,6 +254,19 @@ def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _distance(left: Tensor, right: Tensor) -> float:
     return float((left - right).abs().mean())
+
+
+@contextmanager
+def _in_any_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Compute experts one by one: grouped products of them know no float64."""
+    grouped = getattr(model.config, "_experts_implementation", None)
+    if grouped is not None:
+        model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        if grouped is not None:
+            model.set_experts_implementation(grouped)
 
 
 @contextmanager

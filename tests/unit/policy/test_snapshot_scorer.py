@@ -8,6 +8,7 @@ from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.snapshot_scorer import SnapshotScorer
 from lightning_grpo.weights.gather import gather_weights
+from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_lm import VOCAB, make_lm
 
 SEQUENCES = tuple(
@@ -124,3 +125,26 @@ def test_a_class_that_its_config_does_not_build_is_refused():
     model = Needs(copy.deepcopy(make_lm().config), 1)
     with pytest.raises(WeightSyncError, match="Needs can't be built from its config"):
         SnapshotScorer(model)
+
+
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24},
+    **{"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mixtral", {"sliding_window": None}),  # grouped products of experts know no float64
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}),
+        ("phimoe", {"sliding_window": 8}),
+    ],
+)
+def test_other_architectures_are_scored_and_their_rounding_is_measured(kind, settings):
+    policy = PackedPolicy(make_model_of(kind, **settings))
+    scorer = SnapshotScorer(policy.model)
+    scorer.hold(gather_weights(policy))
+    assert close(scorer.scores(SEQUENCES), policy_scores(policy))
+    assert 0 < scorer.rounding(SEQUENCES, "float32") < 1e-5
+    assert close(scorer.scores(SEQUENCES), policy_scores(policy))
