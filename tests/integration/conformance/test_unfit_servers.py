@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from lightning_grpo.errors import ConfigError
@@ -90,6 +91,9 @@ def test_another_class_of_model_is_refused_also_where_its_folder_cannot_be_read(
         "architectures": ["LlamaForCausalLM"],
     }
     path.write_text(json.dumps(config))
+    weights = load_file(trained / "model.safetensors")  # Llama has no norms in its attention
+    kept = {n: v for n, v in weights.items() if "q_norm" not in n and "k_norm" not in n}
+    save_file(kept, trained / "model.safetensors", metadata={"format": "pt"})
     proxy = FaultyProxy(server.url, claims={"/model_info": {"model_path": "/not/here"}})
     with in_a_thread(proxy):
         message = refusal(trained, proxy.url, tmp_path)
