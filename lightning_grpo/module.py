@@ -98,6 +98,8 @@ class GRPOModule(EvaluatedModule):
         model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, ...).
     """
 
+    _is_evaluated = False  # the loss, in this optimizer step
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an override of a final method, naming the hook to use."""
         super().__init_subclass__(**kwargs)
