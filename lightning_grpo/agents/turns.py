@@ -83,12 +83,12 @@ def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def _has_ended(tokenizer: Tokenizer, completion: Completion, end: int) -> bool:
-    if not completion.token_ids or completion.finish_reason != "stop":
+    if not completion.token_ids:
         return False
     last = completion.token_ids[-1]
     special = set(getattr(tokenizer, "all_special_ids", ()))
     # A model may end with another mark than its template (`<|return|>` for `<|end|>`).
-    return last == end or {last, end} <= special
+    return last == end or (not completion.truncated and {last, end} <= special)
 
 
 def _between(

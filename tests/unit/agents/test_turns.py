@@ -42,6 +42,13 @@ def test_an_answer_that_was_cut_off_is_ended_by_what_the_policy_did_not_sample()
     assert "It is<|im_end|>\n<|im_start|>user\nNo.<|im_end|>" in joined(tokenizer, answer, [MISSED])
 
 
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
+def test_an_end_that_was_sampled_is_not_said_twice_whatever_ended_the_answer(finish_reason):
+    tokenizer = make_chat_tokenizer()
+    answer = completion(tokenizer, "It is", finish_reason=finish_reason)
+    assert joined(tokenizer, answer, [MISSED]).count("<|im_end|>") == 3
+
+
 def test_a_model_that_ends_with_a_mark_of_its_own_is_not_ended_twice():
     tokenizer = make_chat_tokenizer()
     ids = (*tokenizer.encode("It is 6."), tokenizer.pad_token_id)
