@@ -13,7 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.types import Group
+from lightning_grpo.rollout.workflow import check_values
+from lightning_grpo.types import Group, Sampling
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,13 @@ class Evaluation:
     """What validation samples for each held-out prompt.
 
     Args:
-        num_samples: Completions at the workflow's own temperature (k of avg@k and pass@k).
+        num_samples: Sampled completions (k of avg@k and pass@k).
         greedy: Whether to answer each prompt once more at temperature 0.
         sampled: Whether to take the `num_samples` sampled completions at all.
+        sampling: How held-out prompts are sampled, all of it; `top_p`, `top_k` and
+            `min_new_tokens` are allowed here. Greedy answers take its lengths and stops. A call
+            that ends earlier than its workflow's `sampling` (an agent's `max_tokens`) still does.
+            None: as in training.
         pass_threshold: Reward from which a completion counts as right in pass@k.
         extract_answer: What a completion's text answers (a text, a number), or None where it
             answers nothing; then maj@k is logged: the reward of the most common answer. For
@@ -36,9 +41,10 @@ class Evaluation:
     sampled: bool = True
     pass_threshold: float = 0.5
     extract_answer: Callable[[str], Any] | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an evaluation that samples nothing."""
+        """Refuse an evaluation that samples nothing, or the same again and again."""
         if self.num_samples < 1:
             raise ConfigError(
                 f"`evaluation.num_samples` must be >= 1, got {self.num_samples}. "
@@ -48,6 +54,15 @@ class Evaluation:
             raise ConfigError(
                 "`evaluation` must sample something, got greedy: false and sampled: false. "
                 "To skip validation set `trainer.limit_val_batches: 0`."
+            )
+        if self.sampling is None:
+            return
+        check_values(self.sampling, "evaluation.sampling")
+        if self.sampled and self.num_samples > 1 and self.sampling.temperature == 0:
+            raise ConfigError(
+                "`evaluation.sampling.temperature` must be > 0 for more than one sample (they "
+                f"would be equal), got 0.0 and num_samples: {self.num_samples}. For greedy answers "
+                "set `evaluation.greedy: true`."
             )
 
 

@@ -32,6 +32,7 @@ class ChatRequest:
         sampling: The workflow's, with the request's limit and stops.
         stream: Whether the reply comes in events.
         include_usage: Whether the last event counts tokens.
+        ignored: What it asks of the sampling that the run decides otherwise, in words.
     """
 
     messages: list[dict[str, Any]]
@@ -39,6 +40,7 @@ class ChatRequest:
     sampling: Sampling
     stream: bool = False
     include_usage: bool = False
+    ignored: str = ""
 
 
 def read_request(body: Any, sampling: Sampling) -> ChatRequest:
@@ -75,7 +77,20 @@ def read_request(body: Any, sampling: Sampling) -> ChatRequest:
         chosen,
         bool(body.get("stream")),
         bool(options.get("include_usage")),
+        _ignored(body, sampling),
     )
+
+
+def _ignored(body: Mapping[str, Any], sampling: Sampling) -> str:
+    decided = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0,
+        "repetition_penalty": 1,
+    }
+    asked = [name for name, own in decided.items() if body.get(name) not in (None, own)]
+    return ", ".join(f"{name} {body[name]}" for name in asked)
 
 
 def _refuse(body: Mapping[str, Any]) -> None:
@@ -88,6 +103,11 @@ def _refuse(body: Mapping[str, Any]) -> None:
         raise BadRequest("`response_format` must be text: a grammar changes the distribution.")
     if body.get("logprobs"):
         raise BadRequest("`logprobs` are not served.")
+    if body.get("chat_template_kwargs"):
+        raise BadRequest(
+            "`chat_template_kwargs` are the run's, for every turn alike. Set "
+            "`Prompts.template_kwargs`."
+        )
     asked = [name for name in _REFUSED if body.get(name)]
     asked += [name for name in _PENALTIES if body.get(name)]
     if asked:

@@ -70,7 +70,7 @@ class ServerPool:
         health: When a server counts as lost.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a pool is put together from
         self,
         handles: Sequence[ServerLike],
         requirements: Requirements,

@@ -289,7 +289,7 @@ class RolloutSession:
         prompts = [self._lead.material.val_prompts[name][i] for i in range(first, last)]
         asked: list[tuple[Sampling | None, int]] = []
         if evaluation.sampled:
-            asked.append((None, evaluation.num_samples))
+            asked.append((evaluation.sampling, evaluation.num_samples))
         if evaluation.greedy:
             asked.append((self._lead.material.greedy, 1))
         self._answers[name, first] = [

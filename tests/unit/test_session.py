@@ -11,14 +11,18 @@ import torch
 
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, ServerStartError
+from lightning_grpo.evaluation import Evaluation
+from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow
+from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.session.live import _open_pool
 from lightning_grpo.session.material import check_sampling, open_material, room_for_prompts
 from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.state import from_checkpoint, to_checkpoint
 from lightning_grpo.types import Sampling
-from tests.fakes.loops import NeverServers, make_data, make_prompts
+from tests.fakes.loops import NeverServers, make_data, make_prompts, odd_reward
 from tests.fakes.server import FakeServer
 from tests.fakes.tiny_model import make_tiny_model
 
@@ -75,6 +79,82 @@ def test_sampling_that_biases_the_ratio_is_refused_unless_allowed(folder, tmp_pa
     sampling = Sampling(max_new_tokens=6, **{name: value})
     with pytest.raises(ConfigError, match=rf"`sampling\.{name}` must be .* got {value}"):
         check_sampling(sampling)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "rule"),
+    [
+        (Sampling(temperature=-1.0), r"temperature` must be >= 0 and finite, got -1\.0"),
+        (Sampling(top_p=0.0), r"top_p` must be > 0 and <= 1, got 0\.0"),
+        (Sampling(top_k=0), "top_k` must be >= 1, or -1 for all, got 0"),
+        (Sampling(max_new_tokens=0), "max_new_tokens` must be >= 1, got 0"),
+        (Sampling(stop=("",)), "stop` must hold texts"),
+        (Sampling(temperature=0.0), "temperature` must be > 0 for more than one sample"),
+    ],
+)
+def test_an_evaluation_refuses_what_no_sampling_is(sampling, rule):
+    with pytest.raises(ConfigError, match=rf"`evaluation\.sampling\.{rule}"):
+        Evaluation(num_samples=2, sampling=sampling)
+
+
+def test_held_out_prompts_may_be_sampled_as_training_must_not(folder, tmp_path):
+    wanted = Sampling(max_new_tokens=20, temperature=0.6, top_p=0.95, top_k=20, min_new_tokens=2)
+    held_out = make_prompts(3)
+    evaluation = Evaluation(num_samples=4, sampling=wanted)
+    settings = settings_of(folder, tmp_path, val_prompts=held_out, evaluation=evaluation)
+    material = open_material(settings)
+    assert material.sampling == Sampling(max_new_tokens=6)
+    assert material.greedy == Sampling(max_new_tokens=20, temperature=0.0, min_new_tokens=2)
+    longest = max(len(prompt.input_ids) for prompt in material.val_prompts[""])
+    assert material.requirements("run").max_tokens == longest + 20
+
+
+class Turns(RLVRWorkflow):
+    """May ask several times."""
+
+    async def run(self, prompt, context):
+        raise NotImplementedError
+
+
+class Secretive(RolloutWorkflow):
+    """Keeps its sampling to itself."""
+
+    async def run(self, prompt, context):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("workflow", "evaluation", "rule"),
+    [
+        (Secretive(), Evaluation(), "`evaluation.greedy` must be false for Secretive"),
+        (
+            Secretive(),
+            Evaluation(greedy=False, sampling=Sampling(max_new_tokens=6)),
+            "`evaluation.sampling` must be null for Secretive",
+        ),
+        (
+            Turns(odd_reward, Sampling(max_new_tokens=6)),
+            Evaluation(sampling=Sampling(max_new_tokens=7)),
+            "`evaluation.sampling.max_new_tokens` must be at most the workflow's 6",
+        ),
+        (
+            PerDatasetWorkflow({"": Turns(odd_reward, Sampling(max_new_tokens=6))}),
+            Evaluation(sampling=Sampling(max_new_tokens=7)),
+            "must be at most the workflow's 6 where an episode has several turns",
+        ),
+        (
+            RLVRWorkflow(odd_reward, Sampling(max_new_tokens=6)),
+            Evaluation(sampling=Sampling(max_new_tokens=512)),
+            "`evaluation.sampling.max_new_tokens` must leave room for a prompt",
+        ),
+    ],
+)
+def test_an_evaluation_that_a_workflow_cannot_serve_is_refused(
+    folder, tmp_path, workflow, evaluation, rule
+):
+    settings = settings_of(folder, tmp_path, workflow=workflow, evaluation=evaluation)
+    with pytest.raises(ConfigError, match=rule):
+        open_material(settings)
 
 
 def test_an_empty_stop_is_refused():

@@ -55,7 +55,7 @@ async def two_questions(messages, base_url, api_key):
         return second.choices[0].message.content
 
 
-def test_an_agent_of_two_turns_is_recorded_token_by_token():
+def test_an_agent_of_two_turns_is_recorded_token_by_token(caplog):
     trajectory, context, tokenizer = play(
         two_questions, ["6", "5"], reward=right, sampling=Sampling(max_new_tokens=32)
     )
@@ -68,6 +68,7 @@ def test_an_agent_of_two_turns_is_recorded_token_by_token():
     assert trajectory.input_ids[: len(context.asked[1])] == context.asked[1]
     assert [s.temperature for s in context.samplings] == [1.0, 1.0]
     assert [s.max_new_tokens for s in context.samplings] == [32, 16]
+    assert caplog.text.count("the agent asks for temperature 0.2, which is ignored") == 1
 
 
 def test_an_agent_may_block_and_give_its_own_reward():
