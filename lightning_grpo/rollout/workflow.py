@@ -10,6 +10,7 @@ from typing import Any
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import BoundReward
 from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
+from lightning_grpo.rollout.reward_worker import is_trainable
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
@@ -125,8 +126,10 @@ def check_trajectory(trajectory: Trajectory | None, admitted_version: int) -> Tr
         )
     if not any(mask):
         raise RolloutError("a trajectory has no sampled token.")
-    if not math.isfinite(trajectory.reward):
-        raise RewardError(f"a trajectory's reward is {trajectory.reward}.")
+    for name, reward in {"": trajectory.reward, **trajectory.rewards}.items():
+        if not is_trainable(reward):
+            named = f"reward {name!r}" if name else "reward"
+            raise RewardError(f"a trajectory's {named} is {reward}, which is no number in fp32.")
     if not all(map(math.isfinite, trajectory.logprobs)):
         raise RolloutError("a trajectory has a log-probability that is not finite.")
     if trajectory.oldest_version < admitted_version:

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_grpo.agents.agent_workflow import AgentWorkflow
 from lightning_grpo.agents.conversation import HistoryError
-from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
+from lightning_grpo.errors import ConfigError, RewardError, RolloutError, ServersLostError
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Sampling
 from tests.fakes.agents import ScriptedContext, call_text, make_chat_tokenizer, make_prompt
@@ -182,6 +182,13 @@ def test_agents_own_errors_and_rewards_are_told():
         play(lazy, [])
     with pytest.raises(ConfigError, match="must return its reward"):
         play(strange, ["6", "5"])
+
+    async def boundless(messages, base_url, api_key):
+        await two_questions(messages, base_url, api_key)
+        return {"right": 1e39}
+
+    with pytest.raises(RewardError, match="must be finite, also in fp32"):
+        play(boundless, ["6", "5"])  # fails the episode, not the run
 
 
 def test_episodes_are_kept_apart_and_the_server_closes_with_the_last():
