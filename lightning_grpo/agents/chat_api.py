@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_grpo.agents.tool_calls import ParsedReply
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.chat import call_of, text_of
 from lightning_grpo.types import Completion, Sampling
 
 MODEL = "policy"
@@ -119,32 +121,15 @@ def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise BadRequest("every message must be an object with a `role`.")
     kept = {k: v for k, v in message.items() if v is not None and v != []}
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, Mapping)]
-        if len(parts) < len(content) or any(part.get("type") != "text" for part in parts):
-            raise BadRequest("only text can be a message's content.")
-        content = "".join(str(part.get("text", "")) for part in parts)
-    kept["content"] = content or ""
-    if "tool_calls" in kept:
-        kept["tool_calls"] = [_call(call) for call in kept["tool_calls"]]
+    try:
+        kept["content"] = text_of(message.get("content"))
+        if "tool_calls" in kept:
+            kept["tool_calls"] = [call_of(call) for call in kept["tool_calls"]]
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
     if kept["role"] == "developer":
         kept["role"] = "system"
     return kept
-
-
-def _call(call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise BadRequest("every tool call must be an object with a `function`.")
-    arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str):
-        try:  # templates expect an object
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise BadRequest("a tool call's `arguments` must be JSON.") from None
-    named = {"name": function.get("name"), "arguments": arguments}
-    return {"id": call.get("id"), "type": "function", "function": named}
 
 
 def assistant_message(reply: ParsedReply, number: int) -> dict[str, Any]:

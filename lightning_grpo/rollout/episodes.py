@@ -12,6 +12,7 @@ import anyio
 import anyio.abc
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.chat import with_arguments
 from lightning_grpo.rollout.protocols import (
     Generator,
     Reward,
@@ -83,8 +84,10 @@ class _Call:
 class Episode:
     """The `EpisodeContext` of one episode; remembers what was sampled, and how."""
 
-    def __init__(self, runner: EpisodeRunner, request: Request, seed_path: tuple[int, ...]) -> None:
-        self.tokenizer: Tokenizer = runner.tokenizer
+    def __init__(
+        self, runner: EpisodeRunner, prompt: Prompt, request: Request, seed_path: tuple[int, ...]
+    ) -> None:
+        self.tokenizer = with_arguments(runner.tokenizer, prompt.template_kwargs)
         self.num_tokens = 0
         self._tally = runner.tally
         self._generator = runner.generator
@@ -265,7 +268,7 @@ class EpisodeRunner:
         num_samples = num_samples or self.group_size
         for sample in range(num_samples):
             path = (self.seed, *prompt.key, request.attempt, sample)
-            attempt.episodes.append(Episode(self, request, path))
+            attempt.episodes.append(Episode(self, prompt, request, path))
         async with anyio.create_task_group() as tasks:
             for sample in range(num_samples):
                 tasks.start_soon(self._run_one, prompt, attempt, sample, tasks)

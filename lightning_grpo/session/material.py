@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.policy.load import check_source, load_tokenizer
 from lightning_grpo.policy.memory import HALF, model_size
-from lightning_grpo.rollout.prompts import Prompts, PromptSet
+from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
 from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.rollout.verify import SHAPE, Requirements
 from lightning_grpo.rollout.workflow import check_sampling
@@ -67,11 +67,12 @@ class Material:
     @property
     def fingerprint(self) -> str:
         """The prompts in a few characters: how many, and what some of them ask."""
-        sampled: list[tuple[int, ...]] = []
+        sampled: list[Prompt | None] = []
         for each in self.prompts.values():
             rows = range(0, len(each), -(-len(each) // FINGERPRINT_ROWS))
-            sampled += [each[i].input_ids for i in rows]
-        asked = hashlib.sha256(repr(sampled).encode())
+            sampled += [_made(each, i) for i in rows]
+        ids = [prompt.input_ids for prompt in sampled if prompt is not None]
+        asked = hashlib.sha256(repr(ids).encode())
         return f"{self.num_prompts} prompts ({asked.hexdigest()[:8]})"
 
     @property
@@ -152,7 +153,17 @@ class Material:
 
 
 def _first(sets: Mapping[str, PromptSet], most: int) -> list[Prompt]:
-    return [each[i] for each in sets.values() for i in range(min(most, len(each)))]
+    """A few prompts of every set, without rows that turn out to be none."""
+    found = [_made(each, i) for each in sets.values() for i in range(min(most, len(each)))]
+    return [prompt for prompt in found if prompt is not None]
+
+
+def _made(prompts: PromptSet, row: int) -> Prompt | None:
+    """A prompt, unless its row can't be made one: that is given up when its turn comes."""
+    try:
+        return prompts[row]
+    except PromptError:
+        return None
 
 
 def _longest(sets: Mapping[str, PromptSet]) -> int:
@@ -165,7 +176,8 @@ def _longest_of_all(sets: Mapping[str, PromptSet]) -> int:
     longest = 0
     for each in sets.values():
         rows = range(min(len(each), MEASURED_PROMPTS))
-        found = max(len(each[i].input_ids) for i in rows)
+        made = [_made(each, row) for row in rows]
+        found = max(len(prompt.input_ids) for prompt in made if prompt is not None)
         longest = max(longest, found if len(each) == len(rows) else 2 * found)
     return longest
 
@@ -183,12 +195,24 @@ def open_material(settings: SessionSettings) -> Material:
     val_sampling = settings.evaluation.sampling or sampling
     config = load_config(settings.model_path)
     tokenizer = load_tokenizer(settings.model_path)
-    check_tokenizer(tokenizer, config.vocab_size, settings.model_path)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size, settings.model_path)
+    end_ids = end_token_ids(settings.model_path, config, tokenizer)
+    samplings = {"sampling": sampling, "evaluation.sampling": settings.evaluation.sampling}
+    check_ends(end_ids, samplings, config.vocab_size)
     context = getattr(config, "max_position_embeddings", None)
     room = room_for_prompts(sampling, context)
     val_room = room_for_prompts(val_sampling, context, "evaluation.sampling")
-    prompts = _open(settings.prompts, settings, tokenizer, room)
-    val_prompts = _open(settings.val_prompts, settings, tokenizer, val_room)
+    prompts = _open(settings.prompts, settings, tokenizer, room, vocabulary)
+    val_prompts = _open(settings.val_prompts, settings, tokenizer, val_room, vocabulary)
+    num_prompts = sum(map(len, prompts.values()))
+    if settings.batch_size > num_prompts:
+        logger.warning(
+            "`batch_size` %d is more than the %d prompts there are: a rollout batch asks some of "
+            "them %d times, each time as a group of its own",
+            settings.batch_size,
+            num_prompts,
+            -(-settings.batch_size // num_prompts),
+        )
     return Material(
         tokenizer,
         config.vocab_size,
@@ -197,18 +221,22 @@ def open_material(settings: SessionSettings) -> Material:
         val_sampling,
         prompts,
         val_prompts,
-        end_ids=end_token_ids(settings.model_path, config, tokenizer),
+        end_ids=end_ids,
         config=config,
     )
 
 
 def end_token_ids(model_path: str, config: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a completion: the config's, the generation config's, the tokenizer's."""
+    """Every id that ends a completion: the config's, the generation config's, the tokenizer's.
+
+    SGLang adds `<|eom_id|>`, with which Llama ends a call of a tool, where the tokenizer has it.
+    """
     sources = [getattr(config, "eos_token_id", None), tokenizer.eos_token_id]
     try:
         sources.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
     except OSError:
         logger.debug("%s has no generation config", model_path)
+    sources.append(tokenizer.get_added_vocab().get("<|eom_id|>"))
     ids: set[int] = set()
     for source in sources:
         ids.update(source if isinstance(source, list) else [] if source is None else [source])
@@ -231,14 +259,51 @@ def load_config(model_path: str) -> Any:
         ) from error
 
 
-def check_tokenizer(tokenizer: Any, vocab_size: int, model_path: str) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for."""
-    if len(tokenizer) > vocab_size:
+def read_vocabulary(tokenizer: Any, vocab_size: int, model_path: str) -> Vocabulary:
+    """Ids that the model has an embedding for, and the tokenizer's tokens beyond them.
+
+    A tokenizer may have marks that were added to it and that the model was never given (of images,
+    mostly): no prompt need hold them.
+
+    Raises:
+        ConfigError: The tokenizer is another model's.
+    """
+    added = tokenizer.get_added_vocab()
+    if max([len(tokenizer), *(token_id + 1 for token_id in added.values())]) <= vocab_size:
+        return Vocabulary(vocab_size)
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocab_size]
+    if not set(beyond) <= set(added):
         raise ConfigError(
             f"`model` {model_path!r} must come with its own tokenizer: the tokenizer has "
             f"{len(tokenizer)} tokens, the model's embedding {vocab_size}. Put the tokenizer that "
             "the model was made with into its folder."
         )
+    return Vocabulary(vocab_size, tuple(beyond))
+
+
+def check_ends(
+    end_ids: frozenset[int], samplings: Mapping[str, Sampling | None], vocab_size: int
+) -> None:
+    """Refuse ends that could never be sampled: every completion would be cut at its limit.
+
+    Args:
+        end_ids: Of the model.
+        samplings: Further ones, by the settings that they come from.
+        vocab_size: Rows of the model's embedding.
+    """
+    if end_ids and not any(0 <= token_id < vocab_size for token_id in end_ids):
+        raise ConfigError(
+            f"the model's end tokens {sorted(end_ids)} must be in its embedding of {vocab_size} "
+            "rows. Correct `eos_token_id` in config.json, generation_config.json and the "
+            "tokenizer, or resize the embedding."
+        )
+    for place, sampling in samplings.items():
+        for token_id in sampling.stop_token_ids if sampling is not None else ():
+            if not 0 <= token_id < vocab_size:
+                raise ConfigError(
+                    f"`{place}.stop_token_ids` must be in [0, {vocab_size}), the model's "
+                    f"embedding, got {token_id}. Leave it out."
+                )
 
 
 def check_evaluation(evaluation: Evaluation, workflow: RolloutWorkflow) -> None:
@@ -284,13 +349,17 @@ def room_for_prompts(
 
 
 def _open(
-    sources: Mapping[str, Prompts], settings: SessionSettings, tokenizer: Any, room: int | None
+    sources: Mapping[str, Prompts],
+    settings: SessionSettings,
+    tokenizer: Any,
+    room: int | None,
+    vocabulary: Vocabulary,
 ) -> dict[str, PromptSet]:
     make = settings.make_prompt
     bound = None if make is None else (lambda row: make(row, tokenizer))
     opened = {}
     for name, prompts in sources.items():
         workflow = settings.workflow.of(name)
-        opened[name] = prompts.load(tokenizer, bound, room, name)
+        opened[name] = prompts.load(tokenizer, bound, room, name, vocabulary)
         workflow.validate(opened[name].columns)
     return opened

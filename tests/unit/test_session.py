@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from types import SimpleNamespace
 
 import anyio
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import ConfigError, ServerStartError
+from lightning_grpo.errors import ConfigError, PromptError, ServerStartError
 from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow
+from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.session.live import _open_pool
-from lightning_grpo.session.material import check_sampling, open_material, room_for_prompts
+from lightning_grpo.session.material import (
+    check_ends,
+    check_sampling,
+    open_material,
+    room_for_prompts,
+)
 from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.state import from_checkpoint, to_checkpoint
 from lightning_grpo.types import Sampling
@@ -155,6 +164,80 @@ def test_an_evaluation_that_a_workflow_cannot_serve_is_refused(
     settings = settings_of(folder, tmp_path, workflow=workflow, evaluation=evaluation)
     with pytest.raises(ConfigError, match=rule):
         open_material(settings)
+
+
+@pytest.fixture(scope="module")
+def with_an_image_token(folder, tmp_path_factory):
+    """A model folder like Gemma 3 1B's: its tokenizer has a token that the embedding lacks."""
+    copy = tmp_path_factory.mktemp("model") / "copy"
+    shutil.copytree(folder, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    vocab_size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    return copy, vocab_size
+
+
+def test_a_tokenizer_may_have_tokens_that_no_prompt_holds(with_an_image_token, tmp_path):
+    folder, vocab_size = with_an_image_token
+    material = open_material(settings_of(folder, tmp_path))
+    assert (len(material.tokenizer), material.vocab_size) == (vocab_size + 1, vocab_size)
+    assert material.requirements("run").vocab_size == vocab_size
+
+
+def test_a_prompt_that_holds_such_a_token_is_refused_with_its_row_and_id(
+    with_an_image_token, tmp_path
+):
+    folder, vocab_size = with_an_image_token
+    rows = [{"question": f"What is {i}?", "answer": "1"} for i in range(200)]
+    rows[150]["question"] = "What is on <image>?"
+    settings = settings_of(folder, tmp_path, prompts=Prompts(rows, column="question"))
+    with pytest.raises(ConfigError, match=rf"row 150 .* token id {vocab_size}, .* {vocab_size} r"):
+        open_material(settings)
+
+
+@pytest.mark.parametrize("place", ["workflow", "evaluation"])
+def test_a_stop_that_could_never_be_sampled_is_refused(folder, tmp_path, place):
+    sampling = Sampling(max_new_tokens=6, stop_token_ids=(5, 512))
+    changed = {"workflow": {"sampling": sampling}, "evaluation": {"evaluation": Evaluation(
+        sampling=sampling)}}[place]  # fmt: skip
+    name = {"workflow": "sampling", "evaluation": "evaluation.sampling"}[place]
+    settings = settings_of(folder, tmp_path, **changed)
+    with pytest.raises(ConfigError, match=rf"`{name}.stop_token_ids` must be in \[0, 512\).*512"):
+        open_material(settings)
+
+
+def test_a_model_that_could_never_end_is_refused():
+    with pytest.raises(ConfigError, match=r"end tokens \[512, 600\] must be in its embed"):
+        check_ends(frozenset([600, 512]), {}, 512)
+    check_ends(frozenset([600, 2]), {}, 512)
+    check_ends(frozenset(), {}, 512)
+
+
+def test_a_batch_of_more_prompts_than_there_are_is_told(folder, tmp_path, caplog):
+    open_material(settings_of(folder, tmp_path, batch_size=12))
+    assert not caplog.text
+    open_material(settings_of(folder, tmp_path, batch_size=30))
+    assert "`batch_size` 30 is more than the 12 prompts there are" in caplog.text
+    assert "asks some of them 3 times" in caplog.text
+
+
+def test_a_held_out_row_that_turns_out_to_be_none_is_named_by_the_answer(folder, tmp_path):
+    """On every rank, where the answer is waited for."""
+    rows = [{"question": [{"role": role, "content": "hi"}]} for role in ("user", "x")]
+    said = "messages[0]['content']"
+    template = f"{{{{ raise_exception('no') if messages[0]['role'] == 'x' else {said} }}}}"
+    held_out = Prompts(rows, column="question")
+    settings = settings_of(folder, tmp_path, val_prompts=held_out)
+    session = RolloutSession(settings, RankChannel())
+    session._lead.material.tokenizer.chat_template = template
+    session._lead.live = SimpleNamespace(producer=None)
+    session.ask("", 0, 2)
+    with pytest.raises(PromptError, match=r"row 1 of .* can't be made a prompt.*no"):
+        session.answer("", 0, 2)
+    session.close()
 
 
 def test_an_empty_stop_is_refused():
