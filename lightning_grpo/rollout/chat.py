@@ -274,7 +274,7 @@ def require_said(
     marked = [dict(message) for message in messages]
     marks: dict[str, str] = {}
     for number, message in enumerate(marked[first:], start=first):
-        place = f"the {message['role']!r} message at position {number}"
+        place = f"the role {message['role']!r}"
         if str(message.get("content") or "").strip():
             message["content"] = f"WORDS{number}END"
             marks[message["content"]] = f"what {place} says"

@@ -151,25 +151,25 @@ def leaving_out(role):
 
 
 @pytest.mark.parametrize(
-    ("value", "options", "what"),
+    ("value", "options", "role"),
     [
         # "S" and "7" stand in the text all the same.
-        ("Say 7 for S.", {"system": "S"}, "'system' message at position 0"),
-        ([{"role": "system", "content": "S"}, HI], {}, "'system' message at position 0"),
-        ([HI, RESULT, {**HI, "content": "7?"}], {}, "'tool' message at position 1"),
-        ([HI, YES, HI], {}, "'assistant' message at position 1"),
+        ("Say 7 for S.", {"system": "S"}, "system"),
+        ([{"role": "system", "content": "S"}, HI], {}, "system"),
+        ([HI, RESULT, {**HI, "content": "7?"}], {}, "tool"),
+        ([HI, YES, HI], {}, "assistant"),
     ],
 )
-def test_a_template_that_leaves_a_message_out_is_refused_with_its_role(value, options, what):
-    with pytest.raises(ConfigError, match=f"leaves out what the {what} says"):
-        asked(value, leaving_out(what.split("'")[1]), **options)
+def test_a_template_that_leaves_a_message_out_is_refused_with_its_role(value, options, role):
+    with pytest.raises(ConfigError, match=f"leaves out what the role '{role}' says"):
+        asked(value, leaving_out(role), **options)
     asked(value, **options)
 
 
 def test_a_template_that_leaves_tool_calls_out_is_refused():
     silent = TOOL_TEMPLATE.replace("message['tool_calls'] or []", "[]")
     called = [HI, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT]
-    with pytest.raises(ConfigError, match="leaves out a tool call of the 'assistant' message at"):
+    with pytest.raises(ConfigError, match="leaves out a tool call of the role 'assistant'"):
         asked(called, silent)
     assert '"name": "add"' in asked(called).text
 

@@ -19,6 +19,7 @@ from lightning_grpo.rollout.episodes import (
 )
 from lightning_grpo.rollout.workflow import single_turn
 from lightning_grpo.types import NO_VERSION, Prompt, Sampling, Trajectory
+from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
 from tests.fakes.generator import FakeGenerator, InlineScorer
 from tests.fakes.tokenizer import CharTokenizer
 from tests.fakes.virtual_time import run_virtual
@@ -146,6 +147,24 @@ def test_a_call_beside_the_trajectory_may_be_sampled_in_any_way_and_leaves_no_ma
     assert attempt.num_tokens == 3 * 2 * 3
     with pytest.raises(ConfigError, match="must not hold what was sampled with `trained=False`"):
         run(Asks(Sampling(), trained=False))
+
+
+class SaysWhatItReads(Asks):
+    """Keeps what the template makes of a message."""
+
+    async def run(self, prompt, context):
+        self.read = context.tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+        return await super().run(prompt, context)
+
+
+def test_a_prompts_template_arguments_are_those_of_its_episodes():
+    tokenizer = make_chat_tokenizer(TOOL_TEMPLATE + "{{ 'short' if be_short }}")
+    for kwargs, said in (({}, False), ({"be_short": True}, True)):
+        workflow = SaysWhatItReads(None)
+        runner = EpisodeRunner(workflow, FakeGenerator(), InlineScorer(), tokenizer, 1)
+        prompt = replace(PROMPT, template_kwargs=kwargs)
+        run_virtual(runner.run, prompt, Request(), Attempt())
+        assert ("short" in tokenizer.decode(workflow.read["input_ids"])) == said
 
 
 def test_a_call_without_sampling_is_sampled_as_the_workflow_says():
