@@ -102,6 +102,7 @@ class Prompts:
         Raises:
             ConfigError: No such source or column, no rows, or rows that can't be asked.
         """
+        chat.with_arguments(tokenizer, self.template_kwargs)  # refuses what it doesn't know
         rows = open_rows(self.path, self.name, self.split)
         make = make_prompt or (lambda row: self.make_prompt(row, tokenizer))
         loaded = PromptSet(self, rows, make, max_prompt_tokens, name, vocabulary)

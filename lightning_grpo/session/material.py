@@ -316,7 +316,19 @@ def check_evaluation(evaluation: Evaluation, workflow: RolloutWorkflow) -> None:
                 f"`evaluation.{name}` must be {off} for {type(workflow).__name__}, which has no "
                 "`sampling` that another could take the place of."
             )
-    if own is None or wanted is None or workflow.asks_once:
+    if own is None or wanted is None:
+        return
+    ends = ("stop", "stop_token_ids")
+    other = [name for name in ends if getattr(wanted, name) != getattr(own, name)]
+    if wanted.max_new_tokens < own.max_new_tokens:
+        other.insert(0, "max_new_tokens")
+    if other:
+        logger.warning(
+            "held-out completions end otherwise than those of training: `evaluation.sampling` has "
+            "%s. What is not stated there is at its default",
+            ", ".join(f"{n} {getattr(wanted, n)} for {getattr(own, n)}" for n in other),
+        )
+    if workflow.asks_once:
         return
     if wanted.max_new_tokens > own.max_new_tokens:
         raise ConfigError(

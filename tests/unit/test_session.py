@@ -118,6 +118,23 @@ def test_held_out_prompts_may_be_sampled_as_training_must_not(folder, tmp_path):
     assert material.requirements("run").max_tokens == longest + 20
 
 
+def test_held_out_completions_that_end_earlier_than_those_of_training_are_told(
+    folder, tmp_path, caplog
+):
+    def opened(sampling):
+        caplog.clear()
+        evaluation = Evaluation(greedy=False, sampling=sampling)
+        workflow = RLVRWorkflow(odd_reward, Sampling(max_new_tokens=20, stop=("a",)))
+        open_material(settings_of(folder, tmp_path, workflow=workflow, evaluation=evaluation))
+        return caplog.text
+
+    assert "has max_new_tokens 6 for 20. What is not" in opened(Sampling(6, stop=("a",)))
+    assert "has stop () for ('a',). What is not" in opened(Sampling(20))
+    assert not opened(Sampling(20, top_p=0.9, stop=("a",)))
+    assert not opened(Sampling(40, stop=("a",)))
+    assert "has stop () for ('a',)" in opened(Sampling(40))
+
+
 class Turns(RLVRWorkflow):
     """May ask several times."""
 
