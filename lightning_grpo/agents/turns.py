@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.chat import Message, rendering, require_said
+from lightning_grpo.rollout.chat import Message, fitting, rendering
 from lightning_grpo.rollout.protocols import Tokenizer
 from lightning_grpo.types import Completion, Prompt
 
@@ -29,9 +29,8 @@ def first_ids(
     """
     require_template(tokenizer)
     how = rendering(messages, tools)
-    require_said(tokenizer, messages, how)
-    told = [dict(message) for message in messages]
-    return list(tokenizer.apply_chat_template(told, tokenize=True, return_dict=False, **how))
+    said = fitting(tokenizer, messages, how)
+    return list(tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **how))
 
 
 def next_ids(
@@ -106,40 +105,42 @@ def _between(
     tokenizer: Tokenizer, messages: Sequence[Message], calls: Sequence[Mapping[str, Any]]
 ) -> str:
     answer = {"role": "assistant", "content": _ANSWER}
-    told = [dict(message) for message in messages]
     try:
-        after = _after_answer(_render(tokenizer, [_QUESTION, answer, *told], start_answer=True))
-        _require_told(tokenizer, [_QUESTION, answer, *told])
-        return after
+        return _after_answer(_told(tokenizer, [_QUESTION, answer, *messages]))
     except Exception as error:
         # The template's own refusal (jinja2), or its silence: results without their calls, for one.
         if not calls:
-            raise ConfigError(f"the chat template can't say the next turn: {error}") from error
+            raise _refusal(error) from error
     called = {**answer, "tool_calls": [dict(call) for call in calls]}
-    before = _render(tokenizer, [_QUESTION, called], start_answer=False)
-    whole = _render(tokenizer, [_QUESTION, called, *told], start_answer=True)
+    try:
+        whole = _told(tokenizer, [_QUESTION, called, *messages])
+        before = _render(tokenizer, [_QUESTION, called])
+        end = _after_answer(_render(tokenizer, [_QUESTION, answer]))
+    except Exception as error:
+        raise _refusal(error) from error
     if not whole.startswith(before):
         raise ConfigError(
             "the chat template rewrites an answer with tool calls once their results follow, so "
             "ids can't be appended. Use a template that doesn't."
         )
-    _require_told(tokenizer, [_QUESTION, called, *told])
-    end = _after_answer(_render(tokenizer, [_QUESTION, answer], start_answer=False))
     return end + whole[len(before) :]
 
 
-def _render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, start_answer: bool
-) -> str:
-    rendered = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=start_answer
-    )
-    return str(rendered)
+def _refusal(error: Exception) -> ConfigError:
+    return ConfigError(f"the chat template can't say the next turn: {error}")
 
 
-def _require_told(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
-    """Refuse a template that leaves out what is said to the made-up answer."""
-    require_said(tokenizer, messages, {"add_generation_prompt": True}, first=2)
+def _told(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """The whole made-up conversation, with all that is said from its answer on."""
+    how = {"add_generation_prompt": True}
+    said = fitting(tokenizer, messages, how, first=1)
+    return str(tokenizer.apply_chat_template(said, tokenize=False, **how))
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    how = {"add_generation_prompt": False}
+    said = fitting(tokenizer, messages, how, first=len(messages))
+    return str(tokenizer.apply_chat_template(said, tokenize=False, **how))
 
 
 def _after_answer(text: str) -> str:

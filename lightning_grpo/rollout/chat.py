@@ -199,6 +199,8 @@ class TemplatedTokenizer:
         return self._tokenizer.apply_chat_template(conversation, **{**self._arguments, **kwargs})
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_tokenizer":  # not there while a copy is made
+            raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,46 +258,92 @@ def rendering(messages: Sequence[Message], tools: Sequence[Any] | None = None) -
     return {**how, "tools": list(tools)} if tools else how
 
 
-def require_said(
-    tokenizer: Tokenizer, messages: Sequence[Message], arguments: Mapping[str, Any], first: int = 0
-) -> None:
-    """Refuse a chat template that leaves out what messages say.
+def fitting(
+    tokenizer: Tokenizer, messages: Sequence[Message], how: Mapping[str, Any], first: int = 0
+) -> list[dict[str, Any]]:
+    """The messages in a form of which the chat template says all.
 
-    The messages are rendered once more with a mark in the place of each text and each name of a
-    tool that is called. (That a text is found says little: it may be a single letter, and
-    templates trim and escape.)
+    Most templates want texts, and the arguments of tools as objects; some want parts, or JSON.
 
     Args:
         tokenizer: Whose template it is.
         messages: What is to be said.
-        arguments: How they are rendered.
+        how: How they are rendered.
         first: The first message that is looked at.
+
+    Raises:
+        ConfigError: It leaves a message out, in any form.
+    """
+    plain = [dict(message) for message in messages]
+    refusal: ConfigError | None = None
+    for form in (dict, _with_json_arguments, _with_parts):
+        formed = [form(message) for message in plain]
+        if form is not dict and formed == plain:
+            continue
+        try:
+            left_out = _left_out(tokenizer, formed, how, first)
+        except Exception:  # noqa: BLE001 - the template's; where no form will do, it is told of the first
+            continue
+        if not left_out:
+            return formed
+        refusal = refusal or ConfigError(
+            f"the tokenizer's chat template leaves out {left_out}: the policy would never read "
+            "it. Say it in a role that the template knows (the user's, with `transform`), or use a "
+            "tokenizer whose template knows this one."
+        )
+    if refusal is not None:
+        raise refusal
+    return plain
+
+
+def _left_out(
+    tokenizer: Tokenizer, messages: Sequence[Message], how: Mapping[str, Any], first: int
+) -> str:
+    """What a template leaves out, in words.
+
+    It renders the messages with a mark in the place of each text and each name of a tool that is
+    called. (That a text is found says little: it may be a single letter, and templates trim and
+    escape.)
     """
     marked = [dict(message) for message in messages]
     marks: dict[str, str] = {}
     for number, message in enumerate(marked[first:], start=first):
-        place = f"the role {message['role']!r}"
-        if str(message.get("content") or "").strip():
-            message["content"] = f"WORDS{number}END"
-            marks[message["content"]] = f"what {place} says"
+        role, mark = f"the role {message['role']!r}", f"WORDS{number}END"
+        own = message["role"] == "assistant"
+        content = message.get("content")
+        if text_of(content).strip():
+            message["content"] = mark if isinstance(content, str) else _parts(mark)
+            marks[mark] = "the assistant's own words" if own else f"what {role} says"
         calls = [dict(call) for call in message.get("tool_calls") or ()]
         for index, call in enumerate(calls):
             name = f"CALL{number}X{index}END"
             call["function"] = {**call["function"], "name": name}
-            marks[name] = f"a tool call of {place}"
+            marks[name] = f"a tool call of {role}"
         if calls:
             message["tool_calls"] = calls
-    try:
-        text = str(tokenizer.apply_chat_template(marked, tokenize=False, **arguments))
-    except Exception:  # noqa: BLE001 - of the template's; with the real texts it is told
-        return
-    left_out = [words for mark, words in marks.items() if mark not in text]
-    if left_out:
-        raise ConfigError(
-            f"the tokenizer's chat template leaves out {left_out[0]}: the policy would never read "
-            "it. Say it in a role that the template knows (the user's, with `transform`), or use a "
-            "tokenizer whose template knows this one."
-        )
+    text = str(tokenizer.apply_chat_template(marked, tokenize=False, **how))
+    return next((words for mark, words in marks.items() if mark not in text), "")
+
+
+def _with_json_arguments(message: Message) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    return {**message, "tool_calls": calls} if calls else dict(message)
+
+
+def _json(function: Mapping[str, Any]) -> str:
+    arguments = function.get("arguments") or {}
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _with_parts(message: Message) -> dict[str, Any]:
+    return {**message, "content": _parts(text_of(message.get("content")))}
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -124,9 +124,9 @@ class Prompts:
                 "template. Use a column of text, or a chat model's tokenizer."
             )
         how = chat.rendering(messages)
-        chat.require_said(tokenizer, messages, how)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **how)
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **how)
+        said = chat.fitting(tokenizer, messages, how)
+        text = tokenizer.apply_chat_template(said, tokenize=False, **how)
+        ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **how)
         return Prompt(tuple(ids), text, tuple(messages), columns)
 
     def _content(self, value: Any) -> str | list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -157,13 +158,39 @@ def leaving_out(role):
         ("Say 7 for S.", {"system": "S"}, "system"),
         ([{"role": "system", "content": "S"}, HI], {}, "system"),
         ([HI, RESULT, {**HI, "content": "7?"}], {}, "tool"),
-        ([HI, YES, HI], {}, "assistant"),
     ],
 )
 def test_a_template_that_leaves_a_message_out_is_refused_with_its_role(value, options, role):
     with pytest.raises(ConfigError, match=f"leaves out what the role '{role}' says"):
         asked(value, leaving_out(role), **options)
     asked(value, **options)
+
+
+def test_a_template_that_leaves_earlier_answers_out_is_refused():
+    with pytest.raises(ConfigError, match="leaves out the assistant's own words"):
+        asked([HI, YES, HI], leaving_out("assistant"))
+
+
+ONLY_PARTS = TOOL_TEMPLATE.replace(
+    "message['content'] }}", "(message['content'] | map(attribute='text') | join) }}"
+)
+JSON_ARGUMENTS = TOOL_TEMPLATE.replace(
+    "(call['function'] | tojson)", "call['function']['name'] + ' ' + call['function']['arguments']"
+)
+HISTORY = [{"role": "system", "content": "S"}, HI, {**YES, "tool_calls": [CALL]}, RESULT, HI]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ONLY_PARTS, "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nhi<|im_end|>"),
+        (JSON_ARGUMENTS, '<tool_call>add {"x": 1}</tool_call>'),
+    ],
+)
+def test_a_template_is_given_the_form_that_it_says_all_of(template, said):
+    prompt = asked([HISTORY[0], HI] if template is ONLY_PARTS else HISTORY, template)
+    assert said in prompt.text
+    assert all(isinstance(message["content"], str) for message in prompt.messages)
 
 
 def test_a_template_that_leaves_tool_calls_out_is_refused():
@@ -228,6 +255,7 @@ def test_a_tokenizer_with_arguments_is_the_tokenizer_in_all_else():
     assert wrapped.eos_token_id == tokenizer.eos_token_id
     assert wrapped("hi")["input_ids"] == tokenizer("hi")["input_ids"]
     assert len(wrapped) == len(tokenizer)
+    assert len(copy.deepcopy(wrapped)) == len(tokenizer)
     assert "think" in wrapped.apply_chat_template([HI], tokenize=False)
     assert "think" not in wrapped.apply_chat_template([HI], tokenize=False, enable_thinking=True)
 
