@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, PromptError, ServerStartError
 from lightning_grpo.evaluation import Evaluation
@@ -68,8 +69,6 @@ def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_
 
 
 def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
-    from lightning_grpo.datamodule import RolloutDataModule
-
     class Shouting(RolloutDataModule):
         def make_prompt(self, row, tokenizer):
             return super().make_prompt({**row, "question": row["question"].upper()}, tokenizer)
@@ -116,6 +115,27 @@ def test_held_out_prompts_may_be_sampled_as_training_must_not(folder, tmp_path):
     assert material.greedy == Sampling(max_new_tokens=20, temperature=0.0, min_new_tokens=2)
     longest = max(len(prompt.input_ids) for prompt in material.val_prompts[""])
     assert material.requirements("run").max_tokens == longest + 20
+    alike = open_material(settings_of(folder, tmp_path, val_prompts=held_out))
+    longer = Evaluation(sampling=Sampling(max_new_tokens=200))
+    settings = settings_of(folder, tmp_path, val_prompts=held_out, evaluation=longer)
+    asked = open_material(settings).load_of(settings).context_tokens
+    assert asked >= longest + 200 > alike.load_of(settings).context_tokens
+
+
+def test_a_row_that_turns_out_to_be_none_is_left_to_be_given_up(folder, tmp_path):
+    class Choosy(RolloutDataModule):
+        def make_prompt(self, row, tokenizer):
+            if row["answer"] == "8":
+                raise KeyError("hint")
+            return super().make_prompt(row, tokenizer)
+
+    data = make_data(NeverServers(), cls=Choosy)
+    settings = data._settings(str(folder), tmp_path)
+    material = open_material(settings)
+    with pytest.raises(PromptError, match=r"row 4 of .*KeyError\('hint'\)"):
+        material.prompts[""].prompt(4)
+    assert material.fingerprint.startswith("12 prompts")
+    assert material.load_of(settings).context_tokens > material.longest_prompt > 0
 
 
 def test_held_out_completions_that_end_earlier_than_those_of_training_are_told(
