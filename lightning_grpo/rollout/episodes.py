@@ -58,7 +58,7 @@ class Request:
         return self.priority or self.sampling is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
     """One request of an episode.
 
@@ -74,10 +74,15 @@ class _Call:
     sampling: Sampling
     trained: bool
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where its completion begins and ends."""
+        return self.start, len(self.token_ids)
+
     def is_in(self, trajectory: Trajectory) -> bool:
         """Whether some of its tokens are trained on where they were sampled."""
-        end = len(self.token_ids)
-        here = any(trajectory.response_mask[self.start : end])
+        start, end = self.span
+        here = any(trajectory.response_mask[start:end])
         return here and trajectory.input_ids[:end] == self.token_ids
 
 
@@ -105,7 +110,7 @@ class Episode:
     ) -> Coroutine[Any, Any, Completion]:
         """Sample one continuation with a seed of its own."""
         chosen = sampling or self._own or _DEFAULT_SAMPLING
-        if self._request.sampling is not None:
+        if trained and self._request.sampling is not None:
             chosen = for_evaluation(chosen, self._own, self._request.sampling)
         elif trained and not self._request.is_evaluation:
             self._require_trainable(chosen, traceback.extract_stack(limit=2)[0])
@@ -124,12 +129,16 @@ class Episode:
         """
         checked = check_trajectory(trajectory, self._request.version)
         held = [call for call in self._calls if call.is_in(checked)]
-        if not all(call.trained for call in held) and not self._request.is_evaluation:
+        sampled = {i for call in held if call.trained for i in range(*call.span)}
+        aside = {i for call in held if not call.trained for i in range(*call.span)}
+        # What both have is trained: two calls may come to the same tokens.
+        if any(checked.response_mask[i] for i in aside - sampled):
             raise ConfigError(
                 "a trajectory must not hold what was sampled with `trained=False`, got tokens "
                 "of such a call. Leave the argument out."
             )
-        counted = held or [call for call in self._calls if call.trained]
+        asked = [call for call in self._calls if call.trained]
+        counted = [call for call in asked if call in held] or asked
         temperatures = {call.sampling.temperature for call in counted}
         if len(temperatures) == 1:
             checked = replace(checked, temperature=temperatures.pop())

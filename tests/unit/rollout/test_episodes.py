@@ -141,6 +141,37 @@ class JudgesItself(Asks):
         return trajectory
 
 
+class ComparesWithGreedy(Asks):
+    """A greedy answer to the same prompt, as a baseline; it may be the sampled one's beginning."""
+
+    async def run(self, prompt, context):
+        greedy = Sampling(max_new_tokens=2, temperature=0.0)
+        self.baseline = await context.generate(list(prompt.input_ids), greedy, trained=False)
+        return await super().run(prompt, context)
+
+
+class SameTokens(FakeGenerator):
+    """Answers a request of two tokens with two of those that it answers others with."""
+
+    async def generate(self, input_ids, sampling, **kwargs):
+        made = await super().generate(input_ids, sampling, **kwargs | {"seed": 0})
+        n = min(sampling.max_new_tokens, 3)
+        return replace(made, token_ids=made.token_ids[:n], logprobs=made.logprobs[:n],
+            versions=made.versions[:n])  # fmt: skip
+
+
+def test_a_call_beside_the_trajectory_may_come_to_the_same_tokens():
+    workflow = ComparesWithGreedy(Sampling(temperature=0.7))
+    _, _, trajectories = run(workflow, generator=SameTokens())
+    assert trajectories[0].input_ids[2:4] == workflow.baseline.token_ids
+    assert {(t.temperature, t.length_limit) for t in trajectories} == {(0.7, 512)}
+
+
+def test_evaluation_leaves_calls_beside_the_trajectory_as_they_are():
+    generator, _, _ = run(JudgesItself(None), Request(sampling=Sampling(temperature=0.6)))
+    assert {r["sampling"].temperature for r in generator.requests} == {0.6, 0.0}
+
+
 def test_a_call_beside_the_trajectory_may_be_sampled_in_any_way_and_leaves_no_mark():
     _, attempt, trajectories = run(JudgesItself(Sampling(max_new_tokens=8, temperature=0.7)))
     assert {(t.temperature, t.length_limit) for t in trajectories} == {(0.7, 8)}
