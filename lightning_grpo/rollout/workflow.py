@@ -14,6 +14,8 @@ from lightning_grpo.rollout.reward_worker import is_trainable
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
+_GREEDY_BELOW = 1e-6
+"""Servers take a lower temperature for 0."""
 
 
 class RLVRWorkflow(RolloutWorkflow):
@@ -154,7 +156,7 @@ def check_sampling(sampling: Sampling) -> None:
                 f"tokens come from, which biases the ratio), got {getattr(sampling, name)}. "
                 f"Leave it out; validation may use it, in `evaluation.sampling`."
             )
-    if sampling.temperature <= 0:
+    if sampling.temperature < _GREEDY_BELOW:
         raise ConfigError(
             f"`sampling.temperature` must be > 0 in training (a group of greedy completions has no "
             f"variance), got {sampling.temperature}. The usual value is 1.0."
