@@ -9,6 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from lightning_grpo.types import Sampling
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -84,8 +85,18 @@ def describe_data(
             f"version{'s' * (data.max_staleness > 1)} older than those that train on them"
         )
     counts = ", ".join(f"{n} {name}".strip() for name, n in held_out.items())
+    if counts and data.evaluation.sampling is not None:
+        counts += f" ({describe_sampling(data.evaluation.sampling)})"
     return {
         "prompts": f"{num_prompts}, and held out {counts or 'none'}",
         "batch": f"{data.batch_size} prompts x {data.group_size} samples, {steps}",
         "staleness": stale,
     }
+
+
+def describe_sampling(sampling: Sampling) -> str:
+    """How completions are sampled; what is off is left out."""
+    said = [f"temperature {sampling.temperature:g}"]
+    off = {"top_p": 1.0, "top_k": -1, "min_new_tokens": 0, "stop": (), "stop_token_ids": ()}
+    said += [f"{name} {vars(sampling)[name]}" for name in off if vars(sampling)[name] != off[name]]
+    return ", ".join([*said, f"at most {sampling.max_new_tokens} tokens"])

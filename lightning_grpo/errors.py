@@ -15,6 +15,10 @@ class ConfigError(GRPOError, ValueError):
     """A setting can't work; raised before anything is started or downloaded."""
 
 
+class PromptError(ConfigError):
+    """A row of a dataset can't be made a prompt; during a run it is given up, by name."""
+
+
 class ServerError(GRPOError, RuntimeError):
     """An inference server failed, by name, with the end of its log where there is one."""
 

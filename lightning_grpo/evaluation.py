@@ -13,7 +13,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.types import Group
+from lightning_grpo.rollout.workflow import check_values
+from lightning_grpo.types import Group, Sampling
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,13 @@ class Evaluation:
     """What validation samples for each held-out prompt.
 
     Args:
-        num_samples: Completions at the workflow's own temperature (k of avg@k and pass@k).
+        num_samples: Sampled completions (k of avg@k and pass@k).
         greedy: Whether to answer each prompt once more at temperature 0.
         sampled: Whether to take the `num_samples` sampled completions at all.
+        sampling: How held-out prompts are sampled, all of it; `top_p`, `top_k` and
+            `min_new_tokens` are allowed here. Greedy answers take its lengths and stops. A call
+            that ends earlier than its workflow's `sampling` (an agent's `max_tokens`) still does.
+            None: as in training.
         pass_threshold: Reward from which a completion counts as right in pass@k.
         extract_answer: What a completion's text answers (a text, a number), or None where it
             answers nothing; then maj@k is logged: the reward of the most common answer. For
@@ -36,9 +41,10 @@ class Evaluation:
     sampled: bool = True
     pass_threshold: float = 0.5
     extract_answer: Callable[[str], Any] | None = None
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an evaluation that samples nothing."""
+        """Refuse an evaluation that samples nothing, or the same again and again."""
         if self.num_samples < 1:
             raise ConfigError(
                 f"`evaluation.num_samples` must be >= 1, got {self.num_samples}. "
@@ -48,6 +54,15 @@ class Evaluation:
             raise ConfigError(
                 "`evaluation` must sample something, got greedy: false and sampled: false. "
                 "To skip validation set `trainer.limit_val_batches: 0`."
+            )
+        if self.sampling is None:
+            return
+        check_values(self.sampling, "evaluation.sampling")
+        if self.sampled and self.num_samples > 1 and self.sampling.temperature == 0:
+            raise ConfigError(
+                "`evaluation.sampling.temperature` must be > 0 for more than one sample (they "
+                f"would be equal), got 0.0 and num_samples: {self.num_samples}. For greedy answers "
+                "set `evaluation.greedy: true`."
             )
 
 
@@ -116,13 +131,22 @@ class PromptMean(Metric):
     """The mean over prompts of one number per prompt, with its 95 % confidence interval.
 
     The interval treats prompts as the sample: it covers both the choice of prompts and the noise
-    of sampling.
+    of sampling, so that several samples of a prompt count as one number, their mean. It is the
+    normal approximation. Where all numbers are between 0 and 1 (right and wrong, means and chances
+    of them) it is never narrower than Wilson's interval with the numbers' own variance in the place
+    of p (1 - p), which for one sample each is Wilson's: all right or all wrong is no proof that the
+    next one will be. Other numbers that are all equal have no interval (nan): nothing says how far
+    another could lie.
+
+    Source: Wilson 1927, JASA 22, 209-212.
     """
 
     full_state_update = False
     total: Tensor
     squares: Tensor
     count: Tensor
+    least: Tensor
+    most: Tensor
 
     def __init__(self) -> None:
         # Every rank has the scores of all prompts already. Gathering them would fail, too, where
@@ -130,26 +154,42 @@ class PromptMean(Metric):
         super().__init__(sync_on_compute=False)
         for name in ("total", "squares", "count"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name, start in (("least", math.inf), ("most", -math.inf)):
+            reduced = "min" if name == "least" else "max"
+            self.add_state(name, torch.tensor(start, dtype=torch.float64), dist_reduce_fx=reduced)
 
     def update(self, values: Tensor) -> None:
         """Add one number per prompt, `[prompts]`."""
+        if not values.numel():
+            return
         values = values.double()
         self.total += values.sum()
         self.squares += (values * values).sum()
         self.count += values.numel()
+        self.least = torch.minimum(self.least, values.min())
+        self.most = torch.maximum(self.most, values.max())
 
     def compute(self) -> Tensor:
         """The mean; nan before the first update."""
         return self.total / self.count
 
     def half_width(self) -> float:
-        """Half of the 95 % confidence interval (normal approximation); nan for one prompt."""
-        n = float(self.count)
+        """The longer half of the 95 % confidence interval; nan where there is none."""
+        n, least, most = float(self.count), float(self.least), float(self.most)
         if n < 2:  # noqa: PLR2004 - a variance needs two
             return math.nan
         mean = float(self.total) / n
-        variance = max(float(self.squares) / n - mean * mean, 0.0) * n / (n - 1)
-        return 1.96 * math.sqrt(variance / n)
+        variance = max(float(self.squares) / n - mean * mean, 0.0) if least < most else 0.0
+        normal = _Z * math.sqrt(variance / (n - 1))
+        if least >= 0 and most <= 1:
+            center = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+            half = _Z / (1 + _Z**2 / n) * math.sqrt(variance / n + _Z**2 / (4 * n**2))
+            return max(normal, abs(mean - center) + half)
+        return normal if least < most else math.nan
+
+
+_Z = 1.959963984540054
+"""The quantile of the normal distribution that leaves 2.5 % on each side."""
 
 
 def score_matrix(groups: list[Group], num_samples: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_grpo.algorithm.batch import Denominators, MicroBatch, RolloutBatch, Sequences
 from lightning_grpo.algorithm.layout import packed_rows
 from lightning_grpo.algorithm.packing import balance, plan_ranks
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import Group
 
 MinibatchPlan = list[list[int]]
@@ -222,7 +223,7 @@ class RolloutLoader:
             index=taken.index,
             version=taken.version,
             batch=taken.batch,
-            advantages=prepared.advantages,
+            advantages=trainable(prepared.advantages, taken.batch),
             sequences=share.sequences,
             plans=share.plans,
             denominators=share.denominators,
@@ -237,6 +238,27 @@ class RolloutLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore here."""
+
+
+def trainable(advantages: Tensor, batch: RolloutBatch) -> Tensor:
+    """Advantages in fp32, as losses are computed.
+
+    Raises:
+        ConfigError: One of them is no number there: it would break every weight.
+    """
+    single = advantages.float()
+    wrong = (~single.isfinite()).nonzero()
+    if len(wrong):
+        place = int(wrong[0])
+        found = f"got {float(advantages[place])}"
+        if len(advantages) == len(batch):
+            group = batch.rewards[batch.group_ids == batch.group_ids[place]].tolist()
+            found += f" for a trajectory of prompt {batch.keys[place]}, with the rewards {group}"
+        raise ConfigError(
+            f"advantages must be finite in fp32, {found}. Mend what computes them: the rewards, "
+            "`shape_rewards` or `advantages` of the module."
+        )
+    return single
 
 
 def minibatches(rollout: Rollout, shape: Shape) -> Iterator[Minibatch]:

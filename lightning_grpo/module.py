@@ -254,11 +254,12 @@ class GRPOModule(EvaluatedModule):
         """Advantages of the whole rollout batch, the same on every rank.
 
         Args:
-            rewards: fp32 `[trajectories]`, in whole groups.
+            rewards: fp64 `[trajectories]`, in whole groups.
             group_ids: int64 `[trajectories]`.
 
         Returns:
-            fp32 `[trajectories]`, or `[tokens]` over all sequences of the batch in order.
+            `[trajectories]`, or `[tokens]` over all sequences of the batch in order; finite in
+            fp32, in which they are used.
         """
         return self.advantage(rewards, group_ids)
 

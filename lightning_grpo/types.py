@@ -42,7 +42,8 @@ class Sampling:
         top_p: Nucleus mass kept; 1 keeps all.
         top_k: Number of tokens kept; -1 keeps all.
         min_new_tokens: Tokens before which the end of the sequence can't be sampled.
-        stop: Strings that end a completion.
+        stop: Strings that end a completion. The token that completes one is trained on, and stays
+            in the text that a reward sees, with whatever else it spells.
         stop_token_ids: Further token ids that end a completion (the model's own end is implied).
     """
 
@@ -67,6 +68,7 @@ class Prompt:
         row: Position of the row in the dataset; of several, end to end.
         pass_index: Which pass over the dataset this is.
         dataset: Name of the dataset, where there are several.
+        template_kwargs: Arguments of the chat template, in later turns as in this one.
     """
 
     input_ids: tuple[int, ...]
@@ -76,6 +78,7 @@ class Prompt:
     row: int = 0
     pass_index: int = 0
     dataset: str = ""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> PromptKey:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ import anyio.to_thread
 from lightning_grpo.agents.conversation import Conversations, Reached, require_known
 from lightning_grpo.agents.endpoint import AgentSession, Endpoint
 from lightning_grpo.agents.rewarded import RewardedWorkflow
-from lightning_grpo.errors import ConfigError, RolloutError
+from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import RESERVED, reward_name
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.rollout.reward_worker import answer_of
@@ -143,6 +144,8 @@ class AgentWorkflow(RewardedWorkflow):
             text = result if isinstance(result, str) else last.text
             return await self.score_text(told, context, text, last.token_ids)
         kind, value = answer_of(result)
+        if kind == "error" and isinstance(result, numbers.Real | Mapping):
+            raise RewardError(f"the agent's reward failed: {value}")
         if kind != "value":
             raise ConfigError(
                 f"the agent must return its reward (a number, or numbers by name), or `reward` "

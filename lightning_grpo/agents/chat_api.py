@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_grpo.agents.tool_calls import ParsedReply
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.chat import call_of, text_of
 from lightning_grpo.types import Completion, Sampling
 
 MODEL = "policy"
@@ -32,6 +34,7 @@ class ChatRequest:
         sampling: The workflow's, with the request's limit and stops.
         stream: Whether the reply comes in events.
         include_usage: Whether the last event counts tokens.
+        ignored: What it asks of the sampling that the run decides otherwise, in words.
     """
 
     messages: list[dict[str, Any]]
@@ -39,6 +42,7 @@ class ChatRequest:
     sampling: Sampling
     stream: bool = False
     include_usage: bool = False
+    ignored: str = ""
 
 
 def read_request(body: Any, sampling: Sampling) -> ChatRequest:
@@ -75,7 +79,20 @@ def read_request(body: Any, sampling: Sampling) -> ChatRequest:
         chosen,
         bool(body.get("stream")),
         bool(options.get("include_usage")),
+        _ignored(body, sampling),
     )
+
+
+def _ignored(body: Mapping[str, Any], sampling: Sampling) -> str:
+    decided = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0,
+        "repetition_penalty": 1,
+    }
+    asked = [name for name, own in decided.items() if body.get(name) not in (None, own)]
+    return ", ".join(f"{name} {body[name]}" for name in asked)
 
 
 def _refuse(body: Mapping[str, Any]) -> None:
@@ -88,6 +105,11 @@ def _refuse(body: Mapping[str, Any]) -> None:
         raise BadRequest("`response_format` must be text: a grammar changes the distribution.")
     if body.get("logprobs"):
         raise BadRequest("`logprobs` are not served.")
+    if body.get("chat_template_kwargs"):
+        raise BadRequest(
+            "`chat_template_kwargs` are the run's, for every turn alike. Set "
+            "`Prompts.template_kwargs`."
+        )
     asked = [name for name in _REFUSED if body.get(name)]
     asked += [name for name in _PENALTIES if body.get(name)]
     if asked:
@@ -99,32 +121,15 @@ def _message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise BadRequest("every message must be an object with a `role`.")
     kept = {k: v for k, v in message.items() if v is not None and v != []}
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [part for part in content if isinstance(part, Mapping)]
-        if len(parts) < len(content) or any(part.get("type") != "text" for part in parts):
-            raise BadRequest("only text can be a message's content.")
-        content = "".join(str(part.get("text", "")) for part in parts)
-    kept["content"] = content or ""
-    if "tool_calls" in kept:
-        kept["tool_calls"] = [_call(call) for call in kept["tool_calls"]]
+    try:
+        kept["content"] = text_of(message.get("content"))
+        if "tool_calls" in kept:
+            kept["tool_calls"] = [call_of(call) for call in kept["tool_calls"]]
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
     if kept["role"] == "developer":
         kept["role"] = "system"
     return kept
-
-
-def _call(call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise BadRequest("every tool call must be an object with a `function`.")
-    arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str):
-        try:  # templates expect an object
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise BadRequest("a tool call's `arguments` must be JSON.") from None
-    named = {"name": function.get("name"), "arguments": arguments}
-    return {"id": call.get("id"), "type": "function", "function": named}
 
 
 def assistant_message(reply: ParsedReply, number: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and closes with the last.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,8 @@ from lightning_grpo.agents.chat_api import (
 from lightning_grpo.agents.conversation import Conversations, HistoryError, Recorder
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.types import Sampling
+
+logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
 _MAX_BODY_BYTES = 64 * 2**20
@@ -69,6 +72,7 @@ class Endpoint:
         self._url = ""
         self._opening = anyio.Lock()
         self._users = 0
+        self._told_ignored = False
 
     @asynccontextmanager
     async def session(self, context: EpisodeContext) -> AsyncIterator[AgentSession]:
@@ -137,6 +141,13 @@ class Endpoint:
     async def _answer(
         self, request: web.Request, session: AgentSession, asked: ChatRequest
     ) -> web.StreamResponse:
+        if asked.ignored and not self._told_ignored:
+            self._told_ignored = True
+            logger.warning(
+                "the agent asks for %s, which is ignored: the policy is trained as it is sampled, "
+                "by the workflow's `sampling`",
+                asked.ignored,
+            )
         record = session.recorder.begin(asked)
         completion = await session.context.generate(list(record.input_ids), asked.sampling)
         message = session.recorder.end(asked, record, completion)

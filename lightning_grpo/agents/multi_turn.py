@@ -9,9 +9,10 @@ from typing import Any
 
 from lightning_grpo.agents.record import EpisodeRecord
 from lightning_grpo.agents.rewarded import RewardedWorkflow
-from lightning_grpo.agents.turns import Message, messages_of, next_ids
+from lightning_grpo.agents.turns import messages_of, next_ids, with_answer
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.binding import BoundReward
+from lightning_grpo.rollout.chat import Message
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.types import Prompt, Sampling, Trajectory
 
@@ -93,7 +94,7 @@ class MultiTurnWorkflow(RewardedWorkflow):
             if not self._has_room(longer):
                 break
             record = longer
-            messages = [*messages, {"role": "assistant", "content": completion.text}, dict(told)]
+            messages = [*with_answer(messages, completion.text), dict(told)]
         discounted = total * self.turn_discount ** (len(record.completions) - 1)
         return record.trajectory(discounted, rewards, self.sampling.temperature)
 

@@ -13,7 +13,7 @@ from lightning_grpo.agents.tool_calls import ParsedReply, ParseReply, ToolCall, 
 from lightning_grpo.agents.tool_calls import strip_specials as _strip
 from lightning_grpo.agents.tool_process import ToolCounts, ToolLimits
 from lightning_grpo.agents.tools import ToolBox
-from lightning_grpo.agents.turns import first_ids, messages_of, next_ids
+from lightning_grpo.agents.turns import first_ids, messages_of, next_ids, with_answer
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.protocols import EpisodeContext, Tokenizer
 from lightning_grpo.types import Prompt, Sampling, Trajectory
@@ -136,12 +136,8 @@ class ToolWorkflow(RewardedWorkflow):
         )
         if room:
             conversation.record = longer
-            said = {
-                "role": "assistant",
-                "content": conversation.reply.content,
-                "tool_calls": calls,
-            }
-            conversation.messages = [*conversation.messages, said, *results]
+            said = with_answer(conversation.messages, conversation.reply.content, tool_calls=calls)
+            conversation.messages = [*said, *results]
         return room
 
     async def _result(self, conversation: _Conversation, call: ToolCall) -> str:

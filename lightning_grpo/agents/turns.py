@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.chat import Message, fitting, rendering
 from lightning_grpo.rollout.protocols import Tokenizer
 from lightning_grpo.types import Completion, Prompt
-
-Message = Mapping[str, Any]
 
 _QUESTION = {"role": "user", "content": "question"}
 _ANSWER = "ANSWER-OF-THE-ASSISTANT"
@@ -23,17 +22,15 @@ _ANSWER = "ANSWER-OF-THE-ASSISTANT"
 def first_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any] | None = None
 ) -> list[int]:
-    """The ids of a conversation that begins, ready to be continued."""
+    """The ids of a conversation that begins, ready to be continued.
+
+    Raises:
+        ConfigError: The template can't say all of it.
+    """
     require_template(tokenizer)
-    arguments: dict[str, Any] = {"tools": list(tools)} if tools else {}
-    ids = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=True,
-        return_dict=False,
-        add_generation_prompt=True,
-        **arguments,
-    )
-    return list(ids)
+    how = rendering(messages, tools)
+    said = fitting(tokenizer, messages, how)
+    return list(tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **how))
 
 
 def next_ids(
@@ -51,7 +48,7 @@ def next_ids(
         calls: Its tool calls; some templates take a tool's result only after its call.
 
     Raises:
-        ConfigError: The template can't say it.
+        ConfigError: The template can't say all of it.
     """
     ids = list(tokenizer.encode(_between(tokenizer, messages, calls), add_special_tokens=False))
     if ids and _has_ended(tokenizer, completion, ids[0]):
@@ -82,48 +79,68 @@ def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
     return [dict(message) for message in prompt.messages]
 
 
+def with_answer(messages: Sequence[Message], text: str, **more: Any) -> list[dict[str, Any]]:
+    """The conversation with an answer at its end; one that was begun there goes on with it.
+
+    Args:
+        messages: The conversation.
+        text: What was answered.
+        more: Further keys of the answer's message.
+    """
+    told = [dict(message) for message in messages]
+    begun = told.pop() if told and told[-1]["role"] == "assistant" else {"content": ""}
+    return [*told, {"role": "assistant", "content": f"{begun['content']}{text}", **more}]
+
+
 def _has_ended(tokenizer: Tokenizer, completion: Completion, end: int) -> bool:
-    if not completion.token_ids or completion.finish_reason != "stop":
+    if not completion.token_ids:
         return False
     last = completion.token_ids[-1]
     special = set(getattr(tokenizer, "all_special_ids", ()))
     # A model may end with another mark than its template (`<|return|>` for `<|end|>`).
-    return last == end or {last, end} <= special
+    return last == end or (not completion.truncated and {last, end} <= special)
 
 
 def _between(
     tokenizer: Tokenizer, messages: Sequence[Message], calls: Sequence[Mapping[str, Any]]
 ) -> str:
     answer = {"role": "assistant", "content": _ANSWER}
-    told = [dict(message) for message in messages]
     try:
-        whole = _render(tokenizer, [_QUESTION, answer, *told], start_answer=True)
-        return _after_answer(whole)
-    except ConfigError:
-        raise
+        return _after_answer(_told(tokenizer, [_QUESTION, answer, *messages]))
     except Exception as error:
-        # The template's own refusal (jinja2): results without their calls, for one.
+        # The template's own refusal (jinja2), or its silence: results without their calls, for one.
         if not calls:
-            raise ConfigError(f"the chat template can't say the next turn: {error}") from error
+            raise _refusal(error) from error
     called = {**answer, "tool_calls": [dict(call) for call in calls]}
-    before = _render(tokenizer, [_QUESTION, called], start_answer=False)
-    whole = _render(tokenizer, [_QUESTION, called, *told], start_answer=True)
+    try:
+        whole = _told(tokenizer, [_QUESTION, called, *messages])
+        before = _render(tokenizer, [_QUESTION, called])
+        end = _after_answer(_render(tokenizer, [_QUESTION, answer]))
+    except Exception as error:
+        raise _refusal(error) from error
     if not whole.startswith(before):
         raise ConfigError(
             "the chat template rewrites an answer with tool calls once their results follow, so "
             "ids can't be appended. Use a template that doesn't."
         )
-    end = _after_answer(_render(tokenizer, [_QUESTION, answer], start_answer=False))
     return end + whole[len(before) :]
 
 
-def _render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, start_answer: bool
-) -> str:
-    rendered = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=start_answer
-    )
-    return str(rendered)
+def _refusal(error: Exception) -> ConfigError:
+    return ConfigError(f"the chat template can't say the next turn: {error}")
+
+
+def _told(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """The whole made-up conversation, with all that is said from its answer on."""
+    how = {"add_generation_prompt": True}
+    said = fitting(tokenizer, messages, how, first=1)
+    return str(tokenizer.apply_chat_template(said, tokenize=False, **how))
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    how = {"add_generation_prompt": False}
+    said = fitting(tokenizer, messages, how, first=len(messages))
+    return str(tokenizer.apply_chat_template(said, tokenize=False, **how))
 
 
 def _after_answer(text: str) -> str:

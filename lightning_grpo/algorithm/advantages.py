@@ -1,14 +1,17 @@
 """From the rewards of whole groups to one advantage per trajectory.
 
 All take `rewards [trajectories]` and `group_ids [trajectories]` (any integers, in any order) and
-return `[trajectories]`. With a baseline, a group whose rewards are all equal gets exactly 0: the
-smallest reward of the group is subtracted first, so no rounding of a mean can leave a rest.
+return `[trajectories]` in fp32, as losses take them. With a baseline, a group whose rewards are all
+equal gets exactly 0: the smallest reward of the group is subtracted first, so no rounding of a mean
+can leave a rest. All is computed in fp64: in fp32 the square of a reward of 1e20 is infinite, and
+1e8 + 1 is 1e8.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +24,7 @@ class Advantage(ABC):
 
     @abstractmethod
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """`[trajectories]` from `[trajectories]`."""
+        """fp32 `[trajectories]` from `[trajectories]`."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,11 @@ class GroupAdvantage(Advantage):
             )
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """`[trajectories]` from `[trajectories]`."""
-        centered = rewards - _shift(rewards, group_ids)
-        centered = centered - group_mean(centered, group_ids)
-        if not self.divide_by_std:
-            return centered
-        return centered / (group_std(rewards, group_ids, self.ddof) + self.eps)
+        """fp32 `[trajectories]` from `[trajectories]`."""
+        centered = _centered(rewards, group_ids)
+        if self.divide_by_std:
+            centered = centered / (group_std(rewards.double(), group_ids, self.ddof) + self.eps)
+        return centered.float()
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,10 @@ class LeaveOneOutAdvantage(Advantage):
     """
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """`[trajectories]` from `[trajectories]`."""
-        centered = rewards - _shift(rewards, group_ids)
-        count = group_size(group_ids).to(rewards.dtype)
+        """fp32 `[trajectories]` from `[trajectories]`."""
+        count = group_size(group_ids).double()
         scale = count / (count - 1).clamp_min(1)
-        return (centered - group_mean(centered, group_ids)) * scale
+        return (_centered(rewards, group_ids) * scale).float()
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ class ReinforceAdvantage(Advantage):
     """
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """`[trajectories]` from `[trajectories]`."""
+        """fp32 `[trajectories]` from `[trajectories]`."""
         del group_ids
-        return rewards.clone()
+        return rewards.float().clone()
 
 
 def group_size(group_ids: Tensor) -> Tensor:
@@ -96,29 +97,42 @@ def group_size(group_ids: Tensor) -> Tensor:
 
 
 def group_mean(values: Tensor, group_ids: Tensor) -> Tensor:
-    """Mean over the group of each trajectory, `[trajectories]`."""
+    """Mean over the group of each trajectory, `[trajectories]` in the dtype of `values`."""
     _, inverse, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    totals = values.new_zeros(len(counts)).index_add(0, inverse, values)
-    means: Tensor = totals / counts.to(values.dtype)
-    return means[inverse]
+    totals = torch.zeros(len(counts), dtype=torch.float64, device=values.device)
+    means = totals.index_add(0, inverse, values.double()) / counts
+    return _as(values, means[inverse])
 
 
 def group_std(values: Tensor, group_ids: Tensor, ddof: int = 1) -> Tensor:
     """Standard deviation over the group of each trajectory, `[trajectories]`; 0 if all equal."""
-    shifted = values - _shift(values, group_ids)
-    centered = shifted - group_mean(shifted, group_ids)
-    divisor = (group_size(group_ids) - ddof).clamp_min(1).to(values.dtype)
-    count = group_size(group_ids).to(values.dtype)
-    return (group_mean(centered.square(), group_ids) * count / divisor).sqrt()
+    centered = _centered(values, group_ids)
+    # In units of the largest deviation, no square is too large or too small for a float.
+    unit = _extreme(centered.abs(), group_ids, "amax")
+    squares = (centered / torch.where(unit > 0, unit, 1.0)).square()
+    count = group_size(group_ids).double()
+    variance = group_mean(squares, group_ids) * count / (count - ddof).clamp_min(1)
+    return _as(values, variance.sqrt() * unit)
 
 
 def has_no_variance(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """Whether all rewards of the group are equal, bool `[trajectories]`."""
-    return group_std(rewards, group_ids) == 0
+    return _extreme(rewards, group_ids, "amin") == _extreme(rewards, group_ids, "amax")
 
 
-def _shift(values: Tensor, group_ids: Tensor) -> Tensor:
+def _centered(values: Tensor, group_ids: Tensor) -> Tensor:
+    """Values minus the mean of their group, fp64; exactly 0 if all are equal."""
+    shifted = values.double() - _extreme(values.double(), group_ids, "amin")
+    return shifted - group_mean(shifted, group_ids)
+
+
+def _extreme(values: Tensor, group_ids: Tensor, which: Literal["amin", "amax"]) -> Tensor:
+    """The smallest or largest value of the group of each trajectory, `[trajectories]`."""
     unique, inverse = torch.unique(group_ids, return_inverse=True)
-    smallest = values.new_zeros(len(unique))
-    smallest = smallest.scatter_reduce(0, inverse, values, reduce="amin", include_self=False)
-    return smallest[inverse]
+    found = values.new_zeros(len(unique))
+    found = found.scatter_reduce(0, inverse, values, reduce=which, include_self=False)
+    return found[inverse]
+
+
+def _as(values: Tensor, computed: Tensor) -> Tensor:
+    return computed.to(values.dtype) if values.is_floating_point() else computed

@@ -41,8 +41,8 @@ class RolloutBatch:
 
     Attributes:
         group_ids: Which group a trajectory belongs to, 0 .. groups - 1, int64 `[trajectories]`.
-        rewards: What is trained on, fp32 `[trajectories]`.
-        rewards_by_name: Each reward before weighting, fp32 `[trajectories]`; NaN where a
+        rewards: What is trained on, fp64 `[trajectories]`: rewards of 1e8 and 1e8 + 1 differ.
+        rewards_by_name: Each reward before weighting, fp64 `[trajectories]`; NaN where a
             trajectory has none of that name.
         response_lengths: Sampled tokens, int64 `[trajectories]`.
         loss_lengths: Those of them in `loss_mask`, int64 `[trajectories]`.
@@ -97,9 +97,9 @@ class RolloutBatch:
         names = sorted({name for t in trajectories for name in t.rewards})
         return cls(
             group_ids=torch.tensor([i for _, i, _ in pairs], dtype=torch.int64),
-            rewards=_floats(trajectories, lambda t: t.reward),
+            rewards=_doubles(trajectories, lambda t: t.reward),
             rewards_by_name={
-                name: _floats(trajectories, lambda t, n=name: t.rewards.get(n, float("nan")))  # type: ignore[misc]
+                name: _doubles(trajectories, lambda t, n=name: t.rewards.get(n, float("nan")))  # type: ignore[misc]
                 for name in names
             },
             response_lengths=_integers(trajectories, lambda t: t.num_response_tokens),
@@ -110,7 +110,7 @@ class RolloutBatch:
             truncated=torch.tensor([t.truncated for t in trajectories], dtype=torch.bool),
             oldest_versions=_integers(trajectories, lambda t: t.oldest_version),
             newest_versions=_integers(trajectories, lambda t: max(t.versions, default=NO_VERSION)),
-            temperatures=_floats(trajectories, lambda t: t.temperature),
+            temperatures=_doubles(trajectories, lambda t: t.temperature).float(),
             keys=[g.prompt.key for g, _, _ in pairs],
             columns=[g.prompt.columns for g, _, _ in pairs],
             datasets=[g.prompt.dataset for g, _, _ in pairs],
@@ -128,8 +128,8 @@ class RolloutBatch:
         )
 
 
-def _floats(trajectories: Sequence[Trajectory], read: Callable[[Trajectory], float]) -> Tensor:
-    return torch.tensor([read(t) for t in trajectories], dtype=torch.float32)
+def _doubles(trajectories: Sequence[Trajectory], read: Callable[[Trajectory], float]) -> Tensor:
+    return torch.tensor([read(t) for t in trajectories], dtype=torch.float64)
 
 
 def _integers(trajectories: Sequence[Trajectory], read: Callable[[Trajectory], int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -65,6 +66,10 @@ class Truncation:
             raise ConfigError(
                 f"`truncation.handling` must be one of {', '.join(_IN_WORDS)} (what a truncated "
                 f"completion is used for), got {self.handling!r}. Way out: train."
+            )
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ConfigError(
+                f"`truncation.reward` must be a finite number, got {self.reward}. Way out: null."
             )
         if self.penalty_buffer is not None and self.penalty_buffer < 1:
             raise ConfigError(
@@ -147,5 +152,5 @@ class Truncation:
                     "`truncation.handling: exclude` needs one advantage per trajectory, got "
                     f"{len(found)} for {int(counted.sum())}. Way out: mask."
                 )
-            advantages[counted] = found
+            advantages[counted] = found.to(advantages.dtype)
         return advantages

@@ -135,12 +135,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
 def end_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> frozenset[int]:
-    """Every id that ends a completion: the config's, the generation config's, the tokenizer's."""
+    """Every id that ends a completion: the config's, the generation config's, the tokenizer's.
+
+    As SGLang, also `<|eom_id|>`, with which Llama ends a call of a tool.
+    """
     generation = model.generation_config
     sources: list[Any] = [
         model.config.eos_token_id,
         None if generation is None else generation.eos_token_id,
         None if tokenizer is None else tokenizer.eos_token_id,
+        None if tokenizer is None else tokenizer.get_added_vocab().get("<|eom_id|>"),
     ]
     ids: set[int] = set()
     for source in sources:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+import traceback
+from collections.abc import Coroutine, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
 import anyio.abc
 
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.chat import with_arguments
 from lightning_grpo.rollout.protocols import (
     Generator,
     Reward,
@@ -18,7 +21,7 @@ from lightning_grpo.rollout.protocols import (
     Scorer,
     Tokenizer,
 )
-from lightning_grpo.rollout.workflow import check_trajectory
+from lightning_grpo.rollout.workflow import check_sampling, check_trajectory
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
@@ -49,43 +52,164 @@ class Request:
     priority: bool = False
     sampling: Sampling | None = None
 
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether nothing is trained on what it samples."""
+        return self.priority or self.sampling is not None
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One request of an episode.
+
+    Attributes:
+        start: How many tokens it continued.
+        token_ids: Those, and the completion.
+        sampling: How it was sampled.
+        trained: Whether the trajectory may hold it.
+    """
+
+    start: int
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    trained: bool
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where its completion begins and ends."""
+        return self.start, len(self.token_ids)
+
+    def is_in(self, trajectory: Trajectory) -> bool:
+        """Whether some of its tokens are trained on where they were sampled."""
+        start, end = self.span
+        here = any(trajectory.response_mask[start:end])
+        return here and trajectory.input_ids[:end] == self.token_ids
+
 
 class Episode:
-    """The `EpisodeContext` of one episode; counts what was sampled."""
+    """The `EpisodeContext` of one episode; remembers what was sampled, and how."""
 
-    def __init__(self, runner: EpisodeRunner, request: Request, seed_path: tuple[int, ...]) -> None:
-        self.tokenizer: Tokenizer = runner.tokenizer
+    def __init__(
+        self, runner: EpisodeRunner, prompt: Prompt, request: Request, seed_path: tuple[int, ...]
+    ) -> None:
+        self.tokenizer = with_arguments(runner.tokenizer, prompt.template_kwargs)
         self.num_tokens = 0
         self._tally = runner.tally
-        self.temperatures: set[float] = set()
-        self.length_limit: int | None = None
         self._generator = runner.generator
         self._scorer = runner.scorer
+        self._own: Sampling | None = getattr(runner.workflow, "sampling", None)
         self._request = request
         self._seed_path = seed_path
         self._turn = 0
+        self._temperature: float | None = None
+        self._calls: list[_Call] = []
 
-    async def generate(self, input_ids: list[int], sampling: Sampling | None = None) -> Completion:
+    # Not a coroutine itself: what is refused is refused where it stands in the user's code.
+    def generate(
+        self, input_ids: list[int], sampling: Sampling | None = None, *, trained: bool = True
+    ) -> Coroutine[Any, Any, Completion]:
         """Sample one continuation with a seed of its own."""
-        chosen = self._request.sampling or sampling or _DEFAULT_SAMPLING
+        chosen = sampling or self._own or _DEFAULT_SAMPLING
+        if trained and self._request.sampling is not None:
+            chosen = for_evaluation(chosen, self._own, self._request.sampling)
+        elif trained and not self._request.is_evaluation:
+            self._require_trainable(chosen, traceback.extract_stack(limit=2)[0])
+        return self._generate(list(input_ids), chosen, trained)
+
+    async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:
+        """Call a reward in a process that can be killed."""
+        return await self._scorer.score(reward, arguments)
+
+    def checked(self, trajectory: Trajectory | None) -> Trajectory:
+        """The trajectory as it was really sampled, whatever the workflow said of that.
+
+        Raises:
+            RolloutError: It isn't one that can be trained on.
+            ConfigError: It holds tokens that were not to be trained on.
+        """
+        checked = check_trajectory(trajectory, self._request.version)
+        held = [call for call in self._calls if call.is_in(checked)]
+        sampled = {i for call in held if call.trained for i in range(*call.span)}
+        aside = {i for call in held if not call.trained for i in range(*call.span)}
+        # What both have is trained: two calls may come to the same tokens.
+        if any(checked.response_mask[i] for i in aside - sampled):
+            raise ConfigError(
+                "a trajectory must not hold what was sampled with `trained=False`, got tokens "
+                "of such a call. Leave the argument out."
+            )
+        asked = [call for call in self._calls if call.trained]
+        counted = [call for call in asked if call in held] or asked
+        temperatures = {call.sampling.temperature for call in counted}
+        if len(temperatures) == 1:
+            checked = replace(checked, temperature=temperatures.pop())
+        last = max(counted, key=lambda call: len(call.token_ids), default=None)
+        limit = None if last is None else last.sampling.max_new_tokens
+        transcript = ""
+        if checked.num_turns > 1:
+            first = checked.response_mask.index(True)
+            transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
+        self._tally.evaluated += self._request.priority
+        return replace(checked, length_limit=limit, transcript=transcript)
+
+    async def _generate(
+        self, input_ids: list[int], sampling: Sampling, trained: bool
+    ) -> Completion:
         seed = derive_seed(*self._seed_path, self._turn)
         self._turn += 1
         completion = await self._generator.generate(
             input_ids,
-            chosen,
+            sampling,
             group_key=self._request.group_key,
             priority=self._request.priority,
             seed=seed,
         )
         self.num_tokens += len(completion.token_ids)
         self._tally.tokens += len(completion.token_ids)
-        self.temperatures.add(chosen.temperature)
-        self.length_limit = chosen.max_new_tokens
+        whole = (*input_ids, *completion.token_ids)
+        self._calls.append(_Call(len(input_ids), whole, sampling, trained))
         return completion
 
-    async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:
-        """Call a reward in a process that can be killed."""
-        return await self._scorer.score(reward, arguments)
+    def _require_trainable(self, sampling: Sampling, caller: traceback.FrameSummary) -> None:
+        """Refuse what the trainer could not account for."""
+        place = f"`context.generate` in {caller.filename}, line {caller.lineno} ({caller.name})"
+        aside = "If its tokens are no part of the trajectory, say `trained=False`."
+        try:
+            check_sampling(sampling)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error} {aside}") from error
+        if self._temperature not in (None, sampling.temperature):
+            raise ConfigError(
+                f"{place}: `sampling.temperature` must be the same in all of a trajectory (the "
+                f"trainer divides the logits by one number), got {self._temperature} and "
+                f"{sampling.temperature}. Use one of them. {aside}"
+            )
+        self._temperature = sampling.temperature
+
+
+def for_evaluation(asked: Sampling, own: Sampling | None, wanted: Sampling) -> Sampling:
+    """How evaluation samples a call: as it wants to, but ended as early as the call asks for.
+
+    Args:
+        asked: What the call asks for.
+        own: The workflow's; what a call shares with it, it didn't ask for.
+        wanted: The evaluation's.
+    """
+    if own is None or asked == own:
+        return wanted
+    limit = wanted.max_new_tokens
+    if asked.max_new_tokens != own.max_new_tokens:
+        limit = min(limit, asked.max_new_tokens)
+    known = {*own.stop, *wanted.stop}
+    known_ids = {*own.stop_token_ids, *wanted.stop_token_ids}
+    return replace(
+        wanted,
+        max_new_tokens=limit,
+        stop=(*wanted.stop, *(s for s in asked.stop if s not in known)),
+        stop_token_ids=(
+            *wanted.stop_token_ids,
+            *(i for i in asked.stop_token_ids if i not in known_ids),
+        ),
+    )
 
 
 @dataclass
@@ -153,10 +277,10 @@ class EpisodeRunner:
         num_samples = num_samples or self.group_size
         for sample in range(num_samples):
             path = (self.seed, *prompt.key, request.attempt, sample)
-            attempt.episodes.append(Episode(self, request, path))
+            attempt.episodes.append(Episode(self, prompt, request, path))
         async with anyio.create_task_group() as tasks:
             for sample in range(num_samples):
-                tasks.start_soon(self._run_one, prompt, request, attempt, sample, tasks)
+                tasks.start_soon(self._run_one, prompt, attempt, sample, tasks)
         if attempt.failure is not None:
             raise attempt.failure
         return tuple(attempt.trajectories[sample] for sample in range(num_samples))
@@ -164,7 +288,6 @@ class EpisodeRunner:
     async def _run_one(
         self,
         prompt: Prompt,
-        request: Request,
         attempt: Attempt,
         sample: int,
         tasks: anyio.abc.TaskGroup,
@@ -172,22 +295,10 @@ class EpisodeRunner:
         episode = attempt.episodes[sample]
         try:
             trajectory = await self.workflow.run(prompt, episode)
-            checked = check_trajectory(trajectory, request.version)
+            attempt.trajectories[sample] = episode.checked(trajectory)
         except Exception as error:  # noqa: BLE001 - recorded here, raised by run()
             attempt.failure = attempt.failure or error
             tasks.cancel_scope.cancel()
-            return
-        # What the tokens were really sampled at, whatever the workflow said.
-        if len(episode.temperatures) == 1:
-            checked = replace(checked, temperature=next(iter(episode.temperatures)))
-        transcript = ""
-        if checked.num_turns > 1:
-            first = checked.response_mask.index(True)
-            transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
-        self.tally.evaluated += request.priority
-        attempt.trajectories[sample] = replace(
-            checked, length_limit=episode.length_limit, transcript=transcript
-        )
 
 
 def first_line(error: BaseException) -> str:

@@ -58,6 +58,8 @@ class Ledger:
         outcome: Outcome,
         error: str | None = None,
         success: float | None = None,
+        *,
+        asked: bool = True,
     ) -> None:
         """Write the one final outcome of a prompt.
 
@@ -66,6 +68,7 @@ class Ledger:
             outcome: How it ended.
             error: Why it failed, with the traceback.
             success: How often it was answered rightly, to be remembered for the next pass.
+            asked: Whether it was asked at all; a row that is no prompt says nothing of the rest.
 
         Raises:
             RolloutError: The prompt already has an outcome.
@@ -78,7 +81,7 @@ class Ledger:
         self._window.append(outcome is Outcome.FAILED)
         if outcome is Outcome.FAILED and self.first_failure is None:
             self.first_failure = f"prompt {key}: {error or 'no error was given'}"
-        self._check_budget()
+        self._check_budget(asked)
 
     def skip(self, key: PromptKey) -> None:
         """A prompt is left out of its pass; it neither worked nor failed."""
@@ -154,9 +157,9 @@ class Ledger:
         rows = self._open.get(place, bytearray())
         return {str(outcome): rows.count(code) for code, outcome in _OUTCOMES.items()}
 
-    def _check_budget(self) -> None:
+    def _check_budget(self, asked: bool) -> None:
         failed = sum(self._window)
-        if self.counts[Outcome.FAILED] == self.num_ended and failed >= self.num_first:
+        if asked and self.counts[Outcome.FAILED] == self.num_ended and failed >= self.num_first:
             raise FailureBudgetError(
                 f"The first {failed} groups all failed; nothing has worked yet. "
                 f"First failure: {self.first_failure}"

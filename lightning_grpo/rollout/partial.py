@@ -82,13 +82,15 @@ class Partial:
         self._ids += ids
         self._logprobs += logprobs
         self._versions += versions[: len(ids)]
+        # Of an end token that is the last one permitted SGLang says `length`, and `abort` where the
+        # abort came in the same step.
+        ended = bool(ids) and ids[-1] in self._end_ids
         if reason != "abort":
-            self._finish = reason
+            self._finish = "stop" if ended else reason
             return
         self._num_interruptions += 1
         self._num_idle_aborts = 0 if ids else self._num_idle_aborts + 1
-        if ids and ids[-1] in self._end_ids:
-            # SGLang calls a request aborted that sampled its last token in the same step.
+        if ended:
             self._finish = "stop"
         elif len(self._ids) >= self._sampling.max_new_tokens:
             self._finish = "length"
@@ -97,10 +99,16 @@ class Partial:
                 f"{member.url} aborted a request {self._num_idle_aborts} times without a new token"
             )
 
-    def completion(self, decode: Decode) -> Completion:
-        """The finished record."""
+    def completion(self, decode: Decode, spell: Decode | None = None) -> Completion:
+        """The finished record.
+
+        Args:
+            decode: Token ids to the completion's text.
+            spell: Token ids to the text in which stop strings are looked for, special tokens
+                included as servers do; None: `decode`.
+        """
         assert self._finish is not None, "the completion is not finished"
-        self._end_at_stop_string(decode)
+        self._end_at_stop_string(spell or decode)
         return Completion(
             token_ids=tuple(self._ids),
             logprobs=tuple(self._logprobs),
@@ -130,26 +138,32 @@ class Partial:
             f" {len(logprobs)} belong together"
         )
 
-    def _end_at_stop_string(self, decode: Decode) -> None:
+    def _end_at_stop_string(self, spell: Decode) -> None:
         """Ends where an uninterrupted request would have: a server sees only its own piece.
 
-        A stop string that began before an interruption and ended after it is found here.
+        A stop string that began before an interruption and ended after it is found here, and so is
+        one that the last permitted token completes, of which a server says `length`.
         """
-        if not (self._num_interruptions and self._sampling.stop):
-            return
-        if not any(stop in decode(self._ids) for stop in self._sampling.stop):
+        by_server = self._finish == "stop" and not self._num_interruptions
+        if by_server or not self._has_stopped(spell, len(self._ids)):
             return
         low, high = 1, len(self._ids)
         while low < high:
             middle = (low + high) // 2
-            text = decode(self._ids[:middle])
-            if any(stop in text for stop in self._sampling.stop):
+            if self._has_stopped(spell, middle):
                 high = middle
             else:
                 low = middle + 1
-        if low < len(self._ids):
+        if low == len(self._ids) or self._num_interruptions:
             del self._ids[low:], self._logprobs[low:], self._versions[low:]
             self._finish = "stop"
+
+    def _has_stopped(self, spell: Decode, num_tokens: int) -> bool:
+        """Whether the first so many tokens spell a stop string."""
+        if not self._sampling.stop:
+            return False
+        text = spell(self._ids[:num_tokens])
+        return any(stop in text for stop in self._sampling.stop)
 
 
 def token_versions(

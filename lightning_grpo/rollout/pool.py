@@ -63,18 +63,20 @@ class ServerPool:
         handles: The servers, started and healthy.
         requirements: Run id, vocabulary and length that every server must fit.
         decode: Token ids to text, for `Completion.text`.
+        spell: The same with special tokens, where stop strings are looked for; None: `decode`.
         api_key: Sent as a bearer token; appears in no message.
         limits: How requests are sent.
         restart: Starts a dead server again; None where the run does not own the servers.
         health: When a server counts as lost.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a pool is put together from
         self,
         handles: Sequence[ServerLike],
         requirements: Requirements,
         decode: Decode,
         *,
+        spell: Decode | None = None,
         api_key: str | None = None,
         limits: PoolLimits | None = None,
         restart: Restart | None = None,
@@ -85,6 +87,7 @@ class ServerPool:
         self._handles = tuple(handles)
         self._requirements = requirements
         self._decode = decode
+        self._spell = spell
         self._api_key = api_key
         self._limits = limits or PoolLimits()
         self._members: list[Member] = []
@@ -210,7 +213,7 @@ class ServerPool:
                     raise
             finally:
                 self._router.release(member)
-        return partial.completion(self._decode)
+        return partial.completion(self._decode, self._spell)
 
     def choose_interruption(self, wanted: InterruptionChoice) -> Interruption:
         """The way of interruption to use; refuses one that a server does not support exactly."""

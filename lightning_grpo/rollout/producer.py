@@ -19,7 +19,13 @@ from typing import Any, Self
 import anyio
 import anyio.lowlevel
 
-from lightning_grpo.errors import ConfigError, FailureBudgetError, RolloutError, ServersLostError
+from lightning_grpo.errors import (
+    ConfigError,
+    FailureBudgetError,
+    PromptError,
+    RolloutError,
+    ServersLostError,
+)
 from lightning_grpo.rollout.background import Background
 from lightning_grpo.rollout.counters import Counters
 from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request, first_line
@@ -212,11 +218,24 @@ class RolloutProducer:
             await changed.wait()
 
     def _admit(self) -> None:
-        prompt, attempts = self._backlog.next()
+        key, attempts = self._backlog.next()
+        try:
+            prompt = self._backlog.stream.by_key(key)
+        except PromptError as error:
+            self._give_up(key, error)
+            return
         run = GroupRun(self.gate.admit(), prompt, attempts, anyio.current_time())
         self._backlog.runs[run.ticket] = run
         self._emit("admit", key=run.key, version=self.gate.version, ticket=run.ticket)
         self._background.spawn(self._run, run)
+
+    def _give_up(self, key: PromptKey, error: PromptError) -> None:
+        """A row that can't be made a prompt: it was never asked, and the next one is."""
+        self._errors.append(f"prompt {key}: {first_line(error)}")
+        self.counters.failed += 1
+        logger.warning("prompt %s is given up: %s", key, error)
+        self._emit(str(Outcome.FAILED), key=key)
+        self.ledger.record(key, Outcome.FAILED, str(error), asked=False)
 
     async def _run(self, run: GroupRun) -> None:
         with run.scope:

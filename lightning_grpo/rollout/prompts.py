@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, PromptError
+from lightning_grpo.rollout import chat
 from lightning_grpo.rollout.protocols import Tokenizer
 from lightning_grpo.rollout.sources import open_rows
 from lightning_grpo.types import Prompt, PromptKey
@@ -26,9 +27,10 @@ class Prompts:
             or a list of rows.
         name: Configuration of the dataset, where it has several.
         split: Which split.
-        column: The column to ask: text, or a list of chat messages.
+        column: The column to ask: text, or a list of chat messages (ShareGPT's keys and JSON text
+            are understood). An answer of the assistant at their end is continued.
         system: System message put first.
-        suffix: Text added to the end of the (last user) message.
+        suffix: Text added to the end of the last message of the user.
         transform: Changes a row before anything else reads it.
         limit: Use the first so many rows.
         shuffle: Whether each pass has its own seeded order.
@@ -36,6 +38,8 @@ class Prompts:
         weight: Share of the prompts asked, relative to the other datasets of the run.
         too_long: What to do with a prompt that leaves no room for `max_new_tokens`: `error` names
             the rows, `skip` leaves them out and counts them.
+        template_kwargs: Variables of the tokenizer's chat template, such as
+            `{"enable_thinking": False}`; every turn of an episode is rendered with them.
     """
 
     def __init__(  # noqa: PLR0913 - config surface: what a YAML file may set
@@ -52,6 +56,7 @@ class Prompts:
         seed: int | None = None,
         weight: float = 1.0,
         too_long: Literal["error", "skip"] = "error",
+        template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise ConfigError(f"`limit` must be >= 1, or null for every row, got {limit}.")
@@ -74,6 +79,8 @@ class Prompts:
         self.seed = run_seed() if seed is None else seed
         self.weight = weight
         self.too_long = too_long
+        self.template_kwargs = dict(template_kwargs or {})
+        chat.check_arguments(self.template_kwargs)
 
     def load(
         self,
@@ -81,6 +88,7 @@ class Prompts:
         make_prompt: MakePrompt | None = None,
         max_prompt_tokens: int | None = None,
         name: str = "",
+        vocabulary: Vocabulary | None = None,
     ) -> PromptSet:
         """Open the rows; each is rendered and tokenized when it is asked for.
 
@@ -89,58 +97,72 @@ class Prompts:
             make_prompt: Takes the place of `self.make_prompt(row, tokenizer)`.
             max_prompt_tokens: What the context leaves beside `max_new_tokens`; None: no limit.
             name: Of the dataset, where there are several.
+            vocabulary: Ids that the model knows; None: all.
 
         Raises:
-            ConfigError: No such source or column, no rows, or rows that are too long.
+            ConfigError: No such source or column, no rows, or rows that can't be asked.
         """
+        chat.with_arguments(tokenizer, self.template_kwargs)  # refuses what it doesn't know
         rows = open_rows(self.path, self.name, self.split)
         make = make_prompt or (lambda row: self.make_prompt(row, tokenizer))
-        loaded = PromptSet(self, rows, make, max_prompt_tokens, name)
+        loaded = PromptSet(self, rows, make, max_prompt_tokens, name, vocabulary)
         loaded.check(column=self.column if make_prompt is None else None)
         return loaded
 
     def make_prompt(self, row: Mapping[str, Any], tokenizer: Tokenizer) -> Prompt:
         """Render and tokenize one (transformed) row; token ids are made here and never again."""
-        content = row[self.column]
+        tokenizer = chat.with_arguments(tokenizer, self.template_kwargs)
+        content = self._content(row[self.column])
         columns = {k: v for k, v in row.items() if k != self.column or k not in _NATURAL_NAMES}
         if isinstance(content, str) and not tokenizer.chat_template:
             text = "".join(part for part in (self.system, content, self.suffix) if part)
-            return Prompt(tuple(tokenizer.encode(text)), text, columns=columns)
+            return Prompt(tuple(chat.prompt_ids(tokenizer, text)), text, columns=columns)
         messages = self._messages(content)
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"column {self.column!r} holds chat messages, but the tokenizer has no chat "
                 "template. Use a column of text, or a chat model's tokenizer."
             )
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=True
-        )
+        how = chat.rendering(messages)
+        said = chat.fitting(tokenizer, messages, how)
+        text = tokenizer.apply_chat_template(said, tokenize=False, **how)
+        ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **how)
         return Prompt(tuple(ids), text, tuple(messages), columns)
 
-    def _messages(self, content: Any) -> list[dict[str, Any]]:
-        if isinstance(content, str):
-            messages = [{"role": "user", "content": content}]
-        elif isinstance(content, Sequence) and all(isinstance(m, Mapping) for m in content):
-            messages = [dict(message) for message in content]
-        else:
-            raise ConfigError(
-                f"column {self.column!r} must hold text or a list of chat messages, "
-                f"got {type(content).__name__}."
-            )
-        if not messages:
-            raise ConfigError(f"column {self.column!r} holds an empty list of chat messages.")
+    def _content(self, value: Any) -> str | list[dict[str, Any]]:
+        try:
+            return chat.read_content(value)
+        except ConfigError as error:
+            raise ConfigError(f"column {self.column!r} can't be asked: {error}") from None
+
+    def _messages(self, content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+        messages = content
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         if self.suffix:
-            content = messages[-1].get("content")
-            if not isinstance(content, str):
+            asking = [message for message in messages if message["role"] == "user"]
+            if not asking:
                 raise ConfigError(
-                    f"`suffix` needs a last message of text, got {type(content).__name__}. Add it "
-                    "with `transform`."
+                    "`suffix` needs a message of the user to stand at the end of, got the roles "
+                    f"{[message['role'] for message in messages]}. Add it with `transform`."
                 )
-            messages[-1]["content"] = f"{content}{self.suffix}"
+            asking[-1]["content"] += self.suffix
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         return messages
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which token ids the model has an embedding for.
+
+    Attributes:
+        size: Rows of the embedding.
+        beyond: Tokens of the tokenizer that have none; rows that hold one are looked at first.
+    """
+
+    size: int
+    beyond: tuple[str, ...] = ()
 
 
 def by_name(prompts: Prompts | dict[str, Prompts] | None) -> dict[str, Prompts]:
@@ -162,6 +184,7 @@ class PromptSet:
         make: MakePrompt,
         max_prompt_tokens: int | None,
         name: str = "",
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.prompts = prompts
         self.name = name
@@ -169,6 +192,7 @@ class PromptSet:
         self.num_too_long = 0
         self._rows = rows
         self._make = make
+        self._vocabulary = vocabulary
         limit = len(rows) if prompts.limit is None else min(prompts.limit, len(rows))
         self._index: Sequence[int] = range(limit)
 
@@ -177,11 +201,21 @@ class PromptSet:
         return len(self._index)
 
     def prompt(self, row: int, pass_index: int = 0) -> Prompt:
-        """The prompt at a position of the (unshuffled) set."""
+        """The prompt at a position of the (unshuffled) set.
+
+        Raises:
+            PromptError: The row can't be made one.
+        """
         made = self._made(self._index[row])
         if self.max_prompt_tokens is not None and len(made.input_ids) > self.max_prompt_tokens:
-            raise ConfigError(self._too_long_message({row: len(made.input_ids)}))
-        return replace(made, row=row, pass_index=pass_index, dataset=self.name)
+            raise PromptError(self._too_long_message({row: len(made.input_ids)}))
+        return replace(
+            made,
+            row=row,
+            pass_index=pass_index,
+            dataset=self.name,
+            template_kwargs=made.template_kwargs or self.prompts.template_kwargs,
+        )
 
     def __getitem__(self, row: int) -> Prompt:
         """The prompt at a position, of pass 0; makes the set iterable."""
@@ -195,7 +229,10 @@ class PromptSet:
         return tuple(self.prompt(0).columns)
 
     def check(self, column: str | None) -> None:
-        """Refuse an unknown column, an empty set and prompts that are too long.
+        """Refuse an unknown column, an empty set, and rows that can't be asked.
+
+        Every row is looked at, few are tokenized: those that are left can still turn out to be
+        none, and are given up by name when their turn comes.
 
         Args:
             column: The column that every row must have, if any.
@@ -203,9 +240,19 @@ class PromptSet:
         if not len(self):
             raise ConfigError(f"{self._source} has no rows.")
         self._require(column, 0)
-        if self.max_prompt_tokens is None:
-            return
-        too_long = self._measure(column, overhead=len(self._made(0).input_ids))
+        overhead = len(self._made(0).input_ids)
+        too_long: dict[int, int] = {}
+        unusable: dict[int, PromptError] = {}
+        for row in self._index:
+            try:
+                num_tokens = self._num_tokens(column, row, overhead)
+            except PromptError as error:
+                unusable[row] = error
+                continue
+            if self.max_prompt_tokens is not None and num_tokens > self.max_prompt_tokens:
+                too_long[row] = num_tokens
+        if unusable:
+            raise ConfigError(self._unusable_message(unusable))
         if too_long and self.prompts.too_long == "error":
             raise ConfigError(self._too_long_message(too_long))
         self.num_too_long = len(too_long)
@@ -213,22 +260,31 @@ class PromptSet:
         if not self._index:
             raise ConfigError(self._too_long_message(too_long))
 
-    def _measure(self, column: str | None, overhead: int) -> dict[int, int]:
-        """Rows over the limit and their lengths.
+    def _num_tokens(self, column: str | None, row: int, overhead: int) -> int:
+        """Tokens of a row's prompt; 0 where they are surely within the limit.
 
         A token is at least one byte of text, so only rows with that many bytes are tokenized: for
-        short questions and a long context that is none of them.
+        short questions and a long context that is none of them. What looks suspicious is, too.
+
+        Raises:
+            PromptError: The row can't be asked.
         """
-        limit = self.max_prompt_tokens or 0
-        too_long = {}
-        for row in self._index:
-            values = self._require(column, row)
-            num_bytes = len(str(values.get(self.prompts.column, values)).encode())
-            if num_bytes + overhead > limit:
-                num_tokens = len(self._made(row).input_ids)
-                if num_tokens > limit:
-                    too_long[row] = num_tokens
-        return too_long
+        values = self._require(column, row)
+        content = values.get(self.prompts.column, values)
+        blank = False
+        if column is not None:
+            try:
+                content = chat.read_content(content)
+            except ConfigError as error:
+                raise PromptError(self._unmade(row, error)) from error
+            blank = isinstance(content, str) and not content.strip()
+        text = str(content)
+        beyond = self._vocabulary.beyond if self._vocabulary else ()
+        limit = self.max_prompt_tokens
+        fits = limit is None or len(text.encode()) + overhead <= limit
+        if fits and not blank and not any(token in text for token in beyond):
+            return 0
+        return len(self._made(row).input_ids)
 
     def _require(self, column: str | None, row: int) -> dict[str, Any]:
         values = self._row(row)
@@ -242,14 +298,25 @@ class PromptSet:
 
     def _made(self, row: int) -> Prompt:
         try:
-            return self._make(self._row(row))
-        except ConfigError:
+            made = self._make(self._row(row))
+            self._check_ids(made.input_ids)
+        except PromptError:
             raise
         except Exception as error:  # the template's, or the user's own `make_prompt`
-            raise ConfigError(
-                f"row {row} of {self._source} can't be made a prompt: {error!r}. Mend the row, or "
-                "change it with `transform`."
-            ) from error
+            raise PromptError(self._unmade(row, error)) from error
+        return made
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise ConfigError("it has no token to go on from.")
+        if self._vocabulary is None:
+            return
+        for token_id in (min(ids), max(ids)):
+            if not 0 <= token_id < self._vocabulary.size:
+                raise ConfigError(
+                    f"it has the token id {token_id}, and the model's embedding only "
+                    f"{self._vocabulary.size} rows."
+                )
 
     def _row(self, row: int) -> dict[str, Any]:
         found = self._rows[row]
@@ -262,11 +329,11 @@ class PromptSet:
         try:
             changed = self.prompts.transform(dict(found))
         except Exception as error:  # the user's
-            raise ConfigError(
+            raise PromptError(
                 f"`transform` failed for row {row} of {self._source}: {error!r}."
             ) from error
         if not isinstance(changed, dict):
-            raise ConfigError(
+            raise PromptError(
                 f"`transform` must return the row as a dictionary, got {type(changed).__name__} "
                 f"for row {row} of {self._source}."
             )
@@ -276,6 +343,21 @@ class PromptSet:
     def _source(self) -> str:
         path = self.prompts.path
         return repr(path) if isinstance(path, str) else f"the {type(path).__name__} given"
+
+    def _unmade(self, row: int, error: Exception) -> str:
+        why = f"{error}" if isinstance(error, ConfigError) else f"{error!r}."
+        return (
+            f"row {row} of {self._source} can't be made a prompt: {why} Mend the row, or change it "
+            "with `transform`."
+        )
+
+    def _unusable_message(self, unusable: Mapping[int, PromptError]) -> str:
+        row, error = next(iter(unusable.items()))
+        others = [str(other) for other in unusable if other != row]
+        if not others:
+            return str(error)
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""  # noqa: PLR2004
+        return f"{error} So it is with {len(others)} other rows: {', '.join(others[:5])}{more}."
 
     def _too_long_message(self, too_long: Mapping[int, int]) -> str:
         shown = ", ".join(f"row {row} ({n} tokens)" for row, n in list(too_long.items())[:5])

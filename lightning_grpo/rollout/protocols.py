@@ -70,8 +70,21 @@ class EpisodeContext(Protocol):
 
     tokenizer: Tokenizer
 
-    async def generate(self, input_ids: list[int], sampling: Sampling | None = None) -> Completion:
-        """Sample one continuation; the seed, the group and the priority are the context's."""
+    async def generate(
+        self, input_ids: list[int], sampling: Sampling | None = None, *, trained: bool = True
+    ) -> Completion:
+        """Sample one continuation; the seed, the group and the priority are the context's.
+
+        Args:
+            input_ids: What to continue.
+            sampling: How to sample; None: as the workflow's `sampling` says.
+            trained: Whether the completion becomes a part of the trajectory. One that doesn't (a
+                judgement, a summary) may be sampled in any way; the others must all have one
+                temperature and nothing that biases the importance ratio.
+
+        Raises:
+            ConfigError: In training: it can't be trained on as it is sampled.
+        """
         ...
 
     async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:

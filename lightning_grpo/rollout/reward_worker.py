@@ -25,6 +25,9 @@ _MISUSES: dict[tuple[type, ...], str] = {
     ),
     (Awaitable,): "it returned a coroutine. Declare the function `async def`.",
 }
+LARGEST = (2 - 2**-23) * 2.0**127
+"""The largest number of fp32."""
+
 _PR_SET_PDEATHSIG = 1
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -69,7 +72,7 @@ def answer_of(value: Any) -> Answer:
                 raise ValueError("a reward's dictionary must hold a number, got an empty one.")
             return "value", {_name(name): _number(number) for name, number in value.items()}
         return "value", _number(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         return "error", f"{error}"
 
 
@@ -83,9 +86,15 @@ def _number(value: Any) -> float:
     if value is None or isinstance(value, str | bytes):
         raise TypeError(f"a reward must return a number, got {value!r}.")
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"a reward must be finite, got {number}.")
+    if not is_trainable(number):
+        where = ", also in fp32" if math.isfinite(number) else ""
+        raise ValueError(f"a reward must be finite{where}, got {number}.")
     return number
+
+
+def is_trainable(reward: float) -> bool:
+    """Whether a reward is a number, also in fp32."""
+    return math.isfinite(reward) and abs(reward) <= LARGEST
 
 
 def _load(blob: bytes) -> Any:

@@ -76,21 +76,17 @@ class Backlog:
         """Prompts that are to be asked once more."""
         return len(self._again)
 
-    def next(self) -> tuple[Prompt, int]:
-        """The next prompt and which attempt at it comes."""
+    def next(self) -> tuple[PromptKey, int]:
+        """The key of the next prompt and which attempt at it comes."""
         if self._again:
-            key, attempts = self._again[0]
-            prompt = self.stream.by_key(key)
-            self._again.popleft()
-            return prompt, attempts
+            return self._again.popleft()
         key = self.stream.peek()
         while not self._wants(key):
             self._skip(key)
             self.stream.advance(asked=False)
             key = self.stream.peek()
-        prompt = self.stream.by_key(key)
         self.stream.advance()
-        return prompt, 1
+        return key, 1
 
     def put_back(self, run: GroupRun) -> None:
         """Ask a prompt again, before any other."""

@@ -10,9 +10,12 @@ from typing import Any
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import BoundReward
 from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
+from lightning_grpo.rollout.reward_worker import is_trainable
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
+_GREEDY_BELOW = 1e-6
+"""Servers take a lower temperature for 0."""
 
 
 class RLVRWorkflow(RolloutWorkflow):
@@ -125,8 +128,10 @@ def check_trajectory(trajectory: Trajectory | None, admitted_version: int) -> Tr
         )
     if not any(mask):
         raise RolloutError("a trajectory has no sampled token.")
-    if not math.isfinite(trajectory.reward):
-        raise RewardError(f"a trajectory's reward is {trajectory.reward}.")
+    for name, reward in {"": trajectory.reward, **trajectory.rewards}.items():
+        if not is_trainable(reward):
+            named = f"reward {name!r}" if name else "reward"
+            raise RewardError(f"a trajectory's {named} is {reward}, which is no number in fp32.")
     if not all(map(math.isfinite, trajectory.logprobs)):
         raise RolloutError("a trajectory has a log-probability that is not finite.")
     if trajectory.oldest_version < admitted_version:
@@ -135,3 +140,49 @@ def check_trajectory(trajectory: Trajectory | None, admitted_version: int) -> Tr
             f"{admitted_version} at which its group was let in: a server has old weights."
         )
     return trajectory
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuse sampling that can't be trained on: that would bias the importance ratio.
+
+    Raises:
+        ConfigError: Which setting, and what to do.
+    """
+    off = {"top_p": 1.0, "top_k": -1, "min_new_tokens": 0}
+    for name, value in off.items():
+        if getattr(sampling, name) != value:
+            raise ConfigError(
+                f"`sampling.{name}` must be {value} in training (it changes the distribution that "
+                f"tokens come from, which biases the ratio), got {getattr(sampling, name)}. "
+                f"Leave it out; validation may use it, in `evaluation.sampling`."
+            )
+    if sampling.temperature < _GREEDY_BELOW:
+        raise ConfigError(
+            f"`sampling.temperature` must be > 0 in training (a group of greedy completions has no "
+            f"variance), got {sampling.temperature}. The usual value is 1.0."
+        )
+    check_values(sampling, "sampling")
+
+
+def check_values(sampling: Sampling, place: str) -> None:
+    """Refuse numbers that no sampling has.
+
+    Args:
+        sampling: What to check.
+        place: The name of the setting.
+    """
+    rules = {
+        "max_new_tokens": (sampling.max_new_tokens >= 1, ">= 1"),
+        "temperature": (0 <= sampling.temperature < math.inf, ">= 0 and finite"),
+        "top_p": (0 < sampling.top_p <= 1, "> 0 and <= 1"),
+        "top_k": (sampling.top_k == -1 or sampling.top_k >= 1, ">= 1, or -1 for all"),
+        "min_new_tokens": (sampling.min_new_tokens >= 0, ">= 0"),
+    }
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ConfigError(f"`{place}.{name}` must be {rule}, got {getattr(sampling, name)}.")
+    if not all(sampling.stop):
+        raise ConfigError(
+            f"`{place}.stop` must hold texts that are not empty, got {list(sampling.stop)}. "
+            "Leave the empty one out."
+        )

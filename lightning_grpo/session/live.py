@@ -190,6 +190,7 @@ async def _open_pool(
         handles,
         material.requirements(run_id),
         lambda ids: material.tokenizer.decode(ids, skip_special_tokens=True),
+        spell=lambda ids: material.tokenizer.decode(ids, skip_special_tokens=False),
         api_key=servers.api_key,
         limits=PoolLimits(
             request_timeout_s=settings.limits.request_timeout_s,

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, PromptError
+from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.policy.load import check_config, check_source, load_tokenizer
 from lightning_grpo.policy.memory import HALF, model_size
 from lightning_grpo.policy.rope import usable_context
-from lightning_grpo.rollout.prompts import Prompts, PromptSet
+from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
+from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.rollout.verify import SHAPE, Requirements
+from lightning_grpo.rollout.workflow import check_sampling
 from lightning_grpo.servers.sizing import ServerLoad
 from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Prompt, Sampling
@@ -40,6 +43,7 @@ class Material:
         vocab_size: Rows of the model's embedding.
         context_tokens: Longest sequence that the model takes; None if it does not say.
         sampling: Of training; None if the workflow keeps it to itself.
+        val_sampling: Of held-out prompts; None as for training.
         prompts: Training prompts by dataset.
         val_prompts: Held-out prompts by name.
         end_ids: Tokens that end a completion, as servers find them.
@@ -50,6 +54,7 @@ class Material:
     vocab_size: int
     context_tokens: int | None
     sampling: Sampling | None
+    val_sampling: Sampling | None
     prompts: dict[str, PromptSet]
     val_prompts: dict[str, PromptSet]
     end_ids: frozenset[int] = frozenset()
@@ -58,16 +63,17 @@ class Material:
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt looked at; a bound for servers with a shorter context."""
-        return max(len(prompt.input_ids) for prompt in self._first_prompts(64))
+        return _longest(self.prompts)
 
     @property
     def fingerprint(self) -> str:
         """The prompts in a few characters: how many, and what some of them ask."""
-        sampled: list[tuple[int, ...]] = []
+        sampled: list[Prompt | None] = []
         for each in self.prompts.values():
             rows = range(0, len(each), -(-len(each) // FINGERPRINT_ROWS))
-            sampled += [each[i].input_ids for i in rows]
-        asked = hashlib.sha256(repr(sampled).encode())
+            sampled += [_made(each, i) for i in rows]
+        ids = [prompt.input_ids for prompt in sampled if prompt is not None]
+        asked = hashlib.sha256(repr(ids).encode())
         return f"{self.num_prompts} prompts ({asked.hexdigest()[:8]})"
 
     @property
@@ -80,8 +86,9 @@ class Material:
         batch = settings.batch_size * settings.group_size
         in_flight = (settings.max_staleness + 1) * batch
         context, needed = self.context_tokens, None
-        if self.sampling is not None and settings.workflow.asks_once:
-            needed = self._longest_of_all() + self.sampling.max_new_tokens
+        if settings.workflow.asks_once:
+            needed = self._needed(_longest_of_all)
+        if needed is not None:
             needed = -(-needed // CONTEXT_STEP) * CONTEXT_STEP
         known = [tokens for tokens in (context, needed) if tokens is not None]
         size = model_size(self.config)
@@ -99,27 +106,27 @@ class Material:
             trainer_bytes=estimate(size) if estimate is not None else 0,
         )
 
-    def _longest_of_all(self) -> int:
-        """Tokens of the longest prompt; of very large datasets a guess from those seen."""
-        sets = [*self.prompts.values(), *self.val_prompts.values()]
-        longest = 0
-        for each in sets:
-            rows = range(min(len(each), MEASURED_PROMPTS))
-            found = max(len(each[i].input_ids) for i in rows)
-            longest = max(longest, found if len(each) == len(rows) else 2 * found)
-        return longest
+    def _needed(self, longest: Callable[[Mapping[str, PromptSet]], int]) -> int | None:
+        """Tokens of the longest sequence; None where nobody says how long completions are.
+
+        Args:
+            longest: How many tokens the longest prompt of some sets has.
+        """
+        if self.sampling is None or self.val_sampling is None:
+            return None
+        needed = longest(self.prompts) + self.sampling.max_new_tokens
+        if not self.val_prompts:
+            return needed
+        return max(needed, longest(self.val_prompts) + self.val_sampling.max_new_tokens)
 
     def requirements(self, run_id: str) -> Requirements:
         """What a server must be like to serve this run."""
-        needed = None
-        if self.sampling is not None:
-            needed = self.longest_prompt + self.sampling.max_new_tokens
         sizes = {name: getattr(self.config, name, None) for name in SHAPE}
         text = self._first_prompts(1)[0].text + (self.tokenizer.eos_token or "")
         return Requirements(
             run_id,
             self.vocab_size,
-            needed,
+            self._needed(_longest),
             self.end_ids,
             architecture=next(iter(self.config.architectures or ()), None),
             shape={name: size for name, size in sizes.items() if isinstance(size, int)},
@@ -128,9 +135,9 @@ class Material:
 
     @property
     def greedy(self) -> Sampling:
-        """The workflow's sampling at temperature 0."""
-        assert self.sampling is not None
-        return replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
+        """Of greedy answers to held-out prompts."""
+        assert self.val_sampling is not None
+        return replace(self.val_sampling, temperature=0.0, top_p=1.0, top_k=-1)
 
     @property
     def probe(self) -> Probe:
@@ -146,7 +153,37 @@ class Material:
 
     def _first_prompts(self, most: int) -> list[Prompt]:
         """A few prompts of every dataset."""
-        return [each[i] for each in self.prompts.values() for i in range(min(most, len(each)))]
+        return _first(self.prompts, most)
+
+
+def _first(sets: Mapping[str, PromptSet], most: int) -> list[Prompt]:
+    """A few prompts of every set, without rows that turn out to be none."""
+    found = [_made(each, i) for each in sets.values() for i in range(min(most, len(each)))]
+    return [prompt for prompt in found if prompt is not None]
+
+
+def _made(prompts: PromptSet, row: int) -> Prompt | None:
+    """A prompt, unless its row can't be made one: that is given up when its turn comes."""
+    try:
+        return prompts[row]
+    except PromptError:
+        return None
+
+
+def _longest(sets: Mapping[str, PromptSet]) -> int:
+    """Tokens of the longest prompt looked at."""
+    return max(len(prompt.input_ids) for prompt in _first(sets, 64))
+
+
+def _longest_of_all(sets: Mapping[str, PromptSet]) -> int:
+    """Tokens of the longest prompt; of very large datasets a guess from those seen."""
+    longest = 0
+    for each in sets.values():
+        rows = range(min(len(each), MEASURED_PROMPTS))
+        made = [_made(each, row) for row in rows]
+        found = max(len(prompt.input_ids) for prompt in made if prompt is not None)
+        longest = max(longest, found if len(each) == len(rows) else 2 * found)
+    return longest
 
 
 def open_material(settings: SessionSettings) -> Material:
@@ -156,39 +193,54 @@ def open_material(settings: SessionSettings) -> Material:
         ConfigError: Which setting, why, and the way out.
     """
     sampling = settings.workflow.sampling
-    if sampling is not None and not settings.allow_biased_sampling:
+    if sampling is not None:
         check_sampling(sampling)
-    if sampling is None and settings.evaluation.greedy:
-        raise ConfigError(
-            f"`evaluation.greedy` must be false for {type(settings.workflow).__name__}, which has "
-            "no `sampling` whose temperature could be set to 0."
-        )
+    check_evaluation(settings.evaluation, settings.workflow)
+    val_sampling = settings.evaluation.sampling or sampling
     config = load_config(settings.model_path)
     tokenizer = load_tokenizer(settings.model_path)
-    check_tokenizer(tokenizer, config.vocab_size, settings.model_path)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size, settings.model_path)
+    end_ids = end_token_ids(settings.model_path, config, tokenizer)
+    samplings = {"sampling": sampling, "evaluation.sampling": settings.evaluation.sampling}
+    check_ends(end_ids, samplings, config.vocab_size)
     context = usable_context(config)
     room = room_for_prompts(sampling, context)
-    prompts = _open(settings.prompts, settings, tokenizer, room)
-    val_prompts = _open(settings.val_prompts, settings, tokenizer, room)
+    val_room = room_for_prompts(val_sampling, context, "evaluation.sampling")
+    prompts = _open(settings.prompts, settings, tokenizer, room, vocabulary)
+    val_prompts = _open(settings.val_prompts, settings, tokenizer, val_room, vocabulary)
+    num_prompts = sum(map(len, prompts.values()))
+    if settings.batch_size > num_prompts:
+        logger.warning(
+            "`batch_size` %d is more than the %d prompts there are: a rollout batch asks some of "
+            "them %d times, each time as a group of its own",
+            settings.batch_size,
+            num_prompts,
+            -(-settings.batch_size // num_prompts),
+        )
     return Material(
         tokenizer,
         config.vocab_size,
         context,
         sampling,
+        val_sampling,
         prompts,
         val_prompts,
-        end_ids=end_token_ids(settings.model_path, config, tokenizer),
+        end_ids=end_ids,
         config=config,
     )
 
 
 def end_token_ids(model_path: str, config: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a completion: the config's, the generation config's, the tokenizer's."""
+    """Every id that ends a completion: the config's, the generation config's, the tokenizer's.
+
+    SGLang adds `<|eom_id|>`, with which Llama ends a call of a tool, where the tokenizer has it.
+    """
     sources = [getattr(config, "eos_token_id", None), tokenizer.eos_token_id]
     try:
         sources.append(GenerationConfig.from_pretrained(model_path).eos_token_id)
     except OSError:
         logger.debug("%s has no generation config", model_path)
+    sources.append(tokenizer.get_added_vocab().get("<|eom_id|>"))
     ids: set[int] = set()
     for source in sources:
         ids.update(source if isinstance(source, list) else [] if source is None else [source])
@@ -213,48 +265,101 @@ def load_config(model_path: str) -> Any:
     return config
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Refuse sampling that would bias the importance ratio of training."""
-    off = {"top_p": 1.0, "top_k": -1, "min_new_tokens": 0}
-    for name, value in off.items():
-        if getattr(sampling, name) != value:
-            raise ConfigError(
-                f"`sampling.{name}` must be {value} in training (it changes the distribution that "
-                f"tokens come from, which biases the ratio), got {getattr(sampling, name)}. "
-                f"Leave it out; evaluation may use it."
-            )
-    if sampling.temperature <= 0:
-        raise ConfigError(
-            f"`sampling.temperature` must be > 0 in training (a group of greedy completions has no "
-            f"variance), got {sampling.temperature}. The usual value is 1.0."
-        )
-    if sampling.max_new_tokens < 1:
-        raise ConfigError(f"`sampling.max_new_tokens` must be >= 1, got {sampling.max_new_tokens}.")
-    if not all(sampling.stop):
-        raise ConfigError(
-            f"`sampling.stop` must hold texts that are not empty, got {list(sampling.stop)}. "
-            "Leave the empty one out."
-        )
+def read_vocabulary(tokenizer: Any, vocab_size: int, model_path: str) -> Vocabulary:
+    """Ids that the model has an embedding for, and the tokenizer's tokens beyond them.
 
+    A tokenizer may have marks that were added to it and that the model was never given (of images,
+    mostly): no prompt need hold them.
 
-def check_tokenizer(tokenizer: Any, vocab_size: int, model_path: str) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for."""
-    if len(tokenizer) > vocab_size:
+    Raises:
+        ConfigError: The tokenizer is another model's.
+    """
+    added = tokenizer.get_added_vocab()
+    if max([len(tokenizer), *(token_id + 1 for token_id in added.values())]) <= vocab_size:
+        return Vocabulary(vocab_size)
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= vocab_size]
+    if not set(beyond) <= set(added):
         raise ConfigError(
             f"`model` {model_path!r} must come with its own tokenizer: the tokenizer has "
             f"{len(tokenizer)} tokens, the model's embedding {vocab_size}. Put the tokenizer that "
             "the model was made with into its folder."
         )
+    return Vocabulary(vocab_size, tuple(beyond))
 
 
-def room_for_prompts(sampling: Sampling | None, context_tokens: int | None) -> int | None:
-    """Tokens that the context leaves for a prompt; None if there is no limit to know."""
+def check_ends(
+    end_ids: frozenset[int], samplings: Mapping[str, Sampling | None], vocab_size: int
+) -> None:
+    """Refuse ends that could never be sampled: every completion would be cut at its limit.
+
+    Args:
+        end_ids: Of the model.
+        samplings: Further ones, by the settings that they come from.
+        vocab_size: Rows of the model's embedding.
+    """
+    if end_ids and not any(0 <= token_id < vocab_size for token_id in end_ids):
+        raise ConfigError(
+            f"the model's end tokens {sorted(end_ids)} must be in its embedding of {vocab_size} "
+            "rows. Correct `eos_token_id` in config.json, generation_config.json and the "
+            "tokenizer, or resize the embedding."
+        )
+    for place, sampling in samplings.items():
+        for token_id in sampling.stop_token_ids if sampling is not None else ():
+            if not 0 <= token_id < vocab_size:
+                raise ConfigError(
+                    f"`{place}.stop_token_ids` must be in [0, {vocab_size}), the model's "
+                    f"embedding, got {token_id}. Leave it out."
+                )
+
+
+def check_evaluation(evaluation: Evaluation, workflow: RolloutWorkflow) -> None:
+    """Refuse what validation can't sample with this workflow."""
+    own, wanted = workflow.sampling, evaluation.sampling
+    given = {"greedy": (evaluation.greedy, "false"), "sampling": (wanted is not None, "null")}
+    for name, (is_set, off) in given.items():
+        if is_set and own is None:
+            raise ConfigError(
+                f"`evaluation.{name}` must be {off} for {type(workflow).__name__}, which has no "
+                "`sampling` that another could take the place of."
+            )
+    if own is None or wanted is None:
+        return
+    ends = ("stop", "stop_token_ids")
+    other = [name for name in ends if getattr(wanted, name) != getattr(own, name)]
+    if wanted.max_new_tokens < own.max_new_tokens:
+        other.insert(0, "max_new_tokens")
+    if other:
+        logger.warning(
+            "held-out completions end otherwise than those of training: `evaluation.sampling` has "
+            "%s. What is not stated there is at its default",
+            ", ".join(f"{n} {getattr(wanted, n)} for {getattr(own, n)}" for n in other),
+        )
+    if workflow.asks_once:
+        return
+    if wanted.max_new_tokens > own.max_new_tokens:
+        raise ConfigError(
+            "`evaluation.sampling.max_new_tokens` must be at most the workflow's "
+            f"{own.max_new_tokens} where an episode has several turns (the room for them is "
+            f"counted by it), got {wanted.max_new_tokens}. Raise the workflow's."
+        )
+
+
+def room_for_prompts(
+    sampling: Sampling | None, context_tokens: int | None, place: str = "sampling"
+) -> int | None:
+    """Tokens that the context leaves for a prompt; None if there is no limit to know.
+
+    Args:
+        sampling: Of the completions.
+        context_tokens: Of the model.
+        place: The setting that `sampling` comes from.
+    """
     if sampling is None or context_tokens is None:
         return None
     room = context_tokens - sampling.max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"`sampling.max_new_tokens` must leave room for a prompt in the model's context of "
+            f"`{place}.max_new_tokens` must leave room for a prompt in the model's context of "
             f"{context_tokens} tokens, got {sampling.max_new_tokens}. Lower it below "
             f"{context_tokens}."
         )
@@ -262,13 +367,17 @@ def room_for_prompts(sampling: Sampling | None, context_tokens: int | None) -> i
 
 
 def _open(
-    sources: Mapping[str, Prompts], settings: SessionSettings, tokenizer: Any, room: int | None
+    sources: Mapping[str, Prompts],
+    settings: SessionSettings,
+    tokenizer: Any,
+    room: int | None,
+    vocabulary: Vocabulary,
 ) -> dict[str, PromptSet]:
     make = settings.make_prompt
     bound = None if make is None else (lambda row: make(row, tokenizer))
     opened = {}
     for name, prompts in sources.items():
         workflow = settings.workflow.of(name)
-        opened[name] = prompts.load(tokenizer, bound, room, name)
+        opened[name] = prompts.load(tokenizer, bound, room, name, vocabulary)
         workflow.validate(opened[name].columns)
     return opened

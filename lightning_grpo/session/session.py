@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import ConfigError, GRPOError
+from lightning_grpo.errors import ConfigError, GRPOError, PromptError
 from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
@@ -286,12 +286,18 @@ class RolloutSession:
         if self._lead is None:
             return
         evaluation, live = self.settings.evaluation, self._live
-        prompts = [self._lead.material.val_prompts[name][i] for i in range(first, last)]
         asked: list[tuple[Sampling | None, int]] = []
         if evaluation.sampled:
-            asked.append((None, evaluation.num_samples))
+            asked.append((evaluation.sampling, evaluation.num_samples))
         if evaluation.greedy:
             asked.append((self._lead.material.greedy, 1))
+        try:
+            prompts = [self._lead.material.val_prompts[name][i] for i in range(first, last)]
+        except PromptError as error:
+            failed: Future[list[Group]] = Future()  # told on every rank, by `answer`
+            failed.set_exception(error)
+            self._answers[name, first] = [failed] * len(asked)
+            return
         self._answers[name, first] = [
             self._lead.service.run(live.producer.evaluate, prompts, sampling, samples)
             for sampling, samples in asked

@@ -39,7 +39,6 @@ class SessionSettings:
         seed: Of sampling.
         deterministic: Take groups strictly in the order of admission, and ask servers to answer
             equal requests with equal bits.
-        allow_biased_sampling: Whether top_p, top_k are allowed in training.
         training_bytes: Estimates what the trainer needs of its GPU; None: it does not train.
         on_event: Told of every fetch, admission, finish, take, sync and advance.
     """
@@ -60,7 +59,6 @@ class SessionSettings:
     make_prompt: Callable[[Mapping[str, Any], Tokenizer], Prompt] | None = None
     seed: int = 0
     deterministic: bool = False
-    allow_biased_sampling: bool = False
     training_bytes: Callable[[ModelSize], int] | None = None
     on_event: Callable[..., None] | None = None
 

@@ -19,10 +19,10 @@ def reward_by_length(completion: str) -> float:
     return float(len(completion) % 7)
 
 
-def make_stream(num_rows=50, shuffle=True, seed=0, curriculum=None):
+def make_stream(num_rows=50, shuffle=True, seed=0, curriculum=None, make_prompt=None):
     rows = [{"question": f"question {i}", "answer": str(i)} for i in range(num_rows)]
     prompts = Prompts(rows, column="question", shuffle=shuffle, seed=seed)
-    return PromptMixture({"": prompts.load(CharTokenizer())}, curriculum, seed)
+    return PromptMixture({"": prompts.load(CharTokenizer(), make_prompt)}, curriculum, seed)
 
 
 def make_producer(
@@ -41,6 +41,7 @@ def make_producer(
     seed=0,
     events=None,
     curriculum=None,
+    make_prompt=None,
 ):
     """`events`: a list that receives (name, data) of every event."""
     limits = limits or RolloutLimits()
@@ -53,7 +54,7 @@ def make_producer(
         seed=seed,
     )
     return RolloutProducer(
-        make_stream(num_rows, curriculum=curriculum),
+        make_stream(num_rows, curriculum=curriculum, make_prompt=make_prompt),
         runner,
         StalenessGate(batch_size, max_staleness, max_groups, policy),
         Ledger([num_rows], batch_size, limits.max_failed_fraction),

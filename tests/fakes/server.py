@@ -258,7 +258,8 @@ class FakeServer:
             entries.append([logprobs[last], last, None])
             labels.append(self.label)
             if last == self.end_token:
-                finish = "abort" if self.abort_hides_the_end else "stop"
+                at_limit = len(ids) == params["max_new_tokens"]  # then SGLang says "length"
+                finish = "abort" if self.abort_hides_the_end else "length" if at_limit else "stop"
                 break
             await asyncio.sleep(self.token_delay_s)
         if finish == "abort" and self.drop_last_logprob_of_aborted:

@@ -17,7 +17,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.types import Sampling
 from tests.fakes.loops import (
     Events,
     Recorder,
@@ -209,6 +211,22 @@ def test_validating_answers_what_the_limit_says_and_nothing_else(tiny_model, ser
     trainer.test(module, data, verbose=False)
     assert len(asked) == 8
     assert "admit" not in events.names  # no training prompt
+
+
+def test_held_out_prompts_are_sampled_as_the_evaluation_says(tiny_model, server, tmp_path):
+    # The likeliest token alone, so that what is sampled is what is greedy.
+    sampling = Sampling(max_new_tokens=4, temperature=0.5, top_k=1)
+    data = make_data(
+        server,
+        val_prompts=make_prompts(4),
+        sampling=Sampling(max_new_tokens=6),
+        evaluation=Evaluation(num_samples=2, greedy=True, sampling=sampling),
+    )
+    make_trainer(tmp_path).validate(make_module(tiny_model), data, verbose=False)
+    for group in data.evaluations[-1].groups[""]:
+        assert [t.temperature for t in group.trajectories] == [0.5, 0.5, 0.0]
+        assert {t.length_limit for t in group.trajectories} == {4}
+        assert len({t.input_ids for t in group.trajectories}) == 1
 
 
 def test_servers_of_somebody_else_are_brought_the_weights_that_they_seem_to_hold(

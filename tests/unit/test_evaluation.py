@@ -70,6 +70,42 @@ def test_a_mean_asks_nothing_of_a_group_that_moves_gpu_tensors_only(group_of_one
     assert float(mean.compute()) == 0.5
 
 
+def half_width(values):
+    mean = PromptMean()
+    mean.update(torch.tensor(values, dtype=torch.float64))
+    return mean.half_width()
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0])
+@pytest.mark.parametrize(("n", "wilson"), [(2, 0.6576), (10, 0.2775), (100, 0.0370)])
+def test_all_right_and_all_wrong_have_wilsons_interval(number, n, wilson):
+    assert half_width([number] * n) == pytest.approx(wilson, abs=1e-4)
+
+
+def test_nearly_all_right_has_wilsons_interval_and_half_of_them_the_normal_one():
+    # 99 of 100: Wilson's interval is 0.9455 to 0.9982.
+    assert half_width([1.0] * 99 + [0.0]) == pytest.approx(0.99 - 0.9455, abs=1e-4)
+    assert half_width([1.0] * 50 + [0.0] * 50) == pytest.approx(0.0985, abs=1e-4)
+
+
+def test_means_of_several_samples_have_an_interval_of_their_own_spread():
+    spread = half_width([0.0] * 50 + [1.0] * 50)
+    assert half_width([0.4] * 50 + [0.6] * 50) < spread / 3
+    assert 0 < half_width([0.5] * 100) < half_width([0.4] * 50 + [0.6] * 50)
+
+
+@pytest.mark.parametrize("values", [[2.0] * 10, [-0.1] * 10])
+def test_equal_rewards_that_are_no_shares_have_no_interval(values):
+    assert math.isnan(half_width(values))
+    assert half_width([*values, 3.0]) > 0
+
+
+def test_rewards_around_zero_have_the_normal_interval():
+    values = [-1.0, 1.0, 1.0, 0.5, -1.0]
+    spread = float(torch.tensor(values).std()) / math.sqrt(5)
+    assert half_width(values) == pytest.approx(1.96 * spread, rel=1e-3)
+
+
 def test_scores_are_read_in_order_of_prompts_and_samples():
     groups = [make_group(0, (0.0, 1.0)), make_group(1, (0.5, 0.25))]
     assert score_matrix(groups, 2).tolist() == [[0.0, 1.0], [0.5, 0.25]]

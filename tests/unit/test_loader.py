@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -16,6 +17,7 @@ from lightning_grpo.algorithm.aggregation import ConstantLength, SequenceMean, T
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.corrections import SequenceTIS, TokenTIS
 from lightning_grpo.algorithm.losses import GRPOLoss, GSPOLoss
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import (
     Minibatch,
     Prepared,
@@ -25,6 +27,7 @@ from lightning_grpo.loader import (
     Taken,
     minibatches,
     split,
+    trainable,
 )
 from lightning_grpo.objective import Objective
 from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
@@ -184,6 +187,20 @@ def test_what_is_not_in_the_loss_counts_nowhere(aggregation):
     ((its_loss, its_gradient),) = losses_and_gradients([expected], shape, objective, torch.float64)
     assert torch.allclose(loss, its_loss, atol=1e-12)
     assert torch.allclose(gradient, its_gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("-inf"), 1e39])
+def test_advantages_that_would_break_the_weights_are_refused_with_their_prompt(wrong):
+    groups = make_groups([[(2, 5), (3, 4)]] * 2, seed=1)
+    batch = RolloutBatch.from_groups(groups, version=0)
+    advantages = torch.tensor([0.5, -0.5, 0.5, wrong], dtype=torch.float64)
+    key, rewards = groups[1].prompt.key, [t.reward for t in groups[1].trajectories]
+    told = re.escape(f"of prompt {key}, with the rewards {rewards}")
+    with pytest.raises(ConfigError, match=f"advantages must be finite in fp32, got .* {told}"):
+        trainable(advantages, batch)
+    with pytest.raises(ConfigError, match="advantages must be finite in fp32, got"):
+        trainable(advantages.repeat(4), batch)  # of tokens
+    assert trainable(advantages.nan_to_num(0, 0, 0).clamp(-1, 1), batch).dtype == torch.float32
 
 
 def test_every_rank_has_the_same_number_of_micro_batches_and_whole_groups_make_minibatches():

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 from types import SimpleNamespace
 
 import anyio
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import ConfigError, ServerStartError
+from lightning_grpo.errors import ConfigError, PromptError, ServerStartError
+from lightning_grpo.evaluation import Evaluation
+from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow
+from lightning_grpo.rollout.prompts import Prompts
+from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.session.live import _open_pool
-from lightning_grpo.session.material import check_sampling, open_material, room_for_prompts
+from lightning_grpo.session.material import (
+    check_ends,
+    check_sampling,
+    open_material,
+    room_for_prompts,
+)
 from lightning_grpo.session.session import RolloutSession
 from lightning_grpo.session.state import from_checkpoint, to_checkpoint
 from lightning_grpo.types import Sampling
-from tests.fakes.loops import NeverServers, make_data, make_prompts
+from tests.fakes.loops import NeverServers, make_data, make_prompts, odd_reward
 from tests.fakes.server import FakeServer
 from tests.fakes.tiny_model import make_tiny_model
 
@@ -55,8 +69,6 @@ def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_
 
 
 def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
-    from lightning_grpo.datamodule import RolloutDataModule
-
     class Shouting(RolloutDataModule):
         def make_prompt(self, row, tokenizer):
             return super().make_prompt({**row, "question": row["question"].upper()}, tokenizer)
@@ -75,6 +87,194 @@ def test_sampling_that_biases_the_ratio_is_refused_unless_allowed(folder, tmp_pa
     sampling = Sampling(max_new_tokens=6, **{name: value})
     with pytest.raises(ConfigError, match=rf"`sampling\.{name}` must be .* got {value}"):
         check_sampling(sampling)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "rule"),
+    [
+        (Sampling(temperature=-1.0), r"temperature` must be >= 0 and finite, got -1\.0"),
+        (Sampling(top_p=0.0), r"top_p` must be > 0 and <= 1, got 0\.0"),
+        (Sampling(top_k=0), "top_k` must be >= 1, or -1 for all, got 0"),
+        (Sampling(max_new_tokens=0), "max_new_tokens` must be >= 1, got 0"),
+        (Sampling(stop=("",)), "stop` must hold texts"),
+        (Sampling(temperature=0.0), "temperature` must be > 0 for more than one sample"),
+    ],
+)
+def test_an_evaluation_refuses_what_no_sampling_is(sampling, rule):
+    with pytest.raises(ConfigError, match=rf"`evaluation\.sampling\.{rule}"):
+        Evaluation(num_samples=2, sampling=sampling)
+
+
+def test_held_out_prompts_may_be_sampled_as_training_must_not(folder, tmp_path):
+    wanted = Sampling(max_new_tokens=20, temperature=0.6, top_p=0.95, top_k=20, min_new_tokens=2)
+    held_out = make_prompts(3)
+    evaluation = Evaluation(num_samples=4, sampling=wanted)
+    settings = settings_of(folder, tmp_path, val_prompts=held_out, evaluation=evaluation)
+    material = open_material(settings)
+    assert material.sampling == Sampling(max_new_tokens=6)
+    assert material.greedy == Sampling(max_new_tokens=20, temperature=0.0, min_new_tokens=2)
+    longest = max(len(prompt.input_ids) for prompt in material.val_prompts[""])
+    assert material.requirements("run").max_tokens == longest + 20
+    alike = open_material(settings_of(folder, tmp_path, val_prompts=held_out))
+    longer = Evaluation(sampling=Sampling(max_new_tokens=200))
+    settings = settings_of(folder, tmp_path, val_prompts=held_out, evaluation=longer)
+    asked = open_material(settings).load_of(settings).context_tokens
+    assert asked >= longest + 200 > alike.load_of(settings).context_tokens
+
+
+def test_a_row_that_turns_out_to_be_none_is_left_to_be_given_up(folder, tmp_path):
+    class Choosy(RolloutDataModule):
+        def make_prompt(self, row, tokenizer):
+            if row["answer"] == "8":
+                raise KeyError("hint")
+            return super().make_prompt(row, tokenizer)
+
+    data = make_data(NeverServers(), cls=Choosy)
+    settings = data._settings(str(folder), tmp_path)
+    material = open_material(settings)
+    with pytest.raises(PromptError, match=r"row 4 of .*KeyError\('hint'\)"):
+        material.prompts[""].prompt(4)
+    assert material.fingerprint.startswith("12 prompts")
+    assert material.load_of(settings).context_tokens > material.longest_prompt > 0
+
+
+def test_held_out_completions_that_end_earlier_than_those_of_training_are_told(
+    folder, tmp_path, caplog
+):
+    def opened(sampling):
+        caplog.clear()
+        evaluation = Evaluation(greedy=False, sampling=sampling)
+        workflow = RLVRWorkflow(odd_reward, Sampling(max_new_tokens=20, stop=("a",)))
+        open_material(settings_of(folder, tmp_path, workflow=workflow, evaluation=evaluation))
+        return caplog.text
+
+    assert "has max_new_tokens 6 for 20. What is not" in opened(Sampling(6, stop=("a",)))
+    assert "has stop () for ('a',). What is not" in opened(Sampling(20))
+    assert not opened(Sampling(20, top_p=0.9, stop=("a",)))
+    assert not opened(Sampling(40, stop=("a",)))
+    assert "has stop () for ('a',)" in opened(Sampling(40))
+
+
+class Turns(RLVRWorkflow):
+    """May ask several times."""
+
+    async def run(self, prompt, context):
+        raise NotImplementedError
+
+
+class Secretive(RolloutWorkflow):
+    """Keeps its sampling to itself."""
+
+    async def run(self, prompt, context):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("workflow", "evaluation", "rule"),
+    [
+        (Secretive(), Evaluation(), "`evaluation.greedy` must be false for Secretive"),
+        (
+            Secretive(),
+            Evaluation(greedy=False, sampling=Sampling(max_new_tokens=6)),
+            "`evaluation.sampling` must be null for Secretive",
+        ),
+        (
+            Turns(odd_reward, Sampling(max_new_tokens=6)),
+            Evaluation(sampling=Sampling(max_new_tokens=7)),
+            "`evaluation.sampling.max_new_tokens` must be at most the workflow's 6",
+        ),
+        (
+            PerDatasetWorkflow({"": Turns(odd_reward, Sampling(max_new_tokens=6))}),
+            Evaluation(sampling=Sampling(max_new_tokens=7)),
+            "must be at most the workflow's 6 where an episode has several turns",
+        ),
+        (
+            RLVRWorkflow(odd_reward, Sampling(max_new_tokens=6)),
+            Evaluation(sampling=Sampling(max_new_tokens=512)),
+            "`evaluation.sampling.max_new_tokens` must leave room for a prompt",
+        ),
+    ],
+)
+def test_an_evaluation_that_a_workflow_cannot_serve_is_refused(
+    folder, tmp_path, workflow, evaluation, rule
+):
+    settings = settings_of(folder, tmp_path, workflow=workflow, evaluation=evaluation)
+    with pytest.raises(ConfigError, match=rule):
+        open_material(settings)
+
+
+@pytest.fixture(scope="module")
+def with_an_image_token(folder, tmp_path_factory):
+    """A model folder like Gemma 3 1B's: its tokenizer has a token that the embedding lacks."""
+    copy = tmp_path_factory.mktemp("model") / "copy"
+    shutil.copytree(folder, copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    vocab_size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": vocab_size}))
+    return copy, vocab_size
+
+
+def test_a_tokenizer_may_have_tokens_that_no_prompt_holds(with_an_image_token, tmp_path):
+    folder, vocab_size = with_an_image_token
+    material = open_material(settings_of(folder, tmp_path))
+    assert (len(material.tokenizer), material.vocab_size) == (vocab_size + 1, vocab_size)
+    assert material.requirements("run").vocab_size == vocab_size
+
+
+def test_a_prompt_that_holds_such_a_token_is_refused_with_its_row_and_id(
+    with_an_image_token, tmp_path
+):
+    folder, vocab_size = with_an_image_token
+    rows = [{"question": f"What is {i}?", "answer": "1"} for i in range(200)]
+    rows[150]["question"] = "What is on <image>?"
+    settings = settings_of(folder, tmp_path, prompts=Prompts(rows, column="question"))
+    with pytest.raises(ConfigError, match=rf"row 150 .* token id {vocab_size}, .* {vocab_size} r"):
+        open_material(settings)
+
+
+@pytest.mark.parametrize("place", ["workflow", "evaluation"])
+def test_a_stop_that_could_never_be_sampled_is_refused(folder, tmp_path, place):
+    sampling = Sampling(max_new_tokens=6, stop_token_ids=(5, 512))
+    changed = {"workflow": {"sampling": sampling}, "evaluation": {"evaluation": Evaluation(
+        sampling=sampling)}}[place]  # fmt: skip
+    name = {"workflow": "sampling", "evaluation": "evaluation.sampling"}[place]
+    settings = settings_of(folder, tmp_path, **changed)
+    with pytest.raises(ConfigError, match=rf"`{name}.stop_token_ids` must be in \[0, 512\).*512"):
+        open_material(settings)
+
+
+def test_a_model_that_could_never_end_is_refused():
+    with pytest.raises(ConfigError, match=r"end tokens \[512, 600\] must be in its embed"):
+        check_ends(frozenset([600, 512]), {}, 512)
+    check_ends(frozenset([600, 2]), {}, 512)
+    check_ends(frozenset(), {}, 512)
+
+
+def test_a_batch_of_more_prompts_than_there_are_is_told(folder, tmp_path, caplog):
+    open_material(settings_of(folder, tmp_path, batch_size=12))
+    assert not caplog.text
+    open_material(settings_of(folder, tmp_path, batch_size=30))
+    assert "`batch_size` 30 is more than the 12 prompts there are" in caplog.text
+    assert "asks some of them 3 times" in caplog.text
+
+
+def test_a_held_out_row_that_turns_out_to_be_none_is_named_by_the_answer(folder, tmp_path):
+    """On every rank, where the answer is waited for."""
+    rows = [{"question": [{"role": role, "content": "hi"}]} for role in ("user", "x")]
+    said = "messages[0]['content']"
+    template = f"{{{{ raise_exception('no') if messages[0]['role'] == 'x' else {said} }}}}"
+    held_out = Prompts(rows, column="question")
+    settings = settings_of(folder, tmp_path, val_prompts=held_out)
+    session = RolloutSession(settings, RankChannel())
+    session._lead.material.tokenizer.chat_template = template
+    session._lead.live = SimpleNamespace(producer=None)
+    session.ask("", 0, 2)
+    with pytest.raises(PromptError, match=r"row 1 of .* can't be made a prompt.*no"):
+        session.answer("", 0, 2)
+    session.close()
 
 
 def test_an_empty_stop_is_refused():

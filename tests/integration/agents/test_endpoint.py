@@ -11,7 +11,7 @@ import pytest
 
 from lightning_grpo.agents.agent_workflow import AgentWorkflow
 from lightning_grpo.agents.conversation import HistoryError
-from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
+from lightning_grpo.errors import ConfigError, RewardError, RolloutError, ServersLostError
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Sampling
 from tests.fakes.agents import ScriptedContext, call_text, make_chat_tokenizer, make_prompt
@@ -55,7 +55,7 @@ async def two_questions(messages, base_url, api_key):
         return second.choices[0].message.content
 
 
-def test_an_agent_of_two_turns_is_recorded_token_by_token():
+def test_an_agent_of_two_turns_is_recorded_token_by_token(caplog):
     trajectory, context, tokenizer = play(
         two_questions, ["6", "5"], reward=right, sampling=Sampling(max_new_tokens=32)
     )
@@ -68,6 +68,7 @@ def test_an_agent_of_two_turns_is_recorded_token_by_token():
     assert trajectory.input_ids[: len(context.asked[1])] == context.asked[1]
     assert [s.temperature for s in context.samplings] == [1.0, 1.0]
     assert [s.max_new_tokens for s in context.samplings] == [32, 16]
+    assert caplog.text.count("the agent asks for temperature 0.2, which is ignored") == 1
 
 
 def test_an_agent_may_block_and_give_its_own_reward():
@@ -181,6 +182,13 @@ def test_agents_own_errors_and_rewards_are_told():
         play(lazy, [])
     with pytest.raises(ConfigError, match="must return its reward"):
         play(strange, ["6", "5"])
+
+    async def boundless(messages, base_url, api_key):
+        await two_questions(messages, base_url, api_key)
+        return {"right": 1e39}
+
+    with pytest.raises(RewardError, match="must be finite, also in fp32"):
+        play(boundless, ["6", "5"])  # fails the episode, not the run
 
 
 def test_episodes_are_kept_apart_and_the_server_closes_with_the_last():

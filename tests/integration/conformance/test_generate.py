@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from transformers import PreTrainedModel
 
+from lightning_grpo.rollout.pool import ServerPool
+from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.rollout.wire import sampling_params
+from lightning_grpo.types import Sampling
 from tests.fakes.tiny_model import make_tiny_tokenizer
 from tests.sglang.scoring import check_sampled, full_logprobs, greedy_ids, sampled
 from tests.sglang.server import Server
@@ -170,6 +176,25 @@ def test_a_stop_string_ends_and_is_cut_from_the_text_not_the_ids(
     assert "e" in text
     assert ("e" in reply["text"]) == kept
     assert len(sampled(reply)) == len(reply["output_ids"])
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("how", ["token", "string", "limit"])
+async def test_the_pool_knows_who_ended_what_the_server_ends_by_length(
+    server: Server, reference: PreTrainedModel, how: str
+) -> None:
+    ids = greedy_ids(reference, PROMPT, 1)
+    text = make_tiny_tokenizer().decode(ids)
+    ends: Any = {"token": {"stop_token_ids": tuple(ids)}, "string": {"stop": (text,)}, "limit": {}}
+    sampling = Sampling(max_new_tokens=1, temperature=0.0, **ends[how])
+    asked = sampling_params(sampling, max_new_tokens=1, min_new_tokens=0, seed=None)
+    raw = server.generate(PROMPT, sampling=asked)
+    assert raw["meta_info"]["finish_reason"] == {"type": "length", "length": 1}
+    decode = make_tiny_tokenizer().decode
+    async with ServerPool([server.handle], Requirements("run", 512, 64), decode) as pool:
+        completion = await pool.generate(PROMPT, sampling)
+    assert completion.token_ids == tuple(ids)
+    assert completion.truncated == (how == "limit")
 
 
 def test_a_completion_that_meets_the_end_of_the_context_ends_by_length(server: Server) -> None:

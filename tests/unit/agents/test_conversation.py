@@ -187,6 +187,10 @@ def test_a_request_may_stop_earlier_but_not_sample_otherwise():
         ({"messages": [user("a")], "response_format": {"type": "json_object"}}, "must be text"),
         ({"messages": [user("a")], "presence_penalty": 1.0}, "`presence_penalty` is not served"),
         ({"messages": [user("a")], "logprobs": True}, "`logprobs` are not served"),
+        (
+            {"messages": [user("a")], "chat_template_kwargs": {"enable_thinking": False}},
+            r"`chat_template_kwargs` .* Set `Prompts.template_kwargs`",
+        ),
         ({"messages": [user([{"type": "image_url"}])]}, "only text"),
         ({"messages": [{"role": "assistant", "tool_calls": ["a"]}]}, "with a `function`"),
     ],

@@ -7,6 +7,7 @@ import pytest
 
 from lightning_grpo.agents.multi_turn import MultiTurnWorkflow
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Prompt, Sampling
 from tests.fakes.agents import ScriptedContext, make_chat_tokenizer, make_prompt
@@ -103,3 +104,22 @@ def test_settings_that_cannot_work_are_refused():
     context = ScriptedContext(make_chat_tokenizer(), [])
     with pytest.raises(ConfigError, match="prompts are plain text"):
         anyio.run(MultiTurnWorkflow(right).run, plain, context)
+
+
+def test_an_answer_that_the_prompt_began_is_one_message_of_what_rewards_and_feedback_see():
+    seen = []
+
+    def reward(completion, messages):
+        seen.append([message["content"] for message in messages])
+        return 0.0
+
+    tokenizer = make_chat_tokenizer()
+    rows = [{"q": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "It is"}]}]
+    prompt = Prompts(rows, column="q").load(tokenizer).prompt(0)
+    context = ScriptedContext(tokenizer, [" 6", "5"])
+    workflow = MultiTurnWorkflow(reward, retry_text="No.")
+    trajectory = anyio.run(workflow.run, prompt, context)
+    assert seen == [["2+3?", "It is"], ["2+3?", "It is 6", "No."]]
+    assert "assistant\nIt is 6<|im_end|>\n<|im_start|>user\nNo." in tokenizer.decode(
+        trajectory.input_ids
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lightning_grpo.agents.record import EpisodeRecord
-from lightning_grpo.agents.turns import first_ids, next_ids
+from lightning_grpo.agents.turns import first_ids, next_ids, with_answer
 from lightning_grpo.errors import ConfigError, RolloutError
+from lightning_grpo.rollout.chat import with_arguments
 from lightning_grpo.types import Completion
 from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
 from tests.fakes.tokenizer import CharTokenizer
@@ -40,6 +41,13 @@ def test_an_answer_that_was_cut_off_is_ended_by_what_the_policy_did_not_sample()
     tokenizer = make_chat_tokenizer()
     answer = completion(tokenizer, "It is", end=False, finish_reason="length")
     assert "It is<|im_end|>\n<|im_start|>user\nNo.<|im_end|>" in joined(tokenizer, answer, [MISSED])
+
+
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
+def test_an_end_that_was_sampled_is_not_said_twice_whatever_ended_the_answer(finish_reason):
+    tokenizer = make_chat_tokenizer()
+    answer = completion(tokenizer, "It is", finish_reason=finish_reason)
+    assert joined(tokenizer, answer, [MISSED]).count("<|im_end|>") == 3
 
 
 def test_a_model_that_ends_with_a_mark_of_its_own_is_not_ended_twice():
@@ -79,6 +87,62 @@ def test_tool_results_are_appended_also_where_the_template_wants_their_call_firs
     text = joined(tokenizer, answer, [RESULT], [CALL])
     told = "<|im_start|>user\n<tool_response>7</tool_response><|im_end|>"
     assert f"<tool_call>{{}}</tool_call><|im_end|>\n{told}\n<|im_start|>assistant\n" in text
+
+
+def leaving_out(role):
+    loop = f"{{%- for message in messages if message['role'] != '{role}' -%}}"
+    return TOOL_TEMPLATE.replace("{%- for message in messages -%}", loop)
+
+
+@pytest.mark.parametrize(
+    ("told", "calls"), [([MISSED], []), ([RESULT], []), ([RESULT], [CALL]), ([RESULT, MISSED], [])]
+)
+def test_a_template_that_leaves_out_what_is_said_next_is_refused_with_its_role(told, calls):
+    role = told[-1]["role"]
+    tokenizer = make_chat_tokenizer(leaving_out(role))
+    answer = completion(tokenizer, "6 or 7 f?")
+    with pytest.raises(ConfigError, match=f"leaves out what the role '{role}' says"):
+        next_ids(tokenizer, answer, told, calls)
+    assert next_ids(make_chat_tokenizer(), answer, told, calls)
+
+
+def test_a_template_that_says_a_result_only_behind_its_call_is_given_the_call():
+    only_with_call = REFUSES_RESULTS.replace(
+        "{{ raise_exception('a result without its call') }}", "{%- continue -%}"
+    )
+    tokenizer = make_chat_tokenizer(only_with_call)
+    answer = completion(tokenizer, "<tool_call>{}</tool_call>")
+    assert "<tool_response>7</tool_response>" in joined(tokenizer, answer, [RESULT], [CALL])
+    with pytest.raises(ConfigError, match="leaves out what the role 'tool'"):
+        next_ids(tokenizer, answer, [RESULT])
+
+
+def test_a_conversation_begins_with_all_that_is_said_or_not_at_all():
+    told = [{"role": "system", "content": "S"}, ASK]
+    with pytest.raises(ConfigError, match="leaves out what the role 'system' says"):
+        first_ids(make_chat_tokenizer(leaving_out("system")), told)
+    tokenizer = make_chat_tokenizer()
+    begun = tokenizer.decode(first_ids(tokenizer, [ASK, {**SAID, "content": "It is"}]))
+    assert begun.endswith("<|im_start|>assistant\nIt is")
+
+
+def test_an_answer_that_was_begun_is_one_message_with_its_end():
+    begun = [ASK, {"role": "assistant", "content": "It is"}]
+    assert with_answer(begun, " 6.") == [ASK, SAID]
+    assert with_answer([ASK], "It is 6.", tool_calls=[CALL]) == [
+        ASK,
+        {**SAID, "tool_calls": [CALL]},
+    ]
+
+
+def test_template_arguments_reach_the_next_turn():
+    thinks = TOOL_TEMPLATE + "{%- if enable_thinking is false -%}{{ '<no>' }}{%- endif -%}"
+    tokenizer = make_chat_tokenizer(thinks)
+    answer = completion(tokenizer, "x")
+    assert "<no>" not in joined(tokenizer, answer, [MISSED])
+    silent = with_arguments(tokenizer, {"enable_thinking": False})
+    assert joined(silent, answer, [MISSED]).count("<no>") == 2  # also where it begins
+    assert joined(silent, answer, [RESULT], [CALL]).endswith("assistant\n<no>")
 
 
 def test_a_template_that_cannot_say_it_is_a_mistake_of_the_configuration():

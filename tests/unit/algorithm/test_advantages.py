@@ -88,3 +88,47 @@ def test_group_statistics_agree_with_torch():
 def test_settings_that_cannot_work_are_refused(settings):
     with pytest.raises(ConfigError, match=f"`{next(iter(settings))}` must be"):
         GroupAdvantage(**settings)
+
+
+HALF = 0.5**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([0.0, 1e20], [-HALF, HALF]),
+        ([-3e38, 3e38], [-HALF, HALF]),
+        ([1e30, 1e30, 0.0], [3**-0.5, 3**-0.5, -2 * 3**-0.5]),
+        ([1e30, 1e30], [0.0, 0.0]),
+        ([3e38, 3e38, 3e38], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_rewards_of_any_size_get_the_advantages_of_their_order(rewards, expected, dtype):
+    values, ids = torch.tensor(rewards, dtype=dtype), torch.zeros(len(rewards), dtype=torch.int64)
+    found = GroupAdvantage()(values, ids)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    unscaled = GroupAdvantage(divide_by_std=False)(values, ids)
+    assert unscaled.isfinite().all()
+    assert group_std(values.double(), ids).isfinite().all()
+    assert has_no_variance(values, ids).all() == (len(set(rewards)) == 1)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-30, 1e-3, 1.0, 1e20, 1e150, 1e300])
+def test_a_standard_deviation_has_the_scale_of_its_values(scale):
+    ids = torch.zeros(4, dtype=torch.int64)
+    values = torch.tensor([0.0, 1.0, 0.5, 2.0], dtype=torch.float64)
+    found = group_std(values * scale, ids)
+    assert (found / scale).tolist() == pytest.approx([values.std().item()] * 4)
+
+
+def test_rewards_that_differ_far_behind_the_point_differ():
+    ids = torch.zeros(2, dtype=torch.int64)
+    apart = torch.tensor([1e-30, 2e-30], dtype=torch.float64)
+    assert not has_no_variance(apart, ids).any()
+    low, high = GroupAdvantage()(apart, ids).tolist()
+    assert low == -high < 0  # small, as eps is large beside them
+    large = torch.tensor([1e8, 1e8 + 1], dtype=torch.float64)
+    assert GroupAdvantage()(large, ids).tolist() == pytest.approx([-HALF, HALF], rel=1e-3)
+    assert LeaveOneOutAdvantage()(large, ids).tolist() == [-1.0, 1.0]

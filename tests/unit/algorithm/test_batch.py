@@ -3,6 +3,7 @@ import pickle
 import pytest
 import torch
 
+from lightning_grpo.algorithm.advantages import LeaveOneOutAdvantage
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch, Sequences
 from lightning_grpo.types import Group, Prompt, Trajectory
 
@@ -44,6 +45,13 @@ def test_scalars_of_whole_groups_stand_in_order():
     assert batch.newest_versions.tolist() == [5, 4, 4, 4]
     assert batch.keys == [(0, 7), (0, 7), (1, 9), (1, 9)]
     assert [c["answer"] for c in batch.columns] == ["x", "x", "y", "y"]
+
+
+def test_rewards_that_fp32_would_not_tell_apart_stay_apart():
+    pair = (trajectory(2, 3, 1e8), trajectory(2, 3, 1e8 + 1))
+    batch = RolloutBatch.from_groups([Group(Prompt((1, 2), "a"), pair, 4)], version=6)
+    assert batch.rewards.tolist() == batch.rewards_by_name["right"].tolist() == [1e8, 1e8 + 1]
+    assert LeaveOneOutAdvantage()(batch.rewards, batch.group_ids).tolist() == [-1.0, 1.0]
 
 
 def test_denominators_count_the_rows_of_a_minibatch():

@@ -21,10 +21,11 @@ from lightning_grpo.errors import (
 from lightning_grpo.rollout.counters import Counters, explain_wait, metrics
 from lightning_grpo.rollout.filters import has_variance
 from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.prompts import PromptStream
 from lightning_grpo.rollout.workflow import RLVRWorkflow
-from lightning_grpo.types import Sampling
+from lightning_grpo.types import Prompt, Sampling
 from tests.fakes.generator import FakeGenerator
-from tests.fakes.rollouts import make_producer
+from tests.fakes.rollouts import make_producer, make_stream
 from tests.fakes.virtual_time import run_virtual
 
 
@@ -583,3 +584,62 @@ def test_an_evaluation_prompt_that_fails_is_tried_again_and_then_named():
 def test_a_reward_that_is_not_finite_never_trains():
     with pytest.raises(FailureBudgetError, match="reward is nan"):
         run_training(reward=lambda completion: math.nan)
+
+
+def asking_but(*rows):
+    """Makes prompts, but not of some rows."""
+
+    def make_prompt(row):
+        if int(row["answer"]) in rows:
+            raise KeyError("hint")
+        return Prompt(tuple(map(ord, row["question"])), row["question"], columns=dict(row))
+
+    return make_prompt
+
+
+def test_a_row_that_turns_out_to_be_no_prompt_is_given_up_by_name_and_the_next_is_asked(caplog):
+    events = []
+    producer, batches = run_training(
+        20, num_rows=60, events=events, make_prompt=asking_but(3, 7), batch_size=5
+    )
+    asked = Counter(key for keys in keys_of(batches) for key in keys)
+    assert set(asked.values()) == {1}
+    assert {row for _, row in asked} == set(range(60)) - {3, 7}
+    assert producer.counters.failed in (2, 3, 4)  # in the first pass, and in the second
+    assert {data["key"][1] for name, data in events if name == "failed"} == {3, 7}
+    assert producer.ledger.outcome((0, 3)) == "ended"
+    assert "prompt (0, 3) is given up: row 3 of the list given can't be made a" in caplog.text
+
+
+def test_rows_that_are_no_prompts_do_not_end_a_run_that_begins_with_them():
+    stream = PromptStream(make_stream(100).sets[""])
+    first = [stream.key(index)[1] for index in range(2)]
+    assert 0 not in first  # which is made at the start
+    make_prompt = asking_but(*first)
+    _, batches = run_training(2, num_rows=100, batch_size=2, make_prompt=make_prompt)
+    assert len(batches) == 2
+
+
+def test_a_run_of_which_no_row_is_a_prompt_ends_with_the_reason():
+    reason = r"First failure: .*row \d+ of .*KeyError\('hint'\)"
+    with pytest.raises(FailureBudgetError, match=reason):
+        run_training(num_rows=12, make_prompt=asking_but(*range(1, 12)))
+
+
+def test_rows_that_are_given_up_stay_so_after_a_resume():
+    make_prompt = asking_but(3, 7)
+
+    async def main():
+        generator = FakeGenerator()
+        async with make_producer(generator, num_rows=12, make_prompt=make_prompt) as producer:
+            before = await train(producer, generator, 2)
+            state = producer.state_dict()
+        again = make_producer(generator, num_rows=12, make_prompt=make_prompt)
+        again.load_state_dict(state)
+        async with again:
+            return before, await train(again, generator, 3)
+
+    before, after = run_virtual(main)
+    asked = Counter(key for keys in keys_of([*before, *after]) for key in keys)
+    assert set(asked.values()) == {1}
+    assert {row for _, row in asked} == set(range(12)) - {3, 7}

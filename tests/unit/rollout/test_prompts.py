@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.prompts import Prompts, PromptStream
+from lightning_grpo.errors import ConfigError, PromptError
+from lightning_grpo.rollout.prompts import Prompts, PromptStream, Vocabulary
 from lightning_grpo.types import Prompt
 from tests.fakes.tokenizer import CharTokenizer
 
@@ -18,8 +18,9 @@ ROWS = [{"question": f"What is {i} + 1?", "answer": i + 1} for i in range(6)]
 
 def load(rows=ROWS, chat=True, **options):
     options.setdefault("column", "question")
-    limit = options.pop("max_prompt_tokens", None)
-    return Prompts(rows, **options).load(CharTokenizer(chat), max_prompt_tokens=limit)
+    of_load = {"max_prompt_tokens": options.pop("max_prompt_tokens", None)}
+    of_load["vocabulary"] = options.pop("vocabulary", None)
+    return Prompts(rows, **options).load(CharTokenizer(chat), **of_load)
 
 
 def test_text_becomes_one_user_message_of_the_chat_template():
@@ -273,10 +274,50 @@ def test_a_row_that_the_template_can_not_render_is_named(message):
         load([{"question": [message]}]).prompt(0)
 
 
-def test_a_suffix_is_not_put_behind_a_message_of_parts():
-    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    with pytest.raises(ConfigError, match="`suffix` needs a last message of text, got list"):
-        load([{"question": parts}], suffix=" End.").prompt(0)
+@pytest.mark.parametrize("row", [0, 66, 300])
+@pytest.mark.parametrize("wrong", [None, float("nan"), 3, [], {"text": "x"}, [{"role": "user"}]])
+def test_a_row_that_can_not_be_asked_is_found_at_the_start(row, wrong):
+    rows = [{"question": f"What is {i}?"} for i in range(301)]
+    rows[row]["question"] = wrong
+    with pytest.raises(ConfigError, match=f"row {row} of the list given can't be made a prompt"):
+        load(rows)
+
+
+def test_rows_that_can_not_be_asked_are_counted():
+    rows = [{"question": "What?" if i % 4 else None} for i in range(40)]
+    rows[0]["question"] = "What?"
+    with pytest.raises(ConfigError, match=r"row 4 of .*So it is with 8 other rows: 8, 12.* and 3"):
+        load(rows)
+
+
+def test_a_text_without_a_token_is_no_prompt():
+    rows = [{"question": "What?"}, {"question": ""}]
+    with pytest.raises(ConfigError, match=r"row 1 of .* it has no token to go on from"):
+        load(rows, chat=False)
+    assert load(rows).prompt(1).text == "<user></><assistant>"
+    assert load(rows, chat=False, suffix="Go.").prompt(1).text == "Go."
+    made = Prompts(rows, column="question").load(CharTokenizer(), make_prompt=made_of_nothing)
+    with pytest.raises(PromptError, match=r"row 1 of .* it has no token to go on from"):
+        made.prompt(1)
+
+
+def made_of_nothing(row):
+    return Prompt(tuple(map(ord, row["question"])), row["question"])
+
+
+def test_an_id_that_the_model_does_not_have_is_named_with_its_row():
+    rows = [{"question": text} for text in ("a", "b\u1234", "c", "<image>")]
+    prompts = Prompts(rows, column="question")
+    loaded = prompts.load(CharTokenizer(), vocabulary=Vocabulary(128))
+    assert loaded.prompt(3).text
+    with pytest.raises(PromptError, match=r"row 1 .* token id 4660, .* embedding only 128 rows"):
+        loaded.prompt(1)  # not looked for at the start
+
+
+def test_a_row_that_holds_a_token_that_the_model_does_not_have_is_found_at_the_start():
+    rows = [{"question": text} for text in ("a", "b", "c", "an <image>")]
+    with pytest.raises(ConfigError, match=r"row 3 .* token id 110, .* embedding only 110 rows"):
+        load(rows, chat=False, vocabulary=Vocabulary(110, ("<image>",)))
 
 
 def test_an_empty_conversation_is_refused():

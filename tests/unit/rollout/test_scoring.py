@@ -32,6 +32,14 @@ def test_whatever_is_a_number_becomes_a_float(value):
     assert type(scored) is float
 
 
+def test_the_largest_number_of_fp32_is_a_reward():
+    largest = float(np.finfo(np.float32).max)
+    assert score(returning({"high": largest, "low": -largest})) == {
+        "high": largest,
+        "low": -largest,
+    }
+
+
 def test_a_dictionary_is_several_rewards():
     assert score(returning({"right": True, "short": 0.5})) == {"right": 1.0, "short": 0.5}
 
@@ -44,6 +52,10 @@ def test_a_dictionary_is_several_rewards():
         (math.nan, "must be finite, got nan"),
         (-math.inf, "must be finite, got -inf"),
         ({"a": math.nan}, "must be finite, got nan"),
+        (1e39, r"must be finite, also in fp32, got 1e\+39"),
+        ({"a": 1.0, "b": -1e39}, r"must be finite, also in fp32, got -1e\+39"),
+        (np.float64(4e38), "must be finite, also in fp32"),
+        (10**400, "int too large to convert to float"),
         ({}, "must hold a number, got an empty one"),
         ({1: 1.0}, "must have names as keys, got 1"),
         (object(), "must be a string or a real number"),

@@ -170,3 +170,25 @@ def test_a_trajectory_without_a_sampled_token_or_with_ragged_fields_is_refused()
     broken = Completion((7,), (float("-inf"),), (0,), "", "stop")
     with pytest.raises(RolloutError, match="not finite"):
         check_trajectory(single_turn(PROMPT, broken, 0.0, {}), 0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "rewards", "message"),
+    [
+        (1e39, {}, r"a trajectory's reward is 1e\+39, which is no number in fp32"),
+        (float("inf"), {}, "a trajectory's reward is inf"),
+        (0.0, {"a": 1.0, "b": float("nan")}, "a trajectory's reward 'b' is nan"),
+        (0.0, {"a": -1e39}, "a trajectory's reward 'a' is -1e"),
+    ],
+)
+def test_a_reward_that_fp32_cannot_hold_fails_also_in_a_workflow_of_ones_own(
+    reward, rewards, message
+):
+    with pytest.raises(RewardError, match=message):
+        check_trajectory(single_turn(PROMPT, COMPLETION, reward, rewards), 0)
+
+
+def test_a_weighted_sum_that_fp32_cannot_hold_fails():
+    workflow = RLVRWorkflow(lambda completion: 1e38, reward_weights=[10.0])
+    with pytest.raises(RewardError, match="no number in fp32"):
+        check_trajectory(run(workflow), 0)

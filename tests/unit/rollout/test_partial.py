@@ -1,0 +1,93 @@
+"""Why a completion ended: the model or the limit, however its server calls it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_grpo.rollout.partial import Partial
+from lightning_grpo.rollout.wire import FinishReason, GenerateReply, MetaInfo
+from lightning_grpo.types import Sampling
+
+END, SPECIAL = 9, 8
+SERVER = SimpleNamespace(url="http://server", version_of=lambda label: 0)
+
+
+def spell(ids):
+    return "".join("<s>" if i == SPECIAL else "<end>" if i == END else "abcdefgh"[i] for i in ids)
+
+
+def decode(ids):
+    return spell([i for i in ids if i < SPECIAL])
+
+
+def completed(*pieces, sampling, end_ids=frozenset([END])):
+    """The completion of replies `(ids, reason)`; every one must be asked for."""
+    partial = Partial([1], sampling, None, end_ids)
+    for ids, reason in pieces:
+        assert not partial.done
+        entries = [(-0.5, i, None) for i in ids]
+        meta = MetaInfo(FinishReason(reason), output_token_logprobs=entries)
+        partial.add(GenerateReply(meta, list(ids)), SERVER, 0)
+    assert partial.done
+    return partial.completion(decode, spell)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [([5, 6, END], "length")],
+        [([5, 6, END], "abort")],
+        [([5, 6], "abort"), ([END], "length")],
+        [([5, 6], "abort"), ([END], "abort")],
+        [([5], "abort"), ([], "abort"), ([6, END], "stop")],
+    ],
+)
+@pytest.mark.parametrize("of_the_model", [True, False])
+def test_an_end_token_as_the_last_permitted_one_is_the_models_own_end(pieces, of_the_model):
+    ends = {} if of_the_model else {"stop_token_ids": (END,)}
+    sampling = Sampling(max_new_tokens=3, **ends)
+    done = completed(*pieces, sampling=sampling, end_ids=frozenset([END] if of_the_model else []))
+    assert (done.token_ids, done.finish_reason, done.truncated) == ((5, 6, END), "stop", False)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [([5, 6, 7], "length")],
+        [([5, 6, 7], "abort")],
+        [([5, 6], "abort"), ([7], "length")],
+        [([END, 6, 7], "length")],  # an end that its server did not heed is no end
+        [([5, 6], "length")],  # the server's own limit, its context
+    ],
+)
+def test_what_the_limit_cut_off_is_truncated(pieces):
+    done = completed(*pieces, sampling=Sampling(max_new_tokens=3, stop=("xyz",)))
+    assert done.finish_reason == "length"
+    assert done.truncated
+    assert done.token_ids == tuple(i for ids, _ in pieces for i in ids)
+
+
+@pytest.mark.parametrize("stop", ["c", "bc", "abc", "zz"])
+@pytest.mark.parametrize("reason", ["length", "abort"])
+def test_a_stop_string_that_the_last_permitted_token_completes_is_an_end(stop, reason):
+    sampling = Sampling(max_new_tokens=3, stop=("zzz", stop))
+    done = completed(([0, 1, 2], reason), sampling=sampling)
+    assert done.truncated == (stop == "zz")
+    assert done.token_ids == (0, 1, 2)
+    assert done.text == "abc"
+
+
+def test_a_stop_string_may_be_spelled_by_special_tokens_which_the_text_leaves_out():
+    sampling = Sampling(max_new_tokens=3, stop=("b<s>",))
+    done = completed(([0, 1, SPECIAL], "length"), sampling=sampling)
+    assert (done.text, done.finish_reason) == ("ab", "stop")
+    split = completed(([0, 1], "abort"), ([SPECIAL, 2, 3], "length"), sampling=sampling)
+    assert (split.token_ids, split.finish_reason) == ((0, 1, SPECIAL), "stop")
+
+
+def test_a_server_that_went_past_a_stop_string_of_its_own_is_believed():
+    sampling = Sampling(max_new_tokens=3, stop=("b",))
+    done = completed(([0, 1, 2], "length"), sampling=sampling)
+    assert (done.token_ids, done.truncated) == ((0, 1, 2), True)
