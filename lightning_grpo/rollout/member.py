@@ -76,6 +76,7 @@ class Member:
         suspect: A request failed on it; not routed to until it answers a health check.
         paused: It was told to hold requests back.
         released: It gave its GPU memory back.
+        renewed: It is, for all that is known, another process than before.
         in_flight: Requests of the pool that it holds.
         bound: The most requests that it is given at once.
         room: The same where it said that it is busy: grows again as replies come.
@@ -110,6 +111,7 @@ class Member:
         self.num_suspicions = 0
         self.paused = False
         self.released = False
+        self.renewed = True
         self.busy = False
         self.room = self.bound
         self._busy_since: float | None = None

@@ -160,23 +160,24 @@ class Monitor:
                 tasks.start_soon(self._watch, member, tasks)
 
     async def _watch(self, member: Member, tasks: anyio.abc.TaskGroup) -> None:
-        self._wakes[member.slot] = anyio.Event()
+        self._wakes[member.slot], was_dirty = anyio.Event(), False
         while member.slot not in self._given_up:
-            if self._is_out(member):
+            # A server is dirty for a moment between two attempts of an update, and while all stand
+            # still for one, the publisher has it in hand.
+            dirty = member.state is MemberState.DIRTY and not self._updating()
+            if not member.alive or (dirty and was_dirty):
                 await self._bring_back(member)
-            else:
+                dirty = False
+            elif not dirty:
                 self._mind_late(member, tasks)
                 await self._check(member)
+            was_dirty = dirty
             await self._pause(member, self._policy.interval_s)
 
     async def _pause(self, member: Member, longest_s: float) -> None:
         with anyio.move_on_after(longest_s):
             await self._wakes[member.slot].wait()
         self._wakes[member.slot] = anyio.Event()
-
-    def _is_out(self, member: Member) -> bool:
-        # While weights are changed the publisher has a dirty server in hand.
-        return not member.alive or (member.state is MemberState.DIRTY and not self._updating())
 
     async def _check(self, member: Member) -> None:
         pid = member.handle.pid

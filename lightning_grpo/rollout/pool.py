@@ -427,9 +427,9 @@ class ServerPool:
             with contextlib.suppress(ServerError):
                 await client.abort()
         # A server that started anew does not know the names of this run's weights.
-        released = member.released and facts.label.startswith(f"{self._requirements.run_id}:")
+        same, released = facts.label.startswith(f"{self._requirements.run_id}:"), member.released
         member.replace(handle, client, facts)
-        member.released = released
+        member.released, member.renewed = same and released, not same
         if self._restore is not None:
             await self._restore(member)
         else:

@@ -118,7 +118,7 @@ async def open_live(
     Servers start at once, the rest when `beginning` is there.
     """
     settings.servers.deterministic = settings.deterministic
-    most_files = raise_file_limit()
+    raise_file_limit()  # first of all, so that what is started has it, too
     try:
         if settings.servers.fits_load:
             settings.servers.load = await anyio.to_thread.run_sync(material.load_of, settings)
@@ -127,7 +127,7 @@ async def open_live(
         )
         begun = await asyncio.wrap_future(beginning)
         async with (
-            _open_pool(settings, material, begun.run_id, handles, most_files) as pool,
+            _open_pool(settings, material, begun.run_id, handles) as pool,
             _scorer(settings) as scorer,
         ):
             publisher = _publisher(settings, material, begun, pool)
@@ -157,7 +157,6 @@ async def _open_pool(
     material: Material,
     run_id: str,
     handles: list[ServerHandle],
-    most_files: int,
 ) -> AsyncIterator[ServerPool]:
     servers: Servers = settings.servers
 
@@ -177,7 +176,7 @@ async def _open_pool(
         lambda ids: material.tokenizer.decode(ids, skip_special_tokens=True),
         api_key=servers.api_key,
         limits=PoolLimits(
-            max_in_flight=room_for_connections(wanted, len(handles), most_files),
+            max_in_flight=room_for_connections(wanted, len(handles), raise_file_limit()),
             request_timeout_s=limits.request_timeout_s,
             together=settings.workflow.asks_once,
         ),

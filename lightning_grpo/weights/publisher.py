@@ -201,7 +201,7 @@ class WeightPublisher:
                         tasks.start_soon(release, target, report, self._settings.request_timeout_s)
 
     async def restore(self, target: Target) -> None:
-        """Brings a restarted server to the current version.
+        """Brings a server that was out to the current version; it may have started anew.
 
         Raises:
             WeightSyncError: It could not be proved to hold it.
@@ -215,7 +215,7 @@ class WeightPublisher:
             self._restoring.discard(target)
 
     async def _restore(self, target: Target) -> None:
-        if self._proof is not None:
+        if self._proof is not None and target.renewed:
             self._proof.forget(target.url)
         await self._transport.abandon(target)
         if self._current is None:

@@ -170,13 +170,16 @@ class FakeServer:
         if request.method == "OPTIONS":  # only asks whether there is such a path
             return await handler(request)
         self.calls.append(request.path)
+        return await self._answer_or_fail(request, handler)
+
+    async def _answer_or_fail(self, request: web.Request, handler: Any) -> web.StreamResponse:
         fault = next((f for f in self.faults if f.path == request.path and f.times > 0), None)
         if fault is None:
             return await handler(request)
         fault.times -= 1
-        if fault.kind in ("busy", "drip", "drip headers"):
-            answer = self._put_off if fault.kind == "busy" else self._drip
-            return await answer(request, fault)
+        special = {"busy": self._put_off, "drip": self._drip, "drip headers": self._drip}
+        if fault.kind in special:
+            return await special[fault.kind](request, fault)
         return await self._fail(fault.kind, request, handler)
 
     async def _put_off(self, request: web.Request, fault: Fault) -> web.StreamResponse:

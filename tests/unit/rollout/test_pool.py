@@ -667,9 +667,11 @@ async def test_a_groups_requests_travel_together_also_over_an_interruption():
     assert server.calls.count("/generate") < len(server.requests)
 
 
-@pytest.mark.parametrize("retry_after", ["0.05", None])
-async def test_a_busy_server_is_left_alone_and_its_requests_are_not_counted(retry_after, caplog):
-    busy = Fault("/generate", "busy", 12, status=429, retry_after=retry_after)
+@pytest.mark.parametrize(("times", "retry_after"), [(12, "0.05"), (9, None)])
+async def test_a_busy_server_is_left_alone_and_its_requests_are_not_counted(
+    times, retry_after, caplog
+):
+    busy = Fault("/generate", "busy", times, status=429, retry_after=retry_after)
     server = FakeServer(faults=[busy])
     limits = PoolLimits(max_failovers=0)
     async with pool_of(server, limits=limits) as pool:
@@ -751,11 +753,8 @@ def empty(reply):
 
 
 def spans(*given):
-    return lambda reply: at(
-        reply,
-        "weight_versions",
-        lambda _: [dict(zip(("version", "start", "end"), s)) for s in given],
-    )
+    named = [dict(zip(("version", "start", "end"), span, strict=True)) for span in given]
+    return lambda reply: at(reply, "weight_versions", lambda _: named)
 
 
 LIES = {
@@ -871,11 +870,9 @@ async def test_no_request_leaves_a_pool_that_is_held_before_it_is_let_go():
 
 async def test_requests_that_leave_at_once_leave_a_few_in_each_turn_and_groups_whole():
     server = FakeServer(info={"max_running_requests": 1000})
-    left = []
 
     class Counting(ServerPool):
         async def _send(self, member, partial, num_late):
-            left.append(asyncio.get_running_loop().time())
             turns[-1].append(partial._prompt[0])
             return await super()._send(member, partial, num_late)
 
@@ -889,11 +886,9 @@ async def test_requests_that_leave_at_once_leave_a_few_in_each_turn_and_groups_w
     await server.start()
     async with Counting([server], Requirements("run"), decode, health=FAST) as pool:
         await pool.interrupt()
+        short = Sampling(max_new_tokens=1)
         asked = [
-            asyncio.create_task(
-                pool.generate([n // 6 % 16], Sampling(max_new_tokens=1), group_key=n // 6)
-            )
-            for n in range(96)
+            asyncio.create_task(pool.generate([n // 6], short, group_key=n // 6)) for n in range(96)
         ]
         await until(lambda: pool.num_waiting == 96)
         turn()
