@@ -20,14 +20,20 @@ import anyio
 import anyio.abc
 import psutil
 
-from lightning_grpo.errors import GRPOError, OwnLimitError, ServerError, ServersLostError
+from lightning_grpo.errors import (
+    GRPOError,
+    OwnLimitError,
+    ServerError,
+    ServersLostError,
+    WeightSyncError,
+)
 from lightning_grpo.rollout.client import growing
 from lightning_grpo.rollout.member import Held, Member, MemberState, ServerLike
 
 logger = logging.getLogger(__name__)
 
 PROOFS = 3
-"""A server that fails its proof so often is started again, where that is possible."""
+"""A server that fails its proof so often is started again where that is possible, else lost."""
 SUSPICIONS = 3
 """Requests may fail so often in a row on a server that is healthy, before it is proved again."""
 
@@ -251,10 +257,13 @@ class Monitor:
                 return
             member.mark_dead(f"{reason}; {error}")
             silent = isinstance(error, SilentError)
-            proofs += not (silent or replace)
+            proofs += isinstance(error, WeightSyncError)
             over = anyio.current_time() - since > self._policy.patience_s
             if self._restart is not None:
                 replace = replace or over or proofs >= PROOFS
+            elif proofs >= PROOFS:
+                self._lose(member, f"it failed its proof {proofs} times", self._given_up)
+                return
             elif over:
                 self._lose(member, f"it was away for {self._policy.patience_s:g} s", self._missing)
             replace = replace or (silent and await self._has_ended(member))
