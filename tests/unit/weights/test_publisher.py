@@ -681,7 +681,7 @@ async def test_a_server_that_started_anew_while_it_had_no_memory_is_not_told_to_
 async def test_a_server_that_kept_old_weights_is_not_believed_because_it_was_out(tmp_path):
     close = torch.tensor(make_table(1)) + 0.1 * torch.tensor(make_table(7))
     server = FakeServer(info={"dtype": "bfloat16"})
-    async with fleet(tmp_path, DiskTransport(), server) as (pool, publisher):
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
         rounding = Rounding({"bfloat16": 0.05})
         noisy = [[x + 0.05 for x in row] for row in expected(1).scores]
         await publisher.publish(snapshot(1), 1, SentScores(noisy, rounding=rounding))
