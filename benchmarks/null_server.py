@@ -17,6 +17,8 @@ from typing import Any
 
 import msgspec
 
+from lightning_grpo.rollout.limits import raise_file_limit
+
 VERSION = "0.5.19"
 LIMITS = {"version": VERSION, "max_running_requests": 1 << 20, "disable_radix_cache": True}
 
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--delay-s", type=float, default=0.0)
     args = parser.parse_args()
+    raise_file_limit()
     asyncio.run(serve(args.servers, Canned(args.new_tokens, args.delay_s)))
 
 

@@ -267,7 +267,8 @@ class WeightPublisher:
             try:
                 await self._update(target, client, report)
             except (ServerError, WeightSyncError) as error:
-                logger.warning("weight update of %s, attempt %d: %s", target.url, attempt, error)
+                # Whoever is left behind is told of by the monitor.
+                logger.info("weight update of %s, attempt %d: %s", target.url, attempt, error)
                 report.failures[client.url] = str(error)
                 if target.client is not client:
                     return
