@@ -81,6 +81,7 @@ class Member:
         bound: The most requests that it is given at once.
         room: The same where it said that it is busy: grows again as replies come.
         busy: It asked for a pause, which lasts.
+        answered_s: When it last sent a token, on its clock of service.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Member:
         self.drained = anyio.Event()
         self._idle_s = 0.0
         self._idle_since = time.monotonic()
+        self.answered_s = 0.0
         self._service_s = 0.0
         self._serves_since: float | None = None
         self._faults_s: list[float] = []
@@ -285,6 +287,7 @@ class Member:
 
     def answered(self) -> None:
         """A request was answered well: what was held against it is forgotten."""
+        self.answered_s = self.service_s
         self.num_suspicions = 0
         if self.room < self.bound:
             self.room += 1

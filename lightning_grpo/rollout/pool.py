@@ -370,11 +370,18 @@ class ServerPool:
         if held.given_up:
             raise ServerError(f"{member.describe()}: given up while it held a request")
         check_reply(reply, request, self._requirements.vocab_size, member.url)
+        late = held.called_back_s is not None
+        if late and not reply.output_ids and member.answered_s < held.since_s:
+            raise ReplyError(
+                f"{member.url} gave a request back after {held.allowed_s:.0f} s without a token,"
+                " and has answered no other meanwhile"
+            )
         partial.add(reply, member, version)
-        member.answered()
+        if reply.output_ids:
+            member.answered()
         self._router.answered()
         self._starving_since = None
-        return held.called_back_s is not None
+        return late
 
     def _blame(self, member: Member, error: ServerError) -> None:
         if isinstance(error, ReplyError):
