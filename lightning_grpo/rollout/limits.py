@@ -28,8 +28,8 @@ class RolloutLimits:
     Args:
         max_in_flight: Episodes that run at once (each has at most one request in flight, as a
             rule); None is `(max_staleness + 1) * batch_size * group_size`. Groups are let in whole.
-        request_timeout_s: Longest that a request is left to one server. It is called back before, if
-            it is late by its tokens and the speed seen, and goes on with what it has.
+        request_timeout_s: Longest that a request is left to one server. It is called back before,
+            if it is late by its tokens and the speed seen, and goes on with what it has.
         reward_timeout_s: Longest time of one call of a reward; its process is killed then.
         reward_processes: Processes that run rewards; 0 runs them in-line, for a debugger.
         max_attempts: How often a prompt is tried before it counts as failed.

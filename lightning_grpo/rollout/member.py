@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class Member:
         self.drained = anyio.Event()
         self._idle_s = 0.0
         self._idle_since = time.monotonic()
-        self.answered_s = 0.0
+        self.answered_s = -math.inf
         self._service_s = 0.0
         self._serves_since: float | None = None
         self._faults_s: list[float] = []

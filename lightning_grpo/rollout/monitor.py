@@ -189,7 +189,9 @@ class Monitor:
         pid = member.handle.pid
         if pid is not None and not process_alive(pid):
             member.mark_dead(f"its process {pid} is gone")
-        elif member.state is not MemberState.UPDATING:  # an update has deadlines of its own
+        elif member.state is MemberState.UPDATING:
+            return  # An update has deadlines of its own.
+        elif member.suspect or member.paused or self._is_quiet(member):
             # SGLang's health check wants a token, which a paused server doesn't give.
             paused = member.paused
             answers = member.client.listens if paused else member.client.healthy
@@ -201,6 +203,10 @@ class Monitor:
                 self._passed(member)
             elif paused or not member.paused:  # or a pause held it back, which says nothing
                 self._failed(member)
+
+    def _is_quiet(self, member: Member) -> bool:
+        """Whether it has not just proved its health by an answer."""
+        return member.service_s - member.answered_s > self._policy.interval_s
 
     def _failed(self, member: Member) -> None:
         member.suspect = True

@@ -145,7 +145,7 @@ class Router:
     def _choose(self, group_key: Hashable, avoid: Member | None) -> Member | None:
         if self._num_out >= self._room:
             return None
-        free = [m for m in self._members if m.routable and m.in_flight < m.room]
+        free = [m for m in self._members if m.in_flight < m.room and m.routable]
         if avoid is not None and len(free) > 1:
             free = [m for m in free if m is not avoid]
         if not free:
