@@ -31,6 +31,27 @@ class ServersLostError(ServerError):
     """Too few servers are left: ends the run, whatever the budget for failed episodes."""
 
 
+class ReplyError(ServerError):
+    """A server's reply contradicts itself or what was asked: nothing of it is trained on."""
+
+
+class BusyError(ServerError):
+    """A server wants the request later (429, or 503): no fault of it, nor of the prompt.
+
+    Args:
+        message: What it said.
+        wait_s: How long it asks to wait; None where it does not say.
+    """
+
+    def __init__(self, message: str, wait_s: float | None = None) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class OwnLimitError(ServerError):
+    """This process has no more descriptors, ports or memory for a connection: no server's fault."""
+
+
 class RequestError(ServerError):
     """A server refused one request (a 4xx answer): sending it again can't help.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,6 +97,59 @@ class Background:
                 self.fail(error)
             finally:
                 self._scopes.discard(scope)
+
+
+class Turns:
+    """Lets those who come at once go on a few in each turn of the event loop, in order.
+
+    What a thousand of them do next would hold the loop until all of it is done. How many go follows
+    from how long their turns take.
+
+    Args:
+        turn_s: How long a turn may be.
+    """
+
+    def __init__(self, turn_s: float = 0.02) -> None:
+        self._turn_s = turn_s
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._most, self._gone, self._began = 8, 0, 0.0
+
+    async def take(self) -> None:
+        """Wait for one's turn; at once where few come."""
+        if self._gone < self._most and not self._waiting:
+            self._go()
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    def _go(self) -> None:
+        if not self._gone:
+            self._began = time.monotonic()
+            asyncio.get_running_loop().call_soon(self._next)
+        self._gone += 1
+
+    def _next(self) -> None:
+        if self._waiting:
+            slow = time.monotonic() - self._began > self._turn_s
+            self._most = max(1, self._most // 2) if slow else min(16, self._most + 1)
+        self._gone = 0
+        while self._waiting and self._gone < self._most:
+            future = self._waiting.popleft()
+            if not future.done():
+                self._go()
+                future.set_result(None)
+
+
+def in_turns(functions: Sequence[Callable[[], object]], at_once: int = 16) -> None:
+    """Call quick functions one after another, few in each turn of the event loop.
+
+    What a thousand of them set off at once would hold the loop until all of it is done.
+    """
+    for function in functions[:at_once]:
+        function()
+    if len(functions) > at_once:
+        asyncio.get_running_loop().call_soon(in_turns, functions[at_once:], at_once)
 
 
 def seen(future: asyncio.Future[Any]) -> None:

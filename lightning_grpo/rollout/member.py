@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 import anyio
 
-from lightning_grpo.errors import ServerError
-from lightning_grpo.rollout.client import ServerClient
+from lightning_grpo.errors import ReplyError
+from lightning_grpo.rollout.background import in_turns
+from lightning_grpo.rollout.client import LONGEST_WAIT_S, ServerClient, growing
 from lightning_grpo.rollout.verify import ServerFacts
 from lightning_grpo.types import NO_VERSION
+
+CLOCK_S = 0.01
+"""A timer may be early by so much."""
 
 
 class ServerLike(Protocol):
@@ -38,6 +45,27 @@ class MemberState(StrEnum):
     DEAD = "dead"
 
 
+@dataclass(eq=False, slots=True)
+class Held:
+    """One request that a server holds, for as long as its exchange lasts.
+
+    Attributes:
+        since_s: When it was sent, on the server's clock of service.
+        allowed_s: How long it may take, on the same clock.
+        rids: Names of all requests of the exchange; those that join later are added.
+        scope: Cancelled when the server is given up.
+        called_back_s: When it was called back for being late; None: it was not.
+        given_up: Nothing of it is taken any more.
+    """
+
+    since_s: float
+    allowed_s: float
+    rids: Sequence[str]
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    called_back_s: float | None = None
+    given_up: bool = False
+
+
 class Member:
     """One slot of the pool; the server in it may be replaced by a restart.
 
@@ -49,9 +77,12 @@ class Member:
         suspect: A request failed on it; not routed to until it answers a health check.
         paused: It was told to hold requests back.
         released: It gave its GPU memory back.
+        renewed: It is, for all that is known, another process than before.
         in_flight: Requests of the pool that it holds.
         bound: The most requests that it is given at once.
-        num_deaths: How often its process died or stopped answering.
+        room: The same where it said that it is busy: grows again as replies come.
+        busy: It asked for a pause, which lasts.
+        answered_s: When it last sent a token, on its clock of service.
     """
 
     def __init__(
@@ -59,11 +90,15 @@ class Member:
     ) -> None:
         self.slot = slot
         self.bound = bound
-        self.num_deaths = 0
         self.in_flight = 0
         self.drained = anyio.Event()
         self._idle_s = 0.0
         self._idle_since = time.monotonic()
+        self.answered_s = -math.inf
+        self._service_s = 0.0
+        self._serves_since: float | None = None
+        self._faults_s: list[float] = []
+        self._held: set[Held] = set()
         self.replace(handle, client, facts)
 
     def replace(self, handle: ServerLike, client: ServerClient, facts: ServerFacts) -> None:
@@ -76,11 +111,18 @@ class Member:
         self.reason = "its weights were not checked yet"
         self.suspect = False
         self.num_failed_checks = 0
+        self.num_suspicions = 0
         self.paused = False
         self.released = False
+        self.renewed = True
+        self.busy = False
+        self.room = self.bound
+        self._busy_since: float | None = None
+        self._busy_until = 0.0
+        self._busy_waits = growing(0.25, LONGEST_WAIT_S)
         self._labels: dict[str, int] = {}
-        self._scopes: set[anyio.CancelScope] = set()
         self._settled = anyio.Event()
+        self._count_service()
 
     def __repr__(self) -> str:
         return f"Member({self.describe()})"
@@ -88,7 +130,7 @@ class Member:
     @property
     def url(self) -> str:
         """Where the server listens."""
-        return self.client.url
+        return self.handle.url.rstrip("/")
 
     @property
     def update_session(self) -> bool:
@@ -123,7 +165,22 @@ class Member:
     @property
     def routable(self) -> bool:
         """Whether requests may be sent to it."""
-        return self.state is MemberState.CLEAN and not self.suspect
+        return self.state is MemberState.CLEAN and not (self.suspect or self.busy)
+
+    @property
+    def service_s(self) -> float:
+        """How long it could answer, since it was added: clean, and not paused."""
+        since = self._serves_since
+        return self._service_s + (0.0 if since is None else time.monotonic() - since)
+
+    @property
+    def late(self) -> Held | None:
+        """The request that is over its time by most, if one is."""
+        now = self.service_s
+        longest = max(self._held, key=lambda h: now - h.since_s - h.allowed_s, default=None)
+        if longest is None or now - longest.since_s <= longest.allowed_s:
+            return None
+        return longest
 
     @property
     def idle_s(self) -> float:
@@ -154,6 +211,7 @@ class Member:
         """From here on its weights are unknown until `mark_clean`."""
         self.state = MemberState.UPDATING
         self.reason = ""
+        self._count_service()
 
     def expect(self, version: int, label: str) -> None:
         """It is about to get the weights of `version`, which it will call `label`."""
@@ -169,6 +227,7 @@ class Member:
         # One name for each version: a server that restarts on its own has the name from before.
         self._labels = {name: v for name, v in self._labels.items() if v != version}
         self.expect(version, label)
+        self._count_service()
         self._settle()
 
     async def settled(self) -> None:
@@ -178,29 +237,73 @@ class Member:
 
     def mark_dirty(self, reason: str) -> None:
         """Its weights are unknown: whatever it holds of ours is sent elsewhere."""
-        if self.state is MemberState.DEAD:
-            return
-        self.state = MemberState.DIRTY
-        self.reason = reason
-        self._give_up_requests()
-        self._settle()
+        if self.state is not MemberState.DEAD:
+            self._mark_out(MemberState.DIRTY, reason)
 
     def mark_dead(self, reason: str) -> None:
         """It is gone, or as good as gone."""
-        self.state = MemberState.DEAD
-        self.reason = reason
-        self._give_up_requests()
+        self._mark_out(MemberState.DEAD, reason)
+
+    def _mark_out(self, state: MemberState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        self._count_service()
+        for held in self._held:
+            held.given_up = True
+        in_turns([held.scope.cancel for held in self._held])
         self._settle()
+
+    def count_fault(self, forgiven_after_s: float) -> int:
+        """It died, or can't be trusted; how often that was within so many seconds of service."""
+        now = self.service_s
+        self._faults_s = [s for s in self._faults_s if now - s < forgiven_after_s] + [now]
+        return len(self._faults_s)
+
+    def put_off(self, wait_s: float | None) -> float | None:
+        """It wants no request for a while.
+
+        Args:
+            wait_s: What it asks for; None: it does not say.
+
+        Returns:
+            Seconds until it may be asked again; None where an answer like this one said so.
+        """
+        self.room = max(1, min(self.room, self.in_flight - 1))
+        now = time.monotonic()
+        self._busy_since = self._busy_since or now
+        if self.busy and (wait_s or 0.0) <= self._busy_until - now:
+            return None
+        self.busy, wait_s = True, wait_s or next(self._busy_waits)
+        self._busy_until = now + wait_s
+        return wait_s
+
+    @property
+    def busy_s(self) -> float:
+        """For how long it has said nothing else than that it is busy."""
+        return 0.0 if self._busy_since is None else time.monotonic() - self._busy_since
+
+    def end_of_pause(self) -> bool:
+        """Whether the pause that it asked for is over; it may be asked again then."""
+        self.busy = self.busy and time.monotonic() < self._busy_until - CLOCK_S
+        return not self.busy
+
+    def answered(self) -> None:
+        """A request was answered well: what was held against it is forgotten."""
+        self.answered_s = self.service_s
+        self.num_suspicions = 0
+        if self.room < self.bound:
+            self.room += 1
+            self._busy_since = None
+            self._busy_waits = growing(0.25, LONGEST_WAIT_S)
 
     def version_of(self, label: str) -> int:
         """The version of a label that the server reports.
 
         Raises:
-            ServerError: The label is none that was published to it: someone else changed it.
+            ReplyError: The label is none that was published to it: someone else changed it.
         """
         version = self._labels.get(label)
         if version is None:
-            raise ServerError(
+            raise ReplyError(
                 f"{self.url} answers with weights {label!r}, which this run did not publish"
                 " (is another run using the same server?)"
             )
@@ -210,11 +313,13 @@ class Member:
         """Stops the server between two tokens; it holds requests back until `unpause`."""
         await self.client.pause(mode)
         self.paused = True
+        self._count_service()
 
     async def unpause(self) -> None:
         """Lets the server work again."""
         await self.client.resume()
         self.paused = False
+        self._count_service()
 
     async def release_memory(self) -> None:
         """Has the server give its GPU memory back, weights and all."""
@@ -226,20 +331,31 @@ class Member:
         await self.client.resume_memory()
         self.released = False
 
-    def request_scope(self) -> anyio.CancelScope:
-        """A scope that is cancelled when the server is given up; `forget` it afterwards."""
-        scope = anyio.CancelScope()
-        self._scopes.add(scope)
-        return scope
+    def hold(self, allowed_s: float, rids: Sequence[str]) -> Held:
+        """A request is sent to it; `forget` it afterwards."""
+        held = Held(self.service_s, allowed_s, rids)
+        self._held.add(held)
+        return held
 
-    def forget(self, scope: anyio.CancelScope) -> None:
-        """The request of this scope has ended."""
-        self._scopes.discard(scope)
+    def forget(self, held: Held) -> None:
+        """The request has ended, well or not."""
+        self._held.discard(held)
+
+    def holds(self, held: Held) -> bool:
+        """Whether the request has not ended."""
+        return held in self._held
+
+    def call_back(self, late: Held) -> None:
+        """All requests of a late one's exchange are being called back."""
+        for held in self._held:
+            if held.rids is late.rids:
+                held.called_back_s = self.service_s
+
+    def _count_service(self) -> None:
+        self._service_s = self.service_s
+        serves = self.state is MemberState.CLEAN and not self.paused
+        self._serves_since = time.monotonic() if serves else None
 
     def _settle(self) -> None:
         self._settled.set()
         self._settled = anyio.Event()
-
-    def _give_up_requests(self) -> None:
-        for scope in list(self._scopes):
-            scope.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lightning_grpo.errors import ServerError
+from lightning_grpo.errors import ReplyError
 from lightning_grpo.rollout import wire
 from lightning_grpo.rollout.member import Member
 from lightning_grpo.types import Completion, Sampling
@@ -72,7 +72,7 @@ class Partial:
         """Takes one reply in.
 
         Raises:
-            ServerError: The reply contradicts itself, or names weights that are not ours.
+            ReplyError: The reply contradicts itself, or names weights that are not ours.
         """
         finish = reply.meta_info.finish_reason
         reason = finish.type if finish is not None else "abort"
@@ -95,7 +95,7 @@ class Partial:
         elif len(self._ids) >= self._sampling.max_new_tokens:
             self._finish = "length"
         elif self._num_idle_aborts > MAX_IDLE_ABORTS:
-            raise ServerError(
+            raise ReplyError(
                 f"{member.url} aborted a request {self._num_idle_aborts} times without a new token"
             )
 
@@ -124,19 +124,14 @@ class Partial:
     ) -> tuple[list[int], list[float]]:
         """Ids with their logprobs; an aborted reply is cut where the two stop agreeing."""
         given, entry_ids, _ = zip(*entries, strict=True) if entries else ((), (), ())
-        if list(entry_ids) == ids and None not in given:
-            return ids, list(given)
-        logprobs: list[float] = []
-        for token_id, (logprob, entry_id, *_) in zip(ids, entries, strict=False):
-            if logprob is None or entry_id != token_id:
-                break
-            logprobs.append(logprob)
-        if reason == "abort":
-            return ids[: len(logprobs)], logprobs
-        raise ServerError(
-            f"{url} sent {len(ids)} token ids with {len(entries)} logprobs, of which"
-            f" {len(logprobs)} belong together"
-        )
+        both = min(len(ids), len(entries))
+        if reason == "abort" and None in given[:both]:
+            both = given.index(None)
+        if list(entry_ids[:both]) != ids[:both] or (len(ids) != len(entries) and reason != "abort"):
+            raise ReplyError(
+                f"{url} sent {len(ids)} token ids with {len(entries)} logprobs that are not theirs"
+            )
+        return ids[:both], wire.checked_logprobs(given[:both], url, wire.LEAST_LOGPROB)
 
     def _end_at_stop_string(self, spell: Decode) -> None:
         """Ends where an uninterrupted request would have: a server sees only its own piece.
@@ -175,25 +170,39 @@ def token_versions(
     because every update aborts and drains first; that the server still names the same weights at
     the end is checked.
     """
-    spans = meta.weight_versions
-    if spans:
-        versions: list[int] = []
-        for span in spans:
-            versions += [member.version_of(span.version)] * (span.end - span.start)
-        if len(versions) != num_tokens:
-            raise ServerError(
-                f"{member.url} reports versions for {len(versions)} of {num_tokens} tokens"
-            )
+    if meta.weight_versions:
+        versions = _versions_of(meta.weight_versions, num_tokens, member)
         if min(versions, default=pinned_version) < pinned_version:
-            raise ServerError(
+            raise ReplyError(
                 f"{member.url} went back from version {pinned_version} to {min(versions)}"
                 " (was it restarted by someone else?)"
             )
         return versions
+    if num_tokens and meta.weight_version is None:
+        raise ReplyError(f"{member.url} does not say which weights sampled {num_tokens} tokens")
     if meta.weight_version is not None and num_tokens:
         at_finish = member.version_of(meta.weight_version)
         if at_finish != pinned_version:
-            raise ServerError(
+            raise ReplyError(
                 f"{member.url} went from version {pinned_version} to {at_finish} during a request"
             )
     return [pinned_version] * num_tokens
+
+
+def _versions_of(spans: Sequence[wire.Span], num_tokens: int, member: Member) -> list[int]:
+    """Of spans that lie end to end over all tokens, in the order of the versions."""
+    versions: list[int] = []
+    for span in spans:
+        version = member.version_of(span.version)
+        in_order = span.start == len(versions) <= span.end <= num_tokens
+        if not in_order or (versions and version < versions[-1]):
+            raise ReplyError(
+                f"{member.url} reports version {version} for the tokens {span.start} to {span.end}"
+                f" of {num_tokens}, after {len(versions)} of others"
+            )
+        versions += [version] * (span.end - span.start)
+    if len(versions) != num_tokens:
+        raise ReplyError(
+            f"{member.url} reports versions for {len(versions)} of {num_tokens} tokens"
+        )
+    return versions

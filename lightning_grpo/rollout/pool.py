@@ -8,33 +8,48 @@ Every token keeps its own logprob and the version of the weights that sampled it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
 import anyio
 
-from lightning_grpo.errors import ConfigError, RequestError, ServerError, ServersLostError
-from lightning_grpo.rollout.client import ServerClient, new_session
+from lightning_grpo.errors import (
+    BusyError,
+    ConfigError,
+    OwnLimitError,
+    ReplyError,
+    RequestError,
+    ServerError,
+    ServersLostError,
+)
+from lightning_grpo.rollout.background import Turns
+from lightning_grpo.rollout.client import ServerClient, growing, new_session
 from lightning_grpo.rollout.interruption import (
     check_memory_release,
     choose_interruption,
     stop_generation,
 )
 from lightning_grpo.rollout.member import Member, MemberState, ServerLike
-from lightning_grpo.rollout.monitor import HealthPolicy, Monitor, Restart, Restore
+from lightning_grpo.rollout.monitor import HealthPolicy, IsGone, Monitor, Restart, Restore
 from lightning_grpo.rollout.partial import Decode, Partial
 from lightning_grpo.rollout.routing import Rank, Router
 from lightning_grpo.rollout.together import Together
 from lightning_grpo.rollout.verify import Requirements, ServerFacts, check_ids, verify_server
-from lightning_grpo.rollout.wire import GenerateReply, GenerateRequest
+from lightning_grpo.rollout.wire import GenerateRequest, check_reply
 from lightning_grpo.types import Completion, Interruption, InterruptionChoice, Sampling
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_BOUND = 256
+TELLING = 16
+"""A completion of so many tokens tells how fast a server is."""
+PREFILL = 10
+"""So many tokens of a prompt are read in the time in which one is sampled, or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +59,46 @@ class PoolLimits:
     Attributes:
         requests_per_server: Most in flight at one server; None: what it says it runs at once
             (`max_running_requests`), else 256.
-        request_timeout_s: Longest generation.
+        max_in_flight: Most in flight at all servers together; None: no limit.
+        request_timeout_s: Longest that a request is left to a server.
         max_failovers: How often one completion may lose its server.
         together: Requests for one prompt that leave at the same moment share an exchange, and come
             back when the longest is done.
+        grace_s: What a request may take beside its tokens.
+        assumed_tokens_per_s: The least speed of one request, until some were seen.
     """
 
     requests_per_server: int | None = None
+    max_in_flight: int | None = None
     request_timeout_s: float = 600.0
     max_failovers: int = 4
     together: bool = False
+    grace_s: float = 30.0
+    assumed_tokens_per_s: float = 20.0
+
+
+class Pace:
+    """How long a request may be left to a server: by its tokens, and the slowest seen lately.
+
+    A request that is late is called back with the tokens that it has and goes on elsewhere, so a
+    narrow limit costs little, and a server that keeps it is found out.
+    """
+
+    def __init__(self, limits: PoolLimits) -> None:
+        self._limits = limits
+        self._seen: deque[float] = deque(maxlen=64)
+
+    def allowed_s(self, request: GenerateRequest, times_late: int) -> float:
+        """Seconds of the server's service; twice as many each time that it was late."""
+        tokens = request.sampling_params["max_new_tokens"] + len(request.input_ids) / PREFILL
+        speed = min(self._seen) / 2 if self._seen else self._limits.assumed_tokens_per_s
+        allowed_s = (self._limits.grace_s + tokens / speed) * 2.0**times_late
+        return min(allowed_s, self._limits.request_timeout_s)
+
+    def saw(self, num_tokens: int, seconds: float) -> None:
+        """A request came back; few tokens say more of the wait before them."""
+        if num_tokens >= TELLING:
+            self._seen.append(num_tokens / max(seconds, 1e-6))
 
 
 class ServerPool:
@@ -96,12 +141,17 @@ class ServerPool:
         self._restore: Restore | None = None
         self._failure: Exception | None = None
         self._changed = anyio.Event()
-        self._router = Router(self._members)
+        self._pace = Pace(self._limits)
+        self._starving_since: float | None = None
+        self._told: set[str] = set()
+        self._turns = Turns()
+        self._router = Router(self._members, self._limits.max_in_flight)
         self._monitor = Monitor(
             self._members,
             health or HealthPolicy(),
             restart,
             revive=self._revive,
+            updating=lambda: self._router.closed,
             changed=self._notify,
             lost=self._fail,
         )
@@ -141,8 +191,11 @@ class ServerPool:
         """
         self._session = new_session(self._api_key)
         try:
-            for slot, handle in enumerate(self._handles):
-                client, facts = await self._connect(handle)
+            found = await asyncio.gather(*map(self._connect, self._handles), return_exceptions=True)
+            for slot, (handle, each) in enumerate(zip(self._handles, found, strict=True)):
+                if isinstance(each, BaseException):
+                    raise each
+                client, facts = each
                 member = Member(slot, handle, client, facts, self._bound(facts))
                 member.mark_clean(version, facts.label)
                 self._members.append(member)
@@ -168,6 +221,14 @@ class ServerPool:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
+
+    def hold(self) -> None:
+        """No request leaves before the next `resume`."""
+        self._router.close()
+
+    def on_silence(self, is_gone: IsGone) -> None:
+        """`is_gone` tells whether the process of a server that does not answer has ended."""
+        self._monitor.is_gone = is_gone
 
     def on_restart(self, restore: Restore) -> None:
         """`restore` brings a restarted server to the current weights and marks it clean."""
@@ -198,21 +259,32 @@ class ServerPool:
         """
         check_ids(input_ids, self._requirements.vocab_size)
         partial = Partial(input_ids, sampling, seed, self._requirements.end_ids)
-        num_failures = 0
+        num_failures = num_late = 0
+        avoid: Member | None = None
+        pauses = growing(0.05, 1.0)
         while not partial.done:
             rank = Rank.CONTINUED if partial.started or num_failures else Rank.FRESH
-            member = await self._router.acquire(group_key, Rank.PRIORITY if priority else rank)
+            rank = Rank.PRIORITY if priority else rank
+            member, pause_s = await self._router.acquire(group_key, rank, avoid), 0.0
+            avoid = None
             try:
-                await self._send(member, partial)
+                num_late += await self._send(member, partial, num_late)
             except RequestError:
                 raise
+            except BusyError as error:
+                self._put_off(member, error)
+            except OwnLimitError as error:
+                self._starve(error)
+                pause_s = next(pauses)
             except ServerError as error:
-                num_failures += 1
-                self._monitor.suspect(member, error)
+                num_failures, avoid = num_failures + 1, member
+                self._blame(member, error)
                 if num_failures > self._limits.max_failovers:
                     raise
             finally:
                 self._router.release(member)
+            if pause_s:
+                await asyncio.sleep(pause_s)
         return partial.completion(self._decode, self._spell)
 
     def choose_interruption(self, wanted: InterruptionChoice) -> Interruption:
@@ -245,28 +317,30 @@ class ServerPool:
                     await member.unpause()
                 except ServerError as error:
                     member.mark_dirty(f"it could not be continued: {error}")
-                    self._monitor.suspect(member, error)
+                    self._monitor.wake(member)
         self._router.open()
         self._notify()
 
     def give_up(self, url: str) -> None:
-        """A live server that can't be updated is restarted, where the run may do that.
+        """A live server that can't be updated is started again, where the run may do that.
 
-        Elsewhere it stays dirty, and the next update tries again.
+        Elsewhere it is proved again.
         """
         for member in self._members:
-            if member.url == url and self._monitor.can_restart:
-                member.mark_dead(member.reason)
-                self._monitor.wake()
+            if member.url == url:
+                if self._monitor.can_restart:
+                    member.mark_dead(member.reason)
+                self._monitor.wake(member)
 
     async def wait_until_clean(self, timeout_s: float) -> None:
-        """Waits until at least one server holds known weights (a restart may be under way).
+        """Waits until at least one server holds known weights (one may be on its way back).
 
         Raises:
             ServersLostError: Too few servers are left, or none is on its way back.
             TimeoutError: None came back in time.
         """
-        with anyio.fail_after(timeout_s):
+        # Whoever is patient with servers waits for them here, too.
+        with anyio.fail_after(max(timeout_s, 2 * self._monitor.patience_s)):
             while not any(m.state is MemberState.CLEAN for m in self._members):
                 if self._failure is not None:
                     raise self._failure
@@ -274,45 +348,98 @@ class ServerPool:
                     raise ServersLostError(f"No server is usable:\n{self.describe()}")
                 await self._changed.wait()
 
-    async def _send(self, member: Member, partial: Partial) -> None:
+    async def _send(self, member: Member, partial: Partial, num_late: int) -> bool:
+        """One exchange with a server; whether it had to be called back."""
         if not member.routable:
             raise ServerError(f"{member.describe()}: given up before the request was sent")
         version = member.version
         run_id = self._requirements.run_id
         request = partial.request(f"{run_id}-{next(self._rids)}", f"{run_id}:{version}")
-        scope = member.request_scope()
+        exchange = None if self._together is None else self._together.join(member.client, request)
+        rids = [request.rid] if exchange is None else exchange.rids
+        held = member.hold(self._pace.allowed_s(request, num_late), rids)
         try:
-            with scope:
-                reply = await self._exchange(member.client, request)
+            with held.scope:
+                if exchange is None:
+                    reply = await member.client.generate(request)
+                else:
+                    reply = await exchange.reply(request)
+                self._pace.saw(len(reply.output_ids), member.service_s - held.since_s)
                 # Unless it aborts, an update is under way with requests in flight: what they got
                 # since counts once the new weights are proved.
                 await member.settled()
         finally:
-            member.forget(scope)
-        if scope.cancelled_caught:
+            member.forget(held)
+        if held.given_up:
             raise ServerError(f"{member.describe()}: given up while it held a request")
-        try:
-            partial.add(reply, member, version)
-        except ServerError as error:
-            member.mark_dirty(str(error))
-            raise
+        check_reply(reply, request, self._requirements.vocab_size, member.url)
+        late = held.called_back_s is not None
+        if late and not reply.output_ids and member.answered_s < held.since_s:
+            raise ReplyError(
+                f"{member.url} gave a request back after {held.allowed_s:.0f} s without a token,"
+                " and has answered no other meanwhile"
+            )
+        partial.add(reply, member, version)
+        if reply.output_ids:
+            member.answered()
+        self._router.answered()
+        self._starving_since = None
+        return late
 
-    async def _exchange(self, client: ServerClient, request: GenerateRequest) -> GenerateReply:
-        if self._together is None:
-            return await client.generate(request)
-        return await self._together.generate(client, request)
+    def _blame(self, member: Member, error: ServerError) -> None:
+        if isinstance(error, ReplyError):
+            self._monitor.distrust(member, str(error))
+        else:
+            self._monitor.suspect(member, error)
+
+    def _put_off(self, member: Member, error: BusyError) -> None:
+        """Sends it nothing until the pause that it wants is over."""
+        if not member.busy_s:
+            logger.warning("server %d is busy and waited for: %s", member.slot, error)
+        wait_s = member.put_off(error.wait_s)
+        if wait_s is None:
+            return
+        if member.busy_s > self._monitor.patience_s:
+            self._monitor.distrust(member, f"it was busy for {member.busy_s:.0f} s: {error}")
+        asyncio.get_running_loop().call_later(wait_s, self._ask_again, member)
+
+    def _ask_again(self, member: Member) -> None:
+        if member.end_of_pause():
+            self._router.dispatch()
+
+    def _starve(self, error: OwnLimitError) -> None:
+        """Leaves it at the requests that this process has connections for."""
+        self._router.shrink()
+        now = anyio.current_time()
+        if self._starving_since is None:
+            self._starving_since = now
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            logger.warning("%s", error)
+        patience_s = self._monitor.patience_s
+        if now - self._starving_since > patience_s:
+            self._fail(ConfigError(f"{error}. No request could be sent for {patience_s:g} s."))
 
     async def _connect(self, handle: ServerLike) -> tuple[ServerClient, ServerFacts]:
         assert self._session is not None, "the pool was not started"
         client = ServerClient(
-            handle.url, self._session, request_timeout_s=self._limits.request_timeout_s
+            handle.url, self._session, request_timeout_s=None, told=self._told, turns=self._turns
         )
         return client, await verify_server(client, self._requirements)
 
     async def _revive(self, member: Member, handle: ServerLike) -> None:
-        version = member.version
+        """Connects a server that answers (again), and brings it to the current weights."""
+        version, asked_before = member.version, handle is member.handle
+        member.handle = handle  # also if it does not connect: it is found by its new address
         client, facts = await self._connect(handle)
+        if asked_before:
+            # It may still be at work on what it was asked before it went.
+            with contextlib.suppress(ServerError):
+                await client.abort()
+        # A server that started anew does not know the names of this run's weights.
+        same, released = facts.label.startswith(f"{self._requirements.run_id}:"), member.released
         member.replace(handle, client, facts)
+        member.released, member.renewed = same and released, not same
         if self._restore is not None:
             await self._restore(member)
         else:
@@ -320,7 +447,8 @@ class ServerPool:
         self._notify()
 
     def _bound(self, facts: ServerFacts) -> int:
-        return self._limits.requests_per_server or facts.info.max_running_requests or DEFAULT_BOUND
+        told = facts.info.max_running_requests or DEFAULT_BOUND
+        return self._limits.requests_per_server or max(1, told)
 
     def _notify(self) -> None:
         self._changed.set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import selectors
 import signal
 import threading
 import time
@@ -25,9 +27,33 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _BEAT_S = 0.1
+MOST_READY = 128
+"""To read from so many sockets takes milliseconds."""
 _LOOP_LOST = "the rollouts' event loop was ended from outside, or by a SystemExit in it."
 
 Build = Callable[[], AbstractAsyncContextManager[RolloutProducer]]
+
+
+class SteadySelector(selectors.DefaultSelector):
+    """Reports some of the sockets that are ready, so that a turn of the event loop is short.
+
+    When the replies to thousands of requests come at once, asyncio would read all of them before
+    anything else runs.
+    """
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Some of what is ready; the rest is reported again."""
+        ready = super().select(timeout)
+        if len(ready) <= MOST_READY:
+            return ready
+        # Wherever it begins, or the last would wait for ever.
+        begin = random.randrange(len(ready))
+        return [*ready, *ready][begin : begin + MOST_READY]
+
+
+def steady_loop() -> asyncio.AbstractEventLoop:
+    """An event loop that is never held for long by what comes at once."""
+    return asyncio.SelectorEventLoop(SteadySelector())
 
 
 class RolloutService:
@@ -47,7 +73,7 @@ class RolloutService:
         self._stop: anyio.Event | None = None
         self._ended: anyio.Event | None = None
         self._worst_lag_s = 0.0
-        self._last_beat = time.monotonic()
+        self._last_beat: float | None = None
 
     @property
     def is_running(self) -> bool:
@@ -76,7 +102,8 @@ class RolloutService:
         if self._portal is not None:
             raise RolloutError("the rollouts are already running.")
         self._failure = None
-        self._thread = start_blocking_portal("asyncio")
+        options = {"loop_factory": steady_loop}
+        self._thread = start_blocking_portal("asyncio", backend_options=options)
         self._portal = self._thread.__enter__()
         try:
             self._main_task, _ = self._portal.start_task(self._main, build)
@@ -124,9 +151,13 @@ class RolloutService:
         self.call(self.producer.load_state_dict, state)
 
     def lag_s(self) -> float:
-        """The longest that the loop was late since the last call (`health/event_loop_lag_s`)."""
+        """The longest that the loop was late since the last call (`health/event_loop_lag_s`).
+
+        Counted from when the producer runs.
+        """
         worst, self._worst_lag_s = self._worst_lag_s, 0.0
-        return max(worst, time.monotonic() - self._last_beat - _BEAT_S, 0.0)
+        last = self._last_beat
+        return worst if last is None else max(worst, time.monotonic() - last - _BEAT_S)
 
     def close(self) -> None:
         """End everything; may be called at any time, also twice and after a failure."""
@@ -152,7 +183,7 @@ class RolloutService:
         self, build: Build, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         self._stop, self._ended = anyio.Event(), anyio.Event()
-        self._last_beat = time.monotonic()
+        self._last_beat, self._worst_lag_s = None, 0.0
         # What is started from this thread, servers and rewards, inherits the mask: Slurm sends its
         # warning before the time limit to every process of the job, and it would end them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -172,10 +203,9 @@ class RolloutService:
 
     async def _beat(self) -> None:
         while True:
+            self._last_beat = before = time.monotonic()
             await anyio.sleep(_BEAT_S)
-            now = time.monotonic()
-            self._worst_lag_s = max(self._worst_lag_s, now - self._last_beat - _BEAT_S)
-            self._last_beat = now
+            self._worst_lag_s = max(self._worst_lag_s, time.monotonic() - before - _BEAT_S)
 
     async def _until_ended(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
         results: list[_T] = []

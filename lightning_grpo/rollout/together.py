@@ -19,55 +19,63 @@ class Together:
     """Gathers requests for the length of a turn of the event loop, then sends them."""
 
     def __init__(self) -> None:
-        self._gathering: dict[Hashable, _Shared] = {}
+        self._gathering: dict[Hashable, Exchange] = {}
 
-    async def generate(self, client: ServerClient, request: GenerateRequest) -> GenerateReply:
-        """As `client.generate`, in one exchange with those of this moment for the same prompt.
-
-        Raises:
-            RequestError: The server refuses one of them.
-            ServerError: It does not answer; all of them are lost with it.
-        """
+    def join(self, client: ServerClient, request: GenerateRequest) -> Exchange:
+        """The exchange with those of this moment for the same prompt; for `Exchange.reply`."""
         key = (client, request.extra_key, tuple(request.input_ids))
-        shared = self._gathering.get(key)
-        if shared is None or shared.is_left:
-            shared = self._gathering[key] = _Shared()
-            shared.exchange = asyncio.create_task(self._send(key, client, shared))
-            shared.exchange.add_done_callback(seen)
-        return await shared.reply(request)
+        exchange = self._gathering.get(key)
+        if exchange is None or exchange.is_left:
+            exchange = self._gathering[key] = Exchange()
+            exchange.task = asyncio.create_task(self._send(key, client, exchange))
+            exchange.task.add_done_callback(seen)
+        return exchange
 
     async def _send(
-        self, key: Hashable, client: ServerClient, shared: _Shared
+        self, key: Hashable, client: ServerClient, exchange: Exchange
     ) -> list[GenerateReply]:
         try:
             await asyncio.sleep(0)  # whoever was ready before this task has joined by now
         finally:
-            if self._gathering.get(key) is shared:
+            if self._gathering.get(key) is exchange:
                 del self._gathering[key]
-        return await client.generate_together(shared.requests)
+        return await client.generate_together(exchange.requests)
 
 
-class _Shared:
-    """Requests that travel as one; ends with the last who waits for it."""
+class Exchange:
+    """Requests that travel as one; ends with the last who waits for it.
 
-    exchange: asyncio.Task[list[GenerateReply]]
+    Attributes:
+        requests: All of them.
+        rids: Their names.
+    """
+
+    task: asyncio.Task[list[GenerateReply]]
 
     def __init__(self) -> None:
         self.requests: list[GenerateRequest] = []
+        self.rids: list[str] = []
         self._num_waiting = 0
 
     @property
     def is_left(self) -> bool:
         """Whether nobody waits for it any more: it is being cancelled."""
-        return not self._num_waiting
+        return not self._num_waiting and bool(self.requests)
 
     async def reply(self, request: GenerateRequest) -> GenerateReply:
+        """Travel with the others.
+
+        Raises:
+            RequestError: The server refuses one of them.
+            ServerError: It does not answer; all of them are lost with it.
+        """
         index = len(self.requests)
         self.requests.append(request)
+        self.rids.append(request.rid)
         self._num_waiting += 1
         try:
-            return (await asyncio.shield(self.exchange))[index]
+            return (await asyncio.shield(self.task))[index]
         finally:
             self._num_waiting -= 1
             if not self._num_waiting:
-                self.exchange.cancel()  # the server then ends what nobody waits for
+                self.task.cancel()  # the server then ends what nobody waits for

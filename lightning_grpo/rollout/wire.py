@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from lightning_grpo.errors import ReplyError
 from lightning_grpo.types import Sampling
+
+ROUNDING = 1e-3
+"""A logprob may be above 0 by so much."""
+LEAST_LOGPROB = -1e3
+"""No token is sampled at less: its probability is 0 in any precision."""
+FINISHED = ("stop", "length", "abort")
+"""Why a generation may end."""
 
 
 class GenerateRequest(msgspec.Struct, omit_defaults=True):
@@ -56,6 +66,8 @@ LogprobEntry = tuple[float | None, int, Any]
 class MetaInfo(msgspec.Struct):
     """The part of a `/generate` reply that is not tokens."""
 
+    id: str | None = None
+    prompt_tokens: int | None = None
     finish_reason: FinishReason | None = None
     weight_version: str | None = None
     weight_versions: list[Span] | None = None
@@ -136,3 +148,60 @@ def sampling_params(
     if seed is not None:
         params["sampling_seed"] = seed
     return params
+
+
+def check_reply(
+    reply: GenerateReply, request: GenerateRequest, vocab_size: int | None, url: str
+) -> None:
+    """Refuses a reply that can't be the answer to a request; logprobs and versions are not read.
+
+    Args:
+        reply: What came.
+        request: What was asked.
+        vocab_size: Of the model; None: not checked.
+        url: Of the server.
+
+    Raises:
+        ReplyError: Which rule it breaks, and by what.
+    """
+    meta, ids = reply.meta_info, reply.output_ids
+    reason = meta.finish_reason and meta.finish_reason.type
+    asked = request.sampling_params["max_new_tokens"]
+    wrong = None
+    if reason not in FINISHED:
+        wrong = f"the finish reason {reason!r}, which is none of {', '.join(FINISHED)}"
+    elif len(ids) > asked:
+        wrong = f"{len(ids)} tokens where {asked} were asked for"
+    elif ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
+        outside = min(ids) if min(ids) < 0 else max(ids)
+        wrong = f"the token id {outside}, which is not in the model's vocabulary of {vocab_size}"
+    elif not ids and reason == "stop":
+        wrong = "a completion that has ended without a token"
+    elif meta.id not in (None, request.rid):
+        wrong = f"the answer to another request ({meta.id!r} instead of {request.rid!r})"
+    elif meta.prompt_tokens not in (None, len(request.input_ids)):
+        wrong = f"an answer to {meta.prompt_tokens} of the prompt's {len(request.input_ids)} tokens"
+    if wrong is not None:
+        raise ReplyError(f"{url} sent {wrong}")
+
+
+def checked_logprobs(
+    logprobs: Sequence[float | None], url: str, least: float = -sys.float_info.max
+) -> list[float]:
+    """The logprobs of tokens, each the logarithm of a probability.
+
+    Args:
+        logprobs: As a server sent them.
+        url: Of the server.
+        least: What none may be below.
+
+    Raises:
+        ReplyError: One is none.
+    """
+    checked = [x for x in logprobs if x is not None and least <= x <= ROUNDING]
+    if len(checked) < len(logprobs):
+        pairs = zip(logprobs, checked, strict=False)
+        at = next((i for i, (one, kept) in enumerate(pairs) if one != kept), len(checked))
+        sent = f"{logprobs[at]} as the logprob of token {at} of {len(logprobs)}"
+        raise ReplyError(f"{url} sent {sent}")
+    return checked

@@ -88,6 +88,11 @@ class Servers(ABC):
         """
         raise ServerError(f"{url} was not started by this run, so it can't be restarted here.")
 
+    def is_gone(self, url: str) -> bool:
+        """Whether a silent server has ended, and is not just out of reach; where it can restart."""
+        del url
+        return True
+
     @abstractmethod
     def stop(self) -> None:
         """Ends what was started: no process, port or thread is left. May be called twice.

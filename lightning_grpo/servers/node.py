@@ -68,6 +68,10 @@ class ServerNode:
             return self._servers.start(arguments["model_path"], run_dir)
         if what == "restart" and self._servers is not None:
             return [self._servers.restart(arguments["url"])]
+        if what == "look" and self._servers is not None:
+            url = arguments["url"]
+            running = [] if self._servers.is_gone(url) else self._servers.handles
+            return [handle for handle in running if handle.url == url]
         self._stop()
         return []
 

@@ -89,6 +89,13 @@ class OwnedServers(Servers):
             self._handles[slot] = self._processes[slot].wait_until_ready(deadline)
             return self._handles[slot]
 
+    def is_gone(self, url: str) -> bool:
+        """Whether the process of the server at `url` has ended."""
+        return not any(
+            handle.url == url and not process.ended
+            for handle, process in zip(self._handles, self._processes, strict=False)
+        )
+
     def stop(self) -> None:
         """Ends every server; returns when all are gone. A start under way fails at once."""
         self._stopping = True

@@ -80,6 +80,11 @@ class ServerProcess:
             raise
         return ServerHandle(url, self._pid, self.launch.log_path, self.launch.devices)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more, by itself or because it was ended."""
+        return self._supervisor.poll() is not None
+
     def ask_to_end(self) -> None:
         """Has the supervisor end the server and all that it started."""
         assert self._supervisor.stdin is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.servers.base import ServerHandle, Servers
-from lightning_grpo.servers.mailbox import POLL_S, TrainerMailbox
+from lightning_grpo.servers.mailbox import POLL_S, SILENCE_S, TrainerMailbox
 from lightning_grpo.servers.owned import OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers
 
@@ -105,6 +105,16 @@ class NodeServers(Servers):
         reply = self._wait(number, self.servers.start_timeout_s + STOP_TIMEOUT_S)
         self._handles[at] = (node, _handle(reply["handles"][0]))
         return self._handles[at][1]
+
+    def is_gone(self, url: str) -> bool:
+        """Whether the process at `url` has ended, as its node says; False if the node is silent."""
+        node = next((node for node, handle in self._handles if handle.url == url), None)
+        if node is None or self._mailbox is None:
+            return True
+        try:
+            return not self._wait(self._mailbox.ask(node, "look", url=url), SILENCE_S)["handles"]
+        except ServerStartError:
+            return False
 
     def stop(self) -> None:
         """Has every node end its servers; the nodes themselves end with their job."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
-from http.client import HTTPException
 
-from lightning_grpo.errors import ServerStartError
+import aiohttp
+
+from lightning_grpo.errors import ConfigError, ServerStartError
 
 POLL_S = 0.1
+KEYS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 CAUSES: tuple[tuple[str, str], ...] = (
     (r"Address already in use", "the port is in use; end whatever listens there"),
     (
@@ -55,22 +57,47 @@ LISTENS = "/model_info"
 """Wants nothing: answered also by a server that a run which crashed left paused."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server said.
+
+    Attributes:
+        status: Of HTTP.
+        wait_s: How long it asks to be left alone; 0 where it does not.
+    """
+
+    status: int
+    wait_s: float = 0.0
+
+
+def answer(
+    url: str, timeout_s: float = 5.0, api_key: str | None = None, path: str = HEALTH
+) -> Answer | None:
+    """What the server answers to a request for `path`; None: nothing in time, or no HTTP."""
+    return asyncio.run(_ask(url + path, timeout_s, api_key))
+
+
+async def _ask(url: str, timeout_s: float, api_key: str | None) -> Answer | None:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    # Of the whole exchange: one that drips would outlast any limit between two bytes.
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    try:
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            asked = response.headers.get("Retry-After", "")
+            return Answer(response.status, float(asked) if asked.isdecimal() else 0.0)
+    except (aiohttp.ClientError, OSError, ValueError):  # a time-out is an OSError
+        return None
+
+
 def answers(
     url: str, timeout_s: float = 5.0, api_key: str | None = None, path: str = HEALTH
 ) -> bool:
     """Whether the server answers a request for `path` well."""
-    request = urllib.request.Request(url + path)
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=timeout_s) as response:
-            return bool(response.status == HTTPStatus.OK)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return False
-    except (OSError, ValueError, HTTPException):  # the last: what answers is no HTTP server
-        return False
+    said = answer(url, timeout_s, api_key, path)
+    return said is not None and said.status == HTTPStatus.OK
 
 
 def wait_until_healthy(
@@ -91,13 +118,23 @@ def wait_until_healthy(
 
     Raises:
         ServerStartError: It does not answer in time.
+        ConfigError: It wants another API key.
     """
     deadline = time.monotonic() + timeout_s
-    while not answers(url, api_key=api_key, path=path):
+    said: Answer | None = None
+    while True:
+        left_s = deadline - time.monotonic()
+        said = answer(url, min(5.0, max(left_s, POLL_S)), api_key, path) or said
+        if said is not None and said.status == HTTPStatus.OK:
+            return
         check()
-        if time.monotonic() > deadline:
+        if said is not None and said.status in KEYS:
+            wants = "another API key than the one given" if api_key else "an API key"
+            raise ConfigError(f"{url} wants {wants} (it answered {said.status}).")
+        if left_s <= 0:
+            last = "" if said is None else f" It answered {said.status}."
             raise ServerStartError(
-                f"Nothing healthy answers at {url} after {timeout_s:g} s."
+                f"Nothing healthy answers at {url} after {timeout_s:g} s.{last}"
                 " Start a server there, or correct `urls`."
             )
-        time.sleep(POLL_S)
+        time.sleep(max(POLL_S, min(left_s, 0.0 if said is None else said.wait_s)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,14 +22,15 @@ from lightning_grpo.rollout.counters import Counters, metrics
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import Policy, StalenessGate
 from lightning_grpo.rollout.ledger import Ledger
+from lightning_grpo.rollout.limits import raise_file_limit, room_for_connections
 from lightning_grpo.rollout.mixture import PromptMixture
+from lightning_grpo.rollout.monitor import HealthPolicy
 from lightning_grpo.rollout.pool import PoolLimits, ServerPool
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.session.material import Material
 from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.types import Completion, Sampling
 from lightning_grpo.weights.choose import choose_transport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place
@@ -43,13 +44,11 @@ class Live:
         pool: The servers as one.
         publisher: Brings them new weights.
         producer: Groups for training, and evaluation.
-        first_sync: Set once the servers are known to hold the trainer's weights.
     """
 
     pool: ServerPool
     publisher: WeightPublisher
     producer: RolloutProducer
-    first_sync: anyio.Event
     _counted: dict[str, int] = field(default_factory=dict)
     _counted_at: float = field(default_factory=time.monotonic)
     _idle_s: float = 0.0
@@ -66,14 +65,14 @@ class Live:
                 " `data.publish(policy)`."
             )
         groups = await self.producer.take()
-        index = gate.num_taken // gate.batch_size - 1
-        batch = RolloutBatch.from_groups(groups, version, index)
-        return Taken(index, version, batch, rollout_metrics(batch) | self.count(), groups)
+        index, counted = gate.num_taken // gate.batch_size - 1, self.count()
+        # In a thread: millions of tokens would hold the loop, and with it the requests in flight.
+        batch = await anyio.to_thread.run_sync(RolloutBatch.from_groups, groups, version, index)
+        return Taken(index, version, batch, rollout_metrics(batch) | counted, groups)
 
     def advance(self, version: int) -> None:
         """The servers have the weights of `version`."""
         self.producer.advance(version)
-        self.first_sync.set()
 
     def count(self) -> dict[str, float]:
         """`rollout/...`, `staleness/dropped_...`, `idle/...`: what happened since the last call."""
@@ -89,29 +88,6 @@ class Live:
         logged["idle/server_fraction"] = (idle_s - self._idle_s) / period
         self._idle_s = idle_s
         return logged
-
-
-class HeldGenerator:
-    """The pool, but no request leaves before the first weight sync: whose version is known."""
-
-    def __init__(self, pool: ServerPool, first_sync: anyio.Event) -> None:
-        self._pool = pool
-        self._first_sync = first_sync
-
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        sampling: Sampling,
-        *,
-        group_key: Hashable | None = None,
-        priority: bool = False,
-        seed: int | None = None,
-    ) -> Completion:
-        """See `Generator`."""
-        await self._first_sync.wait()
-        return await self._pool.generate(
-            input_ids, sampling, group_key=group_key, priority=priority, seed=seed
-        )
 
 
 @dataclass(frozen=True)
@@ -142,6 +118,7 @@ async def open_live(
     Servers start at once, the rest when `beginning` is there.
     """
     settings.servers.deterministic = settings.deterministic
+    raise_file_limit()  # first of all, so that what is started has it, too
     try:
         if settings.servers.fits_load:
             settings.servers.load = await anyio.to_thread.run_sync(material.load_of, settings)
@@ -155,11 +132,9 @@ async def open_live(
         ):
             publisher = _publisher(settings, material, begun, pool)
             pool.on_restart(publisher.restore)
-            first_sync = anyio.Event()
-            generator = HeldGenerator(pool, first_sync)
             runner = EpisodeRunner(
                 settings.workflow,
-                generator,
+                pool,
                 scorer,
                 material.tokenizer,
                 settings.group_size,
@@ -168,7 +143,7 @@ async def open_live(
             producer = _producer(settings, material, runner, begun)
             try:
                 async with producer:
-                    yield Live(pool, publisher, producer, first_sync)
+                    yield Live(pool, publisher, producer)
             finally:
                 await publisher.close()  # Nothing is in flight now that would see the name change.
     finally:
@@ -178,7 +153,10 @@ async def open_live(
 
 @asynccontextmanager
 async def _open_pool(
-    settings: SessionSettings, material: Material, run_id: str, handles: list[ServerHandle]
+    settings: SessionSettings,
+    material: Material,
+    run_id: str,
+    handles: list[ServerHandle],
 ) -> AsyncIterator[ServerPool]:
     servers: Servers = settings.servers
 
@@ -186,6 +164,12 @@ async def _open_pool(
         # Whoever closes does not wait for it: `stop`, which comes then, ends it.
         return await anyio.to_thread.run_sync(servers.restart, url, abandon_on_cancel=True)
 
+    async def is_gone(url: str) -> bool:
+        return await anyio.to_thread.run_sync(servers.is_gone, url, abandon_on_cancel=True)
+
+    limits = settings.limits
+    episodes = (settings.max_staleness + 1) * settings.batch_size * settings.group_size
+    wanted = min(limits.max_in_flight or episodes, episodes)
     pool = ServerPool(
         handles,
         material.requirements(run_id),
@@ -193,11 +177,17 @@ async def _open_pool(
         spell=lambda ids: material.tokenizer.decode(ids, skip_special_tokens=False),
         api_key=servers.api_key,
         limits=PoolLimits(
-            request_timeout_s=settings.limits.request_timeout_s,
+            max_in_flight=room_for_connections(wanted, len(handles), raise_file_limit()),
+            request_timeout_s=limits.request_timeout_s,
             together=settings.workflow.asks_once,
         ),
         restart=restart if servers.can_restart else None,
+        health=HealthPolicy(
+            patience_s=limits.server_timeout_s, max_restarts=limits.max_server_restarts
+        ),
     )
+    pool.hold()  # until the servers are known to hold the trainer's weights
+    pool.on_silence(is_gone)
     async with pool:
         yield pool
 

@@ -173,7 +173,6 @@ class WeightPublisher:
             behind = [t for t in self._fleet.members if t.alive and t not in self._restoring]
             async with anyio.create_task_group() as tasks:
                 for target in tuple(behind):
-                    target.mark_updating()
                     tasks.start_soon(self._bring, target, report, interrupted, behind)
             require_trainer(sent)
         # Last of all: the trainer need not wait until what was held back is sent.
@@ -201,7 +200,7 @@ class WeightPublisher:
                         tasks.start_soon(release, target, report, self._settings.request_timeout_s)
 
     async def restore(self, target: Target) -> None:
-        """Brings a restarted server to the current version.
+        """Brings a server that was out to the current version; it may have started anew.
 
         Raises:
             WeightSyncError: It could not be proved to hold it.
@@ -215,7 +214,7 @@ class WeightPublisher:
             self._restoring.discard(target)
 
     async def _restore(self, target: Target) -> None:
-        if self._proof is not None:
+        if self._proof is not None and target.renewed:
             self._proof.forget(target.url)
         await self._transport.abandon(target)
         if self._current is None:
@@ -262,12 +261,16 @@ class WeightPublisher:
         """Updates one server, in a few attempts; its failure is recorded, not raised."""
         client = target.client
         for attempt in range(ATTEMPTS):
+            if target.client is not client or not target.alive:
+                return
+            target.mark_updating()
             try:
                 await self._update(target, client, report)
             except (ServerError, WeightSyncError) as error:
-                logger.warning("weight update of %s, attempt %d: %s", target.url, attempt, error)
+                # Whoever is left behind is told of by the monitor.
+                logger.info("weight update of %s, attempt %d: %s", target.url, attempt, error)
                 report.failures[client.url] = str(error)
-                if target.client is not client or not target.alive:
+                if target.client is not client:
                     return
                 target.mark_dirty(str(error))
                 await self._transport.abandon(target)

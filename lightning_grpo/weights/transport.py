@@ -107,6 +107,11 @@ class Target(Protocol):
         """Whether it gave its GPU memory back."""
         ...
 
+    @property
+    def renewed(self) -> bool:
+        """Whether it may be another process than the one that was known before."""
+        ...
+
     async def release_memory(self) -> None:
         """Has it give its GPU memory back, weights and all."""
         ...

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,15 @@ class Fault:
 
     Kinds: `error` (500), `refuse` (400, success false), `lie` (success false, done nevertheless),
     `ignore` (success true, nothing done), `hang`, `die` (the socket closes for good), `drop` (this
-    connection breaks).
+    connection breaks), `busy` (`status`, with `retry_after` if given), `drip` (headers at once, and
+    then byte after byte), `drip headers`.
     """
 
     path: str
     kind: str
     times: int = 1
+    status: int = 503
+    retry_after: str | None = None
 
 
 @dataclass
@@ -78,6 +82,9 @@ class FakeServer:
     drop_last_logprob_of_aborted: bool = False
     abort_hides_the_end: bool = False
     check_before_pause: bool = False
+    spoil: Callable[[dict[str, Any]], object] | None = None
+    spoil_scores: Callable[[dict[str, Any]], object] | None = None
+    most_running: int | None = None
     pid: int | None = None
     tail: str = ""
 
@@ -163,11 +170,36 @@ class FakeServer:
         if request.method == "OPTIONS":  # only asks whether there is such a path
             return await handler(request)
         self.calls.append(request.path)
+        return await self._answer_or_fail(request, handler)
+
+    async def _answer_or_fail(self, request: web.Request, handler: Any) -> web.StreamResponse:
         fault = next((f for f in self.faults if f.path == request.path and f.times > 0), None)
         if fault is None:
             return await handler(request)
         fault.times -= 1
+        special = {"busy": self._put_off, "drip": self._drip, "drip headers": self._drip}
+        if fault.kind in special:
+            return await special[fault.kind](request, fault)
         return await self._fail(fault.kind, request, handler)
+
+    async def _put_off(self, request: web.Request, fault: Fault) -> web.StreamResponse:
+        headers = {"Retry-After": fault.retry_after} if fault.retry_after is not None else {}
+        error = {"error": {"message": "the queue is full"}}
+        return web.json_response(error, status=fault.status, headers=headers)
+
+    async def _drip(self, request: web.Request, fault: Fault) -> web.StreamResponse:
+        await request.read()
+        assert request.transport is not None
+        if fault.kind == "drip headers":
+            text = b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 100_000
+        else:
+            text = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b" " * 100_000
+        for i in range(len(text)):
+            if self._hangs.is_set() or request.transport is None:
+                break
+            request.transport.write(text[i : i + 1])
+            await asyncio.sleep(0.01)
+        return web.Response()
 
     async def _fail(  # noqa: PLR0911 - one return for each kind
         self, kind: str, request: web.Request, handler: Any
@@ -228,6 +260,8 @@ class FakeServer:
         if params["max_new_tokens"] == 0:
             return self._scored(body)
         rid = body["rid"]
+        if self.most_running is not None and len(self.running) >= self.most_running:
+            return web.json_response({"error": {"message": "queue is full"}}, status=503)
         self.running[rid] = body
         try:
             return await self._sampled(body, rid, params)
@@ -240,7 +274,10 @@ class FakeServer:
         scores = self.scores(ids)
         entries = [[None if t == 0 else scores[t], i, None] for t, i in enumerate(ids)]
         meta = {"finish_reason": {"type": "length"}, "input_token_logprobs": entries}
-        return web.json_response({"output_ids": [], "meta_info": meta})
+        reply = {"output_ids": [], "meta_info": meta}
+        if self.spoil_scores is not None:
+            self.spoil_scores(reply)
+        return web.json_response(reply)
 
     async def _sampled(self, body: dict[str, Any], rid: str, params: Any) -> web.Response:
         last = body["input_ids"][-1]
@@ -272,7 +309,10 @@ class FakeServer:
         }
         if self.version >= "0.5.19":
             meta["weight_versions"] = spans_of(labels)
-        return web.json_response({"output_ids": ids, "meta_info": meta})
+        reply = {"output_ids": ids, "meta_info": meta}
+        if self.spoil is not None:
+            self.spoil(reply)
+        return web.json_response(reply)
 
     async def _abort_request(self, request: web.Request) -> web.Response:
         body = await request.json()

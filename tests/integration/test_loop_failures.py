@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import threading
 import time
 
 import pytest
@@ -22,7 +23,9 @@ from lightning_grpo.errors import (
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.weights.process_group import ProcessGroupTransport
 from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
+from tests.fakes.wire import wire_to
 
 
 def rewards_of(recorder):
@@ -150,24 +153,83 @@ class Killer(Callback):
             self.killed_at = time.monotonic()
 
 
-def test_a_killed_engine_is_restarted_once_with_the_current_weights_then_the_run_ends(
+def test_a_killed_engine_is_started_again_with_the_current_weights_until_it_dies_too_often(
     tiny_model, tmp_path
 ):
-    data = make_data(EmbeddedServers(), prompts=make_prompts(40), max_staleness=1)
-    killer, recorder = Killer(data, after=(2, 5)), Recorder()
+    limits = RolloutLimits(reward_processes=0, max_server_restarts=2)
+    data = make_data(EmbeddedServers(), prompts=make_prompts(40), max_staleness=1, limits=limits)
+    killer, recorder = Killer(data, after=(2, 5, 8)), Recorder()
     trainer = make_trainer(tmp_path, max_steps=30, callbacks=[killer, recorder])
     with pytest.raises(ServersLostError) as ended:
         trainer.fit(make_module(tiny_model), data)
-    assert time.monotonic() - killer.killed_at < 60
     message = str(ended.value)
     assert re.search(
-        r"Server http://127\.0\.0\.1:\d+ died again \(its process \d+ is gone\)", message
+        r"Server http://127\.0\.0\.1:\d+ is lost: it failed 3 times within 60 s of service"
+        r" \(its process \d+ is gone\)",
+        message,
     )
     assert "0 of 1 servers are left" in message
-    assert len(set(killer.pids)) == 2
-    assert trainer.global_step >= 5
-    # Between the two deaths the servers held the trainer's weights.
+    assert "`--ckpt_path last`" in message
+    assert len(set(killer.pids)) == 3
+    assert trainer.global_step >= 8
+    # Between two deaths the servers held the trainer's weights.
     assert max(m["mismatch/probe"] for m in recorder.metrics[3:]) < 1e-4
+
+
+class Cutter(Callback):
+    """Cuts the wire to a server in a step, an update or a validation, and mends it 3 s later."""
+
+    def __init__(self, wire, quietly: bool) -> None:
+        self.wire, self.quietly = wire, quietly
+        self.timers: list[threading.Timer] = []
+
+    def cut(self) -> None:
+        self.wire.cut(quietly=self.quietly)
+        self.timers.append(threading.Timer(3.0, self.wire.mend))
+        self.timers[-1].start()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 1:
+            self.cut()
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+        if trainer.global_step == 3 and self.wire.num_cuts == 1:
+            self.cut()  # before the weights of this step are published
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, i=0) -> None:
+        if trainer.global_step == 4:
+            self.cut()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quietly", [False, True])
+def test_a_server_that_is_cut_off_for_seconds_costs_no_prompt(
+    tiny_model, server, tmp_path, caplog, quietly
+):
+    steps, batch = 6, 4
+    with wire_to(server) as wire:
+        data = make_data(
+            wire.url,
+            prompts=make_prompts(steps * batch),
+            val_prompts=make_prompts(4),
+            batch_size=batch,
+        )
+        cutter, recorder = Cutter(wire, quietly), Recorder()
+        sync = WeightSync(ProcessGroupTransport("gloo", timeout_s=4.0))
+        trainer = make_trainer(
+            tmp_path, max_steps=steps, val_check_interval=2, callbacks=[sync, cutter, recorder]
+        )
+        trainer.fit(make_module(tiny_model), data)
+        for timer in cutter.timers:
+            timer.join()
+    assert wire.num_cuts == 3
+    assert data.session.state_dict()["producer"]["ledger"]["counts"] == {"trained": steps * batch}
+    assert sum(m["rollout/retried"] for m in recorder.metrics) == 0
+    assert max(m["mismatch/probe"] for m in recorder.metrics[1:]) < 1e-4
+    if not quietly:
+        out = [r.message for r in caplog.records if "is out, and" in r.message]
+        back = [r.message for r in caplog.records if "is back" in r.message]
+        assert len(out) == len(back) == 3
 
 
 @pytest.mark.slow

@@ -1,14 +1,28 @@
 import asyncio
+import errno
 import itertools
-from contextlib import asynccontextmanager
+import resource
+import subprocess
+import sys
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 
+import aiohttp
+import psutil
 import pytest
 
-from lightning_grpo.errors import ConfigError, RequestError, ServerError, ServersLostError
+from lightning_grpo.errors import (
+    ConfigError,
+    RequestError,
+    ServerError,
+    ServersLostError,
+    WeightSyncError,
+)
 from lightning_grpo.rollout.member import MemberState
 from lightning_grpo.rollout.monitor import HealthPolicy
 from lightning_grpo.rollout.pool import PoolLimits, ServerPool
 from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.types import Sampling
 from tests.fakes.server import FakeServer, Fault, log_softmax, make_table
 
@@ -45,6 +59,10 @@ async def until(condition):
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - any condition at all
             await asyncio.sleep(0.005)
+
+
+async def never(member):
+    raise WeightSyncError("it can't be proved")
 
 
 async def publish(pool, servers, version, table=None):
@@ -303,7 +321,7 @@ async def test_a_server_that_keeps_its_requests_is_given_up_by_the_interruption(
     assert len(servers[1].requests) == 1
 
 
-async def test_a_dead_server_is_restarted_once_with_the_current_weights():
+async def test_a_dead_server_is_started_again_with_the_current_weights_until_it_dies_too_often():
     server = FakeServer(token_delay_s=0.005, tail="its last words")
     restored = []
 
@@ -317,7 +335,7 @@ async def test_a_dead_server_is_restarted_once_with_the_current_weights():
         restored.append(member.slot)
         member.mark_clean(5, "default")
 
-    async with pool_of(server, restart=restart) as pool:
+    async with pool_of(server, restart=restart, health=replace(FAST, max_restarts=1)) as pool:
         pool.on_restart(restore)
         generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=30)))
         await until(lambda: server.running)
@@ -328,10 +346,13 @@ async def test_a_dead_server_is_restarted_once_with_the_current_weights():
         again = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=3000)))
         await until(lambda: server.running)
         await server.kill()
-        with pytest.raises(ServersLostError, match="died again") as error:
+        with pytest.raises(
+            ServersLostError, match="failed 2 times within 60 s of service"
+        ) as error:
             await again
         assert server.url in str(error.value)
         assert "its last words" in str(error.value)
+        assert "--ckpt_path last" in str(error.value)
         with pytest.raises(ServersLostError):
             await pool.generate([1], Sampling())
         assert isinstance(pool.failure, ServersLostError)
@@ -349,7 +370,7 @@ async def test_without_a_restart_the_run_goes_on_with_the_servers_that_are_left(
 
 async def test_fewer_servers_than_the_least_end_the_run():
     servers = [FakeServer(), FakeServer()]
-    policy = HealthPolicy(interval_s=0.02, failed_checks=2, min_servers=2)
+    policy = replace(FAST, min_servers=2, patience_s=0.05)
     async with pool_of(*servers, health=policy) as pool:
         await servers[0].kill()
         await until(lambda: pool.failure is not None)
@@ -369,8 +390,8 @@ async def test_a_process_that_is_gone_is_noticed_without_a_request():
 
 async def test_requests_wait_only_so_long_when_no_server_is_usable():
     server = FakeServer(tail="log of the server")
-    policy = HealthPolicy(interval_s=0.02, unavailable_timeout_s=0.1)
-    async with pool_of(server, health=policy) as pool:
+    async with pool_of(server, health=replace(FAST, patience_s=0.05)) as pool:
+        pool.on_restart(never)
         pool.members[0].mark_dirty("for the test")
         with pytest.raises(ServersLostError, match="for the test") as error:
             await pool.generate([1], Sampling())
@@ -449,7 +470,8 @@ async def test_the_name_of_weights_before_they_were_published_is_not_theirs():
 
 async def test_nobody_waits_for_a_server_that_is_lost_beside_a_dirty_one():
     servers = [FakeServer(), FakeServer()]
-    async with pool_of(*servers) as pool:
+    async with pool_of(*servers, health=replace(FAST, patience_s=0.05)) as pool:
+        pool.on_restart(never)
         await servers[1].kill()
         await until(lambda: not pool.members[1].alive)
         pool.members[0].mark_dirty("for the test")
@@ -643,3 +665,294 @@ async def test_a_groups_requests_travel_together_also_over_an_interruption():
     assert all(len(completion.token_ids) == 60 for completion in done)
     assert all(completion.versions[-1] == 1 for completion in done)
     assert server.calls.count("/generate") < len(server.requests)
+
+
+@pytest.mark.parametrize(("times", "retry_after"), [(12, "0.05"), (9, None)])
+async def test_a_busy_server_is_left_alone_and_its_requests_are_not_counted(
+    times, retry_after, caplog
+):
+    busy = Fault("/generate", "busy", times, status=429, retry_after=retry_after)
+    server = FakeServer(faults=[busy])
+    limits = PoolLimits(max_failovers=0)
+    async with pool_of(server, limits=limits) as pool:
+        completions = await asyncio.gather(
+            *(pool.generate([1], Sampling(max_new_tokens=2)) for _ in range(8))
+        )
+        assert all(len(c.token_ids) == 2 for c in completions)
+        assert pool.members[0].state is MemberState.CLEAN
+    (told,) = [r.message for r in caplog.records]
+    assert "server 0 is busy and waited for" in told
+    assert f"{server.url}/generate answered 429: the queue is full" in told
+
+
+async def test_what_a_busy_server_puts_off_goes_to_another():
+    servers = [
+        FakeServer(faults=[Fault("/generate", "busy", 99, retry_after="60")]),
+        FakeServer(seed=1),
+    ]
+    async with pool_of(*servers) as pool:
+        for _ in range(6):
+            await pool.generate([1], Sampling(max_new_tokens=2))
+    assert servers[0].calls.count("/generate") == 1
+    assert len(servers[1].requests) == 6
+
+
+async def test_a_server_with_a_short_queue_is_given_what_it_takes():
+    server = FakeServer(token_delay_s=0.005, most_running=4)
+    async with pool_of(server) as pool:
+        completions = await asyncio.gather(
+            *(pool.generate([1], Sampling(max_new_tokens=4)) for _ in range(40))
+        )
+    assert all(len(c.token_ids) == 4 for c in completions)
+
+
+async def test_a_server_that_is_busy_for_longer_than_the_patience_is_proved_again(caplog):
+    server = FakeServer(faults=[Fault("/generate", "busy", 8, retry_after="0.03")])
+    restored = []
+
+    async def restore(member):
+        restored.append(member.slot)
+        member.mark_clean(0, "default")
+
+    async with pool_of(server, health=replace(FAST, patience_s=0.1)) as pool:
+        pool.on_restart(restore)
+        await pool.generate([1], Sampling(max_new_tokens=2))
+    assert restored
+    assert any("it was busy for" in r.message for r in caplog.records)
+
+
+def at(reply, name, change):
+    reply["meta_info"][name] = change(reply["meta_info"][name])
+
+
+def logprob(value):
+    def spoil(reply):
+        reply["meta_info"]["output_token_logprobs"][2][0] = value
+
+    return spoil
+
+
+def token(value):
+    def spoil(reply):
+        reply["output_ids"][2] = value
+        reply["meta_info"]["output_token_logprobs"][2][1] = value
+
+    return spoil
+
+
+def lengthen(reply):
+    reply["output_ids"] *= 50
+    reply["meta_info"]["output_token_logprobs"] *= 50
+    reply["meta_info"]["weight_versions"][0]["end"] *= 50
+
+
+def empty(reply):
+    reply["output_ids"], reply["meta_info"]["output_token_logprobs"] = [], []
+    reply["meta_info"]["weight_versions"] = []
+    reply["meta_info"]["finish_reason"] = {"type": "stop"}
+
+
+def spans(*given):
+    named = [dict(zip(("version", "start", "end"), span, strict=True)) for span in given]
+    return lambda reply: at(reply, "weight_versions", lambda _: named)
+
+
+LIES = {
+    "an id beyond the vocabulary": (token(16), "the token id 16, which is not in"),
+    "an id below 0": (token(-1), "the token id -1, which is not in"),
+    "an enormous id": (token(10**30), "which is not in the model's vocabulary of 16"),
+    "an id that is no int": (token(2.0), "sent what is no"),
+    "more tokens than asked": (lengthen, "sent 200 tokens where 4 were asked for"),
+    "a logprob above 0": (logprob(0.25), "sent 0.25 as the logprob of token 2 of 4"),
+    "a logprob of nothing": (logprob(None), "sent None as the logprob of token 2 of 4"),
+    "a logprob that is impossible": (logprob(-1e30), "sent -1e+30 as the logprob of token 2"),
+    "a logprob that is no number": (logprob("x"), "sent what is no"),
+    "too few logprobs": (
+        lambda reply: reply["meta_info"]["output_token_logprobs"].pop(),
+        "4 token ids with 3 logprobs",
+    ),
+    "too many logprobs": (
+        lambda reply: reply["meta_info"]["output_token_logprobs"].append([-1.0, 1, None]),
+        "4 token ids with 5 logprobs",
+    ),
+    "logprobs of other tokens": (
+        lambda reply: reply["output_ids"].reverse() or reply["output_ids"].__setitem__(0, 15),
+        "logprobs that are not theirs",
+    ),
+    "no logprobs": (
+        lambda reply: reply["meta_info"].pop("output_token_logprobs"),
+        "4 token ids with 0 logprobs",
+    ),
+    "an unknown reason": (
+        lambda reply: at(reply, "finish_reason", lambda _: {"type": "tired"}),
+        "the finish reason 'tired', which is none of stop, length, abort",
+    ),
+    "no reason": (lambda reply: at(reply, "finish_reason", lambda _: None), "reason None"),
+    "nothing": (empty, "a completion that has ended without a token"),
+    "another request's answer": (
+        lambda reply: at(reply, "id", lambda _: "run-77"),
+        "the answer to another request ('run-77'",
+    ),
+    "a shortened prompt": (
+        lambda reply: reply["meta_info"].update(prompt_tokens=1),
+        "an answer to 1 of the prompt's 2 tokens",
+    ),
+    "no weights": (
+        lambda reply: [reply["meta_info"].pop(k) for k in ("weight_version", "weight_versions")],
+        "does not say which weights sampled 4 tokens",
+    ),
+    "versions of too few tokens": (spans(("default", 0, 3)), "versions for 3 of 4 tokens"),
+    "versions of too many tokens": (spans(("default", 0, 5)), "the tokens 0 to 5 of 4"),
+    "versions with a gap": (spans(("default", 0, 1), ("default", 2, 5)), "the tokens 2 to 5 of 4"),
+    "versions that overlap": (
+        spans(("default", 0, 3), ("default", 2, 3)),
+        "the tokens 2 to 3 of 4, after 3",
+    ),
+    "versions backwards": (spans(("default", 4, 0), ("default", 0, 8)), "the tokens 4 to 0 of 4"),
+}
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("lie", LIES)
+async def test_a_reply_that_can_not_be_is_refused_and_its_server_proved_before_it_is_used(
+    lie, together, caplog
+):
+    spoil, message = LIES[lie]
+    servers = [FakeServer(spoil=spoil), FakeServer(seed=1)]
+    restored = []
+
+    async def restore(member):
+        restored.append(member.slot)
+        servers[member.slot].spoil = None
+        member.mark_clean(0, "default")
+
+    options = {"requirements": Requirements("run", vocab_size=16)}
+    async with pool_of(*servers, limits=PoolLimits(together=together), **options) as pool:
+        pool.on_restart(restore)
+        honest = await asyncio.gather(
+            *(pool.generate([1, 2], Sampling(max_new_tokens=4), group_key=0) for _ in range(3))
+        )
+        await until(lambda: restored)
+        await until(lambda: all(m.routable for m in pool.members))
+    assert restored == [0]
+    assert all(len(completion.token_ids) == 4 for completion in honest)
+    assert all(-20 < x <= 0 for completion in honest for x in completion.logprobs)
+    (out,) = [r.message for r in caplog.records if "is out, and proved again" in r.message]
+    assert servers[0].url in out
+    assert message in out
+
+
+async def test_a_logprob_above_zero_by_rounding_is_taken():
+    async with pool_of(FakeServer(spoil=logprob(1e-5))) as pool:
+        completion = await pool.generate([1, 2], Sampling(max_new_tokens=4))
+    assert completion.logprobs[2] == 1e-5
+
+
+@pytest.mark.parametrize("told", [-5, 0])
+async def test_a_server_that_says_it_runs_no_request_at_once_is_given_some(told):
+    async with pool_of(FakeServer(info={"max_running_requests": told})) as pool:
+        assert len((await pool.generate([1], Sampling(max_new_tokens=2))).token_ids) == 2
+
+
+async def test_no_request_leaves_a_pool_that_is_held_before_it_is_let_go():
+    server = FakeServer()
+    await server.start()
+    pool = ServerPool([server], Requirements("run"), decode, health=FAST)
+    pool.hold()
+    async with pool:
+        asked = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=2)))
+        await asyncio.sleep(0.05)
+        assert not server.requests
+        await pool.resume()
+        await asked
+    await server.kill()
+
+
+async def test_requests_that_leave_at_once_leave_a_few_in_each_turn_and_groups_whole():
+    server = FakeServer(info={"max_running_requests": 1000})
+
+    class Counting(ServerPool):
+        async def _send(self, member, partial, num_late):
+            turns[-1].append(partial._prompt[0])
+            return await super()._send(member, partial, num_late)
+
+    turns = [[]]
+
+    def turn():
+        if turns[-1]:
+            turns.append([])
+        asyncio.get_running_loop().call_soon(turn)
+
+    await server.start()
+    async with Counting([server], Requirements("run"), decode, health=FAST) as pool:
+        await pool.interrupt()
+        short = Sampling(max_new_tokens=1)
+        asked = [
+            asyncio.create_task(pool.generate([n // 6], short, group_key=n // 6)) for n in range(96)
+        ]
+        await until(lambda: pool.num_waiting == 96)
+        turn()
+        await pool.resume()
+        await asyncio.gather(*asked)
+    sizes = [len(each) for each in turns if each]
+    assert sum(sizes) == 96
+    assert max(sizes) <= 18
+    assert all(each.count(prompt) % 6 == 0 for each in turns for prompt in set(each))
+    await server.kill()
+
+
+async def test_a_process_without_descriptors_blames_no_server_and_sends_what_it_can(caplog):
+    with null_server() as url:
+        pool = ServerPool([ServerHandle(url)], Requirements("run"), decode, health=FAST)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        async with pool:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 12, hard))
+            try:
+                asked = [pool.generate([n], Sampling(max_new_tokens=2)) for n in range(100)]
+                completions = await asyncio.gather(*asked)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert pool.members[0].routable
+    assert len(completions) == 100
+    (told,) = [r.message for r in caplog.records]
+    assert "`ulimit -n`" in told
+    assert url not in told
+
+
+async def test_a_process_that_never_gets_a_descriptor_ends_the_run_by_name():
+    server = FakeServer()
+    policy = replace(FAST, patience_s=0.2)
+    async with pool_of(server, health=policy) as pool:
+        pool.members[0].client._session = NoFiles(pool.members[0].client._session)
+        with pytest.raises(ConfigError, match=r"`ulimit -n`.* No request could be sent for 0\.2 s"):
+            await pool.generate([1], Sampling())
+        assert pool.members[0].alive
+
+
+class NoFiles:
+    """A session in a process that has no descriptor left."""
+
+    def __init__(self, session):
+        self.session = session
+
+    def request(self, *args, **kwargs):
+        return self
+
+    async def __aenter__(self):
+        raise aiohttp.ClientOSError(errno.EMFILE, "Too many open files")
+
+    async def __aexit__(self, *error):
+        pass
+
+
+@contextmanager
+def null_server():
+    """One that answers at once, in a process of its own: it has its own descriptors."""
+    command = [sys.executable, "-m", "benchmarks.null_server", "--new-tokens", "2"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.stdin.close()
+        process.wait(10)
+        process.stdout.close()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ctypes
+import selectors
+import socket
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -9,7 +11,7 @@ import anyio
 import pytest
 
 from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
-from lightning_grpo.rollout.service import RolloutService
+from lightning_grpo.rollout.service import MOST_READY, RolloutService, SteadySelector
 from tests.fakes.generator import FakeGenerator
 from tests.fakes.rollouts import make_producer
 
@@ -194,3 +196,39 @@ def test_a_loop_whose_thread_is_killed_says_so_to_who_waits_and_to_who_asks(runn
     with pytest.raises(RolloutError, match="event loop was ended from outside"):
         service.take()
     service.close()
+
+
+def test_the_time_before_the_producer_runs_is_no_lag(running):
+    service = running.service
+
+    @asynccontextmanager
+    async def slowly():
+        await anyio.sleep(1.0)  # as servers take to start
+        async with running.build(batch_size=2) as producer:
+            yield producer
+
+    service.start(slowly)
+    time.sleep(0.15)
+    assert service.lag_s() < 0.8
+
+
+def test_many_sockets_that_are_ready_at_once_are_reported_in_parts_and_none_is_left_out():
+    selector, pairs = SteadySelector(), [socket.socketpair() for _ in range(300)]
+    try:
+        for ours, theirs in pairs:
+            selector.register(ours, selectors.EVENT_READ)
+            theirs.send(b"x")
+        seen, sizes = set(), []
+        while len(seen) < 300:
+            ready = selector.select(0)
+            sizes.append(len(ready))
+            for key, _ in ready:
+                seen.add(key.fd)
+                key.fileobj.recv(1)
+        assert max(sizes) == MOST_READY
+        assert selector.select(0) == []
+    finally:
+        selector.close()
+        for ours, theirs in pairs:
+            ours.close()
+            theirs.close()

@@ -39,7 +39,11 @@ class Client:
 
 def ask(together, client, name, prompt=(1, 2)):
     request = GenerateRequest(list(prompt), {}, return_logprob=True, rid=str(name))
-    return asyncio.create_task(together.generate(client, request))
+
+    async def generate():
+        return await together.join(client, request).reply(request)
+
+    return asyncio.create_task(generate())
 
 
 async def settle():

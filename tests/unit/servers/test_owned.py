@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -39,6 +41,17 @@ class Slow(OwnedServers):
 
     def launches(self, model_path, run_dir):
         return [Launch([sys.executable, "-c", SLOW_TO_END, str(run_dir)], run_dir / "log", {})]
+
+
+def test_a_server_whose_process_was_killed_is_gone(tmp_path):
+    servers = Slow()
+    (handle,) = servers.start("model", tmp_path)
+    assert not servers.is_gone(handle.url)
+    os.kill(handle.pid, signal.SIGKILL)
+    while not servers.is_gone(handle.url):
+        time.sleep(0.02)
+    servers.stop()
+    assert servers.is_gone(handle.url)
 
 
 @pytest.mark.timeout(60)

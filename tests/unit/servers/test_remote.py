@@ -47,6 +47,8 @@ def test_every_node_starts_restarts_and_ends_its_servers_and_leaves_at_the_end(t
         assert len(handles) == len({h.url for h in handles}) == 2
         assert all(answers(h.url) for h in handles)
         assert {h.log_path.parent.parent.name for h in handles} == {"node-0", "node-1"}
+        assert not servers.is_gone(handles[0].url)
+        assert servers.is_gone("http://127.0.0.1:1")
         again = servers.restart(handles[1].url)
         assert answers(again.url)
         assert servers.handles == [handles[0], again]

@@ -7,7 +7,7 @@ import pytest
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.servers.environment import ADDRESSES_VARIABLE
 from lightning_grpo.servers.running import RunningServers, normal_url
-from tests.fakes.server import FakeServer
+from tests.fakes.server import FakeServer, Fault
 
 
 @pytest.fixture
@@ -116,3 +116,34 @@ def test_an_address_without_scheme_or_port_is_refused(address):
 def test_an_empty_list_is_refused():
     with pytest.raises(ConfigError, match="at least one server"):
         RunningServers([])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(None, "wants an API key"), ("wrong", "wants another API key than the one given")],
+)
+def test_a_wrong_key_is_told_at_once(fake, tmp_path, given, message):
+    fake.api_key = "right"
+    with pytest.raises(ConfigError, match=rf"{fake.url} {message} \(it answered 401\)") as error:
+        RunningServers([fake.url], connect_timeout_s=300, api_key=given).start("model", tmp_path)
+    assert "wrong" not in str(error.value)
+    RunningServers([fake.url], api_key="right").start("model", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["hang", "drip", "drip headers"])
+def test_a_server_that_never_quite_answers_is_given_up_in_time(fake, tmp_path, kind):
+    fake.faults.append(Fault("/model_info", kind, times=99))
+    with pytest.raises(ServerStartError, match=f"Nothing healthy answers at {fake.url}"):
+        RunningServers([fake.url], connect_timeout_s=0.3).start("model", tmp_path)
+
+
+def test_a_busy_server_is_asked_as_often_as_it_wants(fake, tmp_path):
+    fake.faults.append(Fault("/model_info", "busy", times=1, retry_after="1"))
+    RunningServers([fake.url], connect_timeout_s=20).start("model", tmp_path)
+    assert fake.calls.count("/model_info") == 2
+
+
+def test_what_a_server_answers_instead_is_told(fake, tmp_path):
+    fake.faults.append(Fault("/model_info", "error", times=99))
+    with pytest.raises(ServerStartError, match=r"after 0\.2 s\. It answered 500\."):
+        RunningServers([fake.url], connect_timeout_s=0.2).start("model", tmp_path)

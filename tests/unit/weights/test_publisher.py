@@ -2,6 +2,7 @@ import asyncio
 import itertools
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -262,13 +263,13 @@ async def test_closing_breaks_off_a_publish_that_hangs_and_leaves_no_thread(tmp_
         assert "/destroy_weights_update_group" in server.calls
 
 
-async def test_scores_that_do_not_come_in_time_leave_the_server_dirty(tmp_path):
+async def test_scores_that_do_not_come_in_time_leave_the_server_unused(tmp_path):
     server = FakeServer()
     async with fleet(tmp_path, DiskTransport(), server, timeout_s=0.3) as (pool, publisher):
         scores = Future()
         with pytest.raises(ServersLostError):
             await publisher.publish(snapshot(1), 1, scores)
-        assert pool.members[0].state is MemberState.DIRTY
+        assert pool.members[0].state is not MemberState.CLEAN
         assert not scores.cancelled()
 
 
@@ -460,7 +461,8 @@ async def test_an_update_that_says_yes_but_did_not_happen_makes_the_server_dirty
 
 async def test_when_no_server_takes_the_version_and_none_is_restarted_the_run_ends(tmp_path):
     server = FakeServer(faults=[Fault("/update_weights_from_disk", "error", times=99)])
-    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+    options = {"health": replace(FAST, patience_s=0.3)}
+    async with fleet(tmp_path, DiskTransport(), server, **options) as (_, publisher):
         with pytest.raises(ServersLostError, match="answered 500"):
             await publish(publisher, 1)
 
@@ -559,6 +561,7 @@ async def test_the_first_proof_of_a_server_is_thorough_and_later_ones_are_not(tm
         wrong = SentScores([*expected(1).scores, [x - 0.1 for x in long]])
         with pytest.raises((WeightSyncError, ServersLostError), match="holds other weights"):
             await publisher.publish(snapshot(1), 1, wrong)
+    async with fleet(tmp_path, DiskTransport(), server, probe=probe) as (_, publisher):
         right = SentScores([*expected(1).scores, long])
         await publisher.publish(snapshot(1), 1, right)
         server.calls.clear()
@@ -594,14 +597,98 @@ async def test_a_turn_that_never_comes_is_told(tmp_path):
 
 
 async def test_without_a_probe_a_refusal_stands(tmp_path):
-    server = FakeServer(faults=[Fault("/update_weights_from_disk", "refuse", times=ATTEMPTS)])
+    server = FakeServer(faults=[Fault("/update_weights_from_disk", "refuse", times=99)])
     async with fleet(tmp_path, DiskTransport(), server, probe=None) as (_, publisher):
         with pytest.raises(ServersLostError, match="refused"):
             await publish(publisher, 1)
+    server.faults.clear()
+    async with fleet(tmp_path, DiskTransport(), server, probe=None) as (_, publisher):
         report = await publish(publisher, 2)
         assert not report.failures
         assert report.updated == [server.url]
         assert report.probe_diff is None
+
+
+@pytest.mark.parametrize("others", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [(kind, path) for kind, paths in PHASES.items() for path in paths],
+)
+async def test_a_server_cut_off_in_any_phase_of_an_update_comes_back_with_the_version(
+    tmp_path, kind, path, others
+):
+    transport = (
+        DiskTransport() if kind == "disk" else ProcessGroupTransport("gloo", timeout_s=TIMEOUT_S)
+    )
+    cut, *rest = servers = [FakeServer(token_delay_s=0.002) for _ in range(1 + others)]
+    async with fleet(tmp_path, transport, *servers) as (pool, publisher):
+        await publish(publisher, 1)
+        generating = [
+            asyncio.create_task(pool.generate([1, n], Sampling(max_new_tokens=100)))
+            for n in range(4)
+        ]
+        await until(lambda: all(server.running for server in servers))
+        cut.faults.append(Fault(path, "die"))
+        if path == "/init_weights_update_group":
+            await transport.abandon(pool.members[0])
+        publishing = asyncio.create_task(publish(publisher, 2))
+        await until(lambda: cut._runner is None)
+        await asyncio.sleep(0.3)
+        await cut.start()
+        report = await publishing
+        assert set(report.updated) >= {server.url for server in rest}
+        await until(lambda: all(m.routable for m in pool.members))
+        assert [m.version for m in pool.members] == [2] * len(servers)
+        assert all(holds(server, 2) and not server.paused for server in servers)
+        for completion in await asyncio.gather(*generating):
+            assert len(completion.token_ids) == 100
+            assert set(completion.versions) <= {1, 2}
+        assert len((await publish(publisher, 3)).updated) == len(servers)
+
+
+async def test_a_server_cut_off_while_its_memory_was_given_back_takes_it_again(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server) as (pool, publisher):
+        await publish(publisher, 1)
+        await publisher.release_memory()
+        assert server.released
+        await server.kill()
+        publishing = asyncio.create_task(publish(publisher, 2))
+        await until(lambda: not pool.members[0].alive or pool.members[0].state == "dirty")
+        await server.start()
+        await publishing
+        await until(lambda: pool.members[0].routable)
+        assert not server.released
+        assert holds(server, 2)
+
+
+async def test_a_server_that_started_anew_while_it_had_no_memory_is_not_told_to_take_it(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server) as (pool, publisher):
+        await publish(publisher, 1)
+        await publisher.release_memory()
+        await server.kill()
+        server.released, server.label = False, "default"
+        server.unpaused.set()
+        publishing = asyncio.create_task(publish(publisher, 2))
+        await until(lambda: not pool.members[0].alive or pool.members[0].state == "dirty")
+        await server.start()
+        await publishing
+        await until(lambda: pool.members[0].routable)
+        assert holds(server, 2)
+
+
+async def test_a_server_that_kept_old_weights_is_not_believed_because_it_was_out(tmp_path):
+    close = torch.tensor(make_table(1)) + 0.1 * torch.tensor(make_table(7))
+    server = FakeServer(info={"dtype": "bfloat16"})
+    async with fleet(tmp_path, DiskTransport(), server) as (_, publisher):
+        rounding = Rounding({"bfloat16": 0.05})
+        noisy = [[x + 0.05 for x in row] for row in expected(1).scores]
+        await publisher.publish(snapshot(1), 1, SentScores(noisy, rounding=rounding))
+        server.faults.append(Fault("/update_weights_from_disk", "ignore", times=99))
+        scores = [table_scores(close.tolist(), list(ids)) for ids in PROBE.sequences]
+        with pytest.raises(ServersLostError, match=r"failed its proof 3 times .*kept old weights"):
+            await publisher.publish({"table": close}, 2, SentScores(scores, rounding=rounding))
 
 
 async def test_a_session_left_open_by_a_crashed_run_is_closed_first(tmp_path):

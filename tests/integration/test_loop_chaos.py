@@ -1,0 +1,148 @@
+"""A run beside servers that are cut off, busy, slow, broken or lying, at random."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+from collections import Counter
+
+import pytest
+from aiohttp import web
+from lightning.pytorch.callbacks import Callback
+
+from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.weights.disk import DiskTransport
+from lightning_grpo.weights.process_group import ProcessGroupTransport
+from tests.fakes.engine_process import EngineProcess
+from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
+from tests.fakes.proxy import ForwardingProxy, in_a_thread
+from tests.fakes.wire import Wire, wire_to
+
+RATES = {"429": 0.02, "503": 0.01, "500": 0.01, "hang": 0.005, "drop": 0.005, "lie": 0.01}
+
+
+class Chaos(ForwardingProxy):
+    """Answers some requests itself, and changes some answers.
+
+    Attributes:
+        on: Whether it does.
+        seen: How often it did what.
+    """
+
+    def __init__(self, target: str, noise: random.Random, seen: Counter[str]) -> None:
+        super().__init__()
+        self._target, self._noise, self.seen, self.on = target, noise, seen, False
+
+    @property
+    def target(self) -> str:
+        return self._target
+
+    async def answer(self, request: web.Request, body: bytes) -> web.Response | None:
+        kind = self._noise.choices([*RATES, ""], [*RATES.values(), 1 - sum(RATES.values())])[0]
+        if not self.on or kind in ("", "lie"):
+            return None
+        self.seen[kind] += 1
+        if kind.isdecimal():
+            headers = {"Retry-After": "0.2"} if kind == "429" else {}
+            return web.Response(status=int(kind), headers=headers)
+        if kind == "hang":
+            await asyncio.sleep(3.0)
+            return None
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    def changed(self, path: str, content: bytes) -> bytes:
+        if not self.on or path != "/generate" or self._noise.random() > RATES["lie"]:
+            return content
+        self.seen["lie"] += 1
+        answer = json.loads(content)
+        for reply in answer if isinstance(answer, list) else [answer]:
+            ids, meta = reply["output_ids"], reply["meta_info"]
+            logprobs = meta.get("output_token_logprobs")
+            lie = self._noise.randrange(4)
+            if lie == 0 and ids:
+                ids[0] = 10**6
+            elif lie == 1 and logprobs:
+                logprobs[0][0] = 0.5
+            elif lie == 2:
+                meta["finish_reason"] = {"type": "tired"}
+            else:
+                ids.append(1)
+        return json.dumps(answer).encode()
+
+
+class Cutter(Callback):
+    """While it trains, cuts one wire after another, for seconds."""
+
+    def __init__(self, wires: list[Wire], noise: random.Random) -> None:
+        self.wires, self.noise, self.ended = wires, noise, threading.Event()
+        self.thread = threading.Thread(target=self.work)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.thread.start()
+
+    def work(self) -> None:
+        while not self.ended.wait(self.noise.uniform(2.0, 6.0)):
+            wire = self.noise.choice(self.wires)
+            wire.cut(quietly=self.noise.random() < 0.3)
+            self.ended.wait(self.noise.uniform(0.5, 4.0))
+            wire.mend()
+
+    def end(self) -> None:
+        self.ended.set()
+        self.thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_prompt_is_lost_and_no_lie_is_trained_on(tiny_model, tmp_path, seed):
+    steps, batch = 100, 4
+    noise, seen = random.Random(seed), Counter()
+    transport = [DiskTransport(), ProcessGroupTransport("gloo", timeout_s=4.0)][seed]
+    engines = [EngineProcess(tiny_model, tmp_path / f"engine-{i}") for i in range(2)]
+    try:
+        with (
+            in_a_thread(Chaos(engines[0].url, noise, seen)) as one,
+            in_a_thread(Chaos(engines[1].url, noise, seen)) as other,
+            wire_to(one.url) as first,
+            wire_to(other.url) as second,
+        ):
+            data = make_data(
+                RunningServers([first.url, second.url]),
+                prompts=make_prompts(steps * batch),
+                val_prompts=make_prompts(8),
+                batch_size=batch,
+                max_staleness=1,
+                limits=RolloutLimits(reward_processes=0, max_server_restarts=steps),
+            )
+            recorder, cutter = Recorder(), Cutter([first, second], noise)
+            sync = WeightSync(transport, request_timeout_s=10.0)
+            trainer = make_trainer(
+                tmp_path,
+                max_steps=steps,
+                val_check_interval=20,
+                callbacks=[sync, cutter, recorder],
+            )
+            data.servers.start(str(tiny_model), tmp_path)  # before anything goes wrong
+            one.on = other.on = True
+            try:
+                trainer.fit(make_module(tiny_model), data)
+            finally:
+                one.on = other.on = False
+                cutter.end()
+    finally:
+        for engine in engines:
+            engine.close()
+    print(f"seed {seed}: {dict(seen)}, {first.num_cuts + second.num_cuts} cuts")
+    rows = [g.prompt.row for b in recorder.batches for g in b.rollout.groups]
+    assert sorted(rows) == list(range(steps * batch))
+    assert data.session.state_dict()["producer"]["ledger"]["counts"] == {"trained": steps * batch}
+    differences = [m["mismatch/abs_logprob_diff"] for m in recorder.metrics]
+    assert max(d for d in differences if d == d) < 1e-4
+    assert min(seen.values()) > 0
