@@ -28,7 +28,11 @@ def completed(*pieces, sampling, end_ids=frozenset([END])):
     for ids, reason in pieces:
         assert not partial.done
         entries = [(-0.5, i, None) for i in ids]
-        meta = MetaInfo(FinishReason(reason), "v0", output_token_logprobs=entries)
+        meta = MetaInfo(
+            finish_reason=FinishReason(reason),
+            weight_version="v0",
+            output_token_logprobs=entries,
+        )
         partial.add(GenerateReply(meta, list(ids)), SERVER, 0)
     assert partial.done
     return partial.completion(decode, spell)
