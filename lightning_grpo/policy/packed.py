@@ -103,10 +103,7 @@ class PackedPolicy(nn.Module):
             temperature: One for all, or fp32 `[tokens]`.
             with_entropy: Whether to compute entropies too.
         """
-        if self.model.get_input_embeddings().training:
-            compute_as_served(self.model)
-        with self._factors.of_rows(layout):
-            hidden = self._hidden(input_ids, layout)
+        hidden = self.hidden_states(input_ids, layout)
         logprobs, entropy = head_logprobs(
             hidden.index_select(0, layout.unique_of[predicted - 1]),
             self.model.get_output_embeddings().weight,
@@ -118,6 +115,18 @@ class PackedPolicy(nn.Module):
         empty = logprobs.new_zeros(len(input_ids))
         logprobs = empty.index_copy(0, predicted, logprobs)
         return logprobs, None if entropy is None else empty.index_copy(0, predicted, entropy)
+
+    def hidden_states(self, input_ids: Tensor, layout: PackedLayout) -> Tensor:
+        """Compute what the head sees of each unique token, `[unique, hidden]`.
+
+        Args:
+            input_ids: int64 `[tokens]`.
+            layout: Of these tokens.
+        """
+        if self.model.get_input_embeddings().training:
+            compute_as_served(self.model)
+        with self._factors.of_rows(layout):
+            return self._hidden(input_ids, layout)
 
     def _layout(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedLayout:
         if cu_seqlens is None:

@@ -191,13 +191,8 @@ class SnapshotScorer:
         model, prepared = self._policy.model, self._layout(tuple(map(tuple, sequences)))
         layout, predicted = prepared.layout, prepared.predicted
         with _computing_with(model, change):
-            output = model.get_decoder()(
-                input_ids=prepared.input_ids[layout.unique].unsqueeze(0),
-                position_ids=layout.positions.unsqueeze(0),
-                use_cache=False,
-                packing=layout,
-            )
-            hidden = output.last_hidden_state[0, layout.unique_of[predicted - 1]]
+            hidden = self._policy.hidden_states(prepared.input_ids, layout)
+            hidden = hidden[layout.unique_of[predicted - 1]]
             weight = model.get_output_embeddings().weight.t()
             scores = []
             for rows, targets in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.policy.load import check_config, check_source, load_tokenizer
 from lightning_grpo.policy.memory import HALF, model_size
-from lightning_grpo.policy.rope import usable_context
+from lightning_grpo.policy.rope import length_switches, usable_context
 from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
 from lightning_grpo.rollout.protocols import RolloutWorkflow
 from lightning_grpo.rollout.verify import SHAPE, Requirements
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 32
 SHORT_PROBE_TOKENS = 12
+LONG_PROBE_TOKENS = 512
+BEYOND_TOKENS = 32
+"""Behind a switch: as many as a proof compares at a stretch."""
 CONTEXT_STEP = 64
 MEASURED_PROMPTS = 20_000
 FINGERPRINT_ROWS = 64
@@ -143,13 +147,28 @@ class Material:
     def probe(self) -> Probe:
         """What servers, the sent weights and the policy score to prove a weight sync.
 
-        The starts of a few prompts, end to end, and the start of one alone.
+        The starts of a few prompts, end to end, and the start of one alone. The first proof of a
+        server has a long sequence more, and one beyond each length at which the model changes.
         """
-        starts = [prompt.input_ids[:PROBE_TOKENS] for prompt in self._first_prompts(PROBE_PROMPTS)]
-        joined = tuple(i for start in starts[:PROBE_PROMPTS] for i in start)
-        alone = starts[0][:SHORT_PROBE_TOKENS]
-        sequences = (joined[: self.context_tokens], alone[: self.context_tokens])
-        return Probe(tuple(ids for ids in sequences if len(ids) > 1))
+        prompts = self._first_prompts(PROBE_PROMPTS)[:PROBE_PROMPTS]
+        joined = tuple(i for prompt in prompts for i in prompt.input_ids[:PROBE_TOKENS])
+        alone = prompts[0].input_ids[:SHORT_PROBE_TOKENS]
+        whole = itertools.cycle([i for prompt in prompts for i in prompt.input_ids])
+        most = self._longest_asked()
+        lengths = {min(most, LONG_PROBE_TOKENS)}
+        lengths |= {s + BEYOND_TOKENS for s in length_switches(self.config)}
+        thorough = (tuple(itertools.islice(whole, n)) for n in sorted(lengths) if n <= most)
+        short = (joined[: self.context_tokens], alone[: self.context_tokens])
+        return Probe(
+            tuple(ids for ids in short if len(ids) > 1),
+            tuple(ids for ids in thorough if len(ids) > len(joined)),
+        )
+
+    def _longest_asked(self) -> int:
+        """Tokens of the longest sequence that servers are sure to take."""
+        needed = self._needed(_longest)
+        most = LONG_PROBE_TOKENS if needed is None else needed
+        return most if self.context_tokens is None else min(most, self.context_tokens)
 
     def _first_prompts(self, most: int) -> list[Prompt]:
         """A few prompts of every dataset."""

@@ -334,3 +334,22 @@ def test_closing_does_not_wait_until_a_server_is_restarted(folder, tmp_path):
             return closed_before
 
     assert anyio.run(close_during_a_restart)
+
+
+@pytest.mark.parametrize(("new_tokens", "reached"), [(16, False), (100, True), (300, True)])
+def test_a_first_proof_has_long_sequences_on_both_sides_of_a_window(
+    folder, tmp_path, new_tokens, reached
+):
+    windowed = tmp_path / "windowed"
+    shutil.copytree(folder, windowed)
+    config = json.loads((windowed / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 80, "max_window_layers": 0}
+    config["layer_types"] = ["sliding_attention"]
+    (windowed / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    settings = settings_of(windowed, tmp_path, sampling=Sampling(max_new_tokens=new_tokens))
+    material = open_material(settings)
+    found = [len(ids) for ids in material.probe.thorough]
+    assert (112 in found) == reached
+    longest = material.longest_prompt + new_tokens
+    assert all(len(material.probe.sequences[0]) < n <= longest for n in found)
+    assert (longest in found) == reached
