@@ -7,12 +7,14 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import anyio
 import anyio.abc
 
 from lightning_grpo.errors import RolloutError
+
+_T = TypeVar("_T")
 
 
 class ClosedError(RolloutError):
@@ -32,6 +34,7 @@ class Background:
         self._changed = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
         self._scopes: set[anyio.CancelScope] = set()
+        self._num_guests = 0
 
     @property
     def is_running(self) -> bool:
@@ -52,17 +55,42 @@ class Background:
         tasks, self._tasks = self._tasks, None
         if tasks is None:
             return None
-        if isinstance(error, Exception):
-            # No task raises, so the group has nothing to add: the error leaves without a wrapper.
-            await tasks.__aexit__(None, None, None)
-            return None
-        return await tasks.__aexit__(kind, error, trace)
+        try:
+            if isinstance(error, Exception):
+                # No task raises, so the group adds nothing: the error leaves without a wrapper.
+                await tasks.__aexit__(None, None, None)
+                return None
+            return await tasks.__aexit__(kind, error, trace)
+        finally:
+            with anyio.CancelScope(shield=True):
+                while self._num_guests:
+                    await self._changed.wait()
 
     def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run a coroutine function in the background."""
         if self._tasks is None:
             raise RolloutError("the rollouts are not running.")
         self._tasks.start_soon(self._guard, function, *arguments)
+
+    async def run(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
+        """Run a coroutine function for a caller who is no child of the group, and end with it.
+
+        The group is not left before the function has unwound.
+        """
+        self.check()
+        results: list[_T] = []
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            self._num_guests += 1
+            try:
+                results.append(await function(*arguments))
+            finally:
+                self._num_guests -= 1
+                self._scopes.discard(scope)
+                self.notify()
+        if not results:
+            self.check()
+        return results[0]
 
     def check(self) -> None:
         """Raise what ended the background, if it has ended."""

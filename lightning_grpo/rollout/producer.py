@@ -158,8 +158,9 @@ class RolloutProducer:
     ) -> list[Group]:
         """Groups for each prompt, past the gate and before all other requests."""
         num_episodes = self._max_running * self.runner.group_size
-        return await evaluate(
-            self.runner, prompts, sampling, num_samples, self.limits.max_attempts, num_episodes
+        attempts = self.limits.max_attempts
+        return await self._background.run(
+            evaluate, self.runner, prompts, sampling, num_samples, attempts, num_episodes
         )
 
     def status(self) -> dict[str, Any]:

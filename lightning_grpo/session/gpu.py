@@ -23,3 +23,9 @@ def current_gpu() -> int | None:
         return None
     present, position = present_devices(), torch.cuda.current_device()
     return present[position] if position < len(present) else None
+
+
+def release_shared_memory() -> None:
+    """Free what servers on this GPU had mapped; torch would complain of it when it ends."""
+    if torch.cuda.is_available():
+        torch.cuda.ipc_collect()

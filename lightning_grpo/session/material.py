@@ -218,6 +218,8 @@ def open_material(settings: SessionSettings) -> Material:
     val_sampling = settings.evaluation.sampling or sampling
     config = load_config(settings.model_path)
     tokenizer = load_tokenizer(settings.model_path)
+    # What a reward sees is what was sampled; old settings would strip spaces before punctuation.
+    tokenizer.clean_up_tokenization_spaces = False
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, settings.model_path)
     end_ids = end_token_ids(settings.model_path, config, tokenizer)
     samplings = {"sampling": sampling, "evaluation.sampling": settings.evaluation.sampling}

@@ -23,7 +23,12 @@ from lightning_grpo.evaluation import score_groups
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.service import RolloutService
-from lightning_grpo.session.gpu import current_gpu, serving_dtype, this_gpu
+from lightning_grpo.session.gpu import (
+    current_gpu,
+    release_shared_memory,
+    serving_dtype,
+    this_gpu,
+)
 from lightning_grpo.session.heap import QuietHeap
 from lightning_grpo.session.live import Beginning, Live, open_live
 from lightning_grpo.session.material import Material, open_material
@@ -149,6 +154,7 @@ class RolloutSession:
                 self.settings.servers.stop()  # or the end would wait for them to come up
             lead.starting.shutdown(wait=True)
             lead.service.close()
+            release_shared_memory()
 
     @property
     def _live(self) -> Live:

@@ -2,9 +2,10 @@
 
 import asyncio
 
+import anyio
 import pytest
 
-from lightning_grpo.rollout.background import Turns, in_turns
+from lightning_grpo.rollout.background import Background, ClosedError, Turns, in_turns
 
 pytestmark = pytest.mark.anyio
 
@@ -64,3 +65,38 @@ async def test_one_who_leaves_while_it_waits_holds_nobody_up():
         task.cancel()
     done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
     assert sum(isinstance(each, asyncio.CancelledError) for each in done) == 40
+
+
+async def test_what_runs_for_a_guest_ends_with_the_group_and_before_it_is_left():
+    unwound = []
+
+    async def wait():
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.02)
+            unwound.append(True)
+
+    async def visit(background):
+        with pytest.raises(ClosedError):
+            await background.run(wait)
+
+    async with anyio.create_task_group() as tasks:
+        async with Background() as background:
+            tasks.start_soon(visit, background)
+            await anyio.sleep(0.01)
+        assert unwound
+
+
+async def test_a_guest_gets_its_result_and_its_own_error():
+    async def give(value):
+        if value is None:
+            raise ValueError("none")
+        return value
+
+    async with Background() as background:
+        assert await background.run(give, 3) == 3
+        with pytest.raises(ValueError, match="none"):
+            await background.run(give, None)
+        background.check()
