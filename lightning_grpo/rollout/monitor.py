@@ -37,6 +37,8 @@ PROOFS = 3
 SUSPICIONS = 3
 """Requests may fail so often in a row on a server that is healthy, before it is proved again."""
 
+GONE = "is gone"
+
 
 @dataclass(frozen=True, slots=True)
 class HealthPolicy:
@@ -188,7 +190,7 @@ class Monitor:
     async def _check(self, member: Member) -> None:
         pid = member.handle.pid
         if pid is not None and not process_alive(pid):
-            member.mark_dead(f"its process {pid} is gone")
+            member.mark_dead(f"its process {pid} {GONE}")
         elif member.state is MemberState.UPDATING:
             return  # An update has deadlines of its own.
         elif member.suspect or member.paused or self._is_quiet(member):
@@ -252,6 +254,7 @@ class Monitor:
 
     async def _bring_back(self, member: Member) -> None:
         """Until it serves again, or is lost for good."""
+        self._say_if_ended(member)
         since, reason, proofs = anyio.current_time(), member.reason, 0
         pauses = growing(self._policy.interval_s / 2, self._policy.longest_pause_s)
         replace = not member.alive and await self._has_ended(member)
@@ -274,6 +277,12 @@ class Monitor:
                 self._lose(member, f"it was away for {self._policy.patience_s:g} s", self._missing)
             replace = replace or (silent and await self._has_ended(member))
             await self._pause(member, next(pauses))
+
+    def _say_if_ended(self, member: Member) -> None:
+        """A request may fail on a dead process before a look at the process finds it gone."""
+        pid = member.handle.pid
+        if pid is not None and not process_alive(pid) and GONE not in member.reason:
+            member.reason = f"its process {pid} {GONE}; {member.reason}"
 
     async def _has_ended(self, member: Member) -> bool:
         """Whether a silent server is taken for dead."""
