@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.cli.problem import Parser
+from lightning_grpo.errors import ConfigError, UnreadableError
 
 _SHARDS_METADATA = "meta.pt"
 
 
 def run(argv: Sequence[str]) -> int:
     """Export one checkpoint."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo export",
         description="Write the policy of a checkpoint as a Hugging Face folder.",
         allow_abbrev=False,
@@ -29,8 +29,9 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     check_paths(options.checkpoint, options.out)
     from lightning_grpo.module import GRPOModule
+    from lightning_grpo.strategies.restoring import reading
 
-    with whole_checkpoint(options.checkpoint) as file:
+    with whole_checkpoint(options.checkpoint) as file, reading(options.checkpoint):
         module = GRPOModule.load_from_checkpoint(file, map_location="cpu")
     export = module.export_adapter if options.adapter else module.export
     sys.stdout.write(f"{export(options.out)}\n")
@@ -56,7 +57,7 @@ def whole_checkpoint(checkpoint: Path) -> Iterator[Path]:
         yield checkpoint
         return
     if not (checkpoint / _SHARDS_METADATA).is_file():
-        raise CheckpointError(
+        raise UnreadableError(
             f"{str(checkpoint)!r} is neither a checkpoint file nor a folder of shards "
             f"(`{_SHARDS_METADATA}` is missing)."
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_grpo.cli.problem import Parser
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.installed import (
     SGLANG_VERSION,
@@ -30,10 +32,12 @@ def run(argv: Sequence[str]) -> int:
     options, pip_arguments = _parse(argv)
     device = "cpu" if options.cpu else "cuda"
     if options.use is not None:
-        if not options.use.is_file():
+        if not (options.use.is_file() and os.access(options.use, os.X_OK)):
             raise ConfigError(f"`--use` must be an interpreter that has SGLang, got {options.use}.")
         installed = examine_python(options.use.absolute(), device)
     else:
+        if options.folder is not None and options.folder.is_file():
+            raise ConfigError(f"`--folder` must be a folder, new or made so, got {options.folder}.")
         installed = install_server(options.folder, options.version, device, pip_arguments, print)
     file = remember_python(installed)
     print(f"SGLang {installed.sglang} for the {device}: {installed.python}\nremembered in {file}")
@@ -43,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments = list(argv)
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo install-server",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

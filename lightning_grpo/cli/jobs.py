@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_grpo.cli.fit import split_configs
-from lightning_grpo.cli.problem import ConfigProblem
+from lightning_grpo.cli.problem import ConfigProblem, Parser
 from lightning_grpo.cli.sources import collect
 
 
 def job_parser(kind: str, usage: str) -> argparse.ArgumentParser:
     """The options of every cluster."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"lightning-grpo launch {kind}",
         description=usage.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,4 +60,6 @@ def _class_and_arguments(servers: Any) -> Mapping[str, Any]:
         raise ConfigProblem("data.servers", "is missing in the config")
     if isinstance(servers, str):
         return {"class_path": servers}
-    return servers if isinstance(servers, dict) else {}
+    if not isinstance(servers, dict):
+        raise ConfigProblem("data.servers", f"must be a class of servers, got {servers!r}")
+    return servers

@@ -6,10 +6,12 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
 
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.strategies.restoring import is_sharded
 
 RUNS = "runs"
@@ -77,9 +79,41 @@ def default_loggers(root: Path, version: int | None = None) -> list[Logger]:
 def remove_unused(folder: Path) -> None:
     """Remove the folder of a run that never began: loggers have made it, and nothing is in it."""
     empty = [folder / _METRICS, folder / "config.yaml", folder / "hparams.yaml"]
-    made = set(folder.glob("events.out.tfevents.*")) | set(empty)
+    # Servers may have been started before the refusal: their logs say nothing of it.
+    made = {*folder.glob("events.out.tfevents.*"), *empty, folder / "servers"}
     if folder.is_dir() and set(folder.iterdir()) <= made:
         shutil.rmtree(folder)
+
+
+def require_folder(folder: Path) -> list[Path]:
+    """Refuse a run's folder that can't be made, or written into.
+
+    Returns:
+        The folders that have to be made for it, innermost first; none of them is there yet.
+
+    Raises:
+        ConfigError: What the system says.
+    """
+    missing: list[Path] = []
+    try:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            "`trainer.default_root_dir` must be a folder to write into, got "
+            f"{str(folder)!r}: {error.strerror}. Name another one."
+        ) from error
+    finally:
+        remove_empty(missing)
+    return missing
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders, innermost first, that nothing is in."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _keep_metrics(folder: Path) -> None:

@@ -20,23 +20,31 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat import start_method
+from lightning_grpo.checks import require_number
 from lightning_grpo.cli.check import check_settings
-from lightning_grpo.cli.environment import set_one_thread_default, silence_jsonargparse
+from lightning_grpo.cli.environment import (
+    is_first_rank,
+    set_one_thread_default,
+    silence_jsonargparse,
+)
 from lightning_grpo.cli.problem import ConfigProblem, nearest
-from lightning_grpo.cli.refusals import condense, locate
+from lightning_grpo.cli.refusals import condense, fault_of, locate, refused_build
 from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
     RUNS,
     default_loggers,
     last_checkpoint,
+    remove_empty,
     remove_unused,
+    require_folder,
     version_of,
 )
 from lightning_grpo.cli.sources import Setting, read_yaml
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.errors import ConfigError, GRPOError
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
-from lightning_grpo.strategies.restoring import require_checkpoint
+from lightning_grpo.strategies.restoring import require_checkpoint, require_readable
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -86,7 +94,12 @@ class GRPOCLI(LightningCLI):
             "model": kwargs["model_class"],
             "data": kwargs["datamodule_class"],
         }
-        super().__init__(**kwargs)
+        self._made: list[Path] = []
+        try:
+            super().__init__(**kwargs)
+        except (ConfigError, MisconfigurationException):
+            self._leave_nothing()
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one command that is run: the others' parsers would cost time."""
@@ -99,6 +112,15 @@ class GRPOCLI(LightningCLI):
         except ArgumentError as error:
             check_settings(self._settings, self._roots)
             raise condense(str(error), self._settings) from error
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and _asks_for_help(self._arguments):
+                raise
+            # What the user's files raised while they were imported.
+            check_settings(self._settings, self._roots)
+            raise refused_build(error, self._settings) from error
+        seed = self.config[self._command].seed_everything
+        if not isinstance(seed, bool | None):
+            require_number("seed_everything", seed, least=0, most=2**32 - 1, whole=True)
         if any(setting.value is None for _, setting in self._settings.walk()):
             check_settings(self._settings, self._roots)
 
@@ -114,11 +136,14 @@ class GRPOCLI(LightningCLI):
         _share_gpus(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
+        if "://" not in config.trainer.default_root_dir and is_first_rank():
+            self._made = require_folder(Path(config.trainer.default_root_dir))
         if config.ckpt_path in (LAST, LAST_OR_NONE):
             self._find_last(config)
         named = config.ckpt_path in (None, "best", "hpc")
         if not (named or config.ckpt_path.startswith("registry")):
             require_checkpoint(config.ckpt_path)
+            require_readable(config.ckpt_path)
 
     def _find_last(self, config: Any) -> None:
         """Put the newest checkpoint of the run in the place of `last`."""
@@ -133,6 +158,15 @@ class GRPOCLI(LightningCLI):
         config.ckpt_path = None if checkpoint is None else str(checkpoint)
         if checkpoint is not None and _is_default(config.trainer.logger):
             self._version = version_of(checkpoint, root)
+
+    def instantiate_classes(self) -> None:
+        """Build what the config names; what a constructor raises becomes one located problem."""
+        try:
+            super().instantiate_classes()
+        except (ConfigError, MisconfigurationException):
+            raise
+        except (Exception, SystemExit) as error:
+            raise refused_build(error, self._settings) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
@@ -161,14 +195,26 @@ class GRPOCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; a run that is refused leaves no folder."""
+        """Run; to leave in the middle with status 0 is not to have trained."""
+        if isinstance(self.datamodule, RolloutDataModule):
+            # Before a process is started for each of them.
+            self.datamodule.check_ranks(self.trainer.world_size)
         try:
             super()._run_subcommand(subcommand)
-        except (ConfigError, MisconfigurationException):
-            csv = next((each for each in self.trainer.loggers if isinstance(each, CSVLogger)), None)
-            if csv is not None and self._version is None and self.trainer.is_global_zero:
-                remove_unused(Path(csv.log_dir))
-            raise
+        except SystemExit as leaving:
+            interrupted = isinstance(leaving.__context__, KeyboardInterrupt)
+            if type(leaving) is not SystemExit or leaving.code or interrupted:
+                raise
+            raise GRPOError(f"the run did not come to its end: {fault_of(leaving)}") from leaving
+
+    def _leave_nothing(self) -> None:
+        """Remove the folders of a run that was refused, unless it has written into them."""
+        trainer = getattr(self, "trainer", None)
+        loggers = [] if trainer is None or not trainer.is_global_zero else trainer.loggers
+        for logger in loggers:
+            if isinstance(logger, CSVLogger) and self._version is None:
+                remove_unused(Path(logger.log_dir))
+        remove_empty(self._made)
 
     def _refuse_unknown_strategy(self, name: Any) -> None:
         """Lightning's own message lists no strategy that was registered."""
@@ -287,20 +333,12 @@ def _located(settings: Setting) -> Iterator[None]:
         raise
     except (ConfigError, MisconfigurationException) as error:
         raise locate(str(error), settings) from error
-    except ValueError as error:
-        # jsonargparse wraps what a constructor raises where the parameter is optional.
-        refusal = _refusal_behind(error)
-        if refusal is None:
-            raise
-        raise locate(str(refusal), settings) from error
 
 
-def _refusal_behind(error: BaseException) -> ConfigError | None:
-    """The ConfigError that an exception was raised from, if there is one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConfigError):
-        cause = cause.__cause__
-    return cause
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the parser ends the process itself: after a help text, or the config."""
+    names = [argument.partition("=")[0].lstrip("-") for argument in arguments]
+    return any(n in ("h", "help", "print_config") or n.endswith(".help") for n in names)
 
 
 @contextmanager

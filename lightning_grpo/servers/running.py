@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lightning_grpo.checks import require_seconds
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.devices import machine_devices
@@ -30,8 +31,7 @@ class RunningServers(Servers):
     ) -> None:
         if urls is not None and not urls:
             raise ConfigError("`urls` must name at least one server, got an empty list.")
-        if connect_timeout_s <= 0:
-            raise ConfigError(f"`connect_timeout_s` must be > 0, got {connect_timeout_s}.")
+        require_seconds("connect_timeout_s", connect_timeout_s)
         self.urls = urls
         self.connect_timeout_s = connect_timeout_s
         self.api_key = api_key
