@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import enum
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -87,14 +88,18 @@ def test_type_checkers_are_told_of_every_public_name_where_it_is_defined():
 
 
 @pytest.mark.slow
-def test_a_type_checker_knows_each_public_name_and_refuses_others():
+def test_a_type_checker_knows_each_public_name_and_refuses_others(tmp_path):
     pytest.importorskip("mypy", reason="needs the extra [dev]")
     names = [name for name in lightning_grpo.__all__ if name != "__version__"]
     lines = ["import lightning_grpo", "from lightning_grpo import DoesNotExist"]
     lines += [f"reveal_type(lightning_grpo.{name})" for name in names]
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text("\n".join(lines))
+    repository = Path(lightning_grpo.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--no-error-summary", "-c", "\n".join(lines)],
-        cwd=Path(lightning_grpo.__file__).parents[1],
+        [sys.executable, "-m", "mypy", "--no-error-summary", str(snippet)],
+        cwd=repository,
+        env={**os.environ, "MYPYPATH": str(repository)},
         capture_output=True,
         text=True,
         check=False,
