@@ -26,7 +26,6 @@ from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
-from lightning_grpo.algorithm.minibatch_loss import TokenLoss
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
@@ -116,7 +115,8 @@ class GRPOModule(EvaluatedModule):
     def __init__(
         self,
         model: str,
-        loss: PolicyLoss | TokenLoss | None = None,
+        # What a `Callable` is said to return would be listed among the losses of a config.
+        loss: PolicyLoss | Callable[..., Any] | None = None,
         advantage: Advantage | None = None,
         correction: Correction | None = None,
         kl: KLPenalty | None = None,
