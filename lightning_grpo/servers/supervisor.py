@@ -1,12 +1,12 @@
-"""Runs a command and ends all of it with its parent: `python -I supervisor.py [--ready] -- command`.
+"""Runs a command and ends all of it with its parent: `python -I supervisor.py -- command`.
 
 Standard library only. The command runs in its own session, so that a terminal's Ctrl-C does not
 reach it. Its process group, and whatever it started that got away into groups of its own, ends when
 the supervisor's standard input closes (the parent ended, however), on SIGTERM, when the parent is
 gone, and when the command itself ends. The first line on standard output is `PID <number>`, the
 command's; the command's own output goes to standard error, which the parent points at a log file.
-With `--ready` its first line that begins with `READY` goes to standard output, too: the parent
-hears of its own command alone, whoever else writes to that log.
+With `--ready` before the `--` its first line that begins with `READY` goes to standard output, too:
+the parent hears of its own command alone, whoever else writes to that log.
 """
 
 from __future__ import annotations
