@@ -3,7 +3,7 @@
 Each load is a number of requests at once, in groups that share a prompt, and of new tokens each,
 all of which are sampled. `chosen` are the servers as the package sizes them; the others are set by
 hand. Servers of one load start side by side (their start is the CPU's work) and are measured in
-turn, twice, through the package's own client. `share` is that of `chosen` over the best by hand.
+turn, `--rounds` times, through the package's own client. `share` is that of `chosen` over the best by hand.
 The rule: at least 0.95 on each load.
 
     python -m benchmarks.h200.server_sizes --small MODEL --out sizes.json
@@ -43,7 +43,7 @@ from lightning_grpo.servers.sizing import ServerLoad
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.types import Sampling
 
-GROUP, PROMPT_TOKENS, ROUNDS = 16, 100, 2
+GROUP, PROMPT_TOKENS = 16, 100
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,14 @@ async def generate(pool: ServerPool, load: Load, vocab: int, seed: int) -> float
     return load.in_flight * load.new_tokens / (time.perf_counter() - started)
 
 
-def measure(servers: OwnedServers, load: Load, vocab: int) -> dict[str, Any]:
+def measure(servers: OwnedServers, load: Load, vocab: int, rounds: int) -> dict[str, Any]:
     """Some rounds through one pool."""
 
     async def run() -> list[float]:
         limits = PoolLimits(together=True)
         pool = ServerPool(servers.handles, Requirements("bench"), lambda ids: "", limits=limits)
         async with pool:
-            return [await generate(pool, load, vocab, k) for k in range(ROUNDS)]
+            return [await generate(pool, load, vocab, k) for k in range(rounds)]
 
     rates = asyncio.run(run())
     return {
@@ -168,7 +168,7 @@ def of_load(name: str, args: argparse.Namespace, report: dict[str, Any]) -> None
             if isinstance(servers, str):
                 found[variant] = {"error": servers}
             else:
-                found[variant] = measure(servers, load, vocab)
+                found[variant] = measure(servers, load, vocab, args.rounds)
             print(name, variant, found[variant], flush=True)
     finally:
         for servers in planned.values():
@@ -184,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--small", type=Path, help="folder of SmolLM2-135M-Instruct")
     args = parse_arguments(parser)
     args.flags = {"small": {"attention-backend": "triton"}, "large": {"attention-backend": "fa3"}}
