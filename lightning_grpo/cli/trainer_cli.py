@@ -313,6 +313,8 @@ def _quiet_lightning() -> Iterator[None]:
     # Of Lightning's own code, about nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
+    # Lightning makes DDP's gradients on a stream of its own; the two wait for each other.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     # What is resumed has a folder with checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
