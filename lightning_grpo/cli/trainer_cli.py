@@ -42,7 +42,8 @@ from lightning_grpo.cli.runs import (
 from lightning_grpo.cli.sources import Setting, read_yaml
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
-from lightning_grpo.strategies.restoring import require_checkpoint
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from lightning_grpo.strategies.restoring import refuse_shards, require_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -168,6 +169,9 @@ class GRPOCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             # Lightning's own for accelerators, strategies and precisions.
             raise locate(_explained(str(error)), self._settings) from error
+        path = self.config[self._command].ckpt_path
+        if path is not None and not isinstance(trainer.strategy, FSDP2Strategy):
+            refuse_shards(path)  # other strategies unpickle whatever the folder holds
         method = start_method(trainer)
         if method is not None:
             refusal = (
