@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.workflow import check_stop
+from lightning_grpo.rollout.workflow import check_stop, sampling_of
 from lightning_grpo.types import Group, Sampling
 
 
@@ -62,6 +62,7 @@ class Evaluation:
             )
         if self.sampling is None:
             return
+        object.__setattr__(self, "sampling", sampling_of(self.sampling, "evaluation.sampling"))
         check_stop(self.sampling, "evaluation.sampling")
         if self.sampled and self.num_samples > 1 and self.sampling.temperature == 0:
             raise ConfigError(
