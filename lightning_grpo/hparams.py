@@ -11,12 +11,16 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning_grpo.errors import CheckpointError, ConfigError
 
 NOT_RESTORED = "not_restored"
+_LONG = 20
+"""Longer lists are data, and no setting."""
+_SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
 _PRIMITIVES = (str, int, float, bool, type(None))
 
 
@@ -102,6 +106,44 @@ def build(name: str, make: Callable[[Any], Any], argument: Any) -> Any:
         raise ConfigError(
             f"`{name}` could not be built: {type(error).__name__}: {error}. Change its arguments."
         ) from error
+
+
+def loggable(value: Any, depth: int = 6) -> Any:
+    """What loggers are told of a setting: plain data that is short, and no secrets.
+
+    Args:
+        value: An object; its class and what can be read of its arguments is told.
+        depth: Of objects in objects; below it their class is told alone.
+    """
+    if isinstance(value, _PRIMITIVES):
+        return value
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, list | tuple):
+        return [loggable(v, depth) for v in value] if len(value) <= _LONG else _sized(value)
+    if isinstance(value, Mapping):
+        kept = {str(k): v for k, v in value.items() if not _SECRET.search(str(k))}
+        return {k: loggable(v, depth - 1) for k, v in kept.items()} if depth else _sized(value)
+    path = f"{type(value).__module__}.{type(value).__qualname__}"
+    arguments = arguments_of(value)
+    if not depth or not arguments:
+        return f"{path} ({len(value)} items)" if hasattr(value, "__len__") else path
+    return {"class_path": path, "init_args": loggable(arguments, depth)}
+
+
+def _sized(value: Any) -> str:
+    return f"{type(value).__name__} ({len(value)} items)"
+
+
+def arguments_of(value: Any) -> dict[str, Any]:
+    """The constructor's arguments as far as attributes of their names tell them."""
+    try:
+        names = [n for n in inspect.signature(type(value).__init__).parameters if n != "self"]
+    except (TypeError, ValueError):
+        return {}
+    found = {n: vars(value)[n] for n in names if n in getattr(value, "__dict__", {})}
+    functions = getattr(value, "reward_functions", None)
+    return {**found, "reward": functions} if "reward" in names and functions else found
 
 
 def require_restored(saved: Mapping[str, Any], given: Collection[str], owner: str) -> None:

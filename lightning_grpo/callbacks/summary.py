@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from lightning_grpo.callbacks.views import (
@@ -20,6 +21,7 @@ from lightning_grpo.callbacks.views import (
     MinibatchView,
     logged_numbers,
 )
+from lightning_grpo.hparams import arguments_of, loggable
 from lightning_grpo.types import Group
 
 _LABEL_WIDTH = 14
@@ -68,9 +70,17 @@ class RunSummary(Callback):
         self._finished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        """Find the run's folder: on all ranks, since Lightning broadcasts it; log the settings."""
         self._run_folder = str(trainer.log_dir or trainer.default_root_dir)
         self._tally, self._finished = Tally(), False
+        if stage == TrainerFn.FITTING and trainer.is_global_zero:
+            settings = {
+                "model": loggable(dict(pl_module.hparams)),
+                "data": loggable(arguments_of(trainer.datamodule)),  # type: ignore[attr-defined]
+            }
+            # Before Lightning has loggers save what they know, some of them once and for all.
+            for logger in trainer.loggers:
+                logger.log_hyperparams(settings)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print what was resolved."""

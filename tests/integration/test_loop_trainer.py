@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import pytest
+import yaml
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
@@ -150,6 +151,11 @@ def test_bars_loggers_and_profilers_of_lightning_work_together(tiny_model, serve
     )
     trainer.fit(make_module(tiny_model), data_with_validation(server))
     assert list(tmp_path.glob("csv/version_0/metrics.csv"))
+    for settings in tmp_path.glob("*/version_0/hparams.yaml"):
+        told = yaml.safe_load(settings.read_text())
+        assert told["data"]["group_size"] == trainer.datamodule.group_size
+        assert told["model"]["model"] == str(tiny_model)
+    assert len(list(tmp_path.glob("*/version_0/hparams.yaml"))) == 2
     assert list(tmp_path.glob("tb/version_0/events*"))
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
 
