@@ -20,6 +20,7 @@ from lightning_grpo.callbacks.views import (
     EvaluationView,
     MinibatchView,
     logged_numbers,
+    run_folder,
 )
 from lightning_grpo.hparams import arguments_of, loggable
 from lightning_grpo.types import Group
@@ -71,7 +72,7 @@ class RunSummary(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder: on all ranks, since Lightning broadcasts it; log the settings."""
-        self._run_folder = str(trainer.log_dir or trainer.default_root_dir)
+        self._run_folder = str(run_folder(trainer))
         self._tally, self._finished = Tally(), False
         if stage == TrainerFn.FITTING and trainer.is_global_zero:
             settings = {

@@ -9,8 +9,12 @@ TRACEBACK = "LIGHTNING_GRPO_TRACEBACK"
 """Set to anything but 0, errors keep their tracebacks."""
 
 
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+"""Set by launchers: Lightning's, torchrun, srun."""
+
+
 def prepare_imports() -> None:
-    """Make files of the current folder importable, here and in every child process.
+    """Make files of the current folder importable and torch's C++ quiet, also in children.
 
     Ranks, reward workers and engines inherit `PYTHONPATH`, so `reward: my_rewards.f` means the
     same in all of them.
@@ -21,6 +25,8 @@ def prepare_imports() -> None:
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if here not in folders:
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *folders])
+    # Its warnings are about its own tear-down, such as memory that a stopped server had mapped.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def wants_traceback() -> bool:
@@ -29,8 +35,8 @@ def wants_traceback() -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks: launchers set LOCAL_RANK or SLURM_PROCID."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
+    """Whether this process is the one that speaks and makes the run's folder."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def set_one_thread_default() -> bool:

@@ -119,3 +119,25 @@ def test_loggers_are_told_what_can_be_read_and_no_data_or_secrets():
     assert (prompts["path"], prompts["column"]) == ("list (30 items)", "question")
     assert told["servers"]["init_args"]["urls"] == ["http://a:1"]
     assert "sk-1" not in yaml.safe_dump(told)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "subprocess.Popen",
+        "os.system",
+        "pathlib.Path",
+        "builtins.exec",
+        "runpy.run_path",
+        "torch.hub.load",
+        "torch.utils.cpp_extension.load",
+        "transformers.pipeline",
+        "lightning_grpo.servers.process.ServerProcess",
+        "lightning_grpo.servers.process.subprocess",
+        "lightning_grpo._compat.Popen",
+    ],
+)
+def test_a_checkpoint_s_settings_do_not_name_what_is_run(path):
+    for plain in ({"class_path": path, "init_args": {}}, {"function": path}):
+        with pytest.raises(CheckpointError, match="so it is not run"):
+            hparams.from_plain(plain)
+        with pytest.raises(CheckpointError, match="so it is not run"):
+            hparams.factory(plain)
