@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 
 from lightning_grpo.engine.about import About, json_response
-from lightning_grpo.engine.door import Door, bears
+from lightning_grpo.engine.door import Door
 from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
@@ -35,6 +35,7 @@ from lightning_grpo.engine.protocol import (
 from lightning_grpo.engine.replies import generate_reply
 from lightning_grpo.engine.request import Output, Request
 from lightning_grpo.engine.updates import WeightUpdates
+from lightning_grpo.keys import bears
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
