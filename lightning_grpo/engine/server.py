@@ -18,6 +18,7 @@ from lightning_grpo.engine.door import Door
 from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
+from lightning_grpo.engine.openai import OpenAIRoutes
 from lightning_grpo.engine.protocol import (
     MAX_BODY_BYTES,
     AbortBody,
@@ -137,6 +138,7 @@ class EngineServer:
         }
         for path, handler in posts.items():
             app.router.add_post(path, handler)
+        OpenAIRoutes(self._engine, self._intake, lambda: self._updates.model_path).add_to(app)
         return app
 
     @web.middleware
