@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.keys import is_secret
 
 NOT_RESTORED = "not_restored"
 _LONG = 20
@@ -219,7 +220,7 @@ def _plain(value: Any) -> Any:
 
 def _plain_container(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): None if is_secret(k, v) else _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value]
 
 
@@ -234,10 +235,10 @@ def _init_args(value: Any) -> dict[str, Any]:
     """What `value` was built from: a dataclass's fields, or attributes named like parameters."""
     if dataclasses.is_dataclass(value):
         fields = [f for f in dataclasses.fields(value) if f.init]
-        return {f.name: _plain(getattr(value, f.name)) for f in fields}
+        return _plain_container({f.name: getattr(value, f.name) for f in fields})
     names = [n for n in inspect.signature(type(value).__init__).parameters if n != "self"]
     state = vars(value) if "__dict__" in dir(value) else {}
     if any(n not in state for n in names):
         # Its arguments can't be read back, so the object can't be built again.
         raise _NoImportPathError
-    return {n: _plain(state[n]) for n in names}
+    return _plain_container({n: state[n] for n in names})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -41,6 +42,7 @@ from lightning_grpo.cli.runs import (
 )
 from lightning_grpo.cli.sources import Setting, read_yaml
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.keys import is_secret
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.strategies.restoring import refuse_shards, require_checkpoint
@@ -197,12 +199,28 @@ class GRPOCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the run's config beside it; not which checkpoint one of its starts went on from."""
+    """Keeps the run's config beside it, without keys and tokens.
+
+    Nor is the checkpoint kept that one of its starts went on from.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
         config.ckpt_path = None
-        super().__init__(parser, config, **kwargs)
+        super().__init__(parser, _without_secrets(config), **kwargs)
+
+
+def _without_secrets(value: Any) -> Any:
+    """A copy of a config, or of a part, with null in the place of every key and token."""
+    if isinstance(value, Namespace):
+        copy = value.clone()
+        for key, child in list(value.items()):
+            name = key.rpartition(".")[2]
+            copy[key] = None if is_secret(name, child) else _without_secrets(child)
+        return copy
+    if isinstance(value, dict):
+        return {k: None if is_secret(k, v) else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(each) for each in value] if isinstance(value, list) else value
 
 
 def _checkpoint_folders(trainer: Any) -> list[Path]:
