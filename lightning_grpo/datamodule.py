@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from lightning_grpo.module import GRPOModule
 
 
+LIGHTNINGS_INTERVAL = 50
+"""Steps between two rows of a logger, where nobody says how many."""
+
+
 class RolloutDataModule(L.LightningDataModule):
     """Rollouts as a data source: each batch is one optimizer step on freshly sampled groups.
 
@@ -67,6 +71,8 @@ class RolloutDataModule(L.LightningDataModule):
         on_event: Told of every fetch, admission, take, publish and advance, from the loop's thread
             or the main one: `on_event(name, **data)`.
         evaluations: Every finished validation.
+        log_every_step: Whether a Trainer that logs every 50 steps, which is Lightning's default,
+            logs every one: each takes seconds to minutes. False leaves the 50.
         session: The rollouts, from `setup` to the end.
         run_dir: The run's folder, from `setup` on; no other process may have it until the end.
     """
@@ -104,6 +110,7 @@ class RolloutDataModule(L.LightningDataModule):
         contract.check_sizes(
             batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness
         )
+        self.log_every_step = True
         self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
         self.session: Session | None = None
@@ -161,6 +168,8 @@ class RolloutDataModule(L.LightningDataModule):
         # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
         settings.num_sanity_val_steps = 0
         use_atomic_checkpoints(trainer)
+        if self.log_every_step and settings.log_every_n_steps == LIGHTNINGS_INTERVAL:
+            settings.log_every_n_steps = 1
         if self.val_prompts:
             return
         if stage != TrainerFn.FITTING:
@@ -208,7 +217,8 @@ class RolloutDataModule(L.LightningDataModule):
         if self.session is None:
             return {}
         state = self.session.state_dict(self._num_unpublished(self.session.version))
-        return states.to_checkpoint({**state, "settings": self._pinned})
+        held_out = [{"step": each.step, "metrics": each.metrics} for each in self.evaluations]
+        return states.to_checkpoint({**state, "settings": self._pinned, "evaluations": held_out})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -216,6 +226,8 @@ class RolloutDataModule(L.LightningDataModule):
             state = states.from_checkpoint(state_dict)
             if contract.is_fitting(self.trainer):
                 states.require_same(state.get("settings", {}), self._pinned)
+                # With the baseline, which a run that goes on does not measure again.
+                self.evaluations = [EvaluationRecord(**e) for e in state.get("evaluations", ())]
             self.session.load_state_dict(state)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -271,12 +272,19 @@ def progress_line(
     parts = [count]
     if "reward/mean" in metrics:
         mean = f" (mean of {len(rewards)}: {sum(rewards) / len(rewards):.3f})" if rewards else ""
-        parts.append(f"reward {metrics['reward/mean']:.3f}{mean}")
+        parts.append(f"reward {metrics['reward/mean']:.3f}{mean}{named_rewards(metrics)}")
     parts += [text.format(metrics[name]) for name, text in _COLUMNS.items() if name in metrics]
     waiting = waiting_fraction(metrics)
     if waiting is not None:
         parts.append(f"waiting {waiting:.0%}")
     return " | ".join(parts)
+
+
+def named_rewards(metrics: Mapping[str, float]) -> str:
+    """Each reward's own mean in brackets, where there are several."""
+    matches = ((re.fullmatch("reward/(.+)/mean", name), v) for name, v in metrics.items())
+    named = [f"{match[1]} {value:.3f}" for match, value in matches if match]
+    return f" [{', '.join(named)}]" if len(named) > 1 else ""
 
 
 _COLUMNS = {
