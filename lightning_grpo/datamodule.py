@@ -22,7 +22,9 @@ from lightning_grpo.rollout.curriculum import Curriculum
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, by_name
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
+from lightning_grpo.rollout.workflow import require_workflow
 from lightning_grpo.servers.base import Servers
+from lightning_grpo.servers.running import servers_of
 from lightning_grpo.session import state as states
 from lightning_grpo.session.folder import FolderLock, hold_folder, hold_run_folder
 from lightning_grpo.session.opening import open_session
@@ -52,8 +54,10 @@ class RolloutDataModule(L.LightningDataModule):
 
     Args:
         prompts: What is asked in training: one dataset, or several by name, each with its weight.
+            What `Prompts` takes may stand alone: rows, columns, a DataFrame, a file's name.
         workflow: How one prompt becomes one trajectory.
-        servers: Where the inference servers come from.
+        servers: Where the inference servers come from; the URL of one that runs, or a list of
+            them, is `RunningServers`.
         val_prompts: Held-out prompts, or several sets by name.
         batch_size: Prompts (groups) of one rollout batch, over all ranks.
         group_size: Trajectories of each prompt, at least 2.
@@ -95,9 +99,9 @@ class RolloutDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.prompts = by_name(prompts)
-        self.workflow = workflow
-        self.servers = servers
-        self.val_prompts = by_name(val_prompts)
+        self.workflow = require_workflow(workflow)
+        self.servers = servers_of(servers)
+        self.val_prompts = by_name(val_prompts, "val_prompts")
         self.batch_size = batch_size
         self.group_size = group_size
         self.minibatches_per_batch = minibatches_per_batch

@@ -6,7 +6,7 @@ own on the same GPU. The rule: at least 30 points more of the held-out problems 
 three seeds. A small model hardly knows the form: `warm_up.py` teaches it in a minute, and `--base`
 scores the untouched model beside it.
 
-    python -m benchmarks.h200.warm_up MODEL train.jsonl WARM --rows 600
+    python -m benchmarks.h200.warm_up MODEL train.jsonl WARM --rows 320
     python -m benchmarks.h200.learn --model WARM --base MODEL --out learn.json
     python -m benchmarks.h200.learn --smoke --out learn.json
 """
@@ -16,13 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.h200.main_job import PROGRAM, TRIMMED_FLAGS, curve
+from benchmarks.h200.main_job import TRIMMED_FLAGS, curve, lightning_grpo
 from benchmarks.h200.serving import hardware, server_python
 from lightning_grpo.shipped import resolve_path
 
@@ -43,7 +42,6 @@ def options(args: argparse.Namespace, model: Path, folder: Path, seed: int) -> l
     found += ["--data.workflow.init_args.sampling.max_new_tokens", "96"]
     found += ["--data.batch_size", "32", "--data.val_prompts.limit", "500"]
     found += ["--data.servers", "lightning_grpo.SGLangServers"]
-    found += ["--data.servers.memory_fraction", "0.1"]
     python = server_python(folder)
     if python != "auto":
         found += ["--data.servers.python", python, "--data.servers.flags", TRIMMED_FLAGS]
@@ -74,7 +72,7 @@ def main() -> None:
         folder.mkdir()
         with (folder / "screen.txt").open("wb") as screen:
             process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, what, *options(args, model, folder, seed)],
+                lightning_grpo(folder, what, *options(args, model, folder, seed)),
                 cwd=folder,
                 stdout=screen,
                 stderr=subprocess.STDOUT,

@@ -30,7 +30,8 @@ from benchmarks.h200.serving import hardware, server_python
 from lightning_grpo.shipped import resolve_path
 
 STAGES = ("fit", "resume", "validate", "export", "answer")
-PROGRAM = "import sys; from lightning_grpo.cli.main import main; sys.exit(main())"
+# A file, as the installed command is one: Lightning starts the other ranks by its name.
+PROGRAM = "import sys\nfrom lightning_grpo.cli.main import main\nsys.exit(main())\n"
 TRIMMED_FLAGS = '{"attention-backend": "triton", "sampling-backend": "pytorch"}'
 CURVE = {
     "reward": "reward/mean",
@@ -100,9 +101,11 @@ def run(command: list[str], screen: Path, minutes: float, folder: Path) -> dict[
     return {"status": process.returncode, "seconds": round(time.monotonic() - started, 1)}
 
 
-def lightning_grpo(*words: str) -> list[str]:
-    """The command line of the package."""
-    return [sys.executable, "-c", PROGRAM, *words]
+def lightning_grpo(folder: Path, *words: str) -> list[str]:
+    """The command line of the package, as a file in a folder."""
+    program = folder / "lightning-grpo"
+    program.write_text(PROGRAM)
+    return [sys.executable, str(program), *words]
 
 
 def newest(folder: Path) -> Path:
@@ -136,16 +139,16 @@ def stages(args: argparse.Namespace, strategy: str) -> dict[str, Any]:
     for stage in args.stages:
         screen = args.out / f"main_job_{strategy}_{stage}.txt"
         if stage == "fit":
-            words = lightning_grpo("fit", *options, "--trainer.max_steps", str(args.steps))
+            words = lightning_grpo(folder, "fit", *options, "--trainer.max_steps", str(args.steps))
         elif stage == "resume":
             steps = str(args.steps + args.further_steps)
             more = ["--trainer.max_steps", steps, "--ckpt_path", "last"]
-            words = lightning_grpo("fit", *options, *more)
+            words = lightning_grpo(folder, "fit", *options, *more)
         elif stage == "validate":
-            words = lightning_grpo("validate", *options, "--ckpt_path", str(newest(folder)))
+            words = lightning_grpo(folder, "validate", *options, "--ckpt_path", str(newest(folder)))
         elif stage == "export":
             shutil.rmtree(folder / "exported", ignore_errors=True)
-            words = lightning_grpo("export", str(newest(folder)), str(folder / "exported"))
+            words = lightning_grpo(folder, "export", str(newest(folder)), str(folder / "exported"))
         else:
             device = "cpu" if args.smoke else "cuda"
             words = [sys.executable, "-c", ANSWER, str(folder / "exported"), device]

@@ -2,8 +2,8 @@
 
 Each load is a number of requests at once, in groups that share a prompt, and of new tokens each,
 all of which are sampled. `chosen` are the servers as the package sizes them; the others are set by
-hand. Servers of one load start side by side (their start is the CPU's work) and are measured in
-turn, `--rounds` times, through the package's own client. `share` is that of `chosen` over the best by hand.
+hand. Each has the GPU to itself and is measured `--rounds` times (the first is slower: kernels
+warm up) through the package's own client. `share` is that of `chosen` over the best by hand.
 The rule: at least 0.95 on each load.
 
     python -m benchmarks.h200.server_sizes --small MODEL --out sizes.json
@@ -19,7 +19,6 @@ import random
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,41 +137,34 @@ def measure(servers: OwnedServers, load: Load, vocab: int, rounds: int) -> dict[
     }
 
 
-def start(servers: OwnedServers, model: Path, folder: Path) -> OwnedServers | str:
-    """The servers, or why they did not start."""
+def try_out(servers: OwnedServers, load: Load, model: Path, folder: Path, rounds: int) -> Any:
+    """One variant, alone on its GPU; that it does not start or falls over is a result, too."""
+    vocab = AutoConfig.from_pretrained(model).vocab_size
     try:
         servers.start(str(model), folder)
-    except Exception:  # noqa: BLE001 - a variant that does not start is a result
-        return traceback.format_exc()[-1500:]
-    return servers
+        return measure(servers, load, vocab, rounds)
+    except Exception:  # noqa: BLE001
+        return {"error": traceback.format_exc()[-1500:]}
+    finally:
+        servers.stop()
 
 
 def of_load(name: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """All variants of one load: started together, measured in turn."""
+    """All variants of one load, one after another."""
     load = LOADS[name]
     model = args.small if load.model == "small" else make_model(args.model)
     if args.smoke:
         load, model = Load("small", 64, 24), Path(resolve_path("shipped:quickstart"))
-    vocab = AutoConfig.from_pretrained(model).vocab_size
     found = report["loads"][name] = {"requests": load.in_flight, "new_tokens": load.new_tokens}
     work = Path(tempfile.mkdtemp())
-    planned = {v: servers_of(v, load, model, work, args) for v in args.variants}
-    began = time.monotonic()
-    with ThreadPoolExecutor(16) as threads:
-        folders = {variant: work / variant.replace(" ", "-") for variant in planned}
-        waiting = {v: threads.submit(start, s, model, folders[v]) for v, s in planned.items()}
-        ready = {variant: future.result() for variant, future in waiting.items()}
-    print(f"== {name}: started after {time.monotonic() - began:.0f} s", flush=True)
-    try:
-        for variant, servers in ready.items():
-            if isinstance(servers, str):
-                found[variant] = {"error": servers}
-            else:
-                found[variant] = measure(servers, load, vocab, args.rounds)
-            print(name, variant, found[variant], flush=True)
-    finally:
-        for servers in planned.values():
-            servers.stop()
+    for variant in args.variants:
+        servers = servers_of(variant, load, model, work, args)
+        folder = work / variant.replace(" ", "-")
+        began = time.monotonic()
+        found[variant] = try_out(servers, load, model, folder, args.rounds)
+        found[variant]["seconds"] = round(time.monotonic() - began, 1)
+        print(name, variant, found[variant], flush=True)
+        write_report(args.out, report)
     by_hand = [found[v]["tokens_per_s"] for v in args.variants[1:] if "tokens_per_s" in found[v]]
     if by_hand and "tokens_per_s" in found.get("chosen", {}):
         found["share"] = round(found["chosen"]["tokens_per_s"] / max(by_hand), 3)

@@ -14,7 +14,7 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 def prepare_imports() -> None:
-    """Make files of the current folder importable, here and in every child process.
+    """Make files of the current folder importable and torch's C++ quiet, also in children.
 
     Ranks, reward workers and engines inherit `PYTHONPATH`, so `reward: my_rewards.f` means the
     same in all of them.
@@ -25,6 +25,8 @@ def prepare_imports() -> None:
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     if here not in folders:
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *folders])
+    # Its warnings are about its own tear-down, such as memory that a stopped server had mapped.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def wants_traceback() -> bool:

@@ -44,7 +44,8 @@ from lightning_grpo.cli.runs import (
 from lightning_grpo.cli.sources import Setting, read_yaml
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
-from lightning_grpo.strategies.restoring import require_checkpoint
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from lightning_grpo.strategies.restoring import refuse_shards, require_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -171,6 +172,9 @@ class GRPOCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             # Lightning's own for accelerators, strategies and precisions.
             raise locate(_explained(str(error)), self._settings) from error
+        path = self.config[self._command].ckpt_path
+        if path is not None and not isinstance(trainer.strategy, FSDP2Strategy):
+            refuse_shards(path)  # other strategies unpickle whatever the folder holds
         method = start_method(trainer)
         if method is not None:
             refusal = (
@@ -343,6 +347,8 @@ def _quiet_lightning() -> Iterator[None]:
     # Of Lightning's own code, about nothing that a user could change.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
+    # Lightning makes DDP's gradients on a stream of its own; the two wait for each other.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     # What is resumed has a folder with checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]

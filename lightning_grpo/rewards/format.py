@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
+from lightning_grpo.rewards.boxed_answer import last_boxed
 from lightning_grpo.rewards.final_answer import MARK
 
 
@@ -15,19 +15,25 @@ def marks_answer(completion: str) -> float:
 
 
 def boxes_answer(completion: str) -> float:
-    r"""1.0 if the completion puts something into a `\boxed{}`."""
-    return float(re.search(r"\\boxed\{\s*[^\s{}]", completion) is not None)
+    r"""1.0 if the completion's last `\boxed{}` holds something, as `math` reads it."""
+    return float(bool((last_boxed(completion) or "").strip("{} \n\t")))
 
 
-def has_tags(tags: Sequence[str] = ("think", "answer")) -> Callable[[str], float]:
+def has_tags(tags: Sequence[str] = ("think", "answer")) -> Callable[..., float]:
     """A reward: 1.0 if the completion is `<tag>...</tag>` for each tag in order and nothing else.
+
+    The first tag may have been opened by the chat template, at the end of the prompt.
 
     Args:
         tags: Names, in the order in which they must come.
     """
 
-    def tags_in_order(completion: str) -> float:
+    def tags_in_order(completion: str, prompt: str | None = None) -> float:
         rest = completion.strip()
+        first = f"<{tags[0]}>" if tags else ""
+        opened = prompt.rstrip().endswith(first) if prompt is not None else first not in rest
+        if opened:
+            rest = first + rest
         for tag in tags:
             opening, closing = f"<{tag}>", f"</{tag}>"
             content, found, after = rest.removeprefix(opening).partition(closing)

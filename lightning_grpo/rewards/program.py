@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_grpo.rewards.sandbox import CodeLimits, CodeResult, run_python
 
-_FENCE = "```"
+_FENCE = re.compile(r"`{3,}|~{3,}")
+# What may stand before a fence, and is no part of the lines inside.
+_INDENT = re.compile(r"[ \t>]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?")
+_LANGUAGE = re.compile(r"[\s{.]*([\w+#-]*)")
 _LANGUAGES = ("", "python", "py", "python3")
 _MAX_CHARACTERS = 100_000
 _SPACE_AT_END = re.compile(r"[ \t]+$", re.MULTILINE)
@@ -61,7 +66,9 @@ class CodeReward:
 
     def _passes(self, program: str, case: Mapping[str, Any]) -> bool:
         result = self._run(program, stdin=str(case["input"]))
-        return result.ending == "done" and _plain(result.stdout) == _plain(str(case["output"]))
+        return result.ending in ("done", "exited") and _plain(result.stdout) == _plain(
+            str(case["output"])
+        )
 
     def _run(self, program: str, tests: str = "", stdin: str = "") -> CodeResult:
         result = run_python(program, tests, stdin, self.limits)
@@ -81,14 +88,47 @@ def code(completion: str, tests: str | list[dict[str, Any]]) -> float:
 
 def last_program(completion: str) -> str | None:
     """The last fenced block that says Python, or says nothing; None if there is none."""
-    parts = completion.split(_FENCE)
-    # Odd parts stand between fences; the last one only if its fence ends.
-    blocks = parts[1 : len(parts) - 1 : 2]
-    for block in reversed(blocks):
-        language, newline, body = block.partition("\n")
-        if newline and language.strip().lower() in _LANGUAGES:
-            return body if len(body) <= _MAX_CHARACTERS else None
-    return None
+    found = None
+    for info, body in _blocks(completion):
+        language = _LANGUAGE.match(info)
+        if language is not None and language[1].lower() in _LANGUAGES:
+            found = body
+    return found if found is not None and len(found) <= _MAX_CHARACTERS else None
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """What each fence says, and what stands between it and the fence that ends it."""
+    lines = text.splitlines(keepends=True)
+    ends = [_ending_fence(line) for line in lines]
+    longest = list(itertools.accumulate(reversed(ends), max, initial=""))[::-1]  # from there on
+    fence, info, indent, body = "", "", 0, list[str]()
+    for number, line in enumerate(lines):
+        if not fence:
+            found = _FENCE.search(line)
+            if found is not None and "`" not in line[found.end() :] and line.endswith("\n"):
+                fence, info, body = found[0], line[found.end() :], []
+                before = _INDENT.match(line)
+                indent = found.start() if before and before.end() == found.start() else 0
+            continue
+        last = "" if ends[number].startswith(fence) else None
+        if last is None and line.rstrip().endswith(fence) and not longest[number + 1] >= fence:
+            last = line.rstrip().rstrip(fence[0])  # the only end there is
+        if last is None:
+            body.append(_without(line, indent))
+            continue
+        yield info, textwrap.dedent("".join([*body, last]))
+        fence = ""
+
+
+def _ending_fence(line: str) -> str:
+    stripped = line.lstrip(" \t>")
+    found = _FENCE.match(stripped)
+    return found[0] if found and not re.match(r"[\w`~]", stripped[found.end() :]) else ""
+
+
+def _without(line: str, indent: int) -> str:
+    kept = line[:indent].lstrip(" \t>")
+    return kept + line[indent:]
 
 
 def _cases(tests: str | Sequence[Mapping[str, Any]]) -> str | Sequence[Mapping[str, Any]]:
@@ -105,4 +145,5 @@ def _cases(tests: str | Sequence[Mapping[str, Any]]) -> str | Sequence[Mapping[s
 
 
 def _plain(text: str) -> str:
-    return _SPACE_AT_END.sub("", text).strip("\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _SPACE_AT_END.sub("", lines).strip("\n")

@@ -1,27 +1,34 @@
-"""Runs a Python program that nobody has read, in a process of its own, under limits."""
+"""Runs a Python program that nobody has read, in processes of its own, under limits."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
-import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rewards.confine import Confinement
+from lightning_grpo.rewards.confine import Confinement, interpreter_files
+from lightning_grpo.rewards.confined_python import PROGRAM_ENDED
 
 Ending = Literal["done", "raised", "exited", "timed_out", "too_much_output", "killed"]
 """How a program ended: to its end, by an exception, by leaving early, or by a limit."""
 
 _OUT, _ERR, _IN, _ORDERS = "stdout", "stderr", "stdin", "orders"
 _BACKSTOP_S = 2
+_REAPED_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -70,11 +77,13 @@ _DEFAULT_LIMITS = CodeLimits()
 def run_python(
     source: str, tests: str = "", stdin: str = "", limits: CodeLimits = _DEFAULT_LIMITS
 ) -> CodeResult:
-    """Run a program, then tests in the same namespace.
+    """Run a program, and tests of what it defines in another process.
 
     The program has a scratch folder of its own (the only place that it may write to; gone
-    afterwards), no network, no environment variables, and can't start processes. An early
-    `sys.exit(0)` is `exited`, never `done`.
+    afterwards), can read only what Python itself needs, has no network, no environment variables,
+    and can't start processes. The tests run beside it, out of its reach: its functions stand there
+    for calls of it, by which plain data goes and comes. An early `sys.exit(0)` is `exited`, never
+    `done`, where there are tests.
 
     Args:
         source: The program.
@@ -82,68 +91,182 @@ def run_python(
         stdin: Its standard input.
         limits: What it may use.
     """
-    nonce = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder:
-        scratch = Path(folder, "scratch")
-        scratch.mkdir()
-        outside = Path(folder, "held")
-        outside.mkdir()
-        (outside / _IN).write_text(stdin, encoding="utf-8", errors="surrogateescape")
-        confinement = Confinement(
-            limits.memory_mb,
-            int(limits.timeout_s) + _BACKSTOP_S,
-            limits.output_mb,
-            str(scratch),
-            network=limits.network,
-        )
-        orders = {
-            "parent": os.getpid(),
-            "stdin": str(outside / _IN),
-            "nonce": nonce,
-            "source": source,
-            "tests": tests,
-            "limits": asdict(confinement),
-        }
-        (outside / _ORDERS).write_text(json.dumps(orders))
-        status = _run(outside, scratch, limits.timeout_s)
-        cap = limits.output_mb * 2**20
-        stdout, stderr = _read(outside / _OUT, cap), _read(outside / _ERR, cap)
-    return _result(status, stdout, stderr, nonce)
+    with (
+        tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as held,
+    ):
+        program, judge = Path(folder, "program"), Path(folder, "judge")
+        began = time.monotonic()
+        if not tests:
+            running = held.enter_context(_started(program, limits, source=source, stdin=stdin))
+            ending = _ending(_waited(running, limits.timeout_s))
+        else:
+            (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+            running = held.enter_context(
+                _started(program, limits, (asked, answer), source=source, stdin=stdin)
+            )
+            testing = held.enter_context(_started(judge, limits, (answered, ask), tests=tests))
+            status = _waited(testing, limits.timeout_s)
+            ending = _ending(status)
+            if status == PROGRAM_ENDED:
+                left_s = limits.timeout_s - (time.monotonic() - began)
+                ending = _ending(_waited(running, max(0.0, left_s)))
+                ending = "exited" if ending == "done" else ending
+        held.close()
+        stdout, stderr, missing = _output(program, limits)
+        if tests:
+            stderr += _output(judge, limits)[1]
+    return CodeResult(ending, stdout, stderr, missing)
 
 
-def _run(outside: Path, scratch: Path, timeout_s: float) -> int | None:
-    """The exit status; None: the time was up."""
+@contextlib.contextmanager
+def _started(
+    folder: Path,
+    limits: CodeLimits,
+    pipes: tuple[int, ...] = (),
+    source: str = "",
+    tests: str | None = None,
+    stdin: str = "",
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a folder of its own, ended with the block; the pipes become its own."""
+    scratch = folder / "scratch"
+    scratch.mkdir(parents=True)
+    (folder / _IN).write_text(stdin, encoding="utf-8", errors="surrogateescape")
+    wrapper = bubblewrap(str(scratch), network=limits.network)
+    confinement = Confinement(
+        limits.memory_mb,
+        int(limits.timeout_s) + _BACKSTOP_S,
+        limits.output_mb,
+        str(scratch),
+        (*interpreter_files(), str(folder / _IN)),
+        network=limits.network,
+    )
+    orders = {
+        "parent": None if wrapper else os.getpid(),
+        "stdin": str(folder / _IN),
+        "source": source,
+        "tests": tests,
+        "pipes": pipes,
+        "limits": asdict(confinement),
+    }
+    (folder / _ORDERS).write_text(json.dumps(orders))
     script = Path(__file__).with_name("confined_python.py")
     with (
-        (outside / _ORDERS).open("rb") as orders,
-        (outside / _OUT).open("wb") as stdout,
-        (outside / _ERR).open("wb") as stderr,
+        (folder / _ORDERS).open("rb") as orders_file,
+        (folder / _OUT).open("wb") as stdout,
+        (folder / _ERR).open("wb") as stderr,
     ):
-        (outside / _ORDERS).unlink()  # the descriptor is enough, and the program can't open it
+        (folder / _ORDERS).unlink()  # the descriptor is enough, and no program can open it
         process = subprocess.Popen(
-            [sys.executable, "-I", "-X", "utf8", str(script)],
-            stdin=orders,
+            [*wrapper, sys.executable, "-I", "-X", "utf8", str(script)],
+            stdin=orders_file,
             stdout=stdout,
             stderr=stderr,
             cwd=scratch,
             env={},
+            pass_fds=pipes,
             start_new_session=True,
         )
-        try:
-            return process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+    try:
+        for descriptor in pipes:
+            os.close(descriptor)
+        yield process
+    finally:
+        end_group(process.pid)
+        process.wait()
+
+
+def _waited(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    """The exit status; None: the time was up."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+# ---- the boundary around what confines itself ------------------------------------------------
+def bubblewrap(scratch: str, *, network: bool) -> list[str]:
+    """What to put before a command, so that bubblewrap encloses it; empty where it can't be used.
+
+    A process sees no other processes, no other's shared memory, and every folder but its scratch
+    read-only.
+
+    Args:
+        scratch: The only folder that it may write to; where it runs.
+        network: Whether it shares the machine's network.
+    """
+    program = _usable_bubblewrap()
+    if program is None:
+        return []
+    return [*_enclosed(program), *([] if network else ["--unshare-net"]), *_writable(scratch), "--"]
+
+
+@functools.cache
+def _usable_bubblewrap() -> str | None:
+    program = shutil.which("bwrap")
+    if program is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="program-") as scratch:
+        trial = [*_enclosed(program), "--unshare-net", *_writable(scratch), "--"]
+        try:  # containers often have the program and forbid what it needs
+            ended = subprocess.run(
+                [*trial, sys.executable, "-c", ""], capture_output=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
             return None
-        finally:
-            end_group(process.pid)
-            process.wait()
+    return program if ended.returncode == 0 else None
+
+
+def _enclosed(program: str) -> list[str]:
+    separate = ["--unshare-ipc", "--unshare-pid", "--unshare-uts", "--die-with-parent"]
+    view = ["--ro-bind", "/", "/", "--dev", "/dev", "--remount-ro", "/dev", "--proc", "/proc"]
+    return [program, *separate, *view]
+
+
+def _writable(scratch: str) -> list[str]:
+    return ["--bind", scratch, scratch, "--chdir", scratch]
+
+
+def boundary() -> str:
+    """One line for people: what holds programs in completions on this machine, and what doesn't."""
+    missing = run_python("pass").missing
+    kept = ["bubblewrap"] if _usable_bubblewrap() else []
+    kept += [] if "files" in missing else ["Landlock"]
+    kept += [] if "processes" in missing else ["seccomp"]
+    line = ", ".join([*kept, "resource limits"])
+    return f"{line}; NOT held back from: {', '.join(missing)}" if missing else line
 
 
 def end_group(group: int) -> None:
-    """Kill a process group, if it is still there."""
+    """Kill a process that leads a group, and the group, if it is still there.
+
+    What bubblewrap started goes first: bubblewrap reaps it then, and no zombie is left to the first
+    process of a container, which often reaps nothing.
+    """
+    with contextlib.suppress(psutil.Error):
+        leader = psutil.Process(group)
+        enclosed = leader.children() if "bwrap" in leader.name() else []
+        for process in enclosed:
+            process.kill()
+        until = time.monotonic() + (_REAPED_WITHIN_S if enclosed else 0.0)
+        while time.monotonic() < until and leader.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.002)
     try:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return
+
+
+def _output(folder: Path, limits: CodeLimits) -> tuple[str, str, tuple[str, ...]]:
+    """What a process printed, complained of, and was not protected by."""
+    most = limits.output_mb * 2**20
+    stdout, stderr = _read(folder / _OUT, most), _read(folder / _ERR, most)
+    first, _, rest = stderr.partition("\n")
+    try:
+        missing: Sequence[str] = json.loads(first)
+    except ValueError:
+        missing, rest = (), stderr
+    return stdout, rest, tuple(missing)
 
 
 def _read(path: Path, most: int) -> str:
@@ -151,24 +274,15 @@ def _read(path: Path, most: int) -> str:
         return file.read(most).decode("utf-8", "replace")
 
 
-def _result(status: int | None, stdout: str, stderr: str, nonce: str) -> CodeResult:
-    first, _, rest = stderr.partition("\n")
-    try:
-        missing: Sequence[str] = json.loads(first)
-    except ValueError:
-        missing, rest = (), stderr
-    finished = stdout.endswith(nonce)
-    shown = stdout.removesuffix(nonce) if finished else stdout
-    return CodeResult(_ending(status, finished), shown, rest, tuple(missing))
-
-
-def _ending(status: int | None, finished: bool) -> Ending:
+def _ending(status: int | None) -> Ending:
     if status is None:
         return "timed_out"
     if status == 0:
-        return "done" if finished else "exited"
+        return "done"
+    # Of a process within bubblewrap, a signal is told as shells do.
+    signalled = status if status < 0 else 128 - status if status > 128 else 0  # noqa: PLR2004
     by_limit: dict[int, Ending] = {
         -signal.SIGXFSZ: "too_much_output",
         -signal.SIGXCPU: "timed_out",
     }
-    return by_limit.get(status, "killed" if status < 0 else "raised")
+    return by_limit.get(signalled, "killed" if signalled else "raised")

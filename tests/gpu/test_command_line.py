@@ -28,7 +28,8 @@ pytestmark = [
 ]
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-PROGRAM = "import sys; from lightning_grpo.cli.main import main; sys.exit(main())"
+# A file, as the installed command is one: Lightning starts the other ranks by its name.
+PROGRAM = "import sys\nfrom lightning_grpo.cli.main import main\nsys.exit(main())\n"
 # Packages that are carried to a machine may lack kernels: these need none of their own.
 FLAGS = {"attention-backend": "triton", "sampling-backend": "pytorch"}
 
@@ -75,10 +76,12 @@ class Command:
     def __init__(self, folder: Path, servers: list[str]) -> None:
         self.folder = folder
         self.servers = servers
+        self.program = folder / "lightning-grpo"
+        self.program.write_text(PROGRAM)
 
     def __call__(self, *words: str, status: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, *words],
+            [sys.executable, str(self.program), *words],
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
             capture_output=True,
@@ -129,9 +132,10 @@ def test_a_run_validates_saves_resumes_is_validated_and_exported(command, strate
     assert screen.count("held-out at step") == 2
     quiet(command.fit(*options, "--ckpt_path", "last", steps=6))
     assert len(command.column("reward/mean")) == 6
-    # Rounded on both sides, and proved at each step.
-    assert 0 <= max(command.column("mismatch/probe")) < 0.1
-    assert 0 < max(command.column("mismatch/sent")) < 0.1
+    # Proved at each step. Where a policy computes in the wire's dtype, nothing is rounded.
+    for proof in ("mismatch/probe", "mismatch/sent"):
+        assert len(command.column(proof)) >= 6
+        assert 0 <= max(command.column(proof)) < 0.1
     saved = command.checkpoint()
     screen = command(
         *("validate", "--config", "quickstart.yaml", "--trainer.accelerator", "gpu"),
@@ -175,8 +179,8 @@ def test_two_ranks_train_as_one_does(command, strategy):
     one = ("--trainer.strategy", strategy, "--trainer.devices", "1")
     command.fit(*one, "--data.max_staleness", "0")
     alone = command.column("policy/grad_norm")
+    (command.folder / "two").mkdir()
     other = Command(command.folder / "two", command.servers)
-    other.folder.mkdir()
     two = ("--trainer.strategy", strategy, "--trainer.devices", "2")
     quiet(other.fit(*two, "--data.max_staleness", "0"))
     assert other.column("policy/grad_norm")[0] == pytest.approx(alone[0], rel=0.05)

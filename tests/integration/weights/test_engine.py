@@ -114,22 +114,28 @@ async def test_versions_and_logprobs_are_exact_through_publishes(tmp_path, model
     async with running(tmp_path, models, transport) as (pool, publisher, _):
         assert await publisher.adopt(0, trainer.probe(0))
         sampling = Sampling(max_new_tokens=300, min_new_tokens=300)
-        generating = [
-            asyncio.create_task(pool.generate([*PROMPT, n], sampling, group_key=n // 4, seed=n))
-            for n in range(8)
-        ]
-        for version in (1, 2, 3):
-            await asyncio.sleep(0.3)
-            report = await trainer.publish(publisher, version)
-            assert report.probe_diff < 1e-4
-            assert report.probe_change > 0.1
-            assert not report.failures
-        completions = await asyncio.gather(*generating)
+
+        def begin(n: int) -> asyncio.Task:
+            return asyncio.create_task(
+                pool.generate([*PROMPT, n], sampling, group_key=n // 4, seed=n)
+            )
+
+        generating, version = [], 0
+        # Where all publishes came too late for the first, there are others.
+        while not any(t.result().num_interruptions for t in generating):
+            generating = [begin(n) for n in range(8)]
+            for _ in range(3):
+                version += 1
+                await asyncio.sleep(0.1)
+                report = await trainer.publish(publisher, version)
+                assert report.probe_diff < 1e-4
+                assert report.probe_change > 0.1
+                assert not report.failures
+            completions = await asyncio.gather(*generating)
     for n, completion in enumerate(completions):
         assert len(completion.token_ids) == 300
         assert list(completion.versions) == sorted(completion.versions)
         check_exact(trainer, completion, [*PROMPT, n])
-    assert max(c.num_interruptions for c in completions) >= 1
 
 
 async def test_an_engine_killed_at_work_is_started_again_until_it_dies_too_often(tmp_path, models):

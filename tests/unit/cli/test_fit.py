@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from lightning_grpo.cli.fit import split_configs
+from lightning_grpo.cli.main import main
 from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.runs import last_checkpoint, version_of
 from lightning_grpo.cli.sources import collect
@@ -427,3 +428,12 @@ def test_one_thread_is_used_on_cpus_unless_the_user_chose(run, monkeypatch):
 )
 def test_of_lightnings_lines_those_are_shown_that_say_something_new(line, news):
     assert is_news(logging.makeLogRecord({"msg": line})) is news
+
+
+def test_the_help_lists_losses_of_this_package_alone(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--model.help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "lightning_grpo.M2POLoss" in said
+    assert "torch.sparse" not in said

@@ -29,6 +29,23 @@ def test_a_box_has_something_in_it():
 @pytest.mark.parametrize(
     ("completion", "score"),
     [
+        (r"\boxed {7}", 1.0),
+        ("\\boxed\n{7}", 1.0),
+        (r"\boxed{{7}}", 1.0),
+        (r"\boxed{\frac{1}{2}}", 1.0),
+        (r"\boxed{7", 0.0),
+        (r"\boxed{7} or \boxed{", 0.0),
+        (r"\boxed{ {} }", 0.0),
+        (r"\boxed 7", 0.0),
+    ],
+)
+def test_a_box_is_what_math_reads_as_one(completion, score):
+    assert boxes_answer(completion) == score
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
         ("<think>a < b</think><answer>4</answer>", 1.0),
         ("\n<think>a</think>\n<answer>4</answer>\n", 1.0),
         ("<answer>4</answer><think>a</think>", 0.0),
@@ -45,3 +62,15 @@ def test_tags_come_in_order_with_nothing_around_them(completion, score):
 def test_other_tags_can_be_asked_for():
     assert has_tags(["a.b"])("<a.b>x</a.b>") == 1.0
     assert has_tags(["a.b"])("<acb>x</acb>") == 0.0
+
+
+def test_the_template_may_have_opened_the_first_tag():
+    opened = "I add.</think>\n<answer>4</answer>"
+    whole = "<think>" + opened
+    assert has_tags()(opened) == 1.0
+    assert has_tags()(opened, prompt="What?<assistant><think>\n") == 1.0
+    assert has_tags()(whole, prompt="What?<assistant>") == 1.0
+    assert has_tags()(opened, prompt="What?<assistant>") == 0.0
+    assert has_tags()(whole, prompt="What?<assistant><think>\n") == 0.0
+    assert has_tags()("<answer>4</answer>", prompt="<think>") == 0.0
+    assert has_tags()("4</answer>") == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rewards.sandbox import CodeLimits, run_python
+from lightning_grpo.rewards.sandbox import CodeLimits, boundary, run_python
 
 LIMITS = CodeLimits(timeout_s=1.5, memory_mb=128)
 OUTSIDE = str(Path(tempfile.gettempdir(), "written-by-a-program"))
@@ -44,7 +45,7 @@ def test_printing_what_the_end_looks_like_is_not_passing():
 
 
 def test_the_program_cannot_read_its_tests_or_orders():
-    seen = run("import os, sys\nprint(sys.argv, os.listdir('.'), os.listdir('..'))", "secret = 1")
+    seen = run("import os, sys\nprint(sys.argv, os.listdir('.'), globals())", "secret = 1")
     assert "secret" not in seen.stdout
     assert "orders" not in seen.stdout
     assert run("print(open('/proc/self/fd/0').read())", stdin="mine").stdout == "mine\n"
@@ -86,9 +87,72 @@ def test_a_crash_of_the_interpreter_is_told():
 def test_forks_connections_signals_and_writes_outside_are_refused(source):
     result = run(source)
     assert result.ending == "raised"
-    assert "PermissionError" in result.stderr
+    assert "PermissionError" in result.stderr or "Read-only file system" in result.stderr
     assert result.missing == ()
     assert not Path(OUTSIDE).exists()
+
+
+CALLS = "import ctypes\ncall = ctypes.CDLL(None, use_errno=True)\n"
+
+
+@linux
+@pytest.mark.parametrize(
+    "source",
+    [
+        CALLS + "raise OSError(ctypes.get_errno()) if call.shmget(0, 4096, 0o1600) < 0 else 0",
+        CALLS + "raise OSError(ctypes.get_errno()) if call.semget(0, 1, 0o1600) < 0 else 0",
+        CALLS + "raise OSError(ctypes.get_errno()) if call.msgget(0, 0o1600) < 0 else 0",
+        CALLS + "raise OSError(ctypes.get_errno()) if call.mq_open(b'/q', 66, 0o600, 0) < 0 else 0",
+        "import os; os.memfd_create('x')",
+        "open('/dev/shm/x', 'w')",
+        f"import os; os.chmod({__file__!r}, 0o600)",
+        f"import os; os.utime({__file__!r})",
+        f"import os; os.chown({__file__!r}, -1, -1)",
+        f"import os; os.setxattr({__file__!r}, 'user.x', b'1')",
+        "import os; os.utime(os.open('.', os.O_RDONLY))",
+        "import socket; socket.socket(socket.AF_UNIX)",
+        "import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+        "import os; open(f'/proc/{PID}/environ').read()",
+        "import os; open(f'/proc/{PID}/cmdline').read()",
+        "import os; open(f'/proc/{PID}/mem', 'rb').read()",
+        "import os; os.listdir('/proc')",
+        "import os; os.listdir(os.path.expanduser('~root'))",
+        f"open({__file__!r}).read()",
+        "import resource; resource.prlimit(PID, resource.RLIMIT_NOFILE)",
+        "import os; os.setpriority(os.PRIO_PROCESS, PID, 19)",
+        "import os; os.sched_setaffinity(PID, {0})",
+        "import signal; signal.pidfd_send_signal(0, 9)",
+        "import os; os.kill(PID, 0)",
+        "import os; os.kill(-1, 0)",
+        "import fcntl; fcntl.flock(open(0), fcntl.LOCK_EX)",
+    ],
+)
+def test_what_outlives_a_program_and_what_is_others_is_refused(source):
+    result = run(source.replace("PID", str(os.getpid())))
+    assert result.ending == "raised", result
+    assert "Error" in result.stderr.splitlines()[-1]
+    assert "NameError" not in result.stderr
+    assert "SyntaxError" not in result.stderr
+
+
+@linux
+def test_what_a_program_needs_works():
+    source = (
+        "import asyncio, ctypes, decimal, hashlib, os, random, socket, tempfile, zoneinfo\n"
+        "asyncio.run(asyncio.sleep(0))\n"
+        "socket.socketpair()\n"
+        "print(open('/dev/stdin').read(), os.cpu_count() > 0, len(os.urandom(4)))\n"
+        "with tempfile.TemporaryDirectory(dir='.') as d: open(d + '/x', 'w').write('x')\n"
+        "os.kill(os.getpid(), 0)\n"
+    )
+    result = run(source, stdin="in")
+    assert (result.ending, result.stdout, result.stderr) == ("done", "in True 4\n", "")
+
+
+def test_the_boundary_in_force_is_said_in_a_line():
+    line = boundary()
+    assert line.endswith("resource limits") or "NOT held back from" in line
+    assert "\n" not in line
 
 
 @linux
@@ -96,8 +160,8 @@ def test_a_fork_bomb_ends_with_its_time_and_leaves_nothing():
     before = {p.pid for p in psutil.process_iter()}
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     assert run(bomb).ending == "timed_out"
-    new = [p for p in psutil.process_iter() if p.pid not in before]
-    assert not [p for p in new if "confined_python" in " ".join(p.cmdline())]
+    new = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before]
+    assert not [p for p in new if "confined_python" in " ".join(p.info["cmdline"] or ())]
 
 
 def test_threads_and_the_scratch_folder_work():
