@@ -70,6 +70,8 @@ class RolloutDataModule(L.LightningDataModule):
         curriculum: Leaves prompts out of a pass by their past success; None asks them all.
         evaluation: What validation samples for each held-out prompt.
         limits: Time-outs, attempts and concurrency.
+        test_prompts: What `trainer.test` asks, for once in the end: one set or several by name,
+            logged as `test/...`. None: the held-out prompts.
 
     Attributes:
         on_event: Told of every fetch, admission, take, publish and advance, from the loop's thread
@@ -96,12 +98,14 @@ class RolloutDataModule(L.LightningDataModule):
         curriculum: Curriculum | None = None,
         evaluation: Evaluation = Evaluation(),
         limits: RolloutLimits = RolloutLimits(),
+        test_prompts: Prompts | dict[str, Prompts] | None = None,
     ) -> None:
         super().__init__()
         self.prompts = by_name(prompts)
         self.workflow = require_workflow(workflow)
         self.servers = servers_of(servers)
         self.val_prompts = by_name(val_prompts, "val_prompts")
+        self.test_prompts = by_name(test_prompts, "test_prompts")
         self.batch_size = batch_size
         self.group_size = group_size
         self.minibatches_per_batch = minibatches_per_batch
@@ -174,16 +178,23 @@ class RolloutDataModule(L.LightningDataModule):
         use_atomic_checkpoints(trainer)
         if self.log_every_step and settings.log_every_n_steps == LIGHTNINGS_INTERVAL:
             settings.log_every_n_steps = 1
-        if self.val_prompts:
+        if self._held_out:
             return
         if stage != TrainerFn.FITTING:
+            name = "test_prompts" if stage == TrainerFn.TESTING else "val_prompts"
             raise ConfigError(
-                f"`val_prompts` must be given for `trainer.{TrainerFn(stage).value}`: there is "
-                "nothing to answer. Set `data.val_prompts`."
+                f"`{name}` must be given for `trainer.{TrainerFn(stage).value}`: there is "
+                f"nothing to answer. Set `data.{name}`."
             )
         # Lightning would warn of an empty loader, or of a missing one.
         self._limit_val_batches = settings.limit_val_batches
         settings.limit_val_batches = 0
+
+    @property
+    def _held_out(self) -> dict[str, Prompts]:
+        """The prompts that are asked besides those of training, by set."""
+        testing = self.trainer is not None and self.trainer.state.fn == TrainerFn.TESTING
+        return self.test_prompts if testing and self.test_prompts else self.val_prompts
 
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of rollouts; sized, so that Lightning fetches none ahead."""
@@ -196,7 +207,7 @@ class RolloutDataModule(L.LightningDataModule):
         return self._evaluation_loaders(limit)
 
     def test_dataloader(self) -> list[EvaluationLoader]:
-        """The same sets as validation."""
+        """One loader for each set of test prompts; without any, for those of validation."""
         return self._evaluation_loaders(self._attached.limit_test_batches)
 
     def transfer_batch_to_device(
@@ -359,7 +370,7 @@ class RolloutDataModule(L.LightningDataModule):
             model_path=model_path,
             run_dir=self.run_dir,
             prompts=self.prompts,
-            val_prompts=self.val_prompts,
+            val_prompts=self._held_out,
             workflow=self.workflow,
             servers=self.servers,
             batch_size=self.batch_size,

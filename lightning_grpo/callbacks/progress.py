@@ -118,7 +118,7 @@ class GRPOProgress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say the held-out scores."""
-        scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith("eval/")}
+        scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith(_SCORES)}
         if scores and not trainer.sanity_checking:
             self._say(evaluation_line(evaluated_step(trainer), scores))
         self._move(trainer.global_step, "train")
@@ -175,6 +175,7 @@ class GRPOProgress(ProgressBar):
             self._bar = None
 
 
+_SCORES = ("eval/", "test/")
 _ROLLOUTS, _HELD_OUT = "rollouts", "held-out prompts"
 
 
@@ -315,5 +316,6 @@ def evaluation_line(step: int, scores: Mapping[str, float]) -> str:
             continue
         interval = scores.get(f"{name}_ci95")
         shown = f" +- {interval:.3f}" if interval is not None and interval == interval else ""
-        parts.append(f"{name.removeprefix('eval/')} {value:.3f}{shown}")
-    return f"held-out at step {step} | " + " | ".join(parts)
+        parts.append(f"{name.partition('/')[2]} {value:.3f}{shown}")
+    asked = "test" if any(name.startswith("test/") for name in scores) else "held-out"
+    return f"{asked} at step {step} | " + " | ".join(parts)

@@ -212,7 +212,7 @@ def held_out_lines(evaluations: Sequence[EvaluationView]) -> Iterator[str]:
             if first is not last:
                 shown = f"{first.metrics.get(name, float('nan')):.3f} -> {shown}"
                 steps = f"{first.step} -> {steps}"
-            yield from _row("held-out", f"{shown} {name.removeprefix('eval/')}, step {steps}")
+            yield from _row("held-out", f"{shown} {name.partition('/')[2]}, step {steps}")
     pair = most_improved(first, last)
     if pair is not None and first is not last:
         yield from _answers(*pair)

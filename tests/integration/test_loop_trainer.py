@@ -157,6 +157,20 @@ def test_a_step_has_one_number_and_a_row_also_where_nobody_asked_for_rows(
         assert [row["step"] for row in rows if row["eval/avg_at_1"]] == ["0", "2"]
 
 
+def test_test_prompts_are_asked_by_test_alone(tiny_model, server, tmp_path):
+    module, trainer = make_module(tiny_model), make_trainer(tmp_path)
+    data = data_with_validation(server, test_prompts={"a": make_prompts(3), "b": make_prompts(5)})
+    (validated,) = trainer.validate(module, data, verbose=False)
+    assert validated.keys() == {"eval/avg_at_1", "eval/avg_at_1_ci95"}
+    tested = trainer.test(module, data, verbose=False)[0]
+    assert {"test/a/avg_at_1", "test/b/avg_at_1"} <= tested.keys()
+    assert not any(name.startswith("eval/") for name in tested)
+    groups = data.evaluations[-1].groups
+    assert [len(groups[name]) for name in ("a", "b")] == [3, 5]
+    with pytest.raises(ConfigError, match=r"Set `data\.test_prompts`"):
+        make_trainer(tmp_path).test(make_module(tiny_model), make_data(server))
+
+
 def test_a_run_without_a_logger_leaves_the_current_folder_alone(
     tiny_model, server, tmp_path, monkeypatch
 ):
