@@ -358,7 +358,8 @@ class GRPOModule(EvaluatedModule):
         logged = values(reduced(metrics, self.device))
         if batch.is_first:
             logged.update(batch.rollout.metrics)
-        self.log_dict(logged)
+        # Lightning counts from 0: `step` is what loggers take in its place, one number everywhere.
+        self.log_dict(logged | {"step": float(self.global_step + 1)})
         self._step_plateau(logged, held_out=False)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

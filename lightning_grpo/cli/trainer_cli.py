@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat import start_method
+from lightning_grpo.callbacks.views import run_folder
 from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import (
     is_first_rank,
@@ -34,6 +35,7 @@ from lightning_grpo.cli.runs import (
     RUNS,
     default_loggers,
     folder_beside,
+    going_on_without,
     held_version,
     last_checkpoint,
     listed,
@@ -158,6 +160,7 @@ class GRPOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
         config = self._get(self.config_init, "trainer")
+        self.datamodule.log_every_step = False  # our default, or what the config says
         root = folder_beside(Path(config.default_root_dir), self._kind)
         kwargs["default_root_dir"] = str(root)
         if _is_default(config.logger) and not config.fast_dev_run:
@@ -207,7 +210,20 @@ class SaveConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
         config.ckpt_path = None
-        super().__init__(parser, _without_secrets(config), **kwargs)
+        super().__init__(parser, _without_secrets(config), save_to_log_dir=False, **kwargs)
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        self._folder = run_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`; on rank 0."""
+        file = self._folder / self.config_filename
+        with going_on_without(file):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
 
 
 def _without_secrets(value: Any) -> Any:
@@ -314,7 +330,6 @@ def run_cli(
             auto_configure_optimizers=False,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             parser_class=StrictParser,
         )
 

@@ -119,6 +119,8 @@ def test_loggers_are_told_what_can_be_read_and_no_data_or_secrets():
     assert (prompts["path"], prompts["column"]) == ("list (30 items)", "question")
     assert told["servers"]["init_args"]["urls"] == ["http://a:1"]
     assert "sk-1" not in yaml.safe_dump(told)
+
+
 @pytest.mark.parametrize(
     "path",
     [
