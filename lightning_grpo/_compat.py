@@ -14,6 +14,7 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_last_global_step_saved` | lightning.pytorch.callbacks.ModelCheckpoint | lightning 2.6.6 |
 | `_start_method` | launchers of lightning.pytorch that fork or spawn | lightning 2.6.6 |
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
+| `_EmptyStateDictLoadPlanner`, `_load_state_dict` | torch.distributed.checkpoint | torch 2.13.0 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 | `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
 """
@@ -34,6 +35,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.storage import StorageReader
+
+SelfDescribedLoadPlanner = _EmptyStateDictLoadPlanner
+"""Takes what is to be loaded from the checkpoint's own index."""
 
 
 def given_hyperparameters() -> Mapping[str, Any] | None:
@@ -110,3 +117,10 @@ def window_in_mask(attention: nn.Module) -> int | None:
     kinds, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
     is_full = kinds and layer is not None and kinds[layer] != "sliding_attention"
     return window if hasattr(source, "create_sliding_window_causal_mask") and not is_full else None
+
+
+def load_whole_state(reader: StorageReader, planner: SelfDescribedLoadPlanner) -> dict[str, Any]:
+    """All that a sharded checkpoint holds, by what its index says, as torch's own joining does."""
+    state: dict[str, Any] = {}
+    _load_state_dict(state, reader, planner=planner, no_dist=True)
+    return state

@@ -22,8 +22,11 @@ from lightning_grpo.rollout.curriculum import Curriculum
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, by_name
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
+from lightning_grpo.rollout.workflow import require_workflow
 from lightning_grpo.servers.base import Servers
+from lightning_grpo.servers.running import servers_of
 from lightning_grpo.session import state as states
+from lightning_grpo.session.folder import FolderLock, hold_folder, hold_run_folder
 from lightning_grpo.session.opening import open_session
 from lightning_grpo.session.protocol import Session
 from lightning_grpo.session.ranks import connect_ranks
@@ -47,8 +50,10 @@ class RolloutDataModule(L.LightningDataModule):
 
     Args:
         prompts: What is asked in training: one dataset, or several by name, each with its weight.
+            What `Prompts` takes may stand alone: rows, columns, a DataFrame, a file's name.
         workflow: How one prompt becomes one trajectory.
-        servers: Where the inference servers come from.
+        servers: Where the inference servers come from; the URL of one that runs, or a list of
+            them, is `RunningServers`.
         val_prompts: Held-out prompts, or several sets by name.
         batch_size: Prompts (groups) of one rollout batch, over all ranks.
         group_size: Trajectories of each prompt, at least 2.
@@ -67,6 +72,7 @@ class RolloutDataModule(L.LightningDataModule):
             or the main one: `on_event(name, **data)`.
         evaluations: Every finished validation.
         session: The rollouts, from `setup` to the end.
+        run_dir: The run's folder, from `setup` on; no other process may have it until the end.
     """
 
     def __init__(
@@ -87,9 +93,9 @@ class RolloutDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.prompts = by_name(prompts)
-        self.workflow = workflow
-        self.servers = servers
-        self.val_prompts = by_name(val_prompts)
+        self.workflow = require_workflow(workflow)
+        self.servers = servers_of(servers)
+        self.val_prompts = by_name(val_prompts, "val_prompts")
         self.batch_size = batch_size
         self.group_size = group_size
         self.minibatches_per_batch = minibatches_per_batch
@@ -105,6 +111,8 @@ class RolloutDataModule(L.LightningDataModule):
         self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
         self.session: Session | None = None
+        self.run_dir: Path | None = None
+        self._folder: FolderLock | None = None  # rank 0 only
         self._limit_val_batches: float | None = None
         self._steps_before: int | None = None  # of the trainer, at version 0; None: not training
 
@@ -139,7 +147,8 @@ class RolloutDataModule(L.LightningDataModule):
         module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
         module.check_model()
         contract.check_engine(self.servers, module.model_path)
-        self.session = session = self._make_session(trainer)
+        channel = self._own_folder(lambda: hold_run_folder(trainer))
+        self.session = session = self._make_session(trainer, channel)
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         if stage == TrainerFn.FITTING:
             contract.check_intervals(trainer, self.steps_per_rollout, epoch_steps)
@@ -226,9 +235,14 @@ class RolloutDataModule(L.LightningDataModule):
             model_path: Hub id, folder or `shipped:NAME`, the same that is trained.
             run_dir: Where logs and weights go.
         """
-        settings = self._settings(resolve_path(model_path), Path(run_dir))
-        contract.check_engine(self.servers, settings.model_path)
-        self.session = open_session(settings, self._channel())
+        model_path = resolve_path(model_path)
+        contract.check_engine(self.servers, model_path)
+        channel = self._own_folder(lambda: hold_folder(Path(run_dir)))
+        try:
+            self.session = open_session(self._settings(model_path), channel)
+        except BaseException:
+            self.close()
+            raise
         self.session.start()
 
     def batches(self, prepare: Prepare, max_tokens_per_microbatch: int = 16384) -> RolloutLoader:
@@ -265,6 +279,9 @@ class RolloutDataModule(L.LightningDataModule):
         if self.session is not None:
             self.session.close()
             self.session.channel.close()
+        if self._folder is not None:
+            self._folder.release()
+            self._folder = None
 
     def progress(self) -> RolloutProgress | None:
         """How far the next rollout batch is; rank 0 only, from any thread."""
@@ -282,12 +299,27 @@ class RolloutDataModule(L.LightningDataModule):
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _make_session(self, trainer: L.Trainer) -> Session:
+    def _make_session(self, trainer: L.Trainer, channel: RankChannel) -> Session:
         """Where rollouts come from under a Trainer; a collective."""
         module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
         module.truncation.check(self.workflow.sampling)
-        run_dir = Path(trainer.strategy.broadcast(trainer.log_dir or trainer.default_root_dir))
-        return open_session(self._settings(module.model_path, run_dir), self._channel())
+        return open_session(self._settings(module.model_path), channel)
+
+    def _own_folder(self, hold: Callable[[], FolderLock]) -> RankChannel:
+        """Join the ranks, and have rank 0 take the run's folder; a collective."""
+
+        def take() -> str:
+            self._folder = hold()
+            return str(self._folder.folder)
+
+        channel = connect_ranks(self.trainer, self.limits.rank_timeout_s)
+        try:
+            folder = channel.on_rank_zero(take, what="taking the run's folder")
+            self.run_dir = Path(channel.broadcast(folder))
+        except BaseException:
+            channel.close()
+            raise
+        return channel
 
     def _begin_to_count(self, session: Session) -> None:
         """At the start of training: `train_dataloader` may be called before steps are restored."""
@@ -308,11 +340,12 @@ class RolloutDataModule(L.LightningDataModule):
             )
         return self.session
 
-    def _settings(self, model_path: str, run_dir: Path) -> SessionSettings:
+    def _settings(self, model_path: str) -> SessionSettings:
+        assert self.run_dir is not None
         overridden = type(self).make_prompt is not RolloutDataModule.make_prompt
         return SessionSettings(
             model_path=model_path,
-            run_dir=run_dir,
+            run_dir=self.run_dir,
             prompts=self.prompts,
             val_prompts=self.val_prompts,
             workflow=self.workflow,
@@ -344,9 +377,6 @@ class RolloutDataModule(L.LightningDataModule):
             trained_fraction=ADAPTER_FRACTION if module.lora is not None else 1.0,
             offloaded=isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload,
         )
-
-    def _channel(self) -> RankChannel:
-        return connect_ranks(self.trainer, self.limits.rank_timeout_s)
 
     @property
     def _pinned(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.workflow import check_values
+from lightning_grpo.rollout.workflow import check_values, sampling_of
 from lightning_grpo.types import Group, Sampling
 
 
@@ -57,6 +57,7 @@ class Evaluation:
             )
         if self.sampling is None:
             return
+        object.__setattr__(self, "sampling", sampling_of(self.sampling, "evaluation.sampling"))
         check_values(self.sampling, "evaluation.sampling")
         if self.sampled and self.num_samples > 1 and self.sampling.temperature == 0:
             raise ConfigError(

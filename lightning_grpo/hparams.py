@@ -11,12 +11,24 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
+import sysconfig
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_grpo.errors import CheckpointError, ConfigError
 
 NOT_RESTORED = "not_restored"
+_OWN = ("lightning_grpo.algorithm.", "lightning_grpo.policy.lora", "lightning_grpo.module")
+"""Where this package keeps what a module is built from."""
+_INSTALLED = [
+    Path(folder).resolve()
+    for folder in {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+]
 _PRIMITIVES = (str, int, float, bool, type(None))
 
 
@@ -32,16 +44,46 @@ def import_object(path: str) -> Any:
     """What `path` (`package.module.name`) names.
 
     Raises:
-        CheckpointError: It can't be imported.
+        CheckpointError: It can't be imported, or is nothing to build a module from.
     """
     module, _, name = path.rpartition(".")
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise _refused(path)
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"`{path}` of the checkpoint's hyper-parameters can't be imported ({error}). Make it "
             "importable (the folder on PYTHONPATH) or pass the argument again."
         ) from error
+    if not _is_part_of_a_module(found):
+        raise _refused(path)
+    return found
+
+
+def _is_part_of_a_module(found: Any) -> bool:
+    """Whether it is of a kind to build a module from, and not whatever else can be imported.
+
+    A checkpoint may be a stranger's, and to call what it names is to run what it says. So it may
+    name parts of this package, optimizers, schedules, and the user's own code.
+    """
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        return False
+    if inspect.isclass(found) and issubclass(found, Optimizer | LRScheduler):
+        return True
+    if found.__module__.startswith("lightning_grpo."):
+        return found.__module__.startswith(_OWN)
+    file = getattr(sys.modules.get(found.__module__), "__file__", None)
+    places = Path(file).resolve().parents if file else ()
+    return bool(places) and not any(folder in places for folder in _INSTALLED)
+
+
+def _refused(path: str) -> CheckpointError:
+    return CheckpointError(
+        f"`{path}` of the checkpoint's hyper-parameters is neither a part of lightning_grpo, nor "
+        "an optimizer, a schedule or code of your own, so it is not run. If it belongs there, "
+        "pass the argument again."
+    )
 
 
 def to_plain(

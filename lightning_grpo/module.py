@@ -26,7 +26,6 @@ from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
-from lightning_grpo.algorithm.minibatch_loss import TokenLoss
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
@@ -116,7 +115,8 @@ class GRPOModule(EvaluatedModule):
     def __init__(
         self,
         model: str,
-        loss: PolicyLoss | TokenLoss | None = None,
+        # What a `Callable` is said to return would be listed among the losses of a config.
+        loss: PolicyLoss | Callable[..., Any] | None = None,
         advantage: Advantage | None = None,
         correction: Correction | None = None,
         kl: KLPenalty | None = None,
@@ -131,6 +131,7 @@ class GRPOModule(EvaluatedModule):
     ) -> None:
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        model = arguments["model"] = _name_of_model(model)
         self._remember(arguments)
         if max_tokens_per_microbatch < 1:
             raise ConfigError(
@@ -457,6 +458,22 @@ class GRPOModule(EvaluatedModule):
         defaults = inspect.signature(GRPOModule.__init__).parameters
         self._given = {n for n, v in arguments.items() if v is not defaults[n].default}
         self.hparams.update(hparams.to_plain(arguments, given_hyperparameters()))
+
+
+def _name_of_model(given: Any) -> str:
+    """What a model is loaded by, on each rank and by the servers; refuses one in memory."""
+    if isinstance(given, str | Path) and str(given):
+        return str(given)
+    way_out = ""
+    if isinstance(given, nn.Module):
+        way_out = (
+            " Save model and tokenizer with `save_pretrained(FOLDER)` and give the folder, or load "
+            "the model in a subclass's `build_policy`."
+        )
+    raise ConfigError(
+        "`model` must be a hub id, a folder or `shipped:NAME`, since servers and each rank load it "
+        f"themselves, got {type(given).__name__}.{way_out}"
+    )
 
 
 def _with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:

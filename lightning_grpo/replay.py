@@ -9,6 +9,7 @@ from typing import Any, cast
 import lightning as L
 
 from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.distributed import RankChannel
 from lightning_grpo.loader import RolloutLoader
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import RolloutWorkflow
@@ -68,8 +69,8 @@ class ReplayDataModule(RolloutDataModule):
         """What is replayed: lines for the summary at the start."""
         return self._replay.describe()
 
-    def _make_session(self, trainer: L.Trainer) -> ReplaySession:
-        return ReplaySession(Path(self.trajectories), self._channel())
+    def _make_session(self, trainer: L.Trainer, channel: RankChannel) -> ReplaySession:
+        return ReplaySession(Path(self.trajectories), channel)
 
     @property
     def _replay(self) -> ReplaySession:

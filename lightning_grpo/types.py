@@ -69,6 +69,7 @@ class Prompt:
         pass_index: Which pass over the dataset this is.
         dataset: Name of the dataset, where there are several.
         template_kwargs: Arguments of the chat template, in later turns as in this one.
+        asked: The text of the row, where it held text and no messages.
     """
 
     input_ids: tuple[int, ...]
@@ -79,6 +80,7 @@ class Prompt:
     pass_index: int = 0
     dataset: str = ""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    asked: str | None = None
 
     @property
     def key(self) -> PromptKey:

@@ -18,6 +18,7 @@ from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import RESERVED, reward_name
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.rollout.reward_worker import answer_of
+from lightning_grpo.rollout.workflow import sampling_of
 from lightning_grpo.types import Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
@@ -60,6 +61,7 @@ class AgentWorkflow(RewardedWorkflow):
         timeout_s: float = 600.0,
         conversations: Conversations = "one",
     ) -> None:
+        sampling = sampling_of(sampling)
         if reward is None:
             self.rewards, self.weights, self.sampling = [], [], sampling
         else:

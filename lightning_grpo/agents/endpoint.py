@@ -27,6 +27,7 @@ from lightning_grpo.agents.chat_api import (
     read_request,
 )
 from lightning_grpo.agents.conversation import Conversations, HistoryError, Recorder
+from lightning_grpo.engine.door import Door, bears, room_for_connections
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.types import Sampling
 
@@ -69,6 +70,8 @@ class Endpoint:
         self._conversations: Conversations = conversations
         self._sessions: dict[str, AgentSession] = {}
         self._runner: web.AppRunner | None = None
+        self._door: Door | None = None
+        self._listener: asyncio.Server | None = None
         self._url = ""
         self._opening = anyio.Lock()
         self._users = 0
@@ -104,10 +107,12 @@ class Endpoint:
                 app.router.add_get("/{session}/v1/models", self._models)
                 runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
                 await runner.setup()
-                site = web.TCPSite(runner, _HOST, 0)
-                await site.start()
+                assert runner.server is not None
+                # The run's other files, connections to servers first, need their room.
+                self._door = Door(runner.server, room_for_connections() // 2)
+                self._listener = await self._door.listen(_HOST, 0)
                 self._runner = runner
-                self._url = f"http://{_HOST}:{runner.addresses[0][1]}"
+                self._url = f"http://{_HOST}:{self._listener.sockets[0].getsockname()[1]}"
             return self._url
 
     async def _close_unused(self) -> None:
@@ -115,6 +120,8 @@ class Endpoint:
             runner = self._runner
             if not self._users and runner is not None:
                 self._runner = None
+                if self._listener is not None:
+                    self._listener.close()
                 await runner.cleanup()
         if not self._users:
             self._opening = anyio.Lock()  # the next use may be on another event loop
@@ -164,10 +171,12 @@ class Endpoint:
         return response
 
     def _find(self, request: web.Request) -> AgentSession:
+        if self._door is not None:
+            self._door.heard(request.transport)
         session = self._sessions.get(request.match_info["session"])
         if session is None:
             raise web.HTTPNotFound(text="this episode has ended")
-        if request.headers.get("Authorization") != f"Bearer {session.api_key}":
+        if not bears(request.headers.get("Authorization"), session.api_key):
             raise web.HTTPUnauthorized(text="the key is not this episode's")
         return session
 

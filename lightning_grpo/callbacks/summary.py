@@ -19,6 +19,7 @@ from lightning_grpo.callbacks.views import (
     EvaluationView,
     MinibatchView,
     logged_numbers,
+    run_folder,
 )
 from lightning_grpo.types import Group
 
@@ -69,7 +70,7 @@ class RunSummary(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder: on all ranks, since Lightning broadcasts it."""
-        self._run_folder = str(trainer.log_dir or trainer.default_root_dir)
+        self._run_folder = str(run_folder(trainer))
         self._tally, self._finished = Tally(), False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

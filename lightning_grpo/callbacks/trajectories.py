@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo.callbacks.views import Evaluated, MinibatchView
+from lightning_grpo.callbacks.views import Evaluated, MinibatchView, run_folder
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.records import write_groups
 
@@ -36,8 +36,7 @@ class TrajectoryWriter(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder: on all ranks, since Lightning broadcasts it."""
-        run_folder = trainer.log_dir or trainer.default_root_dir
-        self._run_folder = Path(self._folder or Path(run_folder) / FOLDER)
+        self._run_folder = Path(self._folder or run_folder(trainer) / FOLDER)
 
     def on_train_batch_end(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import lightning as L
 from typing_extensions import Protocol, runtime_checkable
@@ -99,6 +100,21 @@ class OnRollouts(Protocol):
     """A data module whose batches come from a session of rollouts."""
 
     session: SessionView | None
+
+
+@runtime_checkable
+class InFolder(Protocol):
+    """A data module that knows the run's folder."""
+
+    run_dir: Path | None
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run's files go; called on all ranks, since Lightning broadcasts it."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, InFolder) and data.run_dir is not None:
+        return data.run_dir
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def evaluated_step(trainer: L.Trainer) -> int:

@@ -9,6 +9,10 @@ TRACEBACK = "LIGHTNING_GRPO_TRACEBACK"
 """Set to anything but 0, errors keep their tracebacks."""
 
 
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+"""Set by launchers: Lightning's, torchrun, srun."""
+
+
 def prepare_imports() -> None:
     """Make files of the current folder importable and torch's C++ quiet, also in children.
 
@@ -31,8 +35,8 @@ def wants_traceback() -> bool:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks: launchers set LOCAL_RANK or SLURM_PROCID."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
+    """Whether this process is the one that speaks and makes the run's folder."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def set_one_thread_default() -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 from lightning_grpo.errors import CheckpointError, ConfigError
 
@@ -26,12 +25,15 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--adapter", action="store_true", help="of a run with LoRA: the adapter alone, for PEFT"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="of a model that comes with code of its own: run that code, as the run did",
+    )
     options = parser.parse_args(list(argv))
     check_paths(options.checkpoint, options.out)
-    from lightning_grpo.module import GRPOModule
-
-    with whole_checkpoint(options.checkpoint) as file:
-        module = GRPOModule.load_from_checkpoint(file, map_location="cpu")
+    state = read_checkpoint(options.checkpoint)
+    module = build_module(state, options.checkpoint, options.trust_remote_code)
     export = module.export_adapter if options.adapter else module.export
     sys.stdout.write(f"{export(options.out)}\n")
     return 0
@@ -49,24 +51,57 @@ def check_paths(checkpoint: Path, out: Path) -> None:
         raise ConfigError(f"`out` must be a new or empty folder, got {str(out)!r}.")
 
 
-@contextmanager
-def whole_checkpoint(checkpoint: Path) -> Iterator[Path]:
-    """The checkpoint as one file; the shards of a distributed one are joined in a scratch file."""
-    if checkpoint.is_file():
-        yield checkpoint
-        return
-    if not (checkpoint / _SHARDS_METADATA).is_file():
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """All of a checkpoint as plain data; the shards of a distributed one are joined.
+
+    Raises:
+        CheckpointError: It is neither a file nor a folder of shards.
+        ConfigError: It can't be read, or is not a Trainer's.
+    """
+    if checkpoint.is_dir() and not (checkpoint / _SHARDS_METADATA).is_file():
         raise CheckpointError(
             f"{str(checkpoint)!r} is neither a checkpoint file nor a folder of shards "
             f"(`{_SHARDS_METADATA}` is missing)."
         )
-    import torch
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+    from lightning_grpo.strategies.restoring import (
+        read_plain,
+        reading,
+        require_state,
+        whole_state,
+    )
 
-    with TemporaryDirectory(dir=checkpoint.parent) as scratch:
-        file = Path(scratch) / "whole.ckpt"
-        dcp_to_torch_save(checkpoint, file)
-        state = torch.load(file, weights_only=True)
-        state |= torch.load(checkpoint / _SHARDS_METADATA, weights_only=True)
-        torch.save(state, file)
-        yield file
+    with reading(checkpoint, "checkpoint"):
+        state = whole_state(checkpoint) if checkpoint.is_dir() else read_plain(checkpoint)
+    require_state(state, checkpoint, "checkpoint")
+    return state
+
+
+def build_module(state: dict[str, Any], checkpoint: Path, trust_remote_code: bool) -> Any:
+    """The module with a checkpoint's weights; of its settings only those that make the policy.
+
+    Raises:
+        ConfigError: The model would run code of its own, and nobody said that it may.
+    """
+    from lightning_grpo import hparams
+    from lightning_grpo.module import GRPOModule
+    from lightning_grpo.strategies.restoring import require_own_weights
+
+    saved = state.get("hyper_parameters", {})
+    if not isinstance(saved.get("model"), str):
+        raise ConfigError(
+            f"`checkpoint` must be of a GRPOModule, {str(checkpoint)!r} does not say which `model` "
+            "it trained. Name another."
+        )
+    options = dict(saved.get("model_kwargs") or {})
+    if options.get("trust_remote_code") and not trust_remote_code:
+        raise ConfigError(
+            f"`checkpoint` {str(checkpoint)!r} says that {saved['model']!r} comes with code of its "
+            "own, which exporting would run. If you trust both, add --trust-remote-code."
+        )
+    module = GRPOModule(
+        saved["model"], lora=hparams.from_plain(saved.get("lora")), model_kwargs=options or None
+    )
+    module.configure_model()
+    require_own_weights(module, state)
+    module.load_state_dict(state.get("state_dict", {}))
+    return module

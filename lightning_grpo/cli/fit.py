@@ -32,6 +32,7 @@ def run_trainer(
     command: str,
     argv: Sequence[str],
     data_class: Callable[[], type[RolloutDataModule]] = rollouts,
+    kind: str = "",
 ) -> int:
     """Run one of the Trainer's entry points.
 
@@ -39,18 +40,19 @@ def run_trainer(
         command: `fit`, `validate` or `test`.
         argv: The command's options.
         data_class: Imports the data module that the config's `data` describes.
+        kind: What it is called where it is not training (`replay`).
     """
     early = EarlyStop()
     early.install()
     try:
-        _run(command, argv, data_class)
+        _run(command, argv, data_class, kind)
     finally:
         early.uninstall()
     return 0
 
 
 def _run(
-    command: str, argv: Sequence[str], data_class: Callable[[], type[RolloutDataModule]]
+    command: str, argv: Sequence[str], data_class: Callable[[], type[RolloutDataModule]], kind: str
 ) -> None:
     configs, options = split_configs(argv)
     settings = collect(configs, options)
@@ -59,7 +61,7 @@ def _run(
     from lightning_grpo.cli.trainer_cli import run_cli
     from lightning_grpo.module import GRPOModule
 
-    run_cli(command, configs, options, settings, GRPOModule, data_class())
+    run_cli(command, configs, options, settings, GRPOModule, data_class(), kind)
 
 
 def split_configs(argv: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:

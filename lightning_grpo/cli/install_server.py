@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.installed import (
     SGLANG_VERSION,
+    describe_room,
     examine_python,
     install_server,
     remember_python,
+    server_folder,
 )
 
 _DESCRIPTION = """\
@@ -19,6 +22,7 @@ Install SGLang into a virtual environment of its own, and remember it: SGLangSer
 with it from then on. The trainer does not need SGLang, and the two need different versions of torch
 and transformers.
 
+  lightning-grpo install-server --dry-run                        where, what and how large
   lightning-grpo install-server
   lightning-grpo install-server --use /opt/sglang/bin/python     remember one that is there
   lightning-grpo install-server --cpu -- --extra-index-url URL   options of pip after --
@@ -33,8 +37,17 @@ def run(argv: Sequence[str]) -> int:
         if not options.use.is_file():
             raise ConfigError(f"`--use` must be an interpreter that has SGLang, got {options.use}.")
         installed = examine_python(options.use.absolute(), device)
+        if options.dry_run:
+            print(f"would remember SGLang {installed.sglang}: {installed.python}")
+            return 0
     else:
-        installed = install_server(options.folder, options.version, device, pip_arguments, print)
+        folder = server_folder(options.folder, options.version, device)
+        print(f"SGLang {options.version} for the {device}: {describe_room(folder, device)}")
+        if options.dry_run:
+            words = ["pip", "install", *pip_arguments, f"sglang=={options.version}"]
+            print(f"would make a virtual environment there and run in it: {shlex.join(words)}")
+            return 0
+        installed = install_server(folder, options.version, device, pip_arguments, print)
     file = remember_python(installed)
     print(f"SGLang {installed.sglang} for the {device}: {installed.python}\nremembered in {file}")
     return 0
@@ -53,6 +66,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--version", default=SGLANG_VERSION, help=f"default: {SGLANG_VERSION}")
     parser.add_argument(
         "--cpu", action="store_true", help="leave out what only a GPU needs (for tests; slow)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and no more"
     )
     parser.add_argument("--use", type=Path, help="an interpreter that has SGLang already")
     return parser.parse_args(arguments[:split]), arguments[split + 1 :]

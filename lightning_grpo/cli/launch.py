@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -12,15 +13,18 @@ from pathlib import Path
 
 from lightning_grpo.cli.jobs import job_parser, job_settings
 from lightning_grpo.cli.problem import ConfigProblem, nearest
+from lightning_grpo.errors import ConfigError
 
 _SLURM_USAGE = """\
-usage: lightning-grpo launch slurm --config FILE [--train-nodes 1] [--server-nodes 1] [options]
+usage: lightning-grpo launch slurm --config FILE [options] [-- options of sbatch]
 
 Print a Slurm job script for a run; `--submit` submits it. The config's servers start on the server
 nodes, the trainer's ranks on the others. At the time limit the job saves, is requeued and goes on.
+Any option of sbatch stands after `--`; `--container...` is given to the steps that run something.
 
   lightning-grpo launch slurm --config gsm8k.yaml --gpus-per-node 8 --time 24:00:00
   lightning-grpo launch slurm --config gsm8k.yaml --server-nodes 2 --partition gpu --submit
+  lightning-grpo launch slurm --config gsm8k.yaml -- --gres=gpu:h100:8 --exclusive
 """
 _RAY_USAGE = """\
 usage: lightning-grpo launch ray --config FILE [--train-nodes 1] [--server-nodes 1] [options]
@@ -54,28 +58,48 @@ def run(argv: Sequence[str]) -> int:
 
 def launch_slurm(argv: Sequence[str]) -> int:
     """Print the job script, or submit it."""
-    from lightning_grpo.launch.slurm import SlurmJob, job_script, submit
+    from lightning_grpo.launch.slurm import SlurmJob, gpus_of, job_script, sbatch_options, submit
 
+    words = list(argv)
+    split = words.index("--") if "--" in words else len(words)
+    passed = sbatch_options(words[split + 1 :])
     parser = job_parser("slurm", _SLURM_USAGE)
     parser.add_argument("--setup", action="append", default=[], help="a shell line to begin with")
     for key in _DIRECTIVES:
         parser.add_argument(f"--{key}", help="sbatch's own")
     parser.add_argument("--submit", action="store_true", help="submit it")
-    options, fit = parser.parse_known_args(list(argv))
+    options, fit = parser.parse_known_args(words[:split])
     given = {key: vars(options)[key.replace("-", "_")] for key in _DIRECTIVES}
+    directives = {key: value for key, value in given.items() if value is not None} | passed
+    container = [name for name in directives if name.startswith("container")]
+    options.gpus_per_node = options.gpus_per_node or gpus_of(directives)
     job = SlurmJob(
         **job_settings(options, fit),
         setup=options.setup,
-        directives={key: value for key, value in given.items() if value is not None},
+        container=[f"--{name}={directives[name]}".rstrip("=") for name in container],
+        directives={key: value for key, value in directives.items() if key not in container},
     )
     script = job_script(job)
+    for log in job.logs:
+        make_log_folder(Path(job.directives.get("chdir", ".")) / log)
     if not options.submit:
         sys.stdout.write(script)
         return 0
-    Path(options.folder).mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for the log
     number = submit(script)
-    sys.stdout.write(f"submitted job {number}, log {options.folder}/slurm-{number}.out\n")
+    sys.stdout.write(f"submitted job {number}, log {job.logs[0].replace('%j', number)}\n")
     return 0
+
+
+def make_log_folder(log: Path) -> None:
+    """Make the folder of a job's log, without which Slurm ends the job and says nothing."""
+    fixed = list(itertools.takewhile(lambda part: "%" not in part, log.parent.parts))
+    try:
+        Path(*fixed).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder of the job's log, {log.parent}, can't be made: {error.strerror}. Name "
+            "another with `--folder`."
+        ) from error
 
 
 def launch_ray(argv: Sequence[str]) -> int:

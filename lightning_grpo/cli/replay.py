@@ -18,7 +18,9 @@ usage: lightning-grpo replay --from RUN [--config FILE ...] [options of fit]
 
 Train from the trajectories that a run has written: the same batches, and with the same settings
 the same losses, without servers. RUN is the run's folder, its `trajectories/` or one .parquet file.
-Without --config the run's own config.yaml is used; every option of `fit` changes it:
+Without --config the run's own config.yaml is used; every option of `fit` changes it. What a replay
+writes goes to a folder beside the run's (runs/quickstart-replay/version_0), also its checkpoints:
+`--ckpt_path last` is the last replay's here, and the training's in `fit` and `validate`.
 
   lightning-grpo replay --from runs/quickstart/version_0
   lightning-grpo replay --from runs/quickstart/version_0 --model.advantage LeaveOneOutAdvantage
@@ -34,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     recording, options = split_recording(argv)
     if not any(option.partition("=")[0] in (_CONFIG, "-c") for option in options):
         options = [_CONFIG, str(find_config(recording)), *options]
-    return run_trainer("fit", [*options, "--data.trajectories", str(recording)], replay)
+    return run_trainer("fit", [*options, "--data.trajectories", str(recording)], replay, "replay")
 
 
 def replay() -> type[RolloutDataModule]:

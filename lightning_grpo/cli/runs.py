@@ -1,22 +1,37 @@
-"""Run folders: `runs/NAME/version_N`, with the loggers in them, and going on in the last one."""
+"""Run folders: `runs/NAME/version_N`, with the loggers in them, and going on in the last one.
+
+A command that reads a run writes nothing into it: `validate`, `test` and `replay` have folders of
+their own kind beside it, `runs/NAME-validate/version_N`.
+"""
 
 from __future__ import annotations
 
-import shutil
-import warnings
-from collections.abc import Iterable
+import csv
+import io
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
+from torch import Tensor
 
+from lightning_grpo.session.folder import LOCK, hold_folder, hold_new_version
 from lightning_grpo.strategies.restoring import is_sharded
+
+log = logging.getLogger(__name__)
 
 RUNS = "runs"
 LAST = "last"
 LAST_OR_NONE = "last-or-none"
 """Spellings of `--ckpt_path`: the newest checkpoint, and the same where there may be none yet."""
-_METRICS = "metrics.csv"
+FIT = "fit"
+METRICS = "metrics.csv"
 _VERSION = "version_"
 
 
@@ -57,17 +72,65 @@ def _number(folder: Path) -> int:
     return int(folder.name.removeprefix(_VERSION))
 
 
-def default_loggers(root: Path, version: int | None = None) -> list[Logger]:
+def folder_beside(folder: Path, kind: str) -> Path:
+    """Where a command of another kind than `fit` writes what `fit` writes to a folder.
+
+    Args:
+        folder: `fit`'s.
+        kind: `validate`, `test` or `replay`.
+    """
+    if kind == FIT or folder.name.endswith(f"-{kind}"):  # that of the config of such a command
+        return folder
+    if Path.cwd().is_relative_to(folder.resolve()):  # nobody wants one beside the current folder
+        return folder / kind
+    return folder.with_name(f"{folder.name}-{kind}")
+
+
+def move_beside(trainer: Any, kind: str) -> None:
+    """Have the callbacks and loggers of a Trainer's config write beside the run that is read."""
+    for each in (*listed(trainer.callbacks), *listed(trainer.logger)):
+        settings = each.get("init_args") or {}
+        for name in ("dirpath", "folder", "save_dir"):
+            if settings.get(name):
+                settings[name] = str(folder_beside(Path(settings[name]), kind))
+
+
+def listed(value: Any) -> list[Any]:
+    """One object of a config, or several; what is no object is left out."""
+    several = value if isinstance(value, list) else [value]
+    return [each for each in several if hasattr(each, "class_path")]
+
+
+@contextmanager
+def held_version(root: Path, version: int | None = None) -> Iterator[int]:
+    """Have one `version_N` folder for a run's time; gives N. On the first rank alone.
+
+    Args:
+        root: The folder of the run's versions.
+        version: The one to go on with; None makes a new one.
+
+    Raises:
+        ConfigError: Another run has it, or it can't be written to.
+    """
+    lock = hold_new_version(root) if version is None else hold_folder(root / f"{_VERSION}{version}")
+    try:
+        yield _number(lock.folder)
+    except BaseException:
+        remove_unused(lock.folder)
+        raise
+    finally:
+        lock.release()
+
+
+def default_loggers(root: Path, version: int | None) -> list[Logger]:
     """A CSV file, and TensorBoard where it is installed, in one `version_N` folder.
 
     Args:
         root: The folder of the run's versions.
-        version: The version to go on with; None starts a new one.
+        version: N; None on the ranks that don't write.
     """
     # Every row at once: a run that is killed keeps its curve.
-    csv = CSVLogger(root, name="", version=version, flush_logs_every_n_steps=1)
-    if version is not None:
-        _keep_metrics(Path(csv.log_dir))
+    csv = CurveLogger(root, name="", version=version, flush_logs_every_n_steps=1)
     loggers: list[Logger] = [csv]
     if RequirementCache("tensorboard"):
         loggers.append(TensorBoardLogger(root, name="", version=csv.version))
@@ -75,17 +138,140 @@ def default_loggers(root: Path, version: int | None = None) -> list[Logger]:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the folder of a run that never began: loggers have made it, and nothing is in it."""
-    empty = [folder / _METRICS, folder / "config.yaml", folder / "hparams.yaml"]
-    made = set(folder.glob("events.out.tfevents.*")) | set(empty)
+    """Remove what loggers have put into the folder of a run that never began, if that is all."""
+    empty = {folder / name for name in ("config.yaml", "hparams.yaml", LOCK)}
+    made = set(folder.glob("events.out.tfevents.*")) | empty
     if folder.is_dir() and set(folder.iterdir()) <= made:
-        shutil.rmtree(folder)
+        for file in made - {folder / LOCK}:
+            file.unlink(missing_ok=True)
 
 
-def _keep_metrics(folder: Path) -> None:
-    """Put the metrics so far aside: Lightning's CSVLogger would delete them, with a warning."""
-    metrics = folder / _METRICS
-    if metrics.exists():
-        parts = len(list(folder.glob("metrics-*.csv")))
-        metrics.rename(folder / f"metrics-{parts}.csv")
-    warnings.filterwarnings("ignore", message="Experiment logs directory", category=UserWarning)
+class CurveLogger(CSVLogger):
+    """Lightning's CSVLogger, but it goes on with the curve that is there, which that deletes."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the file."""
+        if self._experiment is None:
+            self._experiment = CurveWriter(Path(self.log_dir))  # type: ignore[assignment]
+        return self._experiment
+
+
+class CurveWriter:
+    """Writes rows behind those of the run so far; a disk that is full holds them back.
+
+    A run that goes on from an earlier step takes its steps again: their old rows are put aside into
+    `metrics-0.csv`, so that there is one row for each.
+
+    Args:
+        folder: Of the run.
+
+    Attributes:
+        metrics: Rows that are not written yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.metrics: list[dict[str, Any]] = []
+        self._folder, self._file = folder, folder / METRICS
+        self._hparams: dict[str, Any] = {}
+        self._columns: list[str] | None = None
+        self._failed = False
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Add a row."""
+        plain = {n: v.item() if isinstance(v, Tensor) else v for n, v in metrics.items()}
+        self.metrics.append(plain | {"step": step})
+
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        """Keep the hyper-parameters beside the curve."""
+        self._hparams |= params
+        self._folder.mkdir(parents=True, exist_ok=True)
+        save_hparams_to_yaml(self._folder / "hparams.yaml", self._hparams)
+
+    def save(self) -> None:
+        """Write what was added; where that is not possible, say so once and try again later."""
+        if not self.metrics:
+            return
+        try:
+            self._write()
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s can't be written (%s): the run goes on", self._file, error.strerror)
+            self._failed = True
+            return
+        if self._failed:
+            log.warning("%s is written again, with every row since", self._file)
+        self._failed, self.metrics = False, []
+
+    def _write(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        rows: list[dict[str, Any]] | None = None
+        if self._columns is None:
+            columns, rows = _read(self._file)
+            rows = self._put_aside(columns, rows)
+        else:
+            columns = self._columns
+        new = {name for row in self.metrics for name in row} - set(columns)
+        if rows is None and not new:
+            _append(self._file, columns, self.metrics)
+            return
+        if rows is None:
+            rows = _read(self._file)[1]
+        columns = sorted({*columns, *new})
+        partial = self._file.with_name(f".{METRICS}.tmp")
+        try:
+            _write_rows(partial, columns, [*rows, *self.metrics])
+            partial.replace(self._file)  # a run that is killed here keeps its curve
+        finally:
+            partial.unlink(missing_ok=True)
+        self._columns = columns
+
+    def _put_aside(self, columns: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows before the first new one; those that are taken again go beside the curve."""
+        first = self.metrics[0]
+        again = [row for row in rows if _is_taken_again(row, first)]
+        if again:
+            number = len(list(self._folder.glob("metrics-*.csv")))
+            _write_rows(self._folder / f"metrics-{number}.csv", columns, again)
+        return [row for row in rows if not _is_taken_again(row, first)]
+
+
+def _is_taken_again(row: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    step = int(row["step"])
+    measured = {name for name, value in row.items() if value != ""}
+    same = measured & set(first) - {"step", "epoch"}  # a step and its validation have a row each
+    return step > first["step"] or (step == first["step"] and bool(same))
+
+
+def _read(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows; none where there is no file."""
+    if not file.exists():
+        return [], []
+    with file.open(newline="") as opened:
+        reader = csv.DictReader(opened)
+        # A disk that filled up may have cut the last row.
+        rows = [row for row in reader if None not in row.values() and row["step"].isdigit()]
+        return list(reader.fieldnames or ()), rows
+
+
+def _write_rows(file: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _append(file: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """All rows or none."""
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerows(rows)
+    data = text.getvalue().encode()
+    with file.open("ab", buffering=0) as opened:
+        size = opened.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[opened.write(data) :]
+        except OSError:
+            os.truncate(file, size)
+            raise

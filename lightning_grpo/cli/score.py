@@ -137,6 +137,7 @@ def _from_trajectory(row: Mapping[str, Any]) -> Row:
         tuple(json.loads(row["messages"])),
         json.loads(row["columns"]),
         row=row["row"],
+        asked=row.get("asked"),
     )
     ids = tuple(token for token, sampled in marked if sampled)
     return Row(prompt, row["completion"], ids, row["reward"])

@@ -1,4 +1,4 @@
-"""`lightning-grpo serve MODEL`: the embedded engine, which speaks SGLang's HTTP API on a CPU."""
+"""`lightning-grpo serve MODEL`: the embedded engine, behind SGLang's HTTP API and OpenAI's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ _USAGE = """\
 usage: lightning-grpo serve MODEL [options of the engine]
 
 Serve a model (a Hugging Face folder, a hub id or shipped:NAME) on this machine's CPU, behind
-SGLang's HTTP API. Prints `READY http://HOST:PORT` when it answers; Ctrl-C ends it.
+SGLang's HTTP API and OpenAI's (`/v1/models`, `/v1/completions`, `/v1/chat/completions`, streaming
+too; without tools and structured output). Prints `READY http://HOST:PORT` when it answers; Ctrl-C
+ends it.
 
   lightning-grpo serve shipped:quickstart --port 30000
+  OPENAI_BASE_URL=http://127.0.0.1:30000/v1 OPENAI_API_KEY=- python my_agent.py
 
 The engine's options:
 """

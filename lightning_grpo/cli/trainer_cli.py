@@ -6,7 +6,7 @@ import logging
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat import start_method
 from lightning_grpo.cli.check import check_settings
-from lightning_grpo.cli.environment import set_one_thread_default, silence_jsonargparse
+from lightning_grpo.cli.environment import (
+    is_first_rank,
+    set_one_thread_default,
+    silence_jsonargparse,
+)
 from lightning_grpo.cli.problem import ConfigProblem, nearest
 from lightning_grpo.cli.refusals import condense, locate
 from lightning_grpo.cli.runs import (
@@ -29,14 +32,18 @@ from lightning_grpo.cli.runs import (
     LAST_OR_NONE,
     RUNS,
     default_loggers,
+    folder_beside,
+    held_version,
     last_checkpoint,
-    remove_unused,
+    listed,
+    move_beside,
     version_of,
 )
 from lightning_grpo.cli.sources import Setting, read_yaml
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
-from lightning_grpo.strategies.restoring import require_checkpoint
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from lightning_grpo.strategies.restoring import refuse_shards, require_checkpoint
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -67,6 +74,8 @@ class GRPOCLI(LightningCLI):
         arguments: What to parse, config files first.
         settings: The same with places, for messages.
         run_name: Folder of this run under `runs/`, unless the config names one.
+        kind: `fit`, or what else it is that reads a run, and writes beside it.
+        held: Keeps the run's folder until the end.
         kwargs: LightningCLI's own.
     """
 
@@ -76,10 +85,13 @@ class GRPOCLI(LightningCLI):
         arguments: list[str],
         settings: Setting,
         run_name: str,
+        kind: str,
+        held: ExitStack,
         **kwargs: Any,
     ) -> None:
         self._command, self._arguments = command, arguments
         self._settings, self._run_name = settings, run_name
+        self._kind, self._held = kind, held
         self._version: int | None = None
         self._roots = {
             "trainer": Trainer,
@@ -114,37 +126,52 @@ class GRPOCLI(LightningCLI):
         _share_gpus(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
-        if config.ckpt_path in (LAST, LAST_OR_NONE):
-            self._find_last(config)
+        self._find_checkpoint(config)
+        move_beside(config.trainer, self._kind)
         named = config.ckpt_path in (None, "best", "hpc")
         if not (named or config.ckpt_path.startswith("registry")):
             require_checkpoint(config.ckpt_path)
 
-    def _find_last(self, config: Any) -> None:
-        """Put the newest checkpoint of the run in the place of `last`."""
+    def _find_checkpoint(self, config: Any) -> None:
+        """Put the newest checkpoint of the run in the place of `last`, and find its folder."""
         root = Path(config.trainer.default_root_dir)
-        checkpoint = last_checkpoint(root, _checkpoint_folders(config.trainer))
-        if checkpoint is None and config.ckpt_path == LAST:
+        folders = _checkpoint_folders(config.trainer)
+        if self._kind == "replay":  # goes on with a replay; elsewhere `last` is the training's
+            root, *folders = (folder_beside(each, self._kind) for each in (root, *folders))
+        newest = last_checkpoint(root, folders)
+        if newest is None and config.ckpt_path == LAST:
             raise ConfigError(
                 f"`ckpt_path` must name a checkpoint, and `{LAST}` finds none of this run (below "
                 f"{str(root)!r}). Leave it out to begin, or give `{LAST_OR_NONE}`, which goes on "
                 "where there is a checkpoint and begins where there is none."
             )
-        config.ckpt_path = None if checkpoint is None else str(checkpoint)
-        if checkpoint is not None and _is_default(config.trainer.logger):
-            self._version = version_of(checkpoint, root)
+        if config.ckpt_path in (LAST, LAST_OR_NONE):
+            config.ckpt_path = None if newest is None else str(newest)
+        if newest is None or config.ckpt_path is None or self._command != "fit":
+            return
+        # From an earlier one begins another curve, in a folder of its own.
+        if Path(config.ckpt_path).absolute() == newest.absolute():
+            self._version = version_of(newest, root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
         config = self._get(self.config_init, "trainer")
+        root = folder_beside(Path(config.default_root_dir), self._kind)
+        kwargs["default_root_dir"] = str(root)
         if _is_default(config.logger) and not config.fast_dev_run:
-            kwargs["logger"] = default_loggers(Path(config.default_root_dir), self._version)
+            version = self._version
+            if is_first_rank():
+                version = self._held.enter_context(held_version(root, version))
+            kwargs["logger"] = default_loggers(root, version)
         self._refuse_unknown_strategy(config.strategy)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
             # Lightning's own for accelerators, strategies and precisions.
             raise locate(_explained(str(error)), self._settings) from error
+        path = self.config[self._command].ckpt_path
+        if path is not None and not isinstance(trainer.strategy, FSDP2Strategy):
+            refuse_shards(path)  # other strategies unpickle whatever the folder holds
         method = start_method(trainer)
         if method is not None:
             refusal = (
@@ -159,16 +186,6 @@ class GRPOCLI(LightningCLI):
             # True of training alone: which checkpoint was best is not asked here.
             warnings.filterwarnings("ignore", message="The dirpath has changed")
         return trainer
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run; a run that is refused leaves no folder."""
-        try:
-            super()._run_subcommand(subcommand)
-        except (ConfigError, MisconfigurationException):
-            csv = next((each for each in self.trainer.loggers if isinstance(each, CSVLogger)), None)
-            if csv is not None and self._version is None and self.trainer.is_global_zero:
-                remove_unused(Path(csv.log_dir))
-            raise
 
     def _refuse_unknown_strategy(self, name: Any) -> None:
         """Lightning's own message lists no strategy that was registered."""
@@ -191,22 +208,16 @@ class SaveConfig(SaveConfigCallback):
 def _checkpoint_folders(trainer: Any) -> list[Path]:
     """Where a Trainer's own callbacks and loggers have checkpoints written, by its config."""
     folders: list[Path] = []
-    for each in _listed(trainer.callbacks):
+    for each in listed(trainer.callbacks):
         settings = each.get("init_args") or {}
         if settings.get("dirpath"):
             folders.append(Path(settings["dirpath"]))
-    for each in _listed(trainer.logger):
+    for each in listed(trainer.logger):
         settings = each.get("init_args") or {}
         place = Path(settings.get("save_dir") or trainer.default_root_dir)
         names = (settings.get("name"), settings.get("project"))
         folders += [place / name for name in names if name is not None]
     return folders
-
-
-def _listed(value: Any) -> list[Any]:
-    """One object of a config, or several; what is no object is left out."""
-    several = value if isinstance(value, list) else [value]
-    return [each for each in several if hasattr(each, "class_path")]
 
 
 def _share_gpus(config: Any) -> None:
@@ -251,8 +262,18 @@ def run_cli(
     settings: Setting,
     module_class: type[LightningModule],
     datamodule_class: type[LightningDataModule],
+    kind: str = "",
 ) -> None:
     """Parse, build and run one command of the Trainer.
+
+    Args:
+        command: `fit`, `validate` or `test`.
+        configs: (name as given, path) of each config file.
+        options: The command line's other options.
+        settings: Both, with places.
+        module_class: What the config's `model` may be.
+        datamodule_class: What its `data` describes.
+        kind: What it is called where it is not training (`replay`).
 
     Raises:
         ConfigProblem: A setting was refused: by the parser, a constructor, or while setting up.
@@ -261,12 +282,14 @@ def run_cli(
     # The parser refuses a file that says nothing, such as one whose lines are all comments.
     said = [path for name, path in configs if read_yaml(path, name).value]
     arguments = [part for path in said for part in ("--config", str(path))]
-    with _quiet_lightning(), _located(settings):
+    with _quiet_lightning(), _located(settings), ExitStack() as held:
         GRPOCLI(
             command,
             [*arguments, *options],
             settings,
             run_name=configs[0][1].stem if configs else "run",
+            kind=kind or command,
+            held=held,
             model_class=module_class,
             datamodule_class=datamodule_class,
             subclass_mode_model=True,

@@ -20,6 +20,7 @@ from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.engine.about import About, EngineFacts
+from lightning_grpo.engine.door import Door
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
 from lightning_grpo.engine.model import (
@@ -101,9 +102,10 @@ async def serve(options: argparse.Namespace) -> None:
     engine.start()
     runner = web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S)
     await runner.setup()
-    site = web.TCPSite(runner, options.host, options.port, backlog=1024)
-    await site.start()
-    port = runner.addresses[0][1]
+    assert runner.server is not None
+    server.door = Door(runner.server)
+    listener = await server.door.listen(options.host, options.port)
+    port = listener.sockets[0].getsockname()[1]
     # What was loaded stays: to look through it for garbage stops both threads each time.
     gc.collect()
     gc.freeze()
@@ -111,6 +113,7 @@ async def serve(options: argparse.Namespace) -> None:
     await stop.wait()
     # Whoever still waits gets what there is.
     await engine.call(lambda s: s.abort(None))
+    listener.close()
     await runner.cleanup()
     engine.stop()
 
@@ -145,6 +148,7 @@ def build(
         end_ids=end_token_ids(model, tokenizer),
         tokenizer=tokenizer,
         deterministic=options.deterministic,
+        longest_token=max(map(len, tokenizer.get_vocab()), default=1) if tokenizer else 1,
     )
     facts = EngineFacts(
         tokenizer_path=options.model,

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from lightning_grpo.engine.errors import BadRequestError
-from lightning_grpo.engine.protocol import GenerateBody, SamplingBody, shorten
+from lightning_grpo.engine.protocol import (
+    MAX_COMPLETIONS,
+    MAX_NAME,
+    MAX_STOP,
+    MAX_STOPS,
+    GenerateBody,
+    SamplingBody,
+    shorten,
+)
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -73,14 +81,41 @@ def refuse_unsupported(body: GenerateBody) -> None:
     numbers = body.top_logprobs_num
     if any(numbers if isinstance(numbers, list) else [numbers or 0]):
         raise BadRequestError(
-            f"`top_logprobs_num` is not supported by the embedded engine, got {numbers}"
+            f"`top_logprobs_num` is not supported by the embedded engine, got {shorten(numbers)}"
         )
 
 
-def check_prompt(ids: Sequence[Any], vocab_size: int, name: str) -> tuple[int, ...]:
+def check_size(num_prompts: int, params: SamplingBody | list[SamplingBody] | None) -> None:
+    """Refuse a request for more completions than one may ask for, before any is made."""
+    each = params if isinstance(params, list) else [params or SamplingBody()]
+    most = max([p.n or 1 for p in each], default=1)
+    if num_prompts * most > MAX_COMPLETIONS:
+        raise BadRequestError(
+            f"the prompts times `sampling_params.n` must be at most {MAX_COMPLETIONS}, got "
+            f"{num_prompts} x {shorten(most)}. Way out: several requests"
+        )
+
+
+def check_names(body: GenerateBody) -> None:
+    """Refuse names that are texts."""
+    for name, value in (("rid", body.rid), ("extra_key", body.extra_key)):
+        for each in value if isinstance(value, list) else [value or ""]:
+            if len(each) > MAX_NAME:
+                raise BadRequestError(
+                    f"`{name}` must be at most {MAX_NAME} characters, got {len(each)}"
+                )
+
+
+def check_prompt(
+    ids: Sequence[Any], vocab_size: int, context_length: int, name: str
+) -> tuple[int, ...]:
     """Check the token ids of one prompt."""
     if not ids:
         raise BadRequestError(f"`{name}` must not be empty")
+    if len(ids) > context_length:
+        raise BadRequestError(
+            f"`{name}` must fit in the context of {context_length} tokens, got {len(ids)}"
+        )
     for position, token in enumerate(ids):
         if not isinstance(token, int):
             raise BadRequestError(
@@ -89,7 +124,8 @@ def check_prompt(ids: Sequence[Any], vocab_size: int, name: str) -> tuple[int, .
             )
         if not 0 <= token < vocab_size:
             raise BadRequestError(
-                f"`{name}[{position}]` must be in [0, {vocab_size}) (the vocabulary), got {token}"
+                f"`{name}[{position}]` must be in [0, {vocab_size}) (the vocabulary), "
+                f"got {shorten(token)}"
             )
     return tuple(ids)
 
@@ -130,24 +166,30 @@ def check_sampling(params: SamplingBody, vocab_size: int) -> None:
                     params.max_new_tokens is None or params.min_new_tokens <= params.max_new_tokens
                 )
             ),
-            f"in [0, max_new_tokens ({params.max_new_tokens})]",
+            f"in [0, max_new_tokens ({shorten(params.max_new_tokens)})]",
         ),
         (
             "stop_token_ids",
             params.stop_token_ids,
-            all(0 <= token < vocab_size for token in params.stop_token_ids or ()),
-            f"token ids in [0, {vocab_size})",
+            len(params.stop_token_ids or ()) <= MAX_STOPS
+            and all(0 <= token < vocab_size for token in params.stop_token_ids or ()),
+            f"at most {MAX_STOPS} token ids in [0, {vocab_size})",
         ),
         (
             "stop",
             params.stop,
-            all(params.stop) if isinstance(params.stop, list) else params.stop != "",
-            "a string or strings, none of them empty",
+            _are_stops(params.stop),
+            f"a string or up to {MAX_STOPS}, none empty or longer than {MAX_STOP}",
         ),
     ]
     for name, value, kept, rule in rules:
         if not kept:
-            raise BadRequestError(f"`sampling_params.{name}` must be {rule}, got {value!r}")
+            raise BadRequestError(f"`sampling_params.{name}` must be {rule}, got {shorten(value)}")
+
+
+def _are_stops(stop: str | list[str] | None) -> bool:
+    several = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    return len(several) <= MAX_STOPS and all(0 < len(each) <= MAX_STOP for each in several)
 
 
 def _refuse_unsupported_sampling(params: SamplingBody) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.engine.checks import (
+    check_names,
     check_prompt,
     check_sampling,
+    check_size,
     is_single,
     new_rid,
     per_item,
     refuse_unsupported,
 )
 from lightning_grpo.engine.errors import BadRequestError
-from lightning_grpo.engine.protocol import GenerateBody, Generation, SamplingBody
+from lightning_grpo.engine.protocol import GenerateBody, Generation, SamplingBody, shorten
 from lightning_grpo.engine.sampling import as_int64, sample_seed
 
 DETERMINISTIC_SEED = 42
@@ -36,6 +39,8 @@ class Intake:
         end_ids: Tokens that end a completion unless `ignore_eos`.
         tokenizer: For prompts given as text and for stop strings; None if the model has none.
         deterministic: Whether requests without a seed get a fixed one.
+        longest_token: Characters of the longest token: a text longer than as many of them as fit
+            in the context is refused before it is tokenized.
     """
 
     vocab_size: int
@@ -43,6 +48,7 @@ class Intake:
     end_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase | None
     deterministic: bool = False
+    longest_token: int = 256
 
     def generations(self, body: GenerateBody) -> tuple[list[Generation], bool]:
         """The completions of a request, in the order of the reply, and whether it is a list.
@@ -51,6 +57,8 @@ class Intake:
             BadRequestError: Naming the field, the rule and the value.
         """
         refuse_unsupported(body)
+        check_size(self._num_prompts(body), body.sampling_params)
+        check_names(body)
         prompts = self._prompts(body)
         count = len(prompts)
         params = [
@@ -60,7 +68,8 @@ class Intake:
         sizes = {p.n or 1 for p in params}
         if len(sizes) > 1:
             raise BadRequestError(
-                f"`sampling_params.n` must be the same for all prompts, got {sorted(sizes)}"
+                f"`sampling_params.n` must be the same for all prompts, "
+                f"got {shorten(sorted(sizes))}"
             )
         num_samples = sizes.pop()
         generations: list[Generation] = []
@@ -69,42 +78,51 @@ class Intake:
             generations += self._samples(body, index, count, prompt, params[index])
         rids = {g.rid for g in generations}
         if len(rids) != len(generations):
-            raise BadRequestError(f"`rid` must name each prompt once, got {body.rid!r}")
+            raise BadRequestError(f"`rid` must name each prompt once, got {shorten(body.rid)}")
         return generations, not (is_single(body) and num_samples == 1)
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """The ids of a text.
 
         Raises:
-            BadRequestError: The model has no tokenizer.
+            BadRequestError: The model has no tokenizer, or the text can't fit in its context.
         """
         if self.tokenizer is None:
             raise BadRequestError("a text needs a tokenizer and the model has none")
+        if len(text) > self.context_length * self.longest_token:
+            raise BadRequestError(
+                f"the text must fit in the context of {self.context_length} tokens, got one of "
+                f"{len(text)} characters"
+            )
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
-    def _prompts(self, body: GenerateBody) -> list[tuple[int, ...]]:
+    @staticmethod
+    def _num_prompts(body: GenerateBody) -> int:
         if (body.text is None) == (body.input_ids is None):
             raise BadRequestError("exactly one of `text` and `input_ids` must be given")
+        return 1 if is_single(body) else len(body.text or body.input_ids or ())
+
+    def _prompts(self, body: GenerateBody) -> list[tuple[int, ...]]:
         single = is_single(body)
         if body.input_ids is not None:
             if not body.input_ids:
                 raise BadRequestError("`input_ids` must not be empty")
             if single:
-                return [check_prompt(body.input_ids, self.vocab_size, "input_ids")]
+                return [self._checked(body.input_ids, "input_ids")]
             return [
-                check_prompt(
-                    ids if isinstance(ids, list) else [[]], self.vocab_size, f"input_ids[{i}]"
-                )
+                self._checked(ids if isinstance(ids, list) else [[]], f"input_ids[{i}]")
                 for i, ids in enumerate(body.input_ids)
             ]
         texts = [body.text] if isinstance(body.text, str) else body.text or []
         if not texts:
             raise BadRequestError("`text` must not be empty")
         return [
-            check_prompt(self.tokenize(text, add_special_tokens=True), self.vocab_size, "text")
-            for text in texts
+            self._checked(self.tokenize(text, add_special_tokens=True), "text") for text in texts
         ]
+
+    def _checked(self, ids: Sequence[Any], name: str) -> tuple[int, ...]:
+        return check_prompt(ids, self.vocab_size, self.context_length, name)
 
     def _samples(
         self,
@@ -123,7 +141,8 @@ class Intake:
         start = per_item(body.logprob_start_len, -1, index, count, "logprob_start_len")
         if not -1 <= start < len(prompt):
             raise BadRequestError(
-                f"`logprob_start_len` must be in [-1, {len(prompt)}) (the prompt), got {start}"
+                f"`logprob_start_len` must be in [-1, {len(prompt)}) (the prompt), got "
+                f"{shorten(start)}"
             )
         shared: dict[str, Any] = self._shared(params) | {
             "input_ids": prompt,
@@ -171,7 +190,7 @@ class Intake:
         if room < 0 or budget > room:
             raise BadRequestError(
                 f"the prompt and `sampling_params.max_new_tokens` must fit in the context of "
-                f"{self.context_length} tokens, got {len(prompt)} + {budget}"
+                f"{self.context_length} tokens, got {len(prompt)} + {shorten(budget)}"
             )
         return budget
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,7 +17,21 @@ from lightning_grpo.engine.errors import BadRequestError
 
 T = TypeVar("T")
 
+MAX_BODY_BYTES = 8 << 20
+"""Longest body of a request; more is answered 413."""
+MAX_COMPLETIONS = 4096
+"""Most completions of one request."""
+MAX_NAME = 256
+"""Longest name of a request (`rid`, `extra_key`)."""
+MAX_STOPS = 64
+"""Most strings that end a completion, and most tokens beside the model's own."""
+MAX_STOP = 1024
+"""Longest string that ends a completion."""
+
+_MAX_PARTS = 1 << 16
+"""Most lists and objects in a body: each takes many times its bytes once it is parsed."""
 _SHOWN = 80
+_MOST_BITS = 128
 _UNKNOWN = re.compile(r"unknown field `(.*)`")
 _AT = re.compile(r"^(?P<what>.*) - at `\$(?P<path>.*)`$")
 
@@ -200,9 +215,13 @@ def decode(body: bytes, kind: type[T]) -> T:
     Raises:
         BadRequestError: Naming the field, the rule and the value.
     """
+    if body.count(b"[") + body.count(b"{") > _MAX_PARTS:
+        raise BadRequestError(f"the body must have at most {_MAX_PARTS} lists and objects")
     try:
         raw = msgspec.json.decode(body) if body else {}
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise BadRequestError("the body must be JSON: it is nested too deeply") from None
+    except (msgspec.DecodeError, ValueError) as error:  # ValueError: of text, or of endless digits
         raise BadRequestError(f"the body must be JSON: {error}") from None
     try:
         return msgspec.convert(raw, kind)
@@ -236,6 +255,17 @@ def _nearest(what: str) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value as it stands in a message."""
-    text = repr(value)
+    """A value as it stands in a message, however large or deep it is."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a number of {value.bit_length()} bits"
+    text = _REPR.repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+class _Repr(reprlib.Repr):
+    def repr_int(self, value: int, _: int) -> str:
+        return shorten(value) if value.bit_length() > _MOST_BITS else repr(value)
+
+
+_REPR = _Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 4, 24, 12, _SHOWN

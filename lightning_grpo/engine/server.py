@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from lightning_grpo.engine.about import About, json_response
+from lightning_grpo.engine.door import Door, bears
 from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
+from lightning_grpo.engine.openai import OpenAIRoutes
 from lightning_grpo.engine.protocol import (
+    MAX_BODY_BYTES,
     AbortBody,
     DestroyGroupBody,
     DiskUpdateBody,
@@ -34,8 +39,17 @@ from lightning_grpo.engine.updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+T = TypeVar("T")
 
-_MAX_BODY = 1 << 28
+_OPEN = ("/health", "/health_generate")
+"""Answered without a key, as SGLang does: they say whether it lives, and change nothing."""
+_BODY_S = 60.0
+"""How long a body may take to come."""
+_SMALL = 64 << 10
+"""Bodies up to here are read on the event loop, longer ones on a thread, a few at a time."""
+_LARGE_AT_ONCE = 4
+_MOST_COMPLETIONS = 1 << 16
+"""In flight, of all requests together; more are sent away for a moment."""
 
 
 def _error(message: str, status: int) -> web.Response:
@@ -44,7 +58,10 @@ def _error(message: str, status: int) -> web.Response:
 
 def _refusal(error: BadRequestError | WeightUpdateError | web.HTTPException) -> web.Response:
     if isinstance(error, web.HTTPException):
-        return _error(error.text or error.reason, error.status)
+        answer = _error(error.text or error.reason, error.status)
+        if error.status == web.HTTPServiceUnavailable.status_code:
+            answer.headers["Retry-After"] = "1"
+        return answer
     message = str(error)
     if isinstance(error, WeightUpdateError):
         return json_response(
@@ -62,7 +79,12 @@ class EngineServer:
         intake: Checks generation requests.
         about: What it says of itself.
         api_key: The bearer token to ask for; None asks for none.
+
+    Attributes:
+        door: To be told of each connection's requests; None where nobody bounds connections.
     """
+
+    door: Door | None = None
 
     def __init__(
         self,
@@ -78,10 +100,14 @@ class EngineServer:
         self._about = about
         self._api_key = api_key
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_open = 0
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
+        # One thread: tokenizers don't like two.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="intake")
 
     def app(self) -> web.Application:
         """The application with every route."""
-        app = web.Application(middlewares=[self._guard], client_max_size=_MAX_BODY)
+        app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
         both: dict[str, Handler] = {
             "/health": self._health,
             "/health_generate": self._health_generate,
@@ -111,12 +137,17 @@ class EngineServer:
         }
         for path, handler in posts.items():
             app.router.add_post(path, handler)
+        OpenAIRoutes(self._engine, self._intake, lambda: self._updates.model_path).add_to(app)
         return app
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.door is not None:
+            self.door.heard(request.transport)
         if not self._authorized(request):
-            return _error("Unauthorized", 401)
+            refused = _error("Unauthorized", 401)
+            refused.force_close()  # a stranger's body is not read, and its connection not kept
+            return refused
         try:
             return await handler(request)
         except (BadRequestError, WeightUpdateError, web.HTTPException) as error:
@@ -127,9 +158,34 @@ class EngineServer:
             return _error("internal error, see the engine's log", 500)
 
     def _authorized(self, request: web.Request) -> bool:
-        if self._api_key is None or request.path.startswith("/health"):
+        if self._api_key is None or request.path in _OPEN:
             return True
-        return request.headers.get("Authorization") == f"Bearer {self._api_key}"
+        return bears(request.headers.get("Authorization"), self._api_key)
+
+    async def _read(self, request: web.Request, kind: type[T]) -> T:
+        """A request's body, bounded in size and time."""
+        length = request.content_length
+        if not request.can_read_body or (length is not None and length <= _SMALL):
+            return decode(await _body(request), kind)
+        async with self._large:
+            body = await _body(request)
+            return await self._off_loop(lambda: decode(body, kind))
+
+    async def _off_loop(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    @contextmanager
+    def _room(self, generations: list[Generation]) -> Iterator[None]:
+        """Place for completions among those in flight."""
+        if self._num_open + len(generations) > _MOST_COMPLETIONS:
+            raise web.HTTPServiceUnavailable(
+                text=f"{self._num_open} completions are in flight, of at most {_MOST_COMPLETIONS}"
+            )
+        self._num_open += len(generations)
+        try:
+            yield
+        finally:
+            self._num_open -= len(generations)
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -146,11 +202,15 @@ class EngineServer:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         started = time.perf_counter()
-        body = decode(await request.read(), GenerateBody)
-        generations, is_list = self._intake.generations(body)
-        if body.stream:
-            return await self._stream(request, generations, is_list, started)
-        outputs = await self._run(generations)
+        body = await self._read(request, GenerateBody)
+        if body.text is None and (request.content_length or 0) <= _SMALL:
+            generations, is_list = self._intake.generations(body)
+        else:
+            generations, is_list = await self._off_loop(lambda: self._intake.generations(body))
+        with self._room(generations):
+            if body.stream:
+                return await self._stream(request, generations, is_list, started)
+            outputs = await self._run(generations)
         replies = [
             generate_reply(g, output, self._intake.tokenizer, started)
             for g, output in zip(generations, outputs, strict=True)
@@ -209,24 +269,26 @@ class EngineServer:
         self._engine.post(lambda s: s.abort([g.rid for g in generations]))
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), TokenizeBody)
-        tokens = self._intake.tokenize(body.prompt, body.add_special_tokens)
+        body = await self._read(request, TokenizeBody)
+        tokens = await self._off_loop(
+            lambda: self._intake.tokenize(body.prompt, body.add_special_tokens)
+        )
         return json_response({"tokens": tokens, "count": len(tokens)})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), AbortBody)
+        body = await self._read(request, AbortBody)
         if not body.abort_all and body.rid is None:
             raise BadRequestError("`rid` must be given unless `abort_all` is true")
         await self._engine.call(lambda s: s.abort(None if body.abort_all else [body.rid or ""]))
         return web.Response()
 
     async def _pause(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), PauseBody)
+        body = await self._read(request, PauseBody)
         await self._engine.call(lambda s: s.pause(body.mode))
         return json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
-        decode(await request.read(), dict)
+        await self._read(request, dict)
         await self._engine.call(lambda s: s.resume())
         return json_response({"message": "Generation continued successfully.", "status": "ok"})
 
@@ -245,25 +307,25 @@ class EngineServer:
         await asyncio.shield(task)
 
     async def _update_from_disk(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), DiskUpdateBody)
+        body = await self._read(request, DiskUpdateBody)
         await self._finish(self._updates.from_disk(body))
         message = _worded("Succeeded to update model weights.", body.weight_version)
         return json_response({"success": True, "message": message, "num_paused_requests": 0})
 
     async def _init_group(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), InitGroupBody)
+        body = await self._read(request, InitGroupBody)
         await self._finish(self._updates.init_group(body))
         return json_response(
             {"success": True, "message": "Succeeded to initialize custom process group."}
         )
 
     async def _update_from_distributed(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), DistributedUpdateBody)
+        body = await self._read(request, DistributedUpdateBody)
         await self._finish(self._updates.from_distributed(body))
         return _succeeded(_worded("Succeeded to update parameter online.", body.weight_version))
 
     async def _destroy_group(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), DestroyGroupBody)
+        body = await self._read(request, DestroyGroupBody)
         await self._finish(self._updates.destroy_group(body))
         return json_response(
             {"success": True, "message": "Succeeded to destroy custom process group."}
@@ -279,7 +341,7 @@ class EngineServer:
         return json_response(None)  # the cache grows again by itself
 
     async def _update_version(self, request: web.Request) -> web.Response:
-        body = decode(await request.read(), VersionBody)
+        body = await self._read(request, VersionBody)
         if body.abort_all_requests:
             await self._engine.call(lambda s: s.abort(None))
         await self._engine.call(lambda s: s.set_version(body.new_version))
@@ -290,6 +352,14 @@ class EngineServer:
                 "new_version": body.new_version,
             }
         )
+
+
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(_BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text=f"the body did not come within {_BODY_S:g} s") from None
 
 
 def _succeeded(message: str) -> web.Response:

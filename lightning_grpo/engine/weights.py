@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from lightning_grpo.engine.errors import WeightUpdateError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    *(EOFError, SafetensorError, pickle.UnpicklingError),
+)
+"""What transformers raises for folders that it can't make a model of (RuntimeError: also deep)."""
 
 
 class ModelWeights:
@@ -80,15 +86,23 @@ class ModelWeights:
         Raises:
             WeightUpdateError: If there is no checkpoint at `path` or it can't be read.
         """
+        if not Path(path).is_dir():
+            raise WeightUpdateError(
+                f"`model_path` must be a folder of this machine (nothing is fetched), got {path!r}"
+            )
         try:
             tensors = _read_safetensors(Path(path))
             if tensors is not None and tensors.keys() <= self._tensors.keys():
                 return tensors
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True
+                path,
+                dtype=torch.float32,
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
             model, info = loaded
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise WeightUpdateError(f"can't load weights from {path!r}: {error}") from error
         for problem in ("missing_keys", "mismatched_keys"):
             if info.get(problem):
@@ -100,7 +114,7 @@ class ModelWeights:
 def _read_safetensors(folder: Path) -> dict[str, Tensor] | None:
     if (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text())
-        files = sorted(set(index["weight_map"].values()))
+        files = sorted({Path(file).name for file in index["weight_map"].values()})
     elif (folder / _SINGLE).is_file():
         files = [_SINGLE]
     else:

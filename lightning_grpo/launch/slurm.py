@@ -15,6 +15,28 @@ WARNING_S = 120
 """Slurm warns with SIGUSR1 so long before the time limit: time to save and to be requeued."""
 
 _SLURM_SERVERS = "lightning_grpo.SlurmServers"
+_NODES = "`--train-nodes` and `--server-nodes`"
+_RANKS = "`--ranks-per-node`"
+_SAID = {
+    "nodes": _NODES,
+    "ntasks": _RANKS,
+    "ntasks-per-node": _RANKS,
+    "gpus": "`--gpus-per-node`",
+    "gpus-per-node": "`--gpus-per-node`",
+    "gpus-per-task": "`--gpus-per-node`",
+    "job-name": "`--name`",
+}
+"""What the script itself says, and what to say it with."""
+
+_SHORT = dict(
+    pair.split("=")
+    for pair in """
+    A=account B=extra-node-info C=constraint D=chdir G=gpus J=job-name L=licenses M=clusters N=nodes
+    O=overcommit a=array b=begin c=cpus-per-task d=dependency e=error i=input k=no-kill
+    m=distribution n=ntasks o=output p=partition q=qos s=oversubscribe t=time w=nodelist x=exclude
+    """.split()
+)
+"""sbatch's options of one letter."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +45,59 @@ class SlurmJob(Job):
 
     Attributes:
         setup: Shell lines before anything is run.
-        directives: Further `#SBATCH --key=value` lines (partition, account, qos, time, ...).
+        directives: Further `#SBATCH --key=value` lines (partition, account, qos, time, ...); they
+            take the place of the script's own.
+        container: Options of `srun` for what starts the trainer and the servers in a container.
     """
 
     setup: Sequence[str] = ()
     directives: Mapping[str, str] = field(default_factory=dict)
+    container: Sequence[str] = ()
+
+    @property
+    def logs(self) -> list[str]:
+        """The files that Slurm is told to write; it makes no folder for them."""
+        own = self.directives.get("output", f"{self.folder}/slurm-%j.out")
+        return [own, *([self.directives["error"]] if "error" in self.directives else [])]
+
+
+def sbatch_options(words: Sequence[str]) -> dict[str, str]:
+    """Options of sbatch by their long names; `--gres=gpu:8`, `--gres gpu:8` and `-p gpu` are some.
+
+    Raises:
+        ConfigError: They are none, or the script itself says what they say.
+    """
+    found: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+        else:
+            name, equals, value = _SHORT.get(word[1:2], ""), word[2:], word[2:]
+        if not (word.startswith("-") and name):
+            raise ConfigError(
+                f"after `--` stand options of sbatch, which begin with `-`, got `{word}`."
+            )
+        if not equals and rest and not rest[0].startswith("-"):
+            value = rest.pop(0)
+        if name in _SAID:
+            raise ConfigError(
+                f"`--{name}` can't be given to sbatch: the script says it itself. Use "
+                f"{_SAID[name]}, before `--`."
+            )
+        found[name] = value
+    return found
+
+
+def gpus_of(directives: Mapping[str, str]) -> int:
+    """GPUs of a node by `--gres=gpu:h100:8`; 0 where it names none."""
+    for each in directives.get("gres", "").split(","):
+        kind, _, rest = each.removeprefix("gres/").partition("(")[0].partition(":")
+        if kind == "gpu":
+            number = rest.rpartition(":")[2]
+            return int(number) if number.isdigit() else 1
+    return 0
 
 
 def job_script(job: SlurmJob) -> str:
@@ -60,34 +130,46 @@ def submit(script: str) -> str:
 
 
 def _header(job: SlurmJob) -> list[str]:
+    by_gres = gpus_of(job.directives) > 0
     asked = {
         "job-name": job.name,
         "nodes": str(job.train_nodes + job.server_nodes),
-        **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}),
-        "output": f"{job.folder}/slurm-%j.out",
+        "ntasks-per-node": str(job.ranks_per_node),
+        **({"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node and not by_gres else {}),
+        "output": job.logs[0],
         "open-mode": "append",
         "requeue": "",
         "signal": f"USR1@{WARNING_S}",
         **job.directives,
     }
-    lines = [f"#SBATCH --{key}{'=' if value else ''}{value}" for key, value in asked.items()]
-    return ["#!/bin/bash", *lines]
+    if "no-requeue" in asked:
+        del asked["requeue"]
+    return ["#!/bin/bash", *(f"#SBATCH {_directive(*pair)}" for pair in asked.items())]
+
+
+def _directive(key: str, value: str) -> str:
+    # Slurm reads the line as a shell would, where it has to.
+    quoted = shlex.quote(value) if set(value) & set(" \t#'\"\\") else value
+    return f"--{key}={quoted}" if value else f"--{key}"
 
 
 def _body(job: SlurmJob) -> list[str]:
     folder = shlex.quote(job.folder)
     lines = [
-        "set -u",
         *job.setup,
+        "set -u",  # not before: scripts that activate an environment read unset variables
         f"run=$(realpath -m {folder})/{job.name}-$SLURM_JOB_ID",
         "export PYTHONUNBUFFERED=1",
     ]
     program = shlex.join(job.program)
     command = f'{program} fit {shlex.join(job.fit_options())} --trainer.default_root_dir "$run"'
     ranks = job.train_nodes * job.ranks_per_node
+    rank_cpus, node_cpus = _cpus(job)
+    container = "".join(f" {shlex.quote(word)}" for word in job.container)
     step = (
         f"srun --nodes={job.train_nodes} --ntasks={ranks} "
-        f"--ntasks-per-node={job.ranks_per_node} --relative=0 --exact --kill-on-bad-exit=0"
+        f"--ntasks-per-node={job.ranks_per_node} --relative=0 --exact "
+        f"--cpus-per-task={rank_cpus} --kill-on-bad-exit=0{container}"
     )
     if not job.server_nodes:
         return [*lines, f"{step} {command}"]
@@ -102,7 +184,7 @@ def _body(job: SlurmJob) -> list[str]:
         "",
         "# servers",
         f"srun --nodes={job.server_nodes} --ntasks={job.server_nodes} --ntasks-per-node=1 "
-        f"--relative={job.train_nodes} --exact \\",
+        f"--relative={job.train_nodes} --exact --cpus-per-task={node_cpus}{container} \\",
         f'  {program} launch server-node --folder "$mail" &',
         "servers=$!",
         "",
@@ -118,3 +200,11 @@ def _body(job: SlurmJob) -> list[str]:
         "kill $servers 2>/dev/null",
         "exit $status",
     ]
+
+
+def _cpus(job: SlurmJob) -> tuple[str, str]:
+    """Cores of a rank, and of a node's servers: since Slurm 22.05 `srun` takes one if not told."""
+    given = job.directives.get("cpus-per-task")
+    if given and given.isdigit():
+        return given, str(int(given) * job.ranks_per_node)
+    return f"$((SLURM_CPUS_ON_NODE / {job.ranks_per_node}))", "$SLURM_CPUS_ON_NODE"

@@ -8,20 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _RESERVED = ("prompt", "messages", "completion", "completion_ids", "prompt_ids")
+_TEXT_ASKED = "_text_asked"
 _LISTS = ("prompts", "completions", "completion_ids", "prompt_ids")
-_NOT_OURS = ("trainer_state", "log_extra", "log_metric")
+_NOT_OURS = ("trainer_state", "log_extra", "log_metric", "environments")
 _VARIABLE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 def from_trl(function: Callable[..., Any]) -> Callable[..., Any]:
     """A reward out of a function with TRL's signature: `(prompts, completions, **columns) -> list`.
 
-    The function is called with lists of one. Prompts and completions come as TRL gives them for
-    conversations (lists of messages) where the prompt was made of messages, else as text.
+    The function is called with lists of one. Prompts and completions come by TRL's rule: as text
+    where the row's prompt was text, and as conversations (lists of messages) where it was one.
+    Text stays text where a chat template was put around it.
 
     Args:
         function: Sync or async; its other arguments are columns. TRL's `trainer_state` and
-            `log_*` arguments are given as None.
+            `environments` are None, and what is given to its `log_*` functions is dropped.
     """
     parameters = inspect.signature(function).parameters
     wanted = [
@@ -30,11 +32,12 @@ def from_trl(function: Callable[..., Any]) -> Callable[..., Any]:
         if name not in {*_LISTS, *_NOT_OURS} and parameter.kind not in _VARIABLE
     ]
     always = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in _RESERVED]
+    always.append(inspect.Parameter(_TEXT_ASKED, inspect.Parameter.KEYWORD_ONLY, default=None))
     rest = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
 
     def lists(arguments: dict[str, Any]) -> dict[str, Any]:
         special = _as_trl(arguments)
-        columns = {k: [v] for k, v in arguments.items() if k not in _RESERVED}
+        columns = {k: [v] for k, v in arguments.items() if k not in {*_RESERVED, _TEXT_ASKED}}
         asked = special if rest else {k: v for k, v in special.items() if k in parameters}
         return {**asked, **columns}
 
@@ -46,19 +49,25 @@ def from_trl(function: Callable[..., Any]) -> Callable[..., Any]:
     async def async_reward(**arguments: Any) -> Any:
         return _only(await function(**lists(arguments)))
 
-    wrapped: Any = async_reward if inspect.iscoroutinefunction(function) else reward
+    called = getattr(type(function), "__call__", None)  # noqa: B004 - of an object
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+    wrapped: Any = async_reward if is_async else reward
     wrapped.__signature__ = inspect.Signature([*always, *wanted, *rest])
     return wrapped
 
 
 def _as_trl(arguments: Mapping[str, Any]) -> dict[str, Any]:
     messages, completion = arguments["messages"], arguments["completion"]
+    text = arguments.get(_TEXT_ASKED)
+    text = arguments["prompt"] if text is None and not messages else text
+    as_chat = [{"role": "assistant", "content": completion}]
     return {
-        "prompts": [messages or arguments["prompt"]],
-        "completions": [[{"role": "assistant", "content": completion}] if messages else completion],
+        "prompts": [messages if text is None else text],
+        "completions": [as_chat if text is None else completion],
         "completion_ids": [arguments["completion_ids"]],
         "prompt_ids": [arguments["prompt_ids"]],
         **dict.fromkeys(_NOT_OURS),
+        **dict.fromkeys(("log_extra", "log_metric"), lambda *_, **__: None),
     }
 
 

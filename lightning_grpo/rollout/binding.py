@@ -21,6 +21,9 @@ RESERVED = (
 )
 """Arguments that are no column. `completions` is AReaL's name of `completion`."""
 
+TEXT_ASKED = "_text_asked"
+"""Offered besides: what `from_trl` decides by; None for a conversation."""
+
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -92,6 +95,7 @@ class BoundReward:
             "completions": completion,
             "prompt_ids": list(prompt.input_ids),
             "completion_ids": list(completion_ids),
+            TEXT_ASKED: prompt.asked,
         }
         wanted = set(self._names)
         if self._takes_all:

@@ -6,12 +6,13 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.rollout import chat
 from lightning_grpo.rollout.protocols import Tokenizer
-from lightning_grpo.rollout.sources import open_rows
+from lightning_grpo.rollout.sources import is_columns, open_rows
 from lightning_grpo.types import Prompt, PromptKey
 
 MakePrompt = Callable[[Mapping[str, Any]], Prompt]
@@ -23,8 +24,9 @@ class Prompts:
     """Where prompts come from and how a row becomes one. Nothing is read before `load`.
 
     Args:
-        path: Hub name, file (.json, .jsonl, .parquet), folder, `shipped:NAME`, a `datasets.Dataset`
-            or a list of rows.
+        path: Hub name, file (.json, .jsonl, .parquet, .csv, .tsv; a table's cells stay text),
+            folder, `shipped:NAME`, or what is in memory: a `datasets.Dataset`, a list of rows,
+            columns by name, a DataFrame.
         name: Configuration of the dataset, where it has several.
         split: Which split.
         column: The column to ask: text, or a list of chat messages (ShareGPT's keys and JSON text
@@ -44,7 +46,7 @@ class Prompts:
 
     def __init__(  # noqa: PLR0913 - config surface: what a YAML file may set
         self,
-        path: str | Sequence[Mapping[str, Any]],
+        path: str | Sequence[Mapping[str, Any]] | Any,
         name: str | None = None,
         split: str = "train",
         column: str = "prompt",
@@ -116,8 +118,10 @@ class Prompts:
         columns = {k: v for k, v in row.items() if k != self.column or k not in _NATURAL_NAMES}
         if isinstance(content, str) and not tokenizer.chat_template:
             text = "".join(part for part in (self.system, content, self.suffix) if part)
-            return Prompt(tuple(chat.prompt_ids(tokenizer, text)), text, columns=columns)
+            ids = tuple(chat.prompt_ids(tokenizer, text))
+            return Prompt(ids, text, columns=columns, asked=text)
         messages = self._messages(content)
+        asked = f"{content}{self.suffix or ''}" if isinstance(content, str) else None
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"column {self.column!r} holds chat messages, but the tokenizer has no chat "
@@ -127,7 +131,7 @@ class Prompts:
         said = chat.fitting(tokenizer, messages, how)
         text = tokenizer.apply_chat_template(said, tokenize=False, **how)
         ids = tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **how)
-        return Prompt(tuple(ids), text, tuple(messages), columns)
+        return Prompt(tuple(ids), text, tuple(messages), columns, asked=asked)
 
     def _content(self, value: Any) -> str | list[dict[str, Any]]:
         try:
@@ -165,13 +169,35 @@ class Vocabulary:
     beyond: tuple[str, ...] = ()
 
 
-def by_name(prompts: Prompts | dict[str, Prompts] | None) -> dict[str, Prompts]:
-    """Datasets by name; one alone has the empty name."""
-    if prompts == {}:
-        raise ConfigError("`prompts` must name at least one dataset, got {}. Or give one alone.")
+def by_name(prompts: Any, setting: str = "prompts") -> dict[str, Prompts]:
+    """Datasets by name; one alone has the empty name.
+
+    Args:
+        prompts: `Prompts`, what `Prompts` takes, or several of either by name; None is none.
+        setting: The name of the setting.
+
+    Raises:
+        ConfigError: It is nothing to ask.
+    """
     if prompts is None:
         return {}
-    return prompts if isinstance(prompts, dict) else {"": prompts}
+    if isinstance(prompts, dict) and not prompts:
+        raise ConfigError(f"`{setting}` must name at least one dataset, got {{}}. Or give one.")
+    # Splits and columns come as dictionaries, too.
+    if type(prompts) is dict and not is_columns(prompts):
+        return {name: _as_prompts(each, f"{setting}.{name}") for name, each in prompts.items()}
+    return {"": _as_prompts(prompts, setting)}
+
+
+def _as_prompts(given: Any, setting: str) -> Prompts:
+    if isinstance(given, Prompts):
+        return given
+    try:
+        if not isinstance(given, str | Path):
+            open_rows(given)  # what is named is looked for when it is opened
+        return Prompts(given)
+    except ConfigError as error:
+        raise ConfigError(f"`{setting}` must be `Prompts` or what it takes: {error}") from error
 
 
 class PromptSet:

@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         ("admitted_version", pa.int64()),
         ("attempts", pa.int64()),
         ("messages", pa.string()),  # JSON
+        ("asked", pa.string()),
         ("columns", pa.string()),  # JSON
     ],
     metadata={_FORMAT_KEY: FORMAT.encode()},
@@ -177,6 +178,7 @@ def _rows(
         "admitted_version": group.admitted_version,
         "attempts": group.attempts,
         "messages": _to_json(list(prompt.messages)),
+        "asked": prompt.asked,
         "columns": _to_json(dict(prompt.columns)),
     }
     for trajectory in group.trajectories:
@@ -208,6 +210,7 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> Group:
         row=first["row"],
         dataset=first.get("dataset") or "",
         pass_index=first["pass_index"],
+        asked=first.get("asked"),
     )
     trajectories = tuple(_trajectory(row) for row in rows)
     return Group(prompt, trajectories, first["admitted_version"], first["attempts"])

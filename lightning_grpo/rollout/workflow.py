@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
@@ -37,7 +38,7 @@ class RLVRWorkflow(RolloutWorkflow):
         if not functions:
             raise ConfigError("`reward` must name at least one function, got an empty list.")
         self.rewards = [BoundReward(function) for function in functions]
-        self.sampling: Sampling = sampling
+        self.sampling: Sampling = sampling_of(sampling)
         self.weights = [1.0] * len(functions) if reward_weights is None else list(reward_weights)
         if len(self.weights) != len(functions):
             raise ConfigError(
@@ -140,6 +141,43 @@ def check_trajectory(trajectory: Trajectory | None, admitted_version: int) -> Tr
             f"{admitted_version} at which its group was let in: a server has old weights."
         )
     return trajectory
+
+
+def require_workflow(given: Any) -> RolloutWorkflow:
+    """A workflow as given; some classes of users only look like one.
+
+    Raises:
+        ConfigError: It can't run an episode.
+    """
+    if isinstance(given, type):
+        raise ConfigError(f"`workflow` must be an object, got the class {given.__name__}. Call it.")
+    if not callable(getattr(given, "run", None)):
+        raise ConfigError(
+            f"`workflow` must be a workflow, got {given!r:.60}. A reward alone becomes one as "
+            "`RLVRWorkflow(reward)`."
+        )
+    workflow: RolloutWorkflow = given
+    return workflow
+
+
+def sampling_of(given: Any, place: str = "sampling") -> Sampling:
+    """Sampling from an object or from its settings by name.
+
+    Raises:
+        ConfigError: It is neither, or has no such setting.
+    """
+    if isinstance(given, Sampling):
+        return given
+    known = [each.name for each in fields(Sampling)]
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"`{place}` must be a `Sampling`, such as `Sampling(max_new_tokens=64)`, got {given!r}."
+        )
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ConfigError(f"`{place}` has no setting {unknown[0]!r}. It has {', '.join(known)}.")
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return Sampling(**settings)
 
 
 def check_sampling(sampling: Sampling) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,18 @@ NOT_ON_CPU = frozenset(
 
 NEEDLESS = ("outlines", "xgrammar")
 """Imported by SGLang; what they themselves need is not."""
+
+ROOM_GB = {"cpu": 4, "cuda": 15}
+"""What to keep free for an environment, with pip's cache left out."""
+
+FIND_SGLANG = """
+import importlib.metadata as metadata
+try:
+    print(metadata.version("sglang"))
+except metadata.PackageNotFoundError:
+    pass
+"""
+"""Prints the version, or nothing where there is none."""
 
 LIST_NEEDS = """
 import importlib.metadata, re
@@ -121,7 +134,7 @@ def install_server(
     Raises:
         ServerError: A step failed; with the end of its output.
     """
-    folder = (folder or data_folder() / f"sglang-{version}-{device}").absolute()
+    folder = server_folder(folder, version, device)
     python = folder / "bin" / "python"
     if not python.exists():
         say(f"making {folder}")
@@ -141,14 +154,39 @@ def install_server(
     return examine_python(python, device)
 
 
+def server_folder(folder: Path | None, version: str, device: str) -> Path:
+    """Where an environment goes: the folder given, else one in this user's data folder."""
+    return (folder or data_folder() / f"sglang-{version}-{device}").absolute()
+
+
+def describe_room(folder: Path, device: str) -> str:
+    """How much room an environment wants, and how much there is."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    return f"allow {ROOM_GB[device]} GB in {folder}, where {free:.0f} GB are free"
+
+
 def examine_python(python: Path, device: str) -> ServerPython:
     """What an interpreter has.
 
     Raises:
-        ServerError: It has no SGLang.
+        ConfigError: It has no SGLang, or is no interpreter.
     """
-    found = _run([str(python), "-c", "import importlib.metadata as m; print(m.version('sglang'))"])
-    return ServerPython(str(python), found.strip(), device)
+    command = [str(python), "-c", FIND_SGLANG]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ConfigError(f"{python} can't be run as a Python: {error.strerror}.") from error
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ConfigError(f"{python} can't be asked for SGLang: {said}")
+    if not done.stdout.strip():
+        raise ConfigError(
+            f"{python} has no SGLang. Name an interpreter that has it, install it there "
+            f"(`{python} -m pip install sglang=={SGLANG_VERSION}`), or let `lightning-grpo "
+            "install-server` make an environment of its own."
+        )
+    return ServerPython(str(python), done.stdout.strip(), device)
 
 
 def needs_on_cpu(listed: str) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from lightning_grpo.servers.waiting import start_error, wait_until_healthy
 
 POLL_S = 0.05
 SIGNAL_BASE = 128
-READY = "READY "
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Launch:
 
     Attributes:
         command: The program and its arguments.
-        log_path: Where its output goes; written anew.
+        log_path: Where its output goes, behind what is there.
         environment: On top of this process's.
-        url: Where it will listen; None: it prints `READY <url>`.
+        url: Where it will listen; None: it prints `READY <url>` on its standard output.
         devices: The GPUs that it uses.
     """
 
@@ -45,11 +45,11 @@ class ServerProcess:
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         launch.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log_start = 0
+        awaited = ["--ready"] if launch.url is None else []
         with launch.log_path.open("ab") as log:
-            self._log_start = log.tell()
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-I", supervisor.__file__, "--", *launch.command],
+                [sys.executable, "-I", supervisor.__file__, *awaited, "--", *launch.command],
+                bufsize=0,  # of what waits in a buffer, `poll` knows nothing
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -110,14 +110,18 @@ class ServerProcess:
         return int(line.split()[1])
 
     def _await_ready_line(self, deadline: float) -> str:
+        assert self._supervisor.stdout is not None
+        said = select.poll()  # `select` itself takes no descriptor above 1,023
+        said.register(self._supervisor.stdout, select.POLLIN)
         while True:
-            for line in self._own_log(num_lines=None).splitlines():
-                if line.startswith(READY):
-                    return line.removeprefix(READY).strip()
+            if said.poll(POLL_S * 1000):
+                line = self._supervisor.stdout.readline()
+                if line.startswith(supervisor.READY):
+                    return line.removeprefix(supervisor.READY).decode().strip()
+                self._supervisor.wait()  # the pipe is closed: it ends
             self._check_alive()
             if time.monotonic() > deadline:
                 raise ServerStartError("The server was not ready in time")
-            time.sleep(POLL_S)
 
     def _check_alive(self) -> None:
         returncode = self._supervisor.poll()
@@ -129,10 +133,5 @@ class ServerProcess:
                 SIGNAL_BASE - returncode if returncode > SIGNAL_BASE else returncode,
             )
 
-    def _own_log(self, num_lines: int | None = 25) -> str:
-        """The part of the log that this process wrote (a restart appends to the same file)."""
-        if num_lines is not None:
-            return read_tail(self.launch.log_path, num_lines)
-        with self.launch.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            return log.read().decode("utf-8", "replace")
+    def _own_log(self) -> str:
+        return read_tail(self.launch.log_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from lightning_grpo.errors import ConfigError
@@ -64,6 +65,25 @@ class RunningServers(Servers):
     def stop(self) -> None:
         """Leaves the servers running."""
         self._handles = []
+
+
+def servers_of(given: Any) -> Servers:
+    """Servers as given; of URLs, those that run there.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if isinstance(given, Servers):
+        return given
+    urls = [given] if isinstance(given, str) else given
+    if isinstance(urls, list | tuple) and urls and all(isinstance(url, str) for url in urls):
+        return RunningServers([normal_url(url) for url in urls])
+    name = given.__name__ if isinstance(given, type) else None
+    said = f"the class {name}. Call it: `{name}()`" if name else f"{given!r:.60}"
+    raise ConfigError(
+        "`servers` must be servers (EmbeddedServers(), SGLangServers(), RunningServers(urls)) or "
+        f"the URL of one that runs, got {said}."
+    )
 
 
 def is_local(url: str) -> bool:

@@ -5,6 +5,8 @@ reach it. Its process group, and whatever it started that got away into groups o
 the supervisor's standard input closes (the parent ended, however), on SIGTERM, when the parent is
 gone, and when the command itself ends. The first line on standard output is `PID <number>`, the
 command's; the command's own output goes to standard error, which the parent points at a log file.
+With `--ready` before the `--` its first line that begins with `READY` goes to standard output, too:
+the parent hears of its own command alone, whoever else writes to that log.
 """
 
 from __future__ import annotations
@@ -15,19 +17,23 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import FrameType
 
 GRACE_S = 5.0
 POLL_S = 0.2
+RELAY_S = 1.0
+READY = b"READY "
 SET_PARENT_DEATH_SIGNAL = 1
 SET_CHILD_SUBREAPER = 36
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command after `--` and returns its exit status."""
-    command = arguments[arguments.index("--") + 1 :]
+    end_of_own = arguments.index("--")
+    command, awaits_ready = arguments[end_of_own + 1 :], "--ready" in arguments[:end_of_own]
     asked_to_stop: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -41,16 +47,38 @@ def main(arguments: list[str]) -> int:
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,  # closes with this process: the command may watch it
-        stdout=sys.stderr,
+        stdout=subprocess.PIPE if awaits_ready else sys.stderr,
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
     os.write(1, f"PID {child.pid}\n".encode())
-    os.close(1)
+    relay = threading.Thread(target=relay_output, args=(child,), daemon=True)
+    relay.start()
     while child.poll() is None and not asked_to_stop and os.getppid() == parent:
         if stdin_closed():
             break
-    return end(child)
+    returncode = end(child)
+    relay.join(RELAY_S)  # what got away from it may hold its output open for longer
+    return returncode
+
+
+def relay_output(child: subprocess.Popen[bytes]) -> None:
+    """Copies the command's standard output to the log, and its first `READY` line to the parent."""
+    told = False
+    for line in child.stdout or ():  # to its end, since a full pipe would stop the command
+        write_all(2, line)
+        if line.startswith(READY) and not told:
+            told = True
+            write_all(1, line)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes what can be written: neither a full disk nor a parent that left stops the relay."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    except OSError:
+        return
 
 
 def stdin_closed() -> bool:

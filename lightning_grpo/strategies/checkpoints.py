@@ -75,8 +75,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         require_checkpoint(path)
         refuse_shards(path)
+        # Of a URL Lightning would otherwise run what it downloads.
+        safe = True if weights_only is None else weights_only
         with reading(path):
-            checkpoint = super().load_checkpoint(path, map_location, weights_only)
+            checkpoint = super().load_checkpoint(path, map_location, safe)
         require_state(checkpoint, path)
         return checkpoint
 

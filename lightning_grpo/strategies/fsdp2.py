@@ -22,6 +22,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import Optimizer
 from typing_extensions import Protocol, override, runtime_checkable
 
@@ -39,12 +45,16 @@ from lightning_grpo.strategies.checkpoints import (
 )
 from lightning_grpo.strategies.parallelize import is_sharded, parallelize
 from lightning_grpo.strategies.restoring import (
+    METADATA,
+    load_shards,
+    read_plain,
     reading,
     require_checkpoint,
     require_same_model,
     saved_shapes,
     shapes,
 )
+from lightning_grpo.strategies.restoring import is_sharded as is_folder_of_shards
 
 
 @runtime_checkable
@@ -242,8 +252,28 @@ class FSDP2Strategy(ModelParallelStrategy):
             require_same_model(saved, shapes(self.lightning_module.state_dict()))
         # Lightning passes None here whatever was asked for; checkpoints of ours are plain data.
         safe = True if weights_only is None else weights_only
-        with _stepping_without_loss(self.optimizers):
+        with _stepping_without_loss(self.optimizers), reading(path):
+            if is_folder_of_shards(path):
+                return self._load_shards(Path(path))
             return super().load_checkpoint(path, weights_only=safe)
+
+    def _load_shards(self, path: Path) -> dict[str, Any]:
+        """As Lightning does it, by readers that run no code of the checkpoint's."""
+        assert self.model is not None
+        assert self.lightning_module is not None
+        weights = {"state_dict": get_model_state_dict(self.model)}
+        load_shards(weights, path)
+        strict = self.lightning_module.strict_loading
+        self.model.load_state_dict(weights["state_dict"], strict=strict)
+        for index, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{index}"
+            state = {name: get_optimizer_state_dict(self.model, optimizer)}
+            load_shards(state, path)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(
+                self.model, optimizer, optim_state_dict=state[name], options=options
+            )
+        return read_plain(path / METADATA)
 
     @override
     def setup_optimizers(self, trainer: L.Trainer) -> None:

@@ -1,7 +1,12 @@
-"""What can't be resumed from, refused in one sentence: no checkpoint, or another model's."""
+"""Reading checkpoints as data, never as code, and refusing in one sentence what is none of ours.
+
+`torch.distributed.checkpoint` (DCP) unpickles whatever a folder of shards holds. Here its index is
+read by an unpickler that knows DCP's own classes only, and all else with `weights_only=True`.
+"""
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,15 +15,111 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from typing_extensions import override
 
+from lightning_grpo._compat import SelfDescribedLoadPlanner, load_whole_state
 from lightning_grpo.errors import ConfigError
 
 METADATA = "meta.pt"
 """Lightning's name for what is not a shard in a folder of shards."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+"""What DCP's writer puts into the index of a folder of shards, by module; and torch's dtypes."""
+
+
+_UNREADABLE = (
+    *(pickle.UnpicklingError, EOFError, RuntimeError, KeyError),
+    *(AttributeError, ImportError, IndexError, TypeError, ValueError, CheckpointException),
+)
+"""What torch and pickle raise for files that are no checkpoints, cut off or made up."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds the parts of an index and nothing else."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _INDEX_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"its index names `{module}.{name}`, which no checkpoint holds: it may have been made "
+            "to run a program, and nothing of it was run"
+        )
+
+
+class ShardReader(FileSystemReader):
+    """DCP's reader of a folder, which takes the index for a stranger's."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        rank = kwargs.get("rank")
+        name = ".metadata" if rank is None else f"__{rank}.metadata"
+        with (Path(self.path) / name).open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise pickle.UnpicklingError("its index is none of torch.distributed.checkpoint's")
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(
+                    f"its index names a file outside of its folder, {stored.relative_path!r}"
+                )
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _PlainBytes:
+    """What is no tensor (an optimizer's settings): plain data, where DCP unpickles anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)  # type: ignore[misc]
+
+
+class _Planner(_PlainBytes, DefaultLoadPlanner):
+    pass
+
+
+class _WholePlanner(_PlainBytes, SelfDescribedLoadPlanner):
+    pass
+
+
+def load_shards(state: dict[str, Any], path: Path) -> None:
+    """Fill a state (sharded or not) from a folder of shards, each rank its part."""
+    load(state, storage_reader=ShardReader(path), planner=_Planner())
+
+
+def whole_state(path: Path) -> dict[str, Any]:
+    """All that a folder of shards holds, in this process alone."""
+    return load_whole_state(ShardReader(path), _WholePlanner()) | read_plain(path / METADATA)
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A file of plain data and tensors."""
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 def require_checkpoint(path: str | Path) -> None:
@@ -56,22 +157,27 @@ def refuse_shards(path: str | Path) -> None:
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path: str | Path, parameter: str = "ckpt_path") -> Iterator[None]:
     """What torch says of a file that is no checkpoint, as a refusal of that path."""
     try:
         yield
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+    except _UNREADABLE as error:
+        first: BaseException = error
+        if isinstance(error, CheckpointException):  # what went wrong on each rank
+            first = next(iter(error.failures.values()))[0]
+        said = str(first).strip().splitlines() or [type(first).__name__]
         raise ConfigError(
-            f"`ckpt_path` {str(path)!r} can't be read as a checkpoint: {said[0]}. Name another one."
+            f"`{parameter}` {str(path)!r} can't be read as a checkpoint: {said[0]}. Name another."
         ) from error
 
 
-def require_state(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+def require_state(
+    checkpoint: Mapping[str, Any], path: str | Path, parameter: str = "ckpt_path"
+) -> None:
     """Refuse a file that torch reads and that is not a Trainer's checkpoint."""
-    if "pytorch-lightning_version" not in checkpoint:
+    if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
         raise ConfigError(
-            f"`ckpt_path` {str(path)!r} is not a checkpoint of a Trainer (weights alone?). To "
+            f"`{parameter}` {str(path)!r} is not a checkpoint of a Trainer (weights alone?). To "
             "start from a model's weights set `model.model` to a Hugging Face folder."
         )
 
@@ -79,7 +185,7 @@ def require_state(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 def saved_shapes(path: str | Path) -> Shapes:
     """Shapes of the module's parameters in a checkpoint, without reading them."""
     if is_sharded(path):
-        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        entries = ShardReader(path).read_metadata().state_dict_metadata
         return {
             name.removeprefix("state_dict."): tuple(entry.size)
             for name, entry in entries.items()

@@ -5,15 +5,22 @@ from __future__ import annotations
 import re
 
 import pytest
+from datasets import Dataset, DatasetDict
+from pandas import DataFrame
+from torch.utils.data import DataLoader
 
+from lightning_grpo.agents.agent_workflow import AgentWorkflow
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.rollout.filters import has_variance
+from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.servers.running import RunningServers
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import NeverServers, make_data, make_prompts
 from tests.fakes.tiny_run import make_group
+from tests.fakes.tokenizer import CharTokenizer
 
 
 @pytest.mark.parametrize(
@@ -33,6 +40,82 @@ from tests.fakes.tiny_run import make_group
 def test_sizes_that_can_t_work_are_refused_by_the_constructor(settings, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_data(NeverServers(), **settings)
+
+
+ROWS = [{"prompt": "2+2="}, {"prompt": "3+3="}]
+
+
+def make_module_of(**settings):
+    workflow = RLVRWorkflow(lambda completion: 1.0)
+    given = {"prompts": ROWS, "workflow": workflow, "servers": NeverServers()}
+    return RolloutDataModule(**{**given, **settings})
+
+
+@pytest.mark.parametrize("rows", [ROWS, {"prompt": ["2+2=", "3+3="]}, DataFrame(ROWS)])
+def test_rows_alone_are_taken_as_prompts(rows):
+    data = make_module_of(prompts=rows, val_prompts={"held_out": rows, "more": Prompts(ROWS)})
+    for prompts in (data.prompts[""], data.val_prompts["held_out"], data.val_prompts["more"]):
+        assert [prompt.text for prompt in prompts.load(CharTokenizer(False))] == ["2+2=", "3+3="]
+
+
+def test_a_dataset_of_splits_is_its_training_split_and_not_all_of_them():
+    splits = DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])})
+    assert len(make_module_of(prompts=splits).prompts[""].load(CharTokenizer())) == 2
+
+
+def test_a_file_s_name_is_taken_as_prompts(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt\n2+2=\n")
+    for path in (tmp_path / "rows.csv", str(tmp_path / "rows.csv")):
+        assert len(make_module_of(prompts=path).prompts[""].load(CharTokenizer())) == 1
+
+
+@pytest.mark.parametrize(
+    ("urls", "known"),
+    [
+        ("http://a:30000/", ["http://a:30000"]),
+        (["http://a:1", "b:2"], ["http://a:1", "http://b:2"]),
+    ],
+)
+def test_urls_are_taken_as_servers_that_run(urls, known):
+    servers = make_module_of(servers=urls).servers
+    assert isinstance(servers, RunningServers)
+    assert servers.urls == known
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompts": DataLoader(ROWS)}, "`prompts` must be `Prompts` or what it takes"),
+        ({"prompts": 3}, "`prompts` must be `Prompts` or what it takes"),
+        ({"prompts": {}}, "`prompts` must name at least one dataset"),
+        ({"val_prompts": {"a": iter(ROWS)}}, "`val_prompts.a` must be `Prompts` or what it takes"),
+        ({"servers": RunningServers}, "got the class RunningServers. Call it: `RunningServers()`"),
+        ({"servers": None}, "`servers` must be servers"),
+        ({"servers": []}, "`servers` must be servers"),
+        ({"servers": "http://a"}, "`urls` must carry a port"),
+        ({"workflow": lambda completion: 1.0}, "becomes one as `RLVRWorkflow(reward)`"),
+        ({"workflow": RLVRWorkflow}, "got the class RLVRWorkflow. Call it"),
+    ],
+)
+def test_what_can_t_be_taken_is_refused_by_the_constructor(settings, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        make_module_of(**settings)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda settings: RLVRWorkflow(print, settings).sampling,
+        lambda settings: AgentWorkflow(lambda base_url: None, sampling=settings).sampling,
+        lambda settings: Evaluation(sampling=settings).sampling,
+    ],
+)
+def test_sampling_may_be_given_by_its_settings(make):
+    assert make({"max_new_tokens": 48, "stop": ["\n"]}) == Sampling(48, stop=("\n",))
+    with pytest.raises(ConfigError, match=r"has no setting 'max_tokens'\. It has max_new"):
+        make({"max_tokens": 48})
+    with pytest.raises(ConfigError, match="must be a `Sampling`"):
+        make(48)
 
 
 def test_defaults_are_those_of_the_documentation():

@@ -92,3 +92,27 @@ def test_a_factory_that_refuses_its_settings_is_named():
             functools.partial(torch.optim.AdamW, lr=-1.0),
             [torch.nn.Parameter(torch.zeros(1))],
         )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "subprocess.Popen",
+        "os.system",
+        "pathlib.Path",
+        "builtins.exec",
+        "runpy.run_path",
+        "torch.hub.load",
+        "torch.utils.cpp_extension.load",
+        "transformers.pipeline",
+        "lightning_grpo.servers.process.ServerProcess",
+        "lightning_grpo.servers.process.subprocess",
+        "lightning_grpo._compat.Popen",
+    ],
+)
+def test_a_checkpoint_s_settings_do_not_name_what_is_run(path):
+    for plain in ({"class_path": path, "init_args": {}}, {"function": path}):
+        with pytest.raises(CheckpointError, match="so it is not run"):
+            hparams.from_plain(plain)
+        with pytest.raises(CheckpointError, match="so it is not run"):
+            hparams.factory(plain)

@@ -228,3 +228,16 @@ def test_sequences_that_grew_beyond_a_switch_of_rope_are_refused(folder):
     module.policy.model.config.rope_parameters = rope
     with pytest.raises(ConfigError, match=r"at most 3 tokens, at which .* got one of 4"):
         module.prepare_rollout(make_batch())
+
+
+def test_a_model_in_memory_is_refused_with_the_ways_out():
+    said = r"got Linear. Save model and tokenizer with `save_pretrained\(FOLDER\)`"
+    with pytest.raises(ConfigError, match=said):
+        GRPOModule(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="`model` must be a hub id, a folder"):
+        GRPOModule(None)
+
+
+def test_a_model_s_folder_may_be_a_path(tmp_path):
+    module = GRPOModule(tmp_path)
+    assert module.model_path == module.hparams["model"] == str(tmp_path)

@@ -5,10 +5,16 @@ python tests/unit/test_public_api.py      # writes the file anew
 
 from __future__ import annotations
 
+import ast
 import enum
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import lightning_grpo
 
@@ -63,6 +69,45 @@ def test_every_public_name_is_listed_and_resolves():
     assert sorted(lightning_grpo.__all__) == dir(lightning_grpo)
     for name in lightning_grpo.__all__:
         assert getattr(lightning_grpo, name) is not None
+
+
+def test_type_checkers_are_told_of_every_public_name_where_it_is_defined():
+    tree = ast.parse(Path(lightning_grpo.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {
+        (each.module, alias.name, alias.asname)
+        for each in block.body
+        if isinstance(each, ast.ImportFrom)
+        for alias in each.names
+    }
+    home = lightning_grpo._MODULE_OF
+    assert told == {(module, name, name) for name, module in home.items()}
+    # With a `__getattr__` in sight they would believe any name.
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert defined == ["__dir__"]
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_each_public_name_and_refuses_others(tmp_path):
+    pytest.importorskip("mypy", reason="needs the extra [dev]")
+    names = [name for name in lightning_grpo.__all__ if name != "__version__"]
+    lines = ["import lightning_grpo", "from lightning_grpo import DoesNotExist"]
+    lines += [f"reveal_type(lightning_grpo.{name})" for name in names]
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text("\n".join(lines))
+    repository = Path(lightning_grpo.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary", str(snippet)],
+        cwd=repository,
+        env={**os.environ, "MYPYPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'has no attribute "DoesNotExist"' in done.stdout
+    revealed = re.findall(r"Revealed type is \"(.*)\"$", done.stdout, re.M)
+    assert len(revealed) == len(names)
+    assert "Any" not in revealed
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Job:
 def launch(folder: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "lightning_grpo.cli.main", "launch", "slurm"]
     return subprocess.run(
-        [*command, "--config", "quickstart.yaml", "--time", "30:00", *options, "--submit"],
+        [*command, "--config", "quickstart.yaml", "--time", "30:00", "--submit", *options],
         cwd=folder,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -128,3 +128,20 @@ def test_a_job_that_slurm_refuses_is_told_in_its_own_words(tmp_path, options):
     assert done.returncode == 2
     assert done.stderr.startswith("error: Slurm refused the job: sbatch: error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_ranks_and_servers_have_the_cores_of_their_nodes(tmp_path):
+    program = tmp_path / "program"
+    program.write_text(
+        "#!/bin/bash\n"
+        'echo "$1 $SLURM_STEP_NUM_TASKS x $SLURM_CPUS_PER_TASK of $SLURM_CPUS_ON_NODE"\n'
+    )
+    program.chmod(0o755)
+    done = launch(
+        *(tmp_path, "--program", str(program), "--ranks-per-node", "2", "--setup", "echo $NOT_SET"),
+        *("--partition", "main", "--", "--exclusive"),
+    )
+    number = re.search(r"submitted job (\d+)", done.stdout)[1]
+    job = Job(tmp_path, number)
+    job.wait(lambda: {"fit 2 x 1 of 2", "launch 1 x 2 of 2"} <= set(job.log.splitlines()))
+    job.wait_for_end()

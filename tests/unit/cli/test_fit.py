@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from lightning_grpo.cli.fit import split_configs
+from lightning_grpo.cli.main import main
 from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.runs import last_checkpoint, version_of
 from lightning_grpo.cli.sources import collect
@@ -62,11 +64,13 @@ def run(tmp_path):
     """Run a command with SMALL as `small.yaml`; what was built comes back."""
     (tmp_path / "small.yaml").write_text(SMALL)
 
-    def run_command(*arguments: str, command: str = "fit") -> tuple[GRPOModule, RolloutDataModule]:
+    def run_command(
+        *arguments: str, command: str = "fit", kind: Sequence[str] = ()
+    ) -> tuple[GRPOModule, RolloutDataModule]:
         Recorder.built.clear()
         configs, options = split_configs(list(arguments) or ["--config", "small.yaml"])
         settings = collect(configs, options)
-        run_cli(command, configs, options, settings, GRPOModule, Recorder)
+        run_cli(command, configs, options, settings, GRPOModule, Recorder, *kind)
         return Recorder.built[-1]
 
     return run_command
@@ -137,6 +141,26 @@ def test_a_run_that_is_refused_leaves_no_folder_and_no_other_run_s(run, tmp_path
     assert (tmp_path / "runs" / "small" / "version_0" / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize(
+    "options", [[], ["--trainer.strategy=ddp_spawn"], ["--trainer.logger=false"]]
+)
+def test_a_refusal_leaves_no_empty_folder(command, options, run, tmp_path):
+    del run  # writes the config
+    before = os.listdir(tmp_path)
+    configs, options = split_configs(["--config=small.yaml", *options])
+    with pytest.raises(ConfigProblem):
+        run_cli(command, configs, options, collect(configs, options), GRPOModule, Refusing)
+    assert os.listdir(tmp_path) == before
+
+
+def test_a_run_folder_that_is_a_file_is_refused_in_one_message(run, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/small").touch()
+    with pytest.raises(ConfigProblem, match="a file is in its place"):
+        run()
+
+
 def test_a_second_run_gets_a_folder_of_its_own(run, tmp_path):
     run()
     run()
@@ -174,11 +198,59 @@ def test_a_run_goes_on_from_its_last_checkpoint_in_its_own_folder(run, tmp_path)
     # A replay of this folder, or a run of its config, begins at the beginning.
     assert yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"] is None
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
-    steps = {}
-    for name in ("metrics-0.csv", "metrics.csv"):
-        with (folder / name).open() as file:
-            steps[name] = [row["step"] for row in csv.DictReader(file)]
-    assert steps == {"metrics-0.csv": ["0", "1"], "metrics.csv": ["2", "3"]}
+    assert curve(folder) == ["0", "1", "2", "3"]
+    assert not list(folder.glob("metrics-*.csv"))
+
+
+def test_the_checkpoint_that_a_stopped_run_names_is_its_last_one_too(run, tmp_path):
+    run()
+    (checkpoint,) = (tmp_path / "runs/small/version_0/checkpoints").glob("*.ckpt")
+    run("--config=small.yaml", f"--ckpt_path={checkpoint}", "--trainer.max_steps=3")
+    assert os.listdir(tmp_path / "runs/small") == ["version_0"]
+    assert curve(tmp_path / "runs/small/version_0") == ["0", "1", "2"]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as a new version's does
+def test_from_an_earlier_checkpoint_begins_another_curve(run, tmp_path):
+    every = "--trainer.callbacks.every_n_train_steps=1"
+    saves = ["--trainer.callbacks=ModelCheckpoint", every, "--trainer.callbacks.save_top_k=-1"]
+    run("--config=small.yaml", *saves)
+    before = snapshot(tmp_path / "runs/small/version_0")
+    (earlier,) = (tmp_path / "runs/small/version_0/checkpoints").glob("*step=1.ckpt")
+    run("--config=small.yaml", *saves, f"--ckpt_path={earlier}", "--trainer.max_steps=3")
+    assert snapshot(tmp_path / "runs/small/version_0") == before
+    assert curve(tmp_path / "runs/small/version_1") == ["1", "2"]
+
+
+def test_a_replay_goes_on_with_its_own_last_checkpoint(run, tmp_path):
+    run()
+    with pytest.raises(ConfigProblem, match="`last` finds none of this run"):
+        run("--config=small.yaml", "--ckpt_path=last", kind=["replay"])
+    run("--config=small.yaml", "--trainer.max_steps=1", kind=["replay"])
+    module, _ = run(
+        "--config=small.yaml", "--ckpt_path=last", "--trainer.max_steps=3", kind=["replay"]
+    )
+    assert module.trainer.global_step == 3
+    assert curve(tmp_path / "runs/small-replay/version_0") == ["0", "1", "2"]
+
+
+def test_what_reads_a_run_of_the_current_folder_writes_below_it(run, tmp_path):
+    run("--config=small.yaml", "--trainer.default_root_dir=.")
+    run("--config=small.yaml", "--trainer.default_root_dir=.", command="validate")
+    assert (tmp_path / "version_0/metrics.csv").exists()
+    assert (tmp_path / "validate/version_0/config.yaml").exists()
+    assert not (tmp_path / "version_1").exists()
+
+
+def curve(folder: Path) -> list[str]:
+    with (folder / "metrics.csv").open() as file:
+        return [row["step"] for row in csv.DictReader(file)]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """What every file of a folder holds."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 SAVES = ["--trainer.callbacks=ModelCheckpoint"]
@@ -211,6 +283,34 @@ def test_last_finds_a_run_s_checkpoint_wherever_it_was_put(place, run, caplog):
     caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
     module, _ = run("--config", "small.yaml", *PLACES[place], *more)
     assert "Restored all states from the checkpoint at" in caplog.text
+    assert module.trainer.global_step == 4
+
+
+READERS = {"validate": ["validate"], "test": ["test"], "replay": ["fit", "replay"]}
+READINGS = [(reader, "nothing of the user's") for reader in READERS]
+READINGS += [("validate", "two folders"), ("validate", "a logger of the user's")]
+READINGS += [("replay", place) for place in PLACES if place != "a link"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(("reader", "place"), READINGS)
+def test_a_command_that_reads_a_run_writes_nothing_into_it(reader, place, run, tmp_path):
+    own = ["--config=small.yaml", *PLACES.get(place, ())]
+    run(*own)
+    run(*own, "--ckpt_path=last", "--trainer.max_steps=3")
+    before = snapshot(tmp_path)
+    command, *kind = READERS[reader]
+    run(*own, "--trainer.limit_val_batches=1", "--data.group_size=6", command=command, kind=kind)
+    if reader != "replay":
+        run(*own, "--ckpt_path=last", command=command, kind=kind)
+    after = snapshot(tmp_path)
+    assert {name: after[name] for name in before} == before
+    new = set(after) - set(before)
+    assert new
+    assert all(f"-{reader}/" in name for name in new)
+    # And the next one goes on with the training, not with what was read.
+    module, _ = run(*own, "--ckpt_path=last", "--trainer.max_steps=4")
     assert module.trainer.global_step == 4
 
 
@@ -328,3 +428,12 @@ def test_one_thread_is_used_on_cpus_unless_the_user_chose(run, monkeypatch):
 )
 def test_of_lightnings_lines_those_are_shown_that_say_something_new(line, news):
     assert is_news(logging.makeLogRecord({"msg": line})) is news
+
+
+def test_the_help_lists_losses_of_this_package_alone(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--model.help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "lightning_grpo.M2POLoss" in said
+    assert "torch.sparse" not in said

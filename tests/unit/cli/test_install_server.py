@@ -22,8 +22,39 @@ def test_an_environment_that_is_there_is_remembered(tmp_path, capsys):
 
 
 def test_one_without_sglang_is_refused(capsys):
-    assert main(["install-server", "--use", sys.executable]) == 1
-    assert "sglang" in capsys.readouterr().err
+    assert main(["install-server", "--use", sys.executable]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {sys.executable} has no SGLang. Name an interpreter that has it"
+    )
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("#!/bin/sh\necho 'broken: no module' >&2; exit 1\n", "broken: no module"),
+        ("no program", "can't be run as a Python"),
+    ],
+)
+def test_what_is_no_python_is_refused_in_a_line(tmp_path, capsys, text, said):
+    program = tmp_path / "python"
+    program.write_text(text)
+    program.chmod(0o755)
+    assert main(["install-server", "--use", str(program)]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
+def test_a_dry_run_says_where_what_and_how_large_and_makes_nothing(tmp_path, capsys):
+    folder = tmp_path / "servers" / "sglang"
+    options = ["--dry-run", "--folder", str(folder), "--", "--index-url", "URL"]
+    assert main(["install-server", *options]) == 0
+    said = capsys.readouterr().out
+    assert f"allow 15 GB in {folder}, where" in said
+    assert "pip install --index-url URL sglang==" in said
+    assert not folder.parent.exists()
 
 
 def test_one_that_is_not_there_is_refused(capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from lightning_grpo.cli.export import check_paths, whole_checkpoint
+from lightning_grpo.cli.export import build_module, check_paths, read_checkpoint
 from lightning_grpo.cli.main import main
 from lightning_grpo.cli.serve import engine_command
 from lightning_grpo.errors import CheckpointError, ConfigError
@@ -40,16 +40,34 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
         check_paths(checkpoint, tmp_path)
 
 
-def test_a_single_file_is_taken_as_it_is(tmp_path):
-    checkpoint = tmp_path / "a.ckpt"
-    checkpoint.touch()
-    with whole_checkpoint(checkpoint) as file:
-        assert file == checkpoint
-
-
 def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint file nor a folder of shards"):
-        whole_checkpoint(tmp_path).__enter__()
+        read_checkpoint(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, capsys):
+    garbage = tmp_path / "garbage.ckpt"
+    garbage.write_bytes(b"garbage")
+    assert main(["export", str(garbage), str(tmp_path / "out")]) == 2
+    assert "garbage.ckpt' can't be read as a checkpoint" in capsys.readouterr().err
+    torch.save([1], garbage)
+    assert main(["export", str(garbage), str(tmp_path / "out")]) == 2
+    assert "is not a checkpoint of a Trainer" in capsys.readouterr().err
+
+
+def test_a_checkpoint_does_not_say_what_is_run_when_it_is_exported(tmp_path):
+    saved = {
+        "model": "shipped:quickstart",
+        "loss": {"class_path": "pathlib.Path.touch", "init_args": {"self": str(tmp_path / "ran")}},
+        "lora": {"class_path": "subprocess.Popen", "init_args": {"args": ["true"]}},
+    }
+    state = {"pytorch-lightning_version": "2.6.6", "hyper_parameters": saved, "state_dict": {}}
+    with pytest.raises(CheckpointError, match=r"`subprocess\.Popen` .* so it is not run"):
+        build_module(state, tmp_path, trust_remote_code=False)
+    saved |= {"lora": None, "model": "a/b", "model_kwargs": {"trust_remote_code": True}}
+    with pytest.raises(ConfigError, match=r"'a/b' comes with code .* add --trust-remote-code"):
+        build_module(state, tmp_path, trust_remote_code=False)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -58,9 +76,9 @@ def test_shards_are_joined_with_what_lies_beside_them(tmp_path):
     folder = tmp_path / "step=4.ckpt"
     weights = {"policy.weight": torch.arange(4.0)}
     save({"state_dict": weights}, storage_writer=FileSystemWriter(folder))
-    torch.save({"hyper_parameters": {"model": "tiny"}, "global_step": 4}, folder / "meta.pt")
-    with whole_checkpoint(folder) as file:
-        state = torch.load(file, weights_only=True)
+    beside = {"hyper_parameters": {"model": "tiny"}, "pytorch-lightning_version": "2.6.6"}
+    torch.save(beside, folder / "meta.pt")
+    state = read_checkpoint(folder)
     assert state["hyper_parameters"] == {"model": "tiny"}
     assert torch.equal(state["state_dict"]["policy.weight"], torch.arange(4.0))
     assert [path.name for path in Path(tmp_path).iterdir()] == [folder.name]

@@ -7,7 +7,9 @@ import pytest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards import from_trl
 from lightning_grpo.rollout.binding import BoundReward
+from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.types import Prompt
+from tests.fakes.tokenizer import CharTokenizer
 
 PROMPT = Prompt((1, 2), "2+2=", columns={"answer": "4", "level": 2})
 CHAT = Prompt((1, 2), "<user>2+2=", ({"role": "user", "content": "2+2="},), {"answer": "4"})
@@ -35,6 +37,57 @@ def test_conversations_come_as_messages_as_in_trl():
         return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
 
     assert call(from_trl(accuracy), CHAT)[1] == 1.0
+
+
+QUESTION = [{"question": "2+2=", "answer": "4"}]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("suffix", [None, "?"])
+def test_a_text_column_gives_strings_whatever_template_is_around_it(chat, suffix):
+    asked = Prompts(QUESTION, column="question", suffix=suffix)
+
+    def accuracy(prompts, completions, answer, **kwargs):
+        assert prompts == [f"2+2={suffix or ''}"]
+        return [float(c.endswith(a)) for c, a in zip(completions, answer, strict=True)]
+
+    prompt = asked.make_prompt(QUESTION[0], CharTokenizer(chat))
+    assert call(from_trl(accuracy), prompt, "it is 4")[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"role": "user", "content": "2+2="}],
+        [{"from": "human", "value": "2+2="}],
+        '[{"role": "user", "content": "2+2="}]',
+    ],
+)
+def test_a_column_of_messages_gives_conversations_however_they_are_written(value):
+    def accuracy(prompts, completions):
+        assert prompts == [[{"role": "user", "content": "2+2="}]]
+        return [float(completions[0][0]["content"] == "4")]
+
+    row = {"prompt": value}
+    assert call(from_trl(accuracy), Prompts([row]).make_prompt(row, CharTokenizer()))[1] == 1.0
+
+
+def test_what_trl_would_log_is_dropped():
+    def accuracy(completions, log_metric, log_extra):
+        log_metric("accuracy", 1.0)
+        log_extra("seen", completions)
+        return [1.0]
+
+    assert call(from_trl(accuracy))[1] == 1.0
+
+
+def test_an_object_with_an_async_call_stays_async():
+    class Judge:
+        async def __call__(self, completions):
+            return [0.5]
+
+    arguments = BoundReward(from_trl(Judge())).arguments(PROMPT, "4", [9])
+    assert anyio.run(lambda: from_trl(Judge())(**arguments)) == 0.5
 
 
 def test_token_ids_can_be_asked_for():

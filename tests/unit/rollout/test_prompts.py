@@ -4,9 +4,14 @@ import json
 import subprocess
 import sys
 
+import datasets
+import numpy
+import pandas
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.rollout.prompts import Prompts, PromptStream, Vocabulary
@@ -249,10 +254,69 @@ def test_a_missing_csv_file_is_not_looked_for_on_the_hub():
         load("gone.csv")
 
 
-def test_a_csv_file_is_refused_with_the_way_to_convert_it(tmp_path):
-    (tmp_path / "rows.csv").write_text("question\na\n")
-    with pytest.raises(ConfigError, match="from_csv"):
+@pytest.mark.parametrize(("name", "comma"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_cells_of_a_table_stay_the_text_that_they_are(tmp_path, name, comma):
+    lines = [["question", "answer"], ['"a, ""b""\nand c"', "007"], ["NA", '"1,000"']]
+    text = "\r\n".join(comma.join(cells) for cells in lines)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = load(str(tmp_path / name), chat=False)
+    assert [prompt.text for prompt in found] == ['a, "b"\nand c', "NA"]
+    assert [prompt.columns["answer"] for prompt in found] == ["007", "1,000"]
+
+
+@pytest.mark.parametrize("line", ["a,b,c", "a", '"a'])
+def test_a_broken_row_of_a_table_is_named(tmp_path, line):
+    (tmp_path / "rows.csv").write_text(f"question,answer\nx,y\n{line}\n")
+    with pytest.raises(ConfigError, match=r"rows.csv:\d is no row of a table"):
         load(str(tmp_path / "rows.csv"))
+
+
+COLUMNS = {"question": ["a", "b"], "answer": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        dict,
+        pandas.DataFrame,
+        pyarrow.table,
+        datasets.Dataset.from_dict,
+        lambda columns: pandas.DataFrame(columns, index=[7, 3]),
+        lambda columns: {name: numpy.array(column) for name, column in columns.items()},
+        lambda columns: {"train": datasets.Dataset.from_dict(columns), "test": []},
+        lambda columns: datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)}),
+        lambda columns: tuple(pandas.DataFrame(columns).to_dict("records")),
+    ],
+)
+def test_rows_may_come_as_whatever_holds_them_in_memory(make):
+    found = load(make(COLUMNS))
+    assert [prompt.text for prompt in found] == [
+        f"<user>{name}</><assistant>" for name in COLUMNS["question"]
+    ]
+    assert [prompt.columns["answer"] for prompt in found] == [1, 2]
+
+
+def test_columns_of_messages_and_json_of_columns_are_rows_too(tmp_path):
+    chat = {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]}
+    (tmp_path / "columns.json").write_text(json.dumps(chat))
+    for source in (chat, str(tmp_path / "columns.json")):
+        found = load(source, column="messages")
+        assert [prompt.messages[0]["content"] for prompt in found] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"question": ["a"], "answer": [1, 2]}, "columns of one length"),
+        (DataLoader(["a"]), r"Give its dataset \(`loader.dataset`\)"),
+        ((row for row in [{"prompt": "a"}]), r"taken as `list\(rows\)`"),
+        (datasets.Dataset.from_dict(COLUMNS).to_iterable_dataset(), r"taken as `list\(rows\)`"),
+        (["a", "b"], "must have columns by name, got 'a'"),
+    ],
+)
+def test_what_has_no_rows_is_refused_with_the_way_out(source, said):
+    with pytest.raises(ConfigError, match=said):
+        load(source)
 
 
 @pytest.mark.parametrize("path", [7, None])

@@ -67,6 +67,29 @@ def test_a_restart_replaces_a_server_that_still_runs(tmp_path):
         servers.stop()
 
 
+def test_a_server_is_told_from_another_that_writes_to_the_same_log(tmp_path):
+    # As two runs in one folder did: each took the first READY of the log for its own engine's.
+    stranger = "READY http://127.0.0.1:9"
+    code = f"open({str(tmp_path / '0.log')!r}, 'a').write('{stranger}\\n')\n{SERVER}"
+    first, second = PythonServers(code), PythonServers(code)
+    try:
+        ours, theirs = first.start("model", tmp_path), second.start("model", tmp_path)
+        assert ours[0].log_path == theirs[0].log_path
+        assert "http://127.0.0.1:9" not in (ours[0].url, theirs[0].url)
+        assert ours[0].url != theirs[0].url
+    finally:
+        first.stop()
+        second.stop()
+
+
+def test_a_server_that_prints_much_is_not_held_up(tmp_path):
+    code = "print('y' * 300_000)\n" + SERVER
+    servers = PythonServers(code)
+    (handle,) = servers.start("model", tmp_path)
+    servers.stop()
+    assert handle.log_path.read_text().count("y") == 300_000
+
+
 def test_a_start_that_fails_shows_the_end_of_the_log_and_the_likely_cause(tmp_path):
     servers = PythonServers("import lightning_grpo_is_not_called_so")
     with pytest.raises(ServerStartError) as error:
