@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
-from lightning_grpo._compat import given_hyperparameters
+from lightning_grpo._compat import given_hyperparameters, is_compiled
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
@@ -166,6 +166,14 @@ class GRPOModule(EvaluatedModule):
                 f"`{type(self).__name__}.automatic_optimization` must be true: one batch is one "
                 "optimizer step, whose micro-batches run inside it. Leave it out; what an own "
                 "loop would do goes into an optimizer class, or into a program with Fabric."
+            )
+        if is_compiled(self):
+            raise ConfigError(
+                "`torch.compile` can't be given the whole module: a step trains packed "
+                "micro-batches of every length and waits for servers. Compile the decoder, in a "
+                "subclass's `build_policy`: `policy = super().build_policy(); "
+                "policy.get_decoder().compile(dynamic=True); return policy` (the first steps then "
+                "take minutes)."
             )
         builds_own = type(self).build_policy is not GRPOModule.build_policy
         if not builds_own and self.policy is None:
@@ -349,7 +357,8 @@ class GRPOModule(EvaluatedModule):
         logged = values(reduced(metrics, self.device))
         if batch.is_first:
             logged.update(batch.rollout.metrics)
-        self.log_dict(logged)
+        # Lightning counts from 0: `step` is what loggers take in its place, one number everywhere.
+        self.log_dict(logged | {"step": float(self.global_step + 1)})
         self._step_plateau(logged, held_out=False)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -113,16 +113,18 @@ class EvaluationMeans:
 
     Args:
         evaluation: What is sampled for each prompt.
+        prefix: What the metrics' names begin with.
     """
 
-    def __init__(self, evaluation: Evaluation) -> None:
+    def __init__(self, evaluation: Evaluation, prefix: str = "eval") -> None:
         self._evaluation = evaluation
+        self._prefix = prefix
         self._means: dict[str, PromptMean] = {}
         self._groups: dict[str, list[Group]] = {}
 
     def update(self, batch: EvaluationBatch) -> None:
         """Add the scores of some prompts."""
-        prefix = f"eval/{batch.name}/" if batch.name else "eval/"
+        prefix = f"{self._prefix}/{batch.name}/" if batch.name else f"{self._prefix}/"
         scores: dict[str, Tensor] = {}
         if batch.sampled is not None:
             scores |= sampled_metrics(batch.sampled, self._evaluation.pass_threshold)
@@ -164,7 +166,9 @@ class EvaluatedModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start new means."""
-        self._means = EvaluationMeans(self.trainer.datamodule.evaluation)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tests = self.trainer.state.fn == TrainerFn.TESTING and data.test_prompts
+        self._means = EvaluationMeans(data.evaluation, "test" if tests else "eval")
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
@@ -175,12 +179,15 @@ class EvaluatedModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means with half of their 95 % confidence intervals, and keep the record."""
         step, self._loaded_step = self._loaded_step, None
-        if step is None or self.trainer.state.fn == TrainerFn.FITTING:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if step is None or fitting:
             step = self.global_step
         record = self._means.record(step)
         # Equal on all ranks already; Lightning would warn of what is not reduced, where there is
         # a process group, if only of one rank.
-        self.log_dict(record.metrics, sync_dist=distributed.is_initialized())
+        # In training's curve at its step; Lightning would count one less.
+        logged = record.metrics | ({"step": float(step)} if fitting else {})
+        self.log_dict(logged, sync_dist=distributed.is_initialized())
         self.trainer.datamodule.evaluations.append(record)  # type: ignore[attr-defined]
 
     on_test_epoch_start = on_validation_epoch_start

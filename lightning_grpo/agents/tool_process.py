@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
-import signal
+import secrets
 import struct
 import sys
 import tempfile
@@ -19,13 +20,15 @@ import anyio
 import anyio.to_thread
 import cloudpickle
 
+from lightning_grpo.agents.tool_worker import most_bytes
 from lightning_grpo.checks import A_YEAR_S, MOST, require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards.confine import Confinement
-from lightning_grpo.rewards.sandbox import end_group
+from lightning_grpo.rewards.sandbox import bubblewrap, end_group
 
 _LENGTH = struct.Struct("=I")
-_BYTES_PER_CHARACTER = 12  # JSON's worst: a pair of surrogates, escaped
+# All that a tool sees of the environment, unless `ToolLimits.environment` names more.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 _START_TIMEOUT_S = 60.0
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -42,6 +45,9 @@ _MOST = {"timeout_s": A_YEAR_S, "memory_mb": 1 << 24, "output_mb": 1 << 20, "pro
 class ToolLimits:
     """What a tool may use. It may write to a scratch folder only, emptied after each call.
 
+    Each call runs in a fork of a process that has loaded the tools: what one leaves in memory is
+    gone at the next.
+
     Args:
         timeout_s: Wall time of one call; its process is killed then.
         memory_mb: Memory beyond what loading the tools took.
@@ -49,6 +55,8 @@ class ToolLimits:
         result_characters: Longest result that is given to the policy.
         network: Whether tools may open network sockets (search, an API).
         processes: How many tools run at once.
+        environment: Names of variables that tools are to see beside `PATH`, `HOME` and the
+            language; a key that one needs, which the policy may then get to see, too.
     """
 
     timeout_s: float = 10.0
@@ -57,11 +65,12 @@ class ToolLimits:
     result_characters: int = 4096
     network: bool = False
     processes: int = 2
+    environment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse limits that nothing could run under."""
         for field in fields(self):
-            if field.name != "network":
+            if field.name not in ("network", "environment"):
                 require_number(
                     f"limits.{field.name}",
                     vars(self)[field.name],
@@ -178,28 +187,36 @@ class _Worker:
         self.missing: list[str] = []
         self._process = process
         self._folder = folder
-        self._most_bytes = limits.result_characters * _BYTES_PER_CHARACTER + 4096
-        self._output_mb = limits.output_mb
+        self._most_bytes = most_bytes(limits.result_characters) + 4096
 
     @classmethod
     async def start(cls, tools: Sequence[Callable[..., Any]], limits: ToolLimits) -> _Worker:
         folder = tempfile.TemporaryDirectory(prefix="tools-", ignore_cleanup_errors=True)
         scratch = Path(folder.name, "scratch")
         await anyio.to_thread.run_sync(scratch.mkdir)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            _START,
-            json.dumps(sys.path),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=scratch,
-            start_new_session=True,
+        wrapper = await anyio.to_thread.run_sync(
+            functools.partial(bubblewrap, str(scratch), network=limits.network)
         )
+        printed = os.open(Path(folder.name, "printed"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *wrapper,
+                sys.executable,
+                "-c",
+                _START,
+                json.dumps(sys.path),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=printed,
+                cwd=scratch,
+                env=_environment(limits),
+                start_new_session=True,
+            )
+        finally:
+            os.close(printed)
         worker = cls(process, folder, limits)
         orders = {
-            "parent": os.getpid(),
-            "printed": str(Path(folder.name, "printed")),
+            "parent": None if wrapper else os.getpid(),
             "tools": [cloudpickle.dumps(tool) for tool in tools],
             "most_characters": limits.result_characters,
             "confinement": Confinement(
@@ -219,11 +236,14 @@ class _Worker:
         return worker
 
     async def call(self, message: Mapping[str, Any]) -> ToolResult:
-        answer = await self._exchange(json.dumps(message).encode())
+        wanted = secrets.token_hex(8)
+        answer = await self._exchange(json.dumps({**message, "id": wanted}).encode())
+        if answer.get("id") != wanted:
+            return ToolResult("killed", "its process sent what is no answer, and was ended")
         return ToolResult(answer["kind"], answer["text"])
 
     async def end(self) -> None:
-        end_group(self._process.pid)
+        await anyio.to_thread.run_sync(end_group, self._process.pid)
         if self._process.stdin is not None:
             self._process.stdin.close()
         await self._process.wait()
@@ -240,14 +260,12 @@ class _Worker:
             if length <= self._most_bytes:
                 answer: dict[str, Any] = json.loads(await stdout.readexactly(length))
                 return answer
-        except (asyncio.IncompleteReadError, BrokenPipeError, ConnectionResetError):
-            return {"kind": "killed", "text": await self._why_it_ended()}
+        except (asyncio.IncompleteReadError, BrokenPipeError, ConnectionResetError, ValueError):
+            return {"kind": "killed", "text": "the process of the tools is gone"}
         return {"kind": "killed", "text": "its process sent what is no answer, and was ended"}
 
-    async def _why_it_ended(self) -> str:
-        status = await self._process.wait()
-        reasons = {
-            -signal.SIGXFSZ: f"it wrote more than {self._output_mb} MB",
-            -signal.SIGKILL: "its process was killed, perhaps out of memory",
-        }
-        return reasons.get(status, f"its process ended by itself (status {status})")
+
+def _environment(limits: ToolLimits) -> dict[str, str]:
+    variables = os.environ  # noqa: TID251 - what the tools' processes get of it
+    names = (*_ENVIRONMENT, *limits.environment)
+    return {name: variables[name] for name in names if name in variables}

@@ -43,7 +43,7 @@ class ToolWorkflow(RewardedWorkflow):
 
     Args:
         tools: Plain functions or coroutine functions, described by type hints and docstrings. They
-            run in processes of their own: state that they keep is theirs, and may be lost.
+            run in processes of their own, each call in a fork: what one changes is gone with it.
         reward: A function, or several, called on the last answer. `messages` is the conversation
             before it.
         sampling: How each answer is sampled; `max_new_tokens` is for one turn.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -117,7 +118,7 @@ class GRPOProgress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say the held-out scores."""
-        scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith("eval/")}
+        scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith(_SCORES)}
         if scores and not trainer.sanity_checking:
             self._say(evaluation_line(evaluated_step(trainer), scores))
         self._move(trainer.global_step, "train")
@@ -174,6 +175,7 @@ class GRPOProgress(ProgressBar):
             self._bar = None
 
 
+_SCORES = ("eval/", "test/")
 _ROLLOUTS, _HELD_OUT = "rollouts", "held-out prompts"
 
 
@@ -271,12 +273,19 @@ def progress_line(
     parts = [count]
     if "reward/mean" in metrics:
         mean = f" (mean of {len(rewards)}: {sum(rewards) / len(rewards):.3f})" if rewards else ""
-        parts.append(f"reward {metrics['reward/mean']:.3f}{mean}")
+        parts.append(f"reward {metrics['reward/mean']:.3f}{mean}{named_rewards(metrics)}")
     parts += [text.format(metrics[name]) for name, text in _COLUMNS.items() if name in metrics]
     waiting = waiting_fraction(metrics)
     if waiting is not None:
         parts.append(f"waiting {waiting:.0%}")
     return " | ".join(parts)
+
+
+def named_rewards(metrics: Mapping[str, float]) -> str:
+    """Each reward's own mean in brackets, where there are several."""
+    matches = ((re.fullmatch("reward/(.+)/mean", name), v) for name, v in metrics.items())
+    named = [f"{match[1]} {value:.3f}" for match, value in matches if match]
+    return f" [{', '.join(named)}]" if len(named) > 1 else ""
 
 
 _COLUMNS = {
@@ -307,5 +316,6 @@ def evaluation_line(step: int, scores: Mapping[str, float]) -> str:
             continue
         interval = scores.get(f"{name}_ci95")
         shown = f" +- {interval:.3f}" if interval is not None and interval == interval else ""
-        parts.append(f"{name.removeprefix('eval/')} {value:.3f}{shown}")
-    return f"held-out at step {step} | " + " | ".join(parts)
+        parts.append(f"{name.partition('/')[2]} {value:.3f}{shown}")
+    asked = "test" if any(name.startswith("test/") for name in scores) else "held-out"
+    return f"{asked} at step {step} | " + " | ".join(parts)

@@ -17,9 +17,12 @@ import yaml
 from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from lightning_grpo.cli.problem import ConfigProblem, nearest
+from lightning_grpo.keys import is_secret
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "verbose", "weights_only")
 """The keys at the top of a config; all but the first four are Trainer.fit's own arguments."""
+
+_MOST_VALUES = 100_000
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _SPECIAL = ("config", "c", "help", "h", "print_config")
@@ -60,6 +63,39 @@ class Setting:
 
 class _Loader(yaml.SafeLoader):
     """Scalars as jsonargparse reads them: `1e-4` is a number."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document; refused if its aliases would be laid out as millions of values."""
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None:
+            _refuse_bombs(root)
+        return root
+
+
+def _refuse_bombs(root: yaml.Node) -> None:
+    """Count what each node would become, without making it; nodes are shared by their aliases."""
+    sizes: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        known = sizes.get(id(node))
+        if known is not None:
+            return known
+        if id(node) in inside:
+            said = "an alias must not stand in what it names"
+            raise yaml.MarkedYAMLError(problem=said, problem_mark=node.start_mark)
+        inside.add(id(node))
+        if isinstance(node, MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value if isinstance(node, SequenceNode) else []
+        total = sizes[id(node)] = 1 + sum(map(size, parts))
+        if total > _MOST_VALUES:
+            said = f"it holds more than {_MOST_VALUES} values, counting each alias in full"
+            raise yaml.MarkedYAMLError(problem=said, problem_mark=node.start_mark)
+        return total
+
+    size(root)
 
 
 _Loader.add_implicit_resolver(
@@ -177,6 +213,14 @@ def collect(configs: Sequence[tuple[str, Path]], arguments: Sequence[str]) -> Se
         first = key.split(".")[0]
         if key in _SPECIAL or first == "print_config" or key.endswith(".help"):
             continue
+        named = key.rpartition(".")[2] == "api_key"
+        if named and text not in (None, "null") and is_secret("api_key", text):
+            raise ConfigProblem(
+                key,
+                "must not stand on the command line, which every user of this machine can read: "
+                "give `env:NAME` or `file:PATH`, or write it in a config",
+                "command line",
+            )
         setting = Setting(text if text is None else _scalar(text), "command line")
         if key.endswith("+"):
             key, setting = key[:-1], Setting([setting], "command line")

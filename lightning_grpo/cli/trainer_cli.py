@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat import start_method
+from lightning_grpo.callbacks.views import run_folder
 from lightning_grpo.checks import require_number
 from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import (
@@ -34,6 +36,7 @@ from lightning_grpo.cli.runs import (
     RUNS,
     default_loggers,
     folder_beside,
+    going_on_without,
     held_version,
     last_checkpoint,
     listed,
@@ -43,6 +46,7 @@ from lightning_grpo.cli.runs import (
 from lightning_grpo.cli.sources import Setting, read_yaml
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, GRPOError
+from lightning_grpo.keys import is_secret
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.strategies.restoring import (
@@ -181,6 +185,7 @@ class GRPOCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
         config = self._get(self.config_init, "trainer")
+        self.datamodule.log_every_step = False  # our default, or what the config says
         root = folder_beside(Path(config.default_root_dir), self._kind)
         kwargs["default_root_dir"] = str(root)
         if _is_default(config.logger) and not config.fast_dev_run:
@@ -235,12 +240,41 @@ class GRPOCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the run's config beside it; not which checkpoint one of its starts went on from."""
+    """Keeps the run's config beside it, without keys and tokens.
+
+    Nor is the checkpoint kept that one of its starts went on from.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
         config.ckpt_path = None
-        super().__init__(parser, config, **kwargs)
+        super().__init__(parser, _without_secrets(config), save_to_log_dir=False, **kwargs)
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        self._folder = run_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`; on rank 0."""
+        file = self._folder / self.config_filename
+        with going_on_without(file):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+
+
+def _without_secrets(value: Any) -> Any:
+    """A copy of a config, or of a part, with null in the place of every key and token."""
+    if isinstance(value, Namespace):
+        copy = value.clone()
+        for key, child in list(value.items()):
+            name = key.rpartition(".")[2]
+            copy[key] = None if is_secret(name, child) else _without_secrets(child)
+        return copy
+    if isinstance(value, dict):
+        return {k: None if is_secret(k, v) else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(each) for each in value] if isinstance(value, list) else value
 
 
 def _checkpoint_folders(trainer: Any) -> list[Path]:
@@ -334,7 +368,6 @@ def run_cli(
             auto_configure_optimizers=False,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             parser_class=StrictParser,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import ipaddress
 import logging
 import os
 import signal
@@ -38,6 +39,7 @@ from lightning_grpo.engine.stopping import StopStrings
 from lightning_grpo.engine.updates import WeightUpdates
 from lightning_grpo.engine.weights import ModelWeights
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.keys import API_KEY_VARIABLE, is_reference, read_key
 
 _AT_LEAST_ONE = (("max-running-requests", 1, MOST), ("kv-memory-mb", 1, MOST))
 _MISUSED = 2
@@ -61,7 +63,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model", required=True, help="Hugging Face folder (or hub id)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--api-key", help="ask for `Authorization: Bearer KEY`")
+    parser.add_argument(
+        "--api-key",
+        metavar="WHERE",
+        help="ask for `Authorization: Bearer KEY`; where the key is: `env:NAME` or `file:PATH` "
+        f"(mode 600); without it {API_KEY_VARIABLE}, if that is set",
+    )
     parser.add_argument(
         "--max-running-requests", type=int, default=64, help="requests decoded together"
     )
@@ -85,7 +92,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--{name} must be from {least} to {most}, got {value}")
     if options.log_level.upper() not in logging.getLevelNamesMapping():
         parser.error(f"--log-level must be a logging level, got {options.log_level!r}")
+    if options.api_key is not None and not is_reference(options.api_key):
+        parser.error(
+            "--api-key must say where the key is, `env:NAME` or `file:PATH`: every user of this "
+            "machine can read a command line"
+        )
+    try:
+        options.api_key = read_key(options.api_key, "--api-key")
+    except ConfigError as error:
+        parser.error(str(error))
     return options
+
+
+def warn_of_strangers(options: argparse.Namespace) -> None:
+    """Say in a line that everybody on the network may do what a trainer does."""
+    if options.api_key is None and not is_loopback(options.host):
+        logging.getLogger(__name__).warning(
+            "listening on %s without a key: whoever reaches it can generate, pause it and change "
+            "its weights. Set %s, or --api-key file:PATH",
+            *(options.host, API_KEY_VARIABLE),
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, out of the network's reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parse_arguments(arguments)
         logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr)
+        warn_of_strangers(options)
         transformers_logging.disable_progress_bar()
         # Kernels this small lose more to a second thread than they gain; the trainer needs it.
         torch.set_num_threads(1)

@@ -27,11 +27,11 @@ class CodeReward:
 
     The program is the last fenced block in Python. What a test may be:
 
-    - a text: Python statements that run after the program, in its namespace, and raise where it is
-      wrong (a program that leaves early passes nothing; one that digs into the interpreter for the
-      test's own state is not kept from it);
     - a list (or its JSON) of `{"input": ..., "output": ...}`: the program runs once for each, with
-      the input on standard input, and must print the output; spaces at line ends don't count.
+      the input on standard input, and must print the output; spaces at line ends don't count;
+    - a text: Python statements that raise where it is wrong. They run in an interpreter of their
+      own, where names of the program stand for calls of it: it never sees them, and plain data
+      comes back. Names of Python's own functions and modules are the real ones there.
 
     Args:
         limits: Of each run. All runs of one completion share the reward's own time limit, so the

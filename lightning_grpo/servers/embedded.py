@@ -43,7 +43,7 @@ class EmbeddedServers(OwnedServers):
             *("--max-running-requests", str(self.max_running_requests)),
             *(["--deterministic"] if self.deterministic else []),
         ]
-        environment = {"OMP_NUM_THREADS": "1", **own_package_first()}
+        environment = {"OMP_NUM_THREADS": "1", **own_package_first(), **self.key_environment()}
         return [
             Launch(command, run_dir / "servers" / f"embedded-{slot}.log", environment)
             for slot in range(self.num_servers)

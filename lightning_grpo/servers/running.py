@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from lightning_grpo.checks import require_seconds
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.keys import read_key
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.devices import machine_devices
 from lightning_grpo.servers.environment import ADDRESSES_VARIABLE, server_addresses
@@ -21,7 +22,9 @@ class RunningServers(Servers):
         urls: `http://host:port` (or `host:port`) of each; None: what the environment variable
             `AREAL_LLM_SERVER_ADDRS` lists.
         connect_timeout_s: How long a server may take to answer.
-        api_key: Of the servers, if they want one.
+        api_key: Of the servers, if they want one: `env:NAME` or `file:PATH`, which others must not
+            be able to read; None: the environment variable `LIGHTNING_GRPO_API_KEY`, if it is set.
+            A key itself is taken, too, and left out of whatever the run writes.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class RunningServers(Servers):
         require_seconds("connect_timeout_s", connect_timeout_s)
         self.urls = urls
         self.connect_timeout_s = connect_timeout_s
-        self.api_key = api_key
+        self.api_key = read_key(api_key)
         self._handles: list[ServerHandle] = []
 
     @property

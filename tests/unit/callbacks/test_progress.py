@@ -180,3 +180,10 @@ def test_a_run_begins_and_ends_the_teller(make_trainer, console):
         TinyModule(), datamodule=Rolling()
     )
     assert threading.active_count() == before
+
+
+def test_several_rewards_are_shown_each_by_its_name():
+    metrics = {"reward/mean": 1.25, "reward/right/mean": 1.0, "reward/short/mean": 0.25}
+    line = progress_line(3, 9, metrics, deque([1.25]))
+    assert "reward 1.250 (mean of 1: 1.250) [right 1.000, short 0.250]" in line
+    assert "[" not in progress_line(3, 9, {"reward/mean": 1.0, "reward/a/mean": 1.0}, deque())
