@@ -163,13 +163,17 @@ class RolloutDataModule(L.LightningDataModule):
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         if stage == TrainerFn.FITTING:
             contract.check_intervals(trainer, self.steps_per_rollout, epoch_steps)
-        sequences = self.batch_size // self.minibatches_per_batch * self.group_size
-        contract.check_ranks(trainer.world_size, sequences)
+        self.check_ranks(trainer.world_size)
         self._adapt(trainer, stage)
         self._steps_before = None
         if stage != TrainerFn.FITTING:
             session.remaining_batches = 0
         session.start()
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """Refuse more ranks than a minibatch has sequences."""
+        sequences = self.batch_size // self.minibatches_per_batch * self.group_size
+        contract.check_ranks(num_ranks, sequences)
 
     def _adapt(self, trainer: L.Trainer, stage: str) -> None:
         settings: Any = trainer  # Lightning sets these in helpers, unseen by type checkers

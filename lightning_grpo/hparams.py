@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import re
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Mapping
@@ -27,7 +26,6 @@ from lightning_grpo.keys import is_secret
 NOT_RESTORED = "not_restored"
 _LONG = 20
 """Longer lists are data, and no setting."""
-_SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
 _OWN = ("lightning_grpo.algorithm.", "lightning_grpo.policy.lora", "lightning_grpo.module")
 """Where this package keeps what a module is built from."""
 _INSTALLED = [
@@ -160,18 +158,28 @@ def loggable(value: Any, depth: int = 6) -> Any:
     """
     if isinstance(value, _PRIMITIVES):
         return value
+    if isinstance(value, list | tuple | Mapping):
+        return _loggable_items(value, depth)
     if inspect.isroutine(value) or inspect.isclass(value):
         return f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, list | tuple):
-        return [loggable(v, depth) for v in value] if len(value) <= _LONG else _sized(value)
-    if isinstance(value, Mapping):
-        kept = {str(k): v for k, v in value.items() if not _SECRET.search(str(k))}
-        return {k: loggable(v, depth - 1) for k, v in kept.items()} if depth else _sized(value)
+    return _loggable_object(value, depth)
+
+
+def _loggable_object(value: Any, depth: int) -> Any:
     path = f"{type(value).__module__}.{type(value).__qualname__}"
-    arguments = arguments_of(value)
-    if not depth or not arguments:
-        return f"{path} ({len(value)} items)" if hasattr(value, "__len__") else path
-    return {"class_path": path, "init_args": loggable(arguments, depth)}
+    arguments = arguments_of(value) if depth else {}
+    if arguments:
+        return {"class_path": path, "init_args": _loggable_items(arguments, depth)}
+    return f"{path} ({len(value)} items)" if hasattr(value, "__len__") else path
+
+
+def _loggable_items(value: Any, depth: int) -> Any:
+    if isinstance(value, Mapping) and depth:
+        kept = {str(k): v for k, v in value.items() if not is_secret(str(k), v)}
+        return {k: loggable(v, depth - 1) for k, v in kept.items()}
+    if isinstance(value, Mapping) or len(value) > _LONG:
+        return _sized(value)
+    return [loggable(v, depth) for v in value]
 
 
 def _sized(value: Any) -> str:

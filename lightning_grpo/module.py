@@ -29,6 +29,7 @@ from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
+from lightning_grpo.checks import MOST, require_count, require_number
 from lightning_grpo.contract import KEEP_BEST, check_callers, check_sized, is_fitting
 from lightning_grpo.describe import describe_module
 from lightning_grpo.distributed.metrics import reduced
@@ -133,10 +134,8 @@ class GRPOModule(EvaluatedModule):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         model = arguments["model"] = _name_of_model(model)
         self._remember(arguments)
-        if max_tokens_per_microbatch < 1:
-            raise ConfigError(
-                f"`max_tokens_per_microbatch` must be >= 1, got {max_tokens_per_microbatch}."
-            )
+        require_count("max_tokens_per_microbatch", max_tokens_per_microbatch)
+        require_number("entropy_coefficient", entropy_coefficient, least=-MOST)
         self.model_name = model
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         # A default object would hand its settings to the class that a config names instead.

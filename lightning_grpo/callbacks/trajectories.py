@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.views import Evaluated, MinibatchView, run_folder
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import require_count
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.types import Group
 
@@ -34,8 +34,7 @@ class TrajectoryWriter(Callback):
     """
 
     def __init__(self, folder: str | None = None, every_n_batches: int = 1) -> None:
-        if every_n_batches < 1:
-            raise ConfigError(f"`every_n_batches` must be >= 1, got {every_n_batches}.")
+        require_count("every_n_batches", every_n_batches)
         self._folder = folder
         self._every_n_batches = every_n_batches
         self._run_folder = Path()

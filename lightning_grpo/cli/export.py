@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.cli.problem import Parser
+from lightning_grpo.errors import ConfigError, UnreadableError
 
 _SHARDS_METADATA = "meta.pt"
 
 
 def run(argv: Sequence[str]) -> int:
     """Export one checkpoint."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo export",
         description="Write the policy of a checkpoint as a Hugging Face folder.",
         allow_abbrev=False,
@@ -55,11 +55,11 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """All of a checkpoint as plain data; the shards of a distributed one are joined.
 
     Raises:
-        CheckpointError: It is neither a file nor a folder of shards.
+        UnreadableError: It is neither a file nor a folder of shards.
         ConfigError: It can't be read, or is not a Trainer's.
     """
     if checkpoint.is_dir() and not (checkpoint / _SHARDS_METADATA).is_file():
-        raise CheckpointError(
+        raise UnreadableError(
             f"{str(checkpoint)!r} is neither a checkpoint file nor a folder of shards "
             f"(`{_SHARDS_METADATA}` is missing)."
         )

@@ -10,6 +10,7 @@ import csv
 import io
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,10 +142,13 @@ def default_loggers(root: Path, version: int | None) -> list[Logger]:
 def remove_unused(folder: Path) -> None:
     """Remove what loggers have put into the folder of a run that never began, if that is all."""
     empty = {folder / name for name in ("config.yaml", "hparams.yaml", LOCK)}
+    # Servers may have been started before the refusal: their logs say nothing of it.
+    logs = folder / "servers"
     made = set(folder.glob("events.out.tfevents.*")) | empty
-    if folder.is_dir() and set(folder.iterdir()) <= made:
+    if folder.is_dir() and set(folder.iterdir()) <= made | {logs}:
         for file in made - {folder / LOCK}:
             file.unlink(missing_ok=True)
+        shutil.rmtree(logs, ignore_errors=True)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from lightning_grpo.cli.problem import Parser, whole_number
 from lightning_grpo.rollout.records import read_rows
 
 Row = Mapping[str, Any]
@@ -39,16 +40,18 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo show",
         description="Print the trajectories of a Parquet file, a folder of them, or a run.",
         allow_abbrev=False,
     )
     parser.add_argument("path", type=Path, help="a .parquet file, or a run's folder (runs/NAME)")
-    parser.add_argument("--limit", type=int, default=10, help="how many to print (default: 10)")
+    parser.add_argument(
+        "--limit", type=whole_number(0), default=10, help="how many to print (default: 10)"
+    )
     parser.add_argument("--sort", choices=sorted(SORTS), default="step", help="the order")
     parser.add_argument("--reverse", action="store_true", help="largest first")
-    parser.add_argument("--row", type=int, help="only this row of the prompts")
+    parser.add_argument("--row", type=whole_number(0), help="only this row of the prompts")
     return parser
 
 

@@ -24,6 +24,7 @@ SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "verbose
 
 _MOST_VALUES = 100_000
 
+_YAML_TAG = "tag:yaml.org,2002:"
 _SPECIAL = ("config", "c", "help", "h", "print_config")
 
 
@@ -111,14 +112,26 @@ def read_yaml(path: Path, name: str) -> Setting:
         ConfigProblem: When it can't be read, is not YAML, or gives a key twice.
     """
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
+        return _parse(path.read_text(encoding="utf-8"), name)
     except OSError as error:
         raise ConfigProblem("--config", f"can't read `{name}`: {error.strerror}", name) from error
+    except UnicodeDecodeError as error:
+        rule = f"must be text in UTF-8, and byte {error.start} is not: save it as UTF-8"
+        raise ConfigProblem("", rule, name) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         said = " ".join(part for part in (error.context, error.problem) if part)
         raise ConfigProblem("", f"is not valid YAML: {said}", f"{name}, line {line}") from error
+    except yaml.YAMLError as error:
+        raise ConfigProblem("", f"is not valid YAML: {error}", name) from error
+    except RecursionError as error:
+        raise ConfigProblem("", "holds itself, or values too deep in one another", name) from error
+
+
+def _parse(text: str, name: str) -> Setting:
+    """A file's text as settings; what YAML does not take raises its own errors."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
     if node is None:
         return Setting({}, name)
     if not isinstance(node, MappingNode):
@@ -129,8 +142,14 @@ def read_yaml(path: Path, name: str) -> Setting:
 def _convert(node: yaml.Node, loader: _Loader, name: str, key: str) -> Setting:
     """A YAML node as a setting."""
     where = f"{name}, line {node.start_mark.line + 1}"
+    if node.tag not in _Loader.yaml_constructors:
+        rule = f"must be written without the tag `{node.tag.replace(_YAML_TAG, '!!')}`"
+        raise ConfigProblem(key, rule, where, "Configs hold plain values; put the value itself.")
     if isinstance(node, ScalarNode):
-        return Setting(loader.construct_object(node), where)
+        try:
+            return Setting(loader.construct_object(node), where)
+        except ValueError as error:  # a date or a number that there is not
+            raise ConfigProblem(key, f"is not valid YAML: {error}", where) from error
     if isinstance(node, SequenceNode):
         items = [_convert(v, loader, name, f"{key}[{i}]") for i, v in enumerate(node.value)]
         return Setting(items, where)
@@ -217,12 +236,11 @@ def _scalar(text: str) -> Any:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-    except yaml.YAMLError:
+        if node is None:
+            return text
+        return _relabel(_convert(node, loader, "command line", "")).value
+    except (yaml.YAMLError, RecursionError):
         return text
-    if node is None:
-        return text
-    converted = _convert(node, loader, "command line", "")
-    return _relabel(converted).value
 
 
 def _relabel(setting: Setting) -> Setting:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat import start_method
 from lightning_grpo.callbacks.views import run_folder
+from lightning_grpo.checks import require_number
 from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import (
     is_first_rank,
@@ -28,7 +29,7 @@ from lightning_grpo.cli.environment import (
     silence_jsonargparse,
 )
 from lightning_grpo.cli.problem import ConfigProblem, nearest
-from lightning_grpo.cli.refusals import condense, locate
+from lightning_grpo.cli.refusals import condense, fault_of, locate, refused_build
 from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
@@ -43,11 +44,16 @@ from lightning_grpo.cli.runs import (
     version_of,
 )
 from lightning_grpo.cli.sources import Setting, read_yaml
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.errors import ConfigError, GRPOError
 from lightning_grpo.keys import is_secret
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.strategies.restoring import refuse_shards, require_checkpoint
+from lightning_grpo.strategies.restoring import (
+    refuse_shards,
+    require_checkpoint,
+    require_readable,
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -115,6 +121,15 @@ class GRPOCLI(LightningCLI):
         except ArgumentError as error:
             check_settings(self._settings, self._roots)
             raise condense(str(error), self._settings) from error
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and _asks_for_help(self._arguments):
+                raise
+            # What the user's files raised while they were imported.
+            check_settings(self._settings, self._roots)
+            raise refused_build(error, self._settings) from error
+        seed = self.config[self._command].seed_everything
+        if not isinstance(seed, bool | None):
+            require_number("seed_everything", seed, least=0, most=2**32 - 1, whole=True)
         if any(setting.value is None for _, setting in self._settings.walk()):
             check_settings(self._settings, self._roots)
 
@@ -135,6 +150,7 @@ class GRPOCLI(LightningCLI):
         named = config.ckpt_path in (None, "best", "hpc")
         if not (named or config.ckpt_path.startswith("registry")):
             require_checkpoint(config.ckpt_path)
+            require_readable(config.ckpt_path)
 
     def _find_checkpoint(self, config: Any) -> None:
         """Put the newest checkpoint of the run in the place of `last`, and find its folder."""
@@ -156,6 +172,15 @@ class GRPOCLI(LightningCLI):
         # From an earlier one begins another curve, in a folder of its own.
         if Path(config.ckpt_path).absolute() == newest.absolute():
             self._version = version_of(newest, root)
+
+    def instantiate_classes(self) -> None:
+        """Build what the config names; what a constructor raises becomes one located problem."""
+        try:
+            super().instantiate_classes()
+        except (ConfigError, MisconfigurationException):
+            raise
+        except (Exception, SystemExit) as error:
+            raise refused_build(error, self._settings) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
@@ -191,6 +216,19 @@ class GRPOCLI(LightningCLI):
             # True of training alone: which checkpoint was best is not asked here.
             warnings.filterwarnings("ignore", message="The dirpath has changed")
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; to leave in the middle with status 0 is not to have trained."""
+        if isinstance(self.datamodule, RolloutDataModule):
+            # Before a process is started for each of them.
+            self.datamodule.check_ranks(self.trainer.world_size)
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as leaving:
+            interrupted = isinstance(leaving.__context__, KeyboardInterrupt)
+            if type(leaving) is not SystemExit or leaving.code or interrupted:
+                raise
+            raise GRPOError(f"the run did not come to its end: {fault_of(leaving)}") from leaving
 
     def _refuse_unknown_strategy(self, name: Any) -> None:
         """Lightning's own message lists no strategy that was registered."""
@@ -343,20 +381,12 @@ def _located(settings: Setting) -> Iterator[None]:
         raise
     except (ConfigError, MisconfigurationException) as error:
         raise locate(str(error), settings) from error
-    except ValueError as error:
-        # jsonargparse wraps what a constructor raises where the parameter is optional.
-        refusal = _refusal_behind(error)
-        if refusal is None:
-            raise
-        raise locate(str(refusal), settings) from error
 
 
-def _refusal_behind(error: BaseException) -> ConfigError | None:
-    """The ConfigError that an exception was raised from, if there is one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConfigError):
-        cause = cause.__cause__
-    return cause
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the parser ends the process itself: after a help text, or the config."""
+    names = [argument.partition("=")[0].lstrip("-") for argument in arguments]
+    return any(n in ("h", "help", "print_config") or n.endswith(".help") for n in names)
 
 
 @contextmanager

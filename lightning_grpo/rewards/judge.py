@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 
+from lightning_grpo.checks import MOST, require_count, require_number, require_seconds
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import read_key
 
@@ -72,12 +73,19 @@ class Judge:
             raise ConfigError(
                 f"`url` of the judge must begin with http:// or https://, got {url!r}."
             )
+        for name, value in (("lowest", lowest), ("highest", highest)):
+            require_number(name, value, least=-MOST)
         if highest <= lowest:
             raise ConfigError(f"`highest` must be above `lowest` ({lowest:g}), got {highest:g}.")
-        limits = {"max_in_flight": max_in_flight, "attempts": attempts, "timeout_s": timeout_s}
-        for name, value in limits.items():
-            if value <= 0:
-                raise ConfigError(f"`{name}` must be > 0, got {value}.")
+        require_seconds("timeout_s", timeout_s)
+        for name, value in (
+            ("max_in_flight", max_in_flight),
+            ("max_completion_characters", max_completion_characters),
+            ("max_reply_bytes", max_reply_bytes),
+            ("max_new_tokens", max_new_tokens),
+            ("attempts", attempts),
+        ):
+            require_count(name, value)
         self.url = url.rstrip("/")
         self.model = model
         self.rubric = rubric

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
+from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import BoundReward
 from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
@@ -45,6 +46,8 @@ class RLVRWorkflow(RolloutWorkflow):
                 f"`reward_weights` must have one weight for each of the {len(functions)} rewards, "
                 f"got {len(self.weights)}."
             )
+        for weight in self.weights:
+            require_number("reward_weights", weight, least=-MOST)
         names = Counter(bound.name for bound in self.rewards)
         twice = [name for name, count in names.items() if count > 1]
         if twice:
@@ -199,26 +202,16 @@ def check_sampling(sampling: Sampling) -> None:
             f"`sampling.temperature` must be > 0 in training (a group of greedy completions has no "
             f"variance), got {sampling.temperature}. The usual value is 1.0."
         )
-    check_values(sampling, "sampling")
+    check_stop(sampling, "sampling")
 
 
-def check_values(sampling: Sampling, place: str) -> None:
-    """Refuse numbers that no sampling has.
+def check_stop(sampling: Sampling, place: str) -> None:
+    """Refuse an empty text as the end of a completion.
 
     Args:
         sampling: What to check.
         place: The name of the setting.
     """
-    rules = {
-        "max_new_tokens": (sampling.max_new_tokens >= 1, ">= 1"),
-        "temperature": (0 <= sampling.temperature < math.inf, ">= 0 and finite"),
-        "top_p": (0 < sampling.top_p <= 1, "> 0 and <= 1"),
-        "top_k": (sampling.top_k == -1 or sampling.top_k >= 1, ">= 1, or -1 for all"),
-        "min_new_tokens": (sampling.min_new_tokens >= 0, ">= 0"),
-    }
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise ConfigError(f"`{place}.{name}` must be {rule}, got {getattr(sampling, name)}.")
     if not all(sampling.stop):
         raise ConfigError(
             f"`{place}.stop` must hold texts that are not empty, got {list(sampling.stop)}. "

@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
+from lightning_grpo.checks import MOST_SERVERS, require_count, require_seconds
+from lightning_grpo.errors import ServerError, ServerStartError
 from lightning_grpo.keys import new_key
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.mailbox import POLL_S, SILENCE_S, TrainerMailbox
@@ -40,10 +41,8 @@ class NodeServers(Servers):
         servers: OwnedServers | None = None,
         connect_timeout_s: float = 600.0,
     ) -> None:
-        if num_nodes < 1:
-            raise ConfigError(f"`num_nodes` must be >= 1, got {num_nodes}.")
-        if connect_timeout_s <= 0:
-            raise ConfigError(f"`connect_timeout_s` must be > 0, got {connect_timeout_s}.")
+        require_count("num_nodes", num_nodes, most=MOST_SERVERS)
+        require_seconds("connect_timeout_s", connect_timeout_s)
         self.num_nodes = num_nodes
         self.folder = folder
         self.servers = servers or SGLangServers()

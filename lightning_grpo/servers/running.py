@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lightning_grpo.checks import require_seconds
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import read_key
 from lightning_grpo.servers.base import ServerHandle, Servers
@@ -34,8 +35,7 @@ class RunningServers(Servers):
     ) -> None:
         if urls is not None and not urls:
             raise ConfigError("`urls` must name at least one server, got an empty list.")
-        if connect_timeout_s <= 0:
-            raise ConfigError(f"`connect_timeout_s` must be > 0, got {connect_timeout_s}.")
+        require_seconds("connect_timeout_s", connect_timeout_s)
         self.urls = urls
         self.connect_timeout_s = connect_timeout_s
         self.api_key = read_key(api_key)

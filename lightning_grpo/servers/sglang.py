@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_grpo.checks import MOST_PORT, MOST_SERVERS, require_count, require_seconds
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers import serve_sglang
 from lightning_grpo.servers.devices import device_bytes, present_devices, serving_devices
@@ -197,10 +198,18 @@ class SGLangServers(OwnedServers):
         return groups, len(present) == 1 and not self.dedicated, per_gpu
 
     def _check(self) -> None:
-        if self.num_servers is not None and self.num_servers < 1:
-            raise ConfigError(f"`num_servers` must be >= 1, got {self.num_servers}.")
-        if self.tp < 1:
-            raise ConfigError(f"`tp` must be >= 1, got {self.tp}.")
+        if self.num_servers is not None:
+            require_count("num_servers", self.num_servers, most=MOST_SERVERS)
+        require_count("tp", self.tp, most=MOST_SERVERS)
+        require_seconds("start_timeout_s", self.start_timeout_s)
+        for device in self.devices or ():
+            require_count("devices", device, least=0, most=MOST_SERVERS)
+        for port in self.port_range:
+            require_count("port_range", port, most=MOST_PORT + 1)
+        if self.port_range[0] >= self.port_range[1]:
+            raise ConfigError(
+                f"`port_range` must be two ports, the smaller one first, got {self.port_range}."
+            )
         if self.devices is not None and len(set(self.devices)) < len(self.devices):
             raise ConfigError(f"`devices` must not repeat, got {self.devices}.")
         if self.memory_fraction is not None and not 0 < self.memory_fraction < 1:

@@ -83,5 +83,5 @@ def test_the_command_reads_a_runs_folder(folder, capsys):
 
 def test_a_folder_without_trajectories_is_refused(tmp_path, capsys):
     Path("empty").mkdir()
-    assert main(["show", "empty"]) == 1
+    assert main(["show", "empty"]) == 2
     assert "No trajectories at 'empty'" in capsys.readouterr().err
