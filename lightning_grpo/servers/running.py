@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning_grpo.checks import require_seconds
+from lightning_grpo.checks import MOST_PORT, require_seconds
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import read_key
 from lightning_grpo.servers.base import ServerHandle, Servers
@@ -106,6 +106,7 @@ def normal_url(address: str) -> str:
     scheme, _, rest = url.partition("://")
     if scheme not in ("http", "https"):
         raise ConfigError(f"`urls` must begin with http:// or https://, got {address!r}.")
-    if scheme == "http" and not rest.rpartition(":")[2].isdigit():
+    port = rest.rpartition(":")[2]
+    if scheme == "http" and not (port.isdecimal() and 0 < int(port) <= MOST_PORT):
         raise ConfigError(f"`urls` must carry a port (http://host:30000), got {address!r}.")
     return url
