@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 from torch import Tensor, nn
 
+from lightning_grpo.rewards.sandbox import boundary
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Sampling
 
@@ -87,10 +88,12 @@ def describe_data(
     counts = ", ".join(f"{n} {name}".strip() for name, n in held_out.items())
     if counts and data.evaluation.sampling is not None:
         counts += f" ({describe_sampling(data.evaluation.sampling)})"
+    said = {"programs": f"held by {boundary()}"} if data.workflow.runs_programs else {}
     return {
         "prompts": f"{num_prompts}, and held out {counts or 'none'}",
         "batch": f"{data.batch_size} prompts x {data.group_size} samples, {steps}",
         "staleness": stale,
+        **said,
     }
 
 
