@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import Rewards, bind_rewards, free_name, legal_name
 from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
