@@ -356,7 +356,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _evaluation_loaders(self, limit: float | None) -> list[EvaluationLoader]:
         chunk = max(1, self.batch_size * self.group_size * (self.max_staleness + 1))
-        return evaluation_loaders(self._open_session, chunk, limit)
+        return evaluation_loaders(self._open_session, chunk, limit, self.evaluation.num_answers)
 
     @property
     def _open_session(self) -> Session:

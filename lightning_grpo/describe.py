@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 from torch import Tensor, nn
 
+from lightning_grpo.rewards.sandbox import boundary
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Sampling
 
@@ -90,10 +91,12 @@ def describe_data(
     few = ""
     if num_prompts < data.batch_size:
         few = f" (fewer than a batch of {data.batch_size}: some are asked several times in each)"
+    said = {"programs": f"held by {boundary()}"} if data.workflow.runs_programs else {}
     return {
         "prompts": f"{num_prompts}{few}, and held out {counts or 'none'}",
         "batch": f"{data.batch_size} prompts x {data.group_size} samples, {steps}",
         "staleness": stale,
+        **said,
     }
 
 

@@ -71,6 +71,11 @@ class Evaluation:
                 "set `evaluation.greedy: true`."
             )
 
+    @property
+    def num_answers(self) -> int:
+        """Completions of each prompt."""
+        return self.num_samples * int(self.sampled) + int(self.greedy)
+
 
 @dataclass(frozen=True)
 class EvaluationRecord:

@@ -53,6 +53,10 @@ class EvaluationLoader:
         answer: Waits for a chunk that was started.
         limit: Chunks that will be read, or which part of them, as the Trainer's limits say it;
             None: all.
+        per_prompt: Completions of each prompt.
+
+    Attributes:
+        num_answers: Completions of all prompts that will be asked.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class EvaluationLoader:
         ask: Callable[[str, int, int], None],
         answer: Answer,
         limit: float | None = None,
+        per_prompt: int = 1,
     ) -> None:
         self.name = name
         self._bounds = [(i, min(i + chunk, num_prompts)) for i in range(0, num_prompts, chunk)]
@@ -70,6 +75,7 @@ class EvaluationLoader:
         self._answer = answer
         part = 1.0 if limit is None else limit
         self._limit = int(part * len(self._bounds)) if isinstance(part, float) else part
+        self.num_answers = per_prompt * sum(b - a for a, b in self._bounds[: self._limit])
 
     def __len__(self) -> int:
         """Batches of this set."""
@@ -99,11 +105,11 @@ class AnswersPrompts(Protocol):
 
 
 def evaluation_loaders(
-    session: AnswersPrompts, chunk: int, limit: float | None
+    session: AnswersPrompts, chunk: int, limit: float | None, per_prompt: int = 1
 ) -> list[EvaluationLoader]:
     """One loader for each set of held-out prompts; see `EvaluationLoader`."""
     return [
-        EvaluationLoader(name, count, chunk, session.ask, session.answer, limit)
+        EvaluationLoader(name, count, chunk, session.ask, session.answer, limit, per_prompt)
         for name, count in session.num_val_prompts.items()
     ]
 

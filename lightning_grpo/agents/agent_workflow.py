@@ -16,7 +16,7 @@ from lightning_grpo.agents.endpoint import AgentSession, Endpoint
 from lightning_grpo.agents.rewarded import RewardedWorkflow
 from lightning_grpo.checks import require_seconds
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
-from lightning_grpo.rollout.binding import RESERVED, reward_name
+from lightning_grpo.rollout.binding import RESERVED, Rewards, reward_name
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.rollout.reward_worker import answer_of
 from lightning_grpo.rollout.workflow import sampling_of
@@ -43,11 +43,11 @@ class AgentWorkflow(RewardedWorkflow):
 
     Args:
         agent: The function.
-        reward: A function, or several, called with the agent's result as `completion` where it is
-            a text, else with the last answer. None: the agent returns the reward itself, a number
-            or numbers by name.
+        reward: A function, or several (a list, or by name), called with the agent's result as
+            `completion` where it is a text, else with the last answer. None: the agent returns the
+            reward itself, a number or numbers by name.
         sampling: How every call is sampled; a call may ask for fewer tokens.
-        reward_weights: A weight for each function; None: all 1.
+        reward_weights: A weight for each function, or by name; None: all 1.
         timeout_s: Longest time of one episode.
         conversations: `one`: all calls are one conversation. `last`: the agent may begin anew; the
             conversation that got the last answer is trained.
@@ -56,9 +56,9 @@ class AgentWorkflow(RewardedWorkflow):
     def __init__(
         self,
         agent: Callable[..., Any],
-        reward: list[Callable[..., Any]] | Callable[..., Any] | None = None,
+        reward: Rewards | None = None,
         sampling: Sampling = _DEFAULT_SAMPLING,
-        reward_weights: list[float] | None = None,
+        reward_weights: list[float] | dict[str, float] | None = None,
         timeout_s: float = 600.0,
         conversations: Conversations = "one",
     ) -> None:

@@ -12,7 +12,7 @@ from lightning_grpo.agents.rewarded import RewardedWorkflow
 from lightning_grpo.agents.turns import messages_of, next_ids, with_answer
 from lightning_grpo.checks import MOST, require_count, require_number
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.binding import BoundReward
+from lightning_grpo.rollout.binding import BoundReward, Rewards
 from lightning_grpo.rollout.chat import Message
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.types import Prompt, Sampling, Trajectory
@@ -28,14 +28,14 @@ class MultiTurnWorkflow(RewardedWorkflow):
     ends early when an answer was cut off by the length limit, or `feedback` has nothing to say.
 
     Args:
-        reward: A function, or several, called on every answer. `messages` is the conversation
-            before the answer.
+        reward: A function, or several (a list, or by name), called on every answer. `messages` is
+            the conversation before the answer.
         feedback: Makes what is said after a miss: a function (sync or async) that names its
             arguments as a reward does and returns a text, or None to end. It runs on the event
             loop, so it must be quick. None: `retry_text` is said.
         retry_text: What is said where there is no `feedback`.
         sampling: How each answer is sampled; `max_new_tokens` is for one turn.
-        reward_weights: A weight for each function; None: all 1.
+        reward_weights: A weight for each function, or by name; None: all 1.
         max_turns: Most answers.
         turn_discount: What a turn costs, as a factor.
         passing_reward: From this (undiscounted, weighted) reward on there is no further turn.
@@ -44,11 +44,11 @@ class MultiTurnWorkflow(RewardedWorkflow):
 
     def __init__(  # noqa: PLR0913 - config surface: what a YAML file may set
         self,
-        reward: list[Callable[..., Any]] | Callable[..., Any],
+        reward: Rewards,
         feedback: Callable[..., Any] | None = None,
         retry_text: str = _TRY_AGAIN,
         sampling: Sampling = _DEFAULT_SAMPLING,
-        reward_weights: list[float] | None = None,
+        reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 2,
         turn_discount: float = 1.0,
         passing_reward: float = 1.0,

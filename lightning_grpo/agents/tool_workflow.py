@@ -15,6 +15,7 @@ from lightning_grpo.agents.tool_process import ToolCounts, ToolLimits
 from lightning_grpo.agents.tools import ToolBox
 from lightning_grpo.agents.turns import first_ids, messages_of, next_ids, with_answer
 from lightning_grpo.checks import require_count
+from lightning_grpo.rollout.binding import Rewards
 from lightning_grpo.rollout.protocols import EpisodeContext, Tokenizer
 from lightning_grpo.types import Prompt, Sampling, Trajectory
 
@@ -44,10 +45,10 @@ class ToolWorkflow(RewardedWorkflow):
     Args:
         tools: Plain functions or coroutine functions, described by type hints and docstrings. They
             run in processes of their own, each call in a fork: what one changes is gone with it.
-        reward: A function, or several, called on the last answer. `messages` is the conversation
-            before it.
+        reward: A function, or several (a list, or by name), called on the last answer. `messages`
+            is the conversation before it.
         sampling: How each answer is sampled; `max_new_tokens` is for one turn.
-        reward_weights: A weight for each function; None: all 1.
+        reward_weights: A weight for each function, or by name; None: all 1.
         max_turns: Most answers; calls of the last one are not run.
         max_calls: Most calls that are run; the others are told so.
         max_tokens: No further turn is begun that could end behind this many tokens in all.
@@ -58,9 +59,9 @@ class ToolWorkflow(RewardedWorkflow):
     def __init__(  # noqa: PLR0913 - config surface: what a YAML file may set
         self,
         tools: list[Callable[..., Any]],
-        reward: list[Callable[..., Any]] | Callable[..., Any],
+        reward: Rewards,
         sampling: Sampling = _DEFAULT_SAMPLING,
-        reward_weights: list[float] | None = None,
+        reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 4,
         max_calls: int = 8,
         max_tokens: int | None = None,
@@ -78,6 +79,11 @@ class ToolWorkflow(RewardedWorkflow):
         self.max_tokens = max_tokens
         self._parse = parse
         self._told_missing = False
+
+    @property
+    def runs_programs(self) -> bool:
+        """Always: tools."""
+        return True
 
     @property
     def counts(self) -> ToolCounts:

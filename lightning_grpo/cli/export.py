@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,12 @@ def check_paths(checkpoint: Path, out: Path) -> None:
         raise ConfigError(f"`checkpoint` must exist, got {str(checkpoint)!r}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`out` must be a new or empty folder, got {str(out)!r}.")
+    above = next(each for each in out.absolute().parents if each.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(
+            f"`out` must be in a folder that can be written to, got {str(out)!r}, which would be "
+            f"made in {str(above)!r}."
+        )
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:

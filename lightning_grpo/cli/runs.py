@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,10 +165,14 @@ def going_on_without(what: object, silently: bool = False) -> Iterator[Attempt]:
     attempt = Attempt()
     try:
         yield attempt
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        # Lightning's loggers say of any exception that a value can't be logged.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
         attempt.failed = True
         if not silently:
-            why = error.strerror or error
+            why = cause.strerror or cause
             log.warning("%s can't be written (%s): the run goes on without it", what, why)
 
 
@@ -197,6 +202,23 @@ class BoardLogger(TensorBoardLogger):
             with going_on_without(f"TensorBoard's files in {self.log_dir}") as attempt:
                 write(*args, **kwargs)
             self._failed = attempt.failed
+
+
+@contextmanager
+def board_tells_itself() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing a traceback of what `BoardLogger` says in a line."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        of_board = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class CurveLogger(CSVLogger):

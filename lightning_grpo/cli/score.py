@@ -61,7 +61,7 @@ class Score:
 def run(argv: Sequence[str]) -> int:
     """Score the rows and print them, with what they come to."""
     options = _parser().parse_args(list(argv))
-    require_seconds("--timeout-s", options.timeout_s)
+    check_options(options)
     try:
         bound = BoundReward(import_object(options.reward))
     except ImportPathError as error:
@@ -75,6 +75,22 @@ def run(argv: Sequence[str]) -> int:
     elapsed_s = time.perf_counter() - began
     show(rows, scores, elapsed_s, Console(highlight=False), options.show)
     return 1 if any(score.error for score in scores) else 0
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what can't be scored with, before the reward is imported.
+
+    Raises:
+        ConfigError: Which option, and why.
+    """
+    if not options.data.exists():
+        raise ConfigError(f"`--data` must exist, got {str(options.data)!r}.")
+    least = {"limit": 1, "show": 0, "processes": 0}
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ConfigError(f"`--{name}` must be >= {smallest}, got {value}.")
+    require_seconds("--timeout-s", options.timeout_s)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lightning_grpo.cli.problem import Parser, whole_number
+from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.records import read_rows
 
 Row = Mapping[str, Any]
@@ -28,8 +29,10 @@ SORTS: dict[str, Callable[[Row], float]] = {
 def run(argv: Sequence[str]) -> int:
     """Print some trajectories."""
     options = _parser().parse_args(list(argv))
+    if options.limit < 0:
+        raise ConfigError(f"`--limit` must be >= 0, got {options.limit}.")
     rows = select(
-        read_rows(options.path),
+        read_answers(options.path),
         sort=options.sort,
         reverse=options.reverse,
         limit=options.limit,
@@ -37,6 +40,28 @@ def run(argv: Sequence[str]) -> int:
     )
     show(rows, Console(highlight=False))
     return 0
+
+
+def read_answers(path: Path) -> list[Row]:
+    """What a run was trained on; of one that trained on nothing (`validate`) what it answered.
+
+    Raises:
+        ConfigError: There is nothing at that path.
+        CheckpointError: What is there holds none.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"`path` must be a .parquet file or a run's folder, and there is no {str(path)!r}."
+        )
+    try:
+        return list(read_rows(path))
+    except CheckpointError:
+        answered = sorted(
+            path.glob("**/trajectories/held_out"), key=lambda each: each.stat().st_mtime
+        )
+        if not answered:
+            raise
+    return list(read_rows(answered[-1]))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
     RUNS,
+    board_tells_itself,
     default_loggers,
     folder_beside,
     going_on_without,
@@ -354,7 +355,7 @@ def run_cli(
     # The parser refuses a file that says nothing, such as one whose lines are all comments.
     said = [path for name, path in configs if read_yaml(path, name).value]
     arguments = [part for path in said for part in ("--config", str(path))]
-    with _quiet_lightning(), _located(settings), ExitStack() as held:
+    with _quiet_lightning(), board_tells_itself(), _located(settings), ExitStack() as held:
         GRPOCLI(
             command,
             [*arguments, *options],

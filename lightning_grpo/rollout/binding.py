@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lightning_grpo.errors import ConfigError
@@ -33,13 +35,14 @@ class BoundReward:
     Args:
         reward: Any callable; its parameters are reserved names or columns, each by its name.
             `**kwargs` receives all columns.
+        name: What it is logged under; empty: its own name.
     """
 
-    def __init__(self, reward: Reward) -> None:
+    def __init__(self, reward: Reward, name: str = "") -> None:
         if not callable(reward):
             raise ConfigError(f"a reward must be callable, got {reward!r}.")
         self.reward = reward
-        self.name = reward_name(reward)
+        self.name = name or legal_name(reward_name(reward))
         self._required: list[str] = []
         self._names: set[str] = set()
         self._takes_all = False
@@ -101,6 +104,43 @@ class BoundReward:
         if self._takes_all:
             wanted |= set(prompt.columns)
         return {name: offered[name] for name in offered if name in wanted}
+
+
+Rewards = list[Callable[..., Any]] | Callable[..., Any] | dict[str, Callable[..., Any]]
+"""A reward, several, or several by the names that they are logged under."""
+
+
+def bind_rewards(reward: Rewards) -> list[BoundReward]:
+    """Each function with a name of its own that every logger takes.
+
+    Raises:
+        ConfigError: There is none, or one that can't be called by name.
+    """
+    if isinstance(reward, Mapping):
+        named = [(str(name), function) for name, function in reward.items()]
+    else:
+        functions = reward if isinstance(reward, list | tuple) else [reward]
+        named = [("", function) for function in functions]
+    if not named:
+        kind = "dictionary" if isinstance(reward, Mapping) else "list"
+        raise ConfigError(f"`reward` must name at least one function, got an empty {kind}.")
+    bound = [BoundReward(function, legal_name(name) if name else "") for name, function in named]
+    taken: set[str] = set()
+    for each in bound:
+        each.name = free_name(each.name, taken)
+        taken.add(each.name)
+    return bound
+
+
+def legal_name(name: str) -> str:
+    """A name without what a logger refuses (MLflow takes letters, digits and `_ - .` only)."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "reward"
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or with the first number that makes it another."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def reward_name(reward: Reward) -> str:

@@ -38,6 +38,11 @@ class PerDatasetWorkflow(RolloutWorkflow):
         found = [f for each in self.workflows.values() for f in each.reward_functions]
         return list({id(function): function for function in found}.values())
 
+    @property
+    def runs_programs(self) -> bool:
+        """Whether one of them does."""
+        return any(each.runs_programs for each in self.workflows.values())
+
     def of(self, dataset: str) -> RolloutWorkflow:
         """The workflow of a dataset."""
         if dataset not in self.workflows:

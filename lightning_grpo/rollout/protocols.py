@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 from lightning_grpo.types import Completion, Prompt, Sampling, Trajectory
@@ -63,6 +63,9 @@ class Scorer(Protocol):
     async def score(self, reward: Reward, arguments: Mapping[str, Any]) -> RewardValue:
         """Call `reward(**arguments)`; raises `RewardError`, never answers a silent 0."""
         ...
+
+
+_PROGRAMS = "lightning_grpo.rewards.program"
 
 
 class EpisodeContext(Protocol):
@@ -129,6 +132,24 @@ class RolloutWorkflow(ABC):
     def reward_functions(self) -> list[Reward]:
         """Functions to be shipped to the reward processes when they start."""
         return []
+
+    @property
+    def runs_programs(self) -> bool:
+        """Whether something that a policy wrote is run: then it is said what holds it."""
+        return any(getattr(f, "__module__", "") == _PROGRAMS for f in self.reward_functions)
+
+    async def try_rewards(  # noqa: B027 - nothing, by default
+        self, prompt: Prompt, score: Callable[..., Awaitable[RewardValue]]
+    ) -> None:
+        """Call the rewards on a prompt of the data, before servers start.
+
+        Args:
+            prompt: One of those that this workflow will be asked.
+            score: Calls a reward with a mapping of arguments.
+
+        Raises:
+            ConfigError: One fails whatever is answered.
+        """
 
     def validate(self, columns: Collection[str]) -> None:  # noqa: B027 - nothing, by default
         """Refuse what the prompts' columns can't serve; called at setup.

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -35,6 +36,12 @@ _ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Python's, other packages' and this one's lines are not where a user looks first.
+_NOT_THEIRS = (
+    *{sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")},
+    os.path.dirname(os.path.abspath(__file__)),
+    "<frozen",
+)
 _CACHE_SIZE = 32
 _loaded: dict[bytes, Any] = {}
 _shipped: list[bytes] = []
@@ -57,8 +64,20 @@ def call(reward: int | bytes, arguments: bytes) -> Answer:
     try:
         blob = _shipped[reward] if isinstance(reward, int) else reward
         return answer_of(_load(blob)(**cloudpickle.loads(arguments)))
-    except BaseException:  # noqa: BLE001 - told to the parent as text; also sys.exit() of a reward
-        return "error", traceback.format_exc()
+    except BaseException as error:  # noqa: BLE001 - told as text; also sys.exit() of a reward
+        return "error", told(error)
+
+
+def told(error: BaseException) -> str:
+    """What was raised and the line of the user's that did it, in one line."""
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_THEIRS)]
+    if not theirs:
+        return text
+    frame = theirs[-1]
+    line = f": {frame.line}" if frame.line else ""
+    return f"{text} ({frame.filename}:{frame.lineno}, in {frame.name}{line})"
 
 
 def answer_of(value: Any) -> Answer:

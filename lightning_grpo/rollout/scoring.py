@@ -12,7 +12,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -25,9 +25,10 @@ from pebble import ProcessExpired, ProcessPool
 from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.rollout import reward_worker
 from lightning_grpo.rollout.background import seen
-from lightning_grpo.rollout.binding import reward_name
+from lightning_grpo.rollout.binding import BoundReward, reward_name
 from lightning_grpo.rollout.protocols import Reward, RewardValue
-from lightning_grpo.rollout.reward_worker import Answer, answer_of
+from lightning_grpo.rollout.reward_worker import Answer, answer_of, told
+from lightning_grpo.types import Prompt
 
 
 @dataclass
@@ -47,6 +48,15 @@ class ScoringCounts:
     timed_out: int = 0
     crashed: int = 0
     seconds: float = 0.0
+
+
+# Of the function's own, and not of a service that an async one asks.
+_FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
+           TypeError, ValueError)  # fmt: skip
+
+
+class RewardFailedError(RewardError):
+    """The function itself raised, or gave no number."""
 
 
 class RewardScorer:
@@ -75,6 +85,10 @@ class RewardScorer:
         self._pool: _OwnedPool | None = None
         self._starting = anyio.Lock()
 
+    def forget_counts(self) -> None:
+        """Count from here on."""
+        self.counts = ScoringCounts()
+
     async def __aenter__(self) -> Self:
         """Start the processes, ahead of the first call."""
         if self.processes and not all(is_async(reward) for reward in self._rewards):
@@ -89,8 +103,8 @@ class RewardScorer:
         """Call `reward(**arguments)`.
 
         Raises:
-            RewardError: It raised (with its traceback), timed out, crashed, or gave no finite
-                number. There is no score then: never a silent 0.
+            RewardError: It raised (told with the line that did), timed out, crashed, or gave no
+                finite number. There is no score then: never a silent 0.
             ConfigError: It returned a list or a coroutine, which no further attempt can cure.
         """
         began = time.perf_counter()
@@ -105,7 +119,7 @@ class RewardScorer:
             raise ConfigError(f"reward {reward_name(reward)!r}: {value}")
         if kind == "error":
             self.counts.failed += 1
-            raise RewardError(f"reward {reward_name(reward)!r} failed: {value}")
+            raise RewardFailedError(f"reward {reward_name(reward)!r} failed: {value}")
         self.counts.scored += 1
         return value
 
@@ -116,7 +130,8 @@ class RewardScorer:
                 return answer_of(await value if is_async(reward) else value)
         except Exception as error:
             self.counts.failed += 1
-            raise RewardError(f"reward {reward_name(reward)!r} raised {error!r}") from error
+            kind = RewardFailedError if isinstance(error, _FAULTS) else RewardError
+            raise kind(f"reward {reward_name(reward)!r} failed: {told(error)}") from error
         raise self._timed_out(reward)
 
     async def _call_in_process(self, reward: Reward, arguments: Mapping[str, Any]) -> Answer:
@@ -206,6 +221,40 @@ class _OwnedPool:
         self._closing.wait()
         self._pool.stop()
         self._pool.join()
+
+
+Score = Callable[[Reward, Mapping[str, Any]], Awaitable[RewardValue]]
+"""`RewardScorer.score`."""
+
+_ANSWERS = ("The answer is 4.\n#### 4\n\\boxed{4}", "")
+
+
+async def try_reward(bound: BoundReward, prompt: Prompt, score: Score) -> None:
+    """Call a reward on a prompt of the data, with what a policy might answer.
+
+    Args:
+        bound: The reward.
+        prompt: Of the data.
+        score: Calls it.
+
+    Raises:
+        ConfigError: It failed with every answer.
+    """
+    told_by_data = [str(value) for name, value in prompt.columns.items() if name == "answer"]
+    failures = []
+    for text in (*told_by_data, *_ANSWERS):
+        try:
+            await score(bound.reward, bound.arguments(prompt, text, ()))
+        except RewardFailedError as error:
+            failures.append(error)
+        except RewardError:
+            return  # of its time, its process or what it calls: that may be another in the run
+        else:
+            return
+    raise ConfigError(
+        f"{failures[0]}. So it did with each of {len(failures)} answers to the first prompt. "
+        "Try it alone: lightning-grpo score --reward ... --data ..."
+    )
 
 
 def is_async(reward: Reward) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
-from lightning_grpo.rollout.binding import BoundReward
+from lightning_grpo.rollout.binding import Rewards, bind_rewards, free_name, legal_name
 from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
 from lightning_grpo.rollout.reward_worker import is_trainable
+from lightning_grpo.rollout.scoring import Score, try_reward
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
@@ -24,36 +24,21 @@ class RLVRWorkflow(RolloutWorkflow):
     """One completion, scored by one or several verifiable rewards.
 
     Args:
-        reward: A function, or several. Each gets the arguments that it names.
+        reward: A function, or several, as a list or by the names that they are logged under. Each
+            gets the arguments that it names.
         sampling: How completions are sampled in training.
-        reward_weights: A weight for each function; None: all 1.
+        reward_weights: A weight for each function, or by name; None: all 1.
     """
 
     def __init__(
         self,
-        reward: list[Callable[..., Any]] | Callable[..., Any],
+        reward: Rewards,
         sampling: Sampling = _DEFAULT_SAMPLING,
-        reward_weights: list[float] | None = None,
+        reward_weights: list[float] | dict[str, float] | None = None,
     ) -> None:
-        functions = list(reward) if isinstance(reward, list | tuple) else [reward]
-        if not functions:
-            raise ConfigError("`reward` must name at least one function, got an empty list.")
-        self.rewards = [BoundReward(function) for function in functions]
+        self.rewards = bind_rewards(reward)
         self.sampling: Sampling = sampling_of(sampling)
-        self.weights = [1.0] * len(functions) if reward_weights is None else list(reward_weights)
-        if len(self.weights) != len(functions):
-            raise ConfigError(
-                f"`reward_weights` must have one weight for each of the {len(functions)} rewards, "
-                f"got {len(self.weights)}."
-            )
-        for weight in self.weights:
-            require_number("reward_weights", weight, least=-MOST)
-        names = Counter(bound.name for bound in self.rewards)
-        twice = [name for name, count in names.items() if count > 1]
-        if twice:
-            raise ConfigError(
-                f"two rewards are named {twice[0]!r}, so their logs would be one. Rename one."
-            )
+        self.weights = _weights(reward_weights, [bound.name for bound in self.rewards])
 
     @property
     def asks_once(self) -> bool:
@@ -73,23 +58,60 @@ class RLVRWorkflow(RolloutWorkflow):
     async def run(self, prompt: Prompt, context: EpisodeContext) -> Trajectory:
         """Sample one completion and score it."""
         completion = await context.generate(list(prompt.input_ids), self.sampling)
+        ids = completion.token_ids
+        total, rewards = await self.score_text(prompt, context, completion.text, ids)
+        return single_turn(prompt, completion, total, rewards, self.sampling.temperature)
+
+    async def score_text(
+        self, prompt: Prompt, context: EpisodeContext, text: str, token_ids: Sequence[int]
+    ) -> tuple[float, dict[str, float]]:
+        """The weighted sum of the rewards of a text, and each under its name."""
         total = 0.0
         rewards: dict[str, float] = {}
         for bound, weight in zip(self.rewards, self.weights, strict=True):
-            arguments = bound.arguments(prompt, completion.text, completion.token_ids)
-            value = await context.score(bound.reward, **arguments)
-            named = named_rewards(bound.name, value)
-            twice = rewards.keys() & named.keys()
-            if twice:
-                raise RewardError(f"two rewards are named {sorted(twice)[0]!r}. Rename one.")
-            rewards.update(named)
+            arguments = bound.arguments(prompt, text, token_ids)
+            named = named_rewards(bound.name, await context.score(bound.reward, **arguments))
+            for name, value in named.items():
+                clashes = name in rewards and name != bound.name
+                own = f"{bound.name}_{name}" if clashes else name
+                rewards[free_name(own, rewards)] = value
             total += weight * sum(named.values())
-        return single_turn(prompt, completion, total, rewards, self.sampling.temperature)
+        return total, rewards
+
+    async def try_rewards(self, prompt: Prompt, score: Score) -> None:
+        """Refuse a reward that fails whatever the policy answers; called before servers start."""
+        for bound in self.rewards:
+            await try_reward(bound, prompt, score)
+
+
+def _weights(given: list[float] | dict[str, float] | None, names: Sequence[str]) -> list[float]:
+    if given is None:
+        return [1.0] * len(names)
+    if isinstance(given, Mapping):
+        given = {legal_name(str(name)): weight for name, weight in given.items()}
+        if set(given) != set(names):
+            raise ConfigError(
+                f"`reward_weights` must have the rewards' names {list(names)}, got {list(given)}."
+            )
+        given = [given[name] for name in names]
+    if len(given) != len(names):
+        raise ConfigError(
+            f"`reward_weights` must have one weight for each of the {len(names)} rewards, got "
+            f"{len(given)}."
+        )
+    for weight in given:
+        require_number("reward_weights", weight, least=-MOST)
+    return list(given)
 
 
 def named_rewards(name: str, value: RewardValue) -> dict[str, float]:
     """A reward's value as rewards under their names."""
-    return dict(value) if isinstance(value, Mapping) else {name: value}
+    if not isinstance(value, Mapping):
+        return {name: value}
+    named: dict[str, float] = {}
+    for own, number in value.items():
+        named[free_name(legal_name(own), named)] = number
+    return named
 
 
 def single_turn(

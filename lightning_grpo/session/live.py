@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -122,14 +123,16 @@ async def open_live(
     try:
         if settings.servers.fits_load:
             settings.servers.load = await anyio.to_thread.run_sync(material.load_of, settings)
-        handles = await anyio.to_thread.run_sync(
-            settings.servers.start, settings.model_path, settings.run_dir
-        )
-        begun = await asyncio.wrap_future(beginning)
-        async with (
-            _open_pool(settings, material, begun.run_id, handles) as pool,
-            _scorer(settings) as scorer,
-        ):
+        async with contextlib.AsyncExitStack() as stack:
+            scorer = await stack.enter_async_context(_scorer(settings))
+            await _try_rewards(settings, material, scorer)
+            handles = await anyio.to_thread.run_sync(
+                settings.servers.start, settings.model_path, settings.run_dir
+            )
+            begun = await asyncio.wrap_future(beginning)
+            pool = await stack.enter_async_context(
+                _open_pool(settings, material, begun.run_id, handles)
+            )
             publisher = _publisher(settings, material, begun, pool)
             pool.on_restart(publisher.restore)
             runner = EpisodeRunner(
@@ -197,6 +200,13 @@ def _scorer(settings: SessionSettings) -> RewardScorer:
     return RewardScorer(
         settings.workflow.reward_functions, limits.reward_processes, limits.reward_timeout_s
     )
+
+
+async def _try_rewards(settings: SessionSettings, material: Material, scorer: RewardScorer) -> None:
+    """Refuse rewards that can't work before anything costs time."""
+    for name, prompt in material.first_prompts.items():
+        await settings.workflow.of(name).try_rewards(prompt, scorer.score)
+    scorer.forget_counts()
 
 
 def _publisher(

@@ -70,6 +70,13 @@ class Material:
         return _longest(self.prompts)
 
     @property
+    def first_prompts(self) -> dict[str, Prompt]:
+        """Of each dataset, the first that can be asked."""
+        made = {name: (_made(s, i) for i in range(len(s))) for name, s in self.prompts.items()}
+        asked = {name: (p for p in each if p is not None) for name, each in made.items()}
+        return {name: p for name, each in asked.items() for p in itertools.islice(each, 1)}
+
+    @property
     def fingerprint(self) -> str:
         """The prompts in a few characters: how many, and what some of them ask."""
         sampled: list[Prompt | None] = []

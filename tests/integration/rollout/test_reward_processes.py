@@ -148,7 +148,7 @@ def test_raising_exiting_and_infinite_rewards_are_errors_with_their_text():
         ]
 
     (raised, left, infinite), counts = run(main)
-    assert "Traceback" in raised
+    assert "in <lambda>: await value_or_error(" in raised
     assert "KeyError: 'missing'" in raised
     assert "SystemExit: enough" in left
     assert "must be finite, got inf" in infinite

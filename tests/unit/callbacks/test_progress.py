@@ -143,6 +143,10 @@ def test_a_wait_for_held_out_prompts_counts_their_answers_alone():
     waiting.after(0, evaluated=300)
     waiting.after(4, done=16, evaluated=340, tokens=8_000)
     assert waiting.told == ["held-out prompts | 40 completions | 2,000 tokens/s | 4 s"]
+    waiting.teller.begin("held-out prompts", 500)
+    waiting.after(0, evaluated=340)
+    waiting.after(2, evaluated=390, tokens=8_000)
+    assert waiting.told[1] == "held-out prompts | 50 of 500 completions | 4,000 tokens/s | 2 s"
 
 
 def test_nothing_is_told_of_a_wait_that_is_over_or_of_which_nothing_is_known():

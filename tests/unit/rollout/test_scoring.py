@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import anyio
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 
 from lightning_grpo.errors import ConfigError, RewardError
+from lightning_grpo.rewards.judge import JudgeError
+from lightning_grpo.rollout.binding import BoundReward
 from lightning_grpo.rollout.reward_worker import answer_of
-from lightning_grpo.rollout.scoring import RewardScorer, is_async
+from lightning_grpo.rollout.scoring import RewardScorer, is_async, try_reward
+from lightning_grpo.types import Prompt
 
 
 def score(reward, scorer=None, /, **arguments):
@@ -88,7 +92,9 @@ def test_an_in_line_reward_raises_with_its_cause():
     def reward(x):
         return 1 / x
 
-    with pytest.raises(RewardError, match="reward 'reward' raised ZeroDivisionError") as caught:
+    with pytest.raises(
+        RewardError, match=r"reward 'reward' failed: ZeroDivisionError.*in reward: return 1 / x"
+    ) as caught:
         score(reward, x=0)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -109,3 +115,55 @@ def test_async_rewards_run_on_the_loop_under_the_same_limit():
 
 def test_columns_may_have_any_name():
     assert score(lambda reward, self, arguments: reward, reward=2.0, self=1, arguments=0) == 2.0
+
+
+def tried(reward, columns=None):
+    """What a trial on a prompt says; None: it may run."""
+    prompt = Prompt((1,), "2+2", columns=columns or {"answer": "4"})
+
+    async def play():
+        scorer = RewardScorer(processes=0, timeout_s=0.05)
+        await try_reward(BoundReward(reward), prompt, scorer.score)
+
+    try:
+        return anyio.run(play)
+    except ConfigError as error:
+        return str(error)
+
+
+def test_a_reward_that_fails_whatever_is_answered_is_refused_with_its_line():
+    def reward(completion, answer):
+        return json.loads(answer)["missing"]
+
+    said = tried(reward, {"answer": "{}"})
+    assert said.startswith("reward 'reward' failed: KeyError: 'missing' (")
+    assert 'in reward: return json.loads(answer)["missing"])' in said
+    assert "score --reward" in said
+    assert said.count("KeyError") == 1
+
+
+def test_the_line_that_is_shown_is_the_users_also_where_a_library_raised():
+    def reward(completion):
+        return json.loads("no json")
+
+    assert "in reward: return json.loads(" in tried(reward)
+
+
+def test_a_reward_that_some_answers_please_may_run():
+    def last_number(completion):
+        return float(completion.split()[-1])
+
+    def no_empty_one(completion):
+        return 1.0 / len(completion)
+
+    async def unreachable(completion):
+        raise JudgeError("no judge there, yet")
+
+    assert tried(last_number) is None
+    assert tried(no_empty_one) is None
+    assert tried(unreachable) is None
+
+
+def test_a_reward_that_never_gives_a_number_is_refused():
+    assert "must return a number, got None" in tried(lambda completion: None)
+    assert "from_trl" in tried(lambda completion: [1.0])

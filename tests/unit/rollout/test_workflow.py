@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import anyio
 import pytest
@@ -123,8 +124,44 @@ def test_positional_only_arguments_and_what_cannot_be_called_are_refused():
 def test_weights_must_match_and_names_must_differ():
     with pytest.raises(ConfigError, match="one weight for each of the 1 rewards, got 2"):
         RLVRWorkflow(lambda completion: 1.0, reward_weights=[1.0, 2.0])
-    with pytest.raises(ConfigError, match="two rewards are named '<lambda>'"):
-        RLVRWorkflow([lambda completion: 1.0, lambda completion: 2.0])
+    with pytest.raises(ConfigError, match=r"rewards' names \['right'\], got \['wrong'\]"):
+        RLVRWorkflow({"right": right}, reward_weights={"wrong": 1.0})
+
+
+def test_names_are_made_to_differ():
+    class Judge:
+        def __call__(self, completion):
+            return 4.0
+
+    by = functools.partial(lambda completion, words: 1.0 * words, words=2)
+    rewards = [lambda completion: 1.0, lambda completion: 2.0, by, Judge(), Judge()]
+    found = run(RLVRWorkflow(rewards))
+    assert found.rewards == {
+        "lambda": 1.0, "lambda_2": 2.0, "lambda_3": 2.0, "Judge": 4.0, "Judge_2": 4.0
+    }  # fmt: skip
+    assert found.reward == 13.0
+
+
+def test_rewards_are_named_by_a_dictionary_and_weighted_by_name():
+    rewards = {"right": lambda completion: 1.0, "it's short": lambda completion: 2.0}
+    workflow = RLVRWorkflow(rewards, reward_weights={"it's short": 0.5, "right": 3.0})
+    found = run(workflow)
+    assert found.rewards == {"right": 1.0, "it_s_short": 2.0}
+    assert found.reward == 4.0
+    with pytest.raises(ConfigError, match="got an empty dictionary"):
+        RLVRWorkflow({})
+
+
+@pytest.mark.parametrize("name", ["<lambda>", "a/b", "a b", "50%", "ü", "\n", "", "a:b", "~x~"])
+def test_a_name_is_legal_for_every_logger(name):
+    def reward(completion):
+        return {name: 1.0, "other": 2.0}
+
+    reward.__name__ = name
+    named = [bound.name for bound in RLVRWorkflow([reward, reward]).rewards]
+    named += list(run(RLVRWorkflow(reward)).rewards)
+    assert all(re.fullmatch(r"[\w.-]+", each) for each in named)
+    assert len(set(named[:2])) == 2
 
 
 def right(completion, answer):
@@ -141,12 +178,14 @@ def test_several_rewards_are_weighted_and_each_stays_under_its_name():
     assert trajectory.reward == pytest.approx(2.15)
 
 
-def test_two_rewards_of_one_name_are_refused_also_when_one_is_in_a_dictionary():
+def test_two_rewards_of_one_name_are_told_apart_also_when_one_is_in_a_dictionary():
     def short(completion):
-        return 0.0
+        return 3.0
 
-    with pytest.raises(RewardError, match="two rewards are named 'short'"):
-        run(RLVRWorkflow([shape, short]))
+    found = run(RLVRWorkflow([shape, short, shape]))
+    assert found.rewards == {
+        "short": 1.0, "polite": 0.5, "short_2": 3.0, "shape_short": 1.0, "shape_2_polite": 0.5
+    }  # fmt: skip
 
 
 def test_token_ids_are_joined_and_aligned_and_never_made_again():
