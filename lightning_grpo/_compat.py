@@ -14,6 +14,7 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_last_global_step_saved` | lightning.pytorch.callbacks.ModelCheckpoint | lightning 2.6.6 |
 | `_start_method` | launchers of lightning.pytorch that fork or spawn | lightning 2.6.6 |
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
+| `_compiler_ctx` | lightning.pytorch.LightningModule | lightning 2.6.6 |
 | `_EmptyStateDictLoadPlanner`, `_load_state_dict` | torch.distributed.checkpoint | torch 2.13.0 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 | `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
@@ -30,7 +31,7 @@ import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -47,6 +48,11 @@ def given_hyperparameters() -> Mapping[str, Any] | None:
     """What LightningCLI is building the module from, as it stands in the config."""
     given: Mapping[str, Any] | None = _given_hyperparameters.get()
     return given
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether a Trainer was given `torch.compile(module)`, which it has unwrapped."""
+    return module._compiler_ctx is not None
 
 
 def destroy_dist_connection() -> None:

@@ -24,18 +24,22 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.devices import present_devices
 from lightning_grpo.servers.embedded import EmbeddedServers
 
+MOST_TRAJECTORIES = 1 << 22
+"""Of one rollout batch: a hundred gigabytes of bookkeeping, before the first token."""
 _BATCH = "it changes what a batch is"
 _AVERAGE = "servers answer with the weights that are trained, it validates and saves others"
 KEEP_BEST = (
     "keep the best trained weights with `ModelCheckpoint(monitor='eval/avg_at_1', mode='max')`"
 )
 _MEMORY = "bound memory with `model.max_tokens_per_microbatch`"
+_NO_VALIDATION = "For no validation set `trainer.limit_val_batches: 0`."
 _REFUSED_CALLBACKS = {
     GradientAccumulationScheduler: (_BATCH, _MEMORY),
     LearningRateFinder: (_BATCH, "set the learning rate of `model.optimizer`"),
@@ -51,6 +55,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     Raises:
         ConfigError: A setting can't work; the message says what to set instead.
     """
+    _check_numbers(trainer)
     _check_accumulation(trainer)
     _check_precision(trainer)
     _check_callbacks(trainer)
@@ -79,6 +84,25 @@ def check_intervals(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int
         for name, steps in _intervals(trainer, epoch_steps):
             _check_interval(name, steps, steps_per_rollout)
         _check_times(trainer)
+
+
+def _check_numbers(trainer: L.Trainer) -> None:
+    """What Lightning takes as it is given, and divides by or compares with later."""
+    settings: Any = trainer
+    interval = vars(trainer).get("val_check_interval")  # not there where a time is set
+    sanity = None if trainer.num_sanity_val_steps == math.inf else trainer.num_sanity_val_steps
+    for name, value, above, least, way_out in (
+        ("val_check_interval", interval, 0, None, _NO_VALIDATION),
+        ("check_val_every_n_epoch", settings.check_val_every_n_epoch, None, 1, _NO_VALIDATION),
+        ("gradient_clip_val", trainer.gradient_clip_val, None, 0, "Null is for no clipping."),
+        ("log_every_n_steps", settings.log_every_n_steps, None, 0, "1 logs every step."),
+        ("num_sanity_val_steps", sanity, None, 0, "0 is for none."),
+        ("num_nodes", trainer.num_nodes, None, 1, "1 is this machine alone."),
+    ):
+        if value is not None and not isinstance(value, bool):
+            require_number(
+                f"trainer.{name}", value, above=above, least=least, most=math.inf, way_out=way_out
+            )
 
 
 def _check_accumulation(trainer: L.Trainer) -> None:
@@ -249,24 +273,38 @@ def check_sizes(
     max_staleness: int,
 ) -> None:
     """Refuse sizes of a rollout batch that can't work."""
-    least = {
-        "batch_size": (batch_size, 1, "a batch needs a prompt"),
-        "group_size": (group_size, 2, "an advantage needs a baseline"),
-        "minibatches_per_batch": (minibatches_per_batch, 1, "a batch takes an optimizer step"),
-        "passes_per_batch": (passes_per_batch, 1, "a batch is trained on at least once"),
-        "max_staleness": (max_staleness, 0, "0 is exactly on-policy"),
-    }
-    for name, (value, smallest, why) in least.items():
-        if value < smallest:
-            raise ConfigError(
-                f"`{name}` must be >= {smallest} ({why}), got {value}. "
-                f"Set `data.{name}: {smallest}` or more."
-            )
+    for name, value, least, most, why in (
+        ("batch_size", batch_size, 1, MOST_TRAJECTORIES, "a batch needs a prompt"),
+        ("group_size", group_size, 2, MOST_SAMPLES, "an advantage needs a baseline"),
+        ("minibatches_per_batch", minibatches_per_batch, 1, MOST, "a batch takes a step"),
+        ("passes_per_batch", passes_per_batch, 1, MOST_SAMPLES, "a batch is trained on once"),
+        ("max_staleness", max_staleness, 0, MOST, "0 is exactly on-policy"),
+    ):
+        require_number(
+            name,
+            value,
+            least=least,
+            most=most,
+            whole=True,
+            why=why,
+            way_out=""
+            if isinstance(value, int) and value > most
+            else f"Set `data.{name}: {least}` or more.",
+        )
+    if batch_size * group_size > MOST_TRAJECTORIES:
+        raise ConfigError(
+            f"`batch_size` x `group_size` must be at most {MOST_TRAJECTORIES} (all of a rollout "
+            f"batch is held in memory), got {batch_size} x {group_size}."
+        )
     if batch_size % minibatches_per_batch:
         raise ConfigError(
             f"`minibatches_per_batch` must divide `batch_size` (groups are not split), got "
             f"{minibatches_per_batch} and {batch_size}."
         )
+
+
+def _is_below(value: object, least: int) -> bool:
+    return isinstance(value, int) and value < least
 
 
 def check_ranks(num_ranks: int, num_sequences: int) -> None:

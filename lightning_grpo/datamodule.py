@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from lightning_grpo.module import GRPOModule
 
 
+LIGHTNINGS_INTERVAL = 50
+"""Steps between two rows of a logger, where nobody says how many."""
+
+
 class RolloutDataModule(L.LightningDataModule):
     """Rollouts as a data source: each batch is one optimizer step on freshly sampled groups.
 
@@ -66,11 +70,15 @@ class RolloutDataModule(L.LightningDataModule):
         curriculum: Leaves prompts out of a pass by their past success; None asks them all.
         evaluation: What validation samples for each held-out prompt.
         limits: Time-outs, attempts and concurrency.
+        test_prompts: What `trainer.test` asks, for once in the end: one set or several by name,
+            logged as `test/...`. None: the held-out prompts.
 
     Attributes:
         on_event: Told of every fetch, admission, take, publish and advance, from the loop's thread
             or the main one: `on_event(name, **data)`.
         evaluations: Every finished validation.
+        log_every_step: Whether a Trainer that logs every 50 steps, which is Lightning's default,
+            logs every one: each takes seconds to minutes. False leaves the 50.
         session: The rollouts, from `setup` to the end.
         run_dir: The run's folder, from `setup` on; no other process may have it until the end.
     """
@@ -90,12 +98,14 @@ class RolloutDataModule(L.LightningDataModule):
         curriculum: Curriculum | None = None,
         evaluation: Evaluation = Evaluation(),
         limits: RolloutLimits = RolloutLimits(),
+        test_prompts: Prompts | dict[str, Prompts] | None = None,
     ) -> None:
         super().__init__()
         self.prompts = by_name(prompts)
         self.workflow = require_workflow(workflow)
         self.servers = servers_of(servers)
         self.val_prompts = by_name(val_prompts, "val_prompts")
+        self.test_prompts = by_name(test_prompts, "test_prompts")
         self.batch_size = batch_size
         self.group_size = group_size
         self.minibatches_per_batch = minibatches_per_batch
@@ -108,6 +118,7 @@ class RolloutDataModule(L.LightningDataModule):
         contract.check_sizes(
             batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness
         )
+        self.log_every_step = True
         self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
         self.session: Session | None = None
@@ -152,29 +163,42 @@ class RolloutDataModule(L.LightningDataModule):
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         if stage == TrainerFn.FITTING:
             contract.check_intervals(trainer, self.steps_per_rollout, epoch_steps)
-        sequences = self.batch_size // self.minibatches_per_batch * self.group_size
-        contract.check_ranks(trainer.world_size, sequences)
+        self.check_ranks(trainer.world_size)
         self._adapt(trainer, stage)
         self._steps_before = None
         if stage != TrainerFn.FITTING:
             session.remaining_batches = 0
         session.start()
 
+    def check_ranks(self, num_ranks: int) -> None:
+        """Refuse more ranks than a minibatch has sequences."""
+        sequences = self.batch_size // self.minibatches_per_batch * self.group_size
+        contract.check_ranks(num_ranks, sequences)
+
     def _adapt(self, trainer: L.Trainer, stage: str) -> None:
         settings: Any = trainer  # Lightning sets these in helpers, unseen by type checkers
         # The step-0 baseline takes the place of Lightning's sanity check, which logs nothing.
         settings.num_sanity_val_steps = 0
         use_atomic_checkpoints(trainer)
-        if self.val_prompts:
+        if self.log_every_step and settings.log_every_n_steps == LIGHTNINGS_INTERVAL:
+            settings.log_every_n_steps = 1
+        if self._held_out:
             return
         if stage != TrainerFn.FITTING:
+            name = "test_prompts" if stage == TrainerFn.TESTING else "val_prompts"
             raise ConfigError(
-                f"`val_prompts` must be given for `trainer.{TrainerFn(stage).value}`: there is "
-                "nothing to answer. Set `data.val_prompts`."
+                f"`{name}` must be given for `trainer.{TrainerFn(stage).value}`: there is "
+                f"nothing to answer. Set `data.{name}`."
             )
         # Lightning would warn of an empty loader, or of a missing one.
         self._limit_val_batches = settings.limit_val_batches
         settings.limit_val_batches = 0
+
+    @property
+    def _held_out(self) -> dict[str, Prompts]:
+        """The prompts that are asked besides those of training, by set."""
+        testing = self.trainer is not None and self.trainer.state.fn == TrainerFn.TESTING
+        return self.test_prompts if testing and self.test_prompts else self.val_prompts
 
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of rollouts; sized, so that Lightning fetches none ahead."""
@@ -187,7 +211,7 @@ class RolloutDataModule(L.LightningDataModule):
         return self._evaluation_loaders(limit)
 
     def test_dataloader(self) -> list[EvaluationLoader]:
-        """The same sets as validation."""
+        """One loader for each set of test prompts; without any, for those of validation."""
         return self._evaluation_loaders(self._attached.limit_test_batches)
 
     def transfer_batch_to_device(
@@ -212,7 +236,8 @@ class RolloutDataModule(L.LightningDataModule):
         if self.session is None:
             return {}
         state = self.session.state_dict(self._num_unpublished(self.session.version))
-        return states.to_checkpoint({**state, "settings": self._pinned})
+        held_out = [{"step": each.step, "metrics": each.metrics} for each in self.evaluations]
+        return states.to_checkpoint({**state, "settings": self._pinned, "evaluations": held_out})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -220,6 +245,8 @@ class RolloutDataModule(L.LightningDataModule):
             state = states.from_checkpoint(state_dict)
             if contract.is_fitting(self.trainer):
                 states.require_same(state.get("settings", {}), self._pinned)
+                # With the baseline, which a run that goes on does not measure again.
+                self.evaluations = [EvaluationRecord(**e) for e in state.get("evaluations", ())]
             self.session.load_state_dict(state)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -329,7 +356,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _evaluation_loaders(self, limit: float | None) -> list[EvaluationLoader]:
         chunk = max(1, self.batch_size * self.group_size * (self.max_staleness + 1))
-        return evaluation_loaders(self._open_session, chunk, limit)
+        return evaluation_loaders(self._open_session, chunk, limit, self.evaluation.num_answers)
 
     @property
     def _open_session(self) -> Session:
@@ -347,7 +374,7 @@ class RolloutDataModule(L.LightningDataModule):
             model_path=model_path,
             run_dir=self.run_dir,
             prompts=self.prompts,
-            val_prompts=self.val_prompts,
+            val_prompts=self._held_out,
             workflow=self.workflow,
             servers=self.servers,
             batch_size=self.batch_size,

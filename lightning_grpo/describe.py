@@ -88,9 +88,12 @@ def describe_data(
     counts = ", ".join(f"{n} {name}".strip() for name, n in held_out.items())
     if counts and data.evaluation.sampling is not None:
         counts += f" ({describe_sampling(data.evaluation.sampling)})"
+    few = ""
+    if num_prompts < data.batch_size:
+        few = f" (fewer than a batch of {data.batch_size}: some are asked several times in each)"
     said = {"programs": f"held by {boundary()}"} if data.workflow.runs_programs else {}
     return {
-        "prompts": f"{num_prompts}, and held out {counts or 'none'}",
+        "prompts": f"{num_prompts}{few}, and held out {counts or 'none'}",
         "batch": f"{data.batch_size} prompts x {data.group_size} samples, {steps}",
         "staleness": stale,
         **said,

@@ -89,6 +89,10 @@ class CheckpointError(GRPOError, RuntimeError):
     """A checkpoint can't be written, read or used with this run."""
 
 
+class UnreadableError(CheckpointError, ConfigError):
+    """What a command was given to read is no checkpoint, or no recording."""
+
+
 class StopRun(GRPOError, SystemExit):
     """A signal asked the run to end at the next safe point.
 

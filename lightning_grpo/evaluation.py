@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.workflow import check_values, sampling_of
+from lightning_grpo.rollout.workflow import check_stop, sampling_of
 from lightning_grpo.types import Group, Sampling
 
 
@@ -45,11 +46,15 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Refuse an evaluation that samples nothing, or the same again and again."""
-        if self.num_samples < 1:
-            raise ConfigError(
-                f"`evaluation.num_samples` must be >= 1, got {self.num_samples}. "
-                "For greedy answers alone set `evaluation.sampled: false`."
-            )
+        require_number(
+            "evaluation.num_samples",
+            self.num_samples,
+            least=1,
+            most=MOST_SAMPLES,
+            whole=True,
+            way_out="For greedy answers alone set `evaluation.sampled: false`.",
+        )
+        require_number("evaluation.pass_threshold", self.pass_threshold, least=-MOST)
         if not (self.greedy or self.sampled):
             raise ConfigError(
                 "`evaluation` must sample something, got greedy: false and sampled: false. "
@@ -58,13 +63,18 @@ class Evaluation:
         if self.sampling is None:
             return
         object.__setattr__(self, "sampling", sampling_of(self.sampling, "evaluation.sampling"))
-        check_values(self.sampling, "evaluation.sampling")
+        check_stop(self.sampling, "evaluation.sampling")
         if self.sampled and self.num_samples > 1 and self.sampling.temperature == 0:
             raise ConfigError(
                 "`evaluation.sampling.temperature` must be > 0 for more than one sample (they "
                 f"would be equal), got 0.0 and num_samples: {self.num_samples}. For greedy answers "
                 "set `evaluation.greedy: true`."
             )
+
+    @property
+    def num_answers(self) -> int:
+        """Completions of each prompt."""
+        return self.num_samples * int(self.sampled) + int(self.greedy)
 
 
 @dataclass(frozen=True)

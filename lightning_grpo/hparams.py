@@ -21,8 +21,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.keys import is_secret
 
 NOT_RESTORED = "not_restored"
+_LONG = 20
+"""Longer lists are data, and no setting."""
 _OWN = ("lightning_grpo.algorithm.", "lightning_grpo.policy.lora", "lightning_grpo.module")
 """Where this package keeps what a module is built from."""
 _INSTALLED = [
@@ -146,6 +149,54 @@ def build(name: str, make: Callable[[Any], Any], argument: Any) -> Any:
         ) from error
 
 
+def loggable(value: Any, depth: int = 6) -> Any:
+    """What loggers are told of a setting: plain data that is short, and no secrets.
+
+    Args:
+        value: An object; its class and what can be read of its arguments is told.
+        depth: Of objects in objects; below it their class is told alone.
+    """
+    if isinstance(value, _PRIMITIVES):
+        return value
+    if isinstance(value, list | tuple | Mapping):
+        return _loggable_items(value, depth)
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return _loggable_object(value, depth)
+
+
+def _loggable_object(value: Any, depth: int) -> Any:
+    path = f"{type(value).__module__}.{type(value).__qualname__}"
+    arguments = arguments_of(value) if depth else {}
+    if arguments:
+        return {"class_path": path, "init_args": _loggable_items(arguments, depth)}
+    return f"{path} ({len(value)} items)" if hasattr(value, "__len__") else path
+
+
+def _loggable_items(value: Any, depth: int) -> Any:
+    if isinstance(value, Mapping) and depth:
+        kept = {str(k): v for k, v in value.items() if not is_secret(str(k), v)}
+        return {k: loggable(v, depth - 1) for k, v in kept.items()}
+    if isinstance(value, Mapping) or len(value) > _LONG:
+        return _sized(value)
+    return [loggable(v, depth) for v in value]
+
+
+def _sized(value: Any) -> str:
+    return f"{type(value).__name__} ({len(value)} items)"
+
+
+def arguments_of(value: Any) -> dict[str, Any]:
+    """The constructor's arguments as far as attributes of their names tell them."""
+    try:
+        names = [n for n in inspect.signature(type(value).__init__).parameters if n != "self"]
+    except (TypeError, ValueError):
+        return {}
+    found = {n: vars(value)[n] for n in names if n in getattr(value, "__dict__", {})}
+    functions = getattr(value, "reward_functions", None)
+    return {**found, "reward": functions} if "reward" in names and functions else found
+
+
 def require_restored(saved: Mapping[str, Any], given: Collection[str], owner: str) -> None:
     """Refuse arguments that a checkpoint could not keep and that were not passed again.
 
@@ -177,7 +228,7 @@ def _plain(value: Any) -> Any:
 
 def _plain_container(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): None if is_secret(k, v) else _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value]
 
 
@@ -192,10 +243,10 @@ def _init_args(value: Any) -> dict[str, Any]:
     """What `value` was built from: a dataclass's fields, or attributes named like parameters."""
     if dataclasses.is_dataclass(value):
         fields = [f for f in dataclasses.fields(value) if f.init]
-        return {f.name: _plain(getattr(value, f.name)) for f in fields}
+        return _plain_container({f.name: getattr(value, f.name) for f in fields})
     names = [n for n in inspect.signature(type(value).__init__).parameters if n != "self"]
     state = vars(value) if "__dict__" in dir(value) else {}
     if any(n not in state for n in names):
         # Its arguments can't be read back, so the object can't be built again.
         raise _NoImportPathError
-    return {n: _plain(state[n]) for n in names}
+    return _plain_container({n: state[n] for n in names})

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
-from lightning_grpo._compat import given_hyperparameters
+from lightning_grpo._compat import given_hyperparameters, is_compiled
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
@@ -29,6 +29,7 @@ from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.defaults import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
+from lightning_grpo.checks import MOST, require_count, require_number
 from lightning_grpo.contract import KEEP_BEST, check_callers, check_sized, is_fitting
 from lightning_grpo.describe import describe_module
 from lightning_grpo.distributed.metrics import reduced
@@ -133,10 +134,8 @@ class GRPOModule(EvaluatedModule):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         model = arguments["model"] = _name_of_model(model)
         self._remember(arguments)
-        if max_tokens_per_microbatch < 1:
-            raise ConfigError(
-                f"`max_tokens_per_microbatch` must be >= 1, got {max_tokens_per_microbatch}."
-            )
+        require_count("max_tokens_per_microbatch", max_tokens_per_microbatch)
+        require_number("entropy_coefficient", entropy_coefficient, least=-MOST)
         self.model_name = model
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         # A default object would hand its settings to the class that a config names instead.
@@ -167,6 +166,14 @@ class GRPOModule(EvaluatedModule):
                 f"`{type(self).__name__}.automatic_optimization` must be true: one batch is one "
                 "optimizer step, whose micro-batches run inside it. Leave it out; what an own "
                 "loop would do goes into an optimizer class, or into a program with Fabric."
+            )
+        if is_compiled(self):
+            raise ConfigError(
+                "`torch.compile` can't be given the whole module: a step trains packed "
+                "micro-batches of every length and waits for servers. Compile the decoder, in a "
+                "subclass's `build_policy`: `policy = super().build_policy(); "
+                "policy.get_decoder().compile(dynamic=True); return policy` (the first steps then "
+                "take minutes)."
             )
         builds_own = type(self).build_policy is not GRPOModule.build_policy
         if not builds_own and self.policy is None:
@@ -350,7 +357,8 @@ class GRPOModule(EvaluatedModule):
         logged = values(reduced(metrics, self.device))
         if batch.is_first:
             logged.update(batch.rollout.metrics)
-        self.log_dict(logged)
+        # Lightning counts from 0: `step` is what loggers take in its place, one number everywhere.
+        self.log_dict(logged | {"step": float(self.global_step + 1)})
         self._step_plateau(logged, held_out=False)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -22,6 +22,7 @@ from lightning_grpo.algorithm.metrics import Metrics, Sum
 from lightning_grpo.algorithm.minibatch_loss import TokenLoss, minibatch_loss
 from lightning_grpo.algorithm.mismatch import mismatch_metrics
 from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
+from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.loader import Minibatch, Rollout, token_rows
 
 # Losses that are proportional to the advantage, token by token (M2PO's mask is not).
@@ -44,6 +45,10 @@ class Objective:
     correction: Correction | None = None
     kl: KLPenalty | None = None
     entropy_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        require_number("entropy_coefficient", self.entropy_coefficient, least=-MOST)
 
     @property
     def aggregation(self) -> Aggregation:

@@ -47,7 +47,7 @@ class ReplayDataModule(RolloutDataModule):
             **settings,
         )
         self.trajectories = trajectories
-        self.val_prompts = {}
+        self.val_prompts = self.test_prompts = {}
 
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of the recording; the Trainer stops where it ends."""

@@ -13,6 +13,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+from lightning_grpo.checks import require_count, require_number
+
+MOST_TOKENS = 1 << 24
+"""Of a completion: far beyond every model's context."""
+MOST_TEMPERATURE = 1000.0
+"""Far beyond the temperature at which every token is as likely as any other."""
+
 PromptKey = tuple[int, int]
 """(pass over the prompts, row of the prompt): names one prompt of the endless stream."""
 
@@ -54,6 +61,17 @@ class Sampling:
     min_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no sampling has."""
+        require_count("max_new_tokens", self.max_new_tokens, most=MOST_TOKENS)
+        require_number("temperature", self.temperature, least=0, most=MOST_TEMPERATURE)
+        require_number("top_p", self.top_p, above=0, most=1)
+        if self.top_k != -1:
+            require_number("top_k", self.top_k, least=1, whole=True, way_out="-1 keeps all.")
+        require_count("min_new_tokens", self.min_new_tokens, least=0, most=MOST_TOKENS)
+        for token in self.stop_token_ids:
+            require_count("stop_token_ids", token, least=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,10 @@ class EvaluationLoader:
         answer: Waits for a chunk that was started.
         limit: Chunks that will be read, or which part of them, as the Trainer's limits say it;
             None: all.
+        per_prompt: Completions of each prompt.
+
+    Attributes:
+        num_answers: Completions of all prompts that will be asked.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class EvaluationLoader:
         ask: Callable[[str, int, int], None],
         answer: Answer,
         limit: float | None = None,
+        per_prompt: int = 1,
     ) -> None:
         self.name = name
         self._bounds = [(i, min(i + chunk, num_prompts)) for i in range(0, num_prompts, chunk)]
@@ -70,6 +75,7 @@ class EvaluationLoader:
         self._answer = answer
         part = 1.0 if limit is None else limit
         self._limit = int(part * len(self._bounds)) if isinstance(part, float) else part
+        self.num_answers = per_prompt * sum(b - a for a, b in self._bounds[: self._limit])
 
     def __len__(self) -> int:
         """Batches of this set."""
@@ -99,11 +105,11 @@ class AnswersPrompts(Protocol):
 
 
 def evaluation_loaders(
-    session: AnswersPrompts, chunk: int, limit: float | None
+    session: AnswersPrompts, chunk: int, limit: float | None, per_prompt: int = 1
 ) -> list[EvaluationLoader]:
     """One loader for each set of held-out prompts; see `EvaluationLoader`."""
     return [
-        EvaluationLoader(name, count, chunk, session.ask, session.answer, limit)
+        EvaluationLoader(name, count, chunk, session.ask, session.answer, limit, per_prompt)
         for name, count in session.num_val_prompts.items()
     ]
 
@@ -113,16 +119,18 @@ class EvaluationMeans:
 
     Args:
         evaluation: What is sampled for each prompt.
+        prefix: What the metrics' names begin with.
     """
 
-    def __init__(self, evaluation: Evaluation) -> None:
+    def __init__(self, evaluation: Evaluation, prefix: str = "eval") -> None:
         self._evaluation = evaluation
+        self._prefix = prefix
         self._means: dict[str, PromptMean] = {}
         self._groups: dict[str, list[Group]] = {}
 
     def update(self, batch: EvaluationBatch) -> None:
         """Add the scores of some prompts."""
-        prefix = f"eval/{batch.name}/" if batch.name else "eval/"
+        prefix = f"{self._prefix}/{batch.name}/" if batch.name else f"{self._prefix}/"
         scores: dict[str, Tensor] = {}
         if batch.sampled is not None:
             scores |= sampled_metrics(batch.sampled, self._evaluation.pass_threshold)
@@ -164,7 +172,9 @@ class EvaluatedModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start new means."""
-        self._means = EvaluationMeans(self.trainer.datamodule.evaluation)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tests = self.trainer.state.fn == TrainerFn.TESTING and data.test_prompts
+        self._means = EvaluationMeans(data.evaluation, "test" if tests else "eval")
 
     def validation_step(
         self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
@@ -175,12 +185,15 @@ class EvaluatedModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means with half of their 95 % confidence intervals, and keep the record."""
         step, self._loaded_step = self._loaded_step, None
-        if step is None or self.trainer.state.fn == TrainerFn.FITTING:
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if step is None or fitting:
             step = self.global_step
         record = self._means.record(step)
         # Equal on all ranks already; Lightning would warn of what is not reduced, where there is
         # a process group, if only of one rank.
-        self.log_dict(record.metrics, sync_dist=distributed.is_initialized())
+        # In training's curve at its step; Lightning would count one less.
+        logged = record.metrics | ({"step": float(step)} if fitting else {})
+        self.log_dict(logged, sync_dist=distributed.is_initialized())
         self.trainer.datamodule.evaluations.append(record)  # type: ignore[attr-defined]
 
     on_test_epoch_start = on_validation_epoch_start

@@ -151,6 +151,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     servers = make_servers(args, work, **{"skip-tokenizer-init": True})
     try:
+        servers.api_key = ""
         (handle,) = servers.start(str(model), work)
         report["sglang"] = versions_of([handle.url])
         prompts = make_prompts(400, requests, tokens)

@@ -119,6 +119,7 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     servers = make_servers(args, work)
     try:
+        servers.api_key = ""
         (handle,) = servers.start(str(model), work)
         print(f"== server after {time.monotonic() - started:.0f} s", flush=True)
         for name in args.only:

@@ -141,6 +141,7 @@ def try_out(servers: OwnedServers, load: Load, model: Path, folder: Path, rounds
     """One variant, alone on its GPU; that it does not start or falls over is a result, too."""
     vocab = AutoConfig.from_pretrained(model).vocab_size
     try:
+        servers.api_key = ""
         servers.start(str(model), folder)
         return measure(servers, load, vocab, rounds)
     except Exception:  # noqa: BLE001

@@ -254,6 +254,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     try:
         policy = Policy(path, device)
+        servers.api_key = ""
         (handle,) = servers.start(str(path), work)
         report |= {"sglang": versions_of([handle.url]), "cases": []}
         for case in cases(args):

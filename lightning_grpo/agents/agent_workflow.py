@@ -14,6 +14,7 @@ import anyio.to_thread
 from lightning_grpo.agents.conversation import Conversations, Reached, require_known
 from lightning_grpo.agents.endpoint import AgentSession, Endpoint
 from lightning_grpo.agents.rewarded import RewardedWorkflow
+from lightning_grpo.checks import require_seconds
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import RESERVED, Rewards, reward_name
 from lightning_grpo.rollout.protocols import EpisodeContext
@@ -67,8 +68,7 @@ class AgentWorkflow(RewardedWorkflow):
         else:
             super().__init__(reward, sampling, reward_weights)
         require_known(conversations)
-        if timeout_s <= 0:
-            raise ConfigError(f"`timeout_s` must be > 0, got {timeout_s}.")
+        require_seconds("timeout_s", timeout_s)
         self.agent = agent
         self.timeout_s = timeout_s
         self._endpoint = Endpoint(sampling, conversations)

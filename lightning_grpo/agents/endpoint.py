@@ -27,7 +27,8 @@ from lightning_grpo.agents.chat_api import (
     read_request,
 )
 from lightning_grpo.agents.conversation import Conversations, HistoryError, Recorder
-from lightning_grpo.engine.door import Door, bears, room_for_connections
+from lightning_grpo.engine.door import Door, room_for_connections
+from lightning_grpo.keys import bears
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.types import Sampling
 

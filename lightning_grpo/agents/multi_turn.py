@@ -10,6 +10,7 @@ from typing import Any
 from lightning_grpo.agents.record import EpisodeRecord
 from lightning_grpo.agents.rewarded import RewardedWorkflow
 from lightning_grpo.agents.turns import messages_of, next_ids, with_answer
+from lightning_grpo.checks import MOST, require_count, require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.binding import BoundReward, Rewards
 from lightning_grpo.rollout.chat import Message
@@ -54,8 +55,10 @@ class MultiTurnWorkflow(RewardedWorkflow):
         max_tokens: int | None = None,
     ) -> None:
         super().__init__(reward, sampling, reward_weights)
-        if max_turns < 1:
-            raise ConfigError(f"`max_turns` must be >= 1, got {max_turns}.")
+        require_count("max_turns", max_turns)
+        require_number("passing_reward", passing_reward, least=-MOST)
+        if max_tokens is not None:
+            require_count("max_tokens", max_tokens)
         if not 0 < turn_discount <= 1:
             raise ConfigError(
                 f"`turn_discount` must be > 0 and <= 1 (a factor for each turn), got "

@@ -21,6 +21,7 @@ import anyio.to_thread
 import cloudpickle
 
 from lightning_grpo.agents.tool_worker import most_bytes
+from lightning_grpo.checks import A_YEAR_S, MOST, require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards.confine import Confinement
 from lightning_grpo.rewards.sandbox import bubblewrap, end_group
@@ -35,6 +36,9 @@ _START = (
 )
 
 Kind = Literal["value", "raised", "too_long", "timed_out", "killed"]
+
+
+_MOST = {"timeout_s": A_YEAR_S, "memory_mb": 1 << 24, "output_mb": 1 << 20, "processes": 4096}
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,13 @@ class ToolLimits:
     def __post_init__(self) -> None:
         """Refuse limits that nothing could run under."""
         for field in fields(self):
-            if field.name not in ("network", "environment") and vars(self)[field.name] <= 0:
-                raise ConfigError(
-                    f"`limits.{field.name}` must be > 0, got {vars(self)[field.name]}."
+            if field.name not in ("network", "environment"):
+                require_number(
+                    f"limits.{field.name}",
+                    vars(self)[field.name],
+                    above=0,
+                    most=_MOST.get(field.name, MOST),
+                    whole=field.name != "timeout_s",
                 )
 
 

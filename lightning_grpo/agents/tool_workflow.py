@@ -14,7 +14,7 @@ from lightning_grpo.agents.tool_calls import strip_specials as _strip
 from lightning_grpo.agents.tool_process import ToolCounts, ToolLimits
 from lightning_grpo.agents.tools import ToolBox
 from lightning_grpo.agents.turns import first_ids, messages_of, next_ids, with_answer
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import require_count
 from lightning_grpo.rollout.binding import Rewards
 from lightning_grpo.rollout.protocols import EpisodeContext, Tokenizer
 from lightning_grpo.types import Prompt, Sampling, Trajectory
@@ -69,9 +69,10 @@ class ToolWorkflow(RewardedWorkflow):
         parse: Callable[[str], ParsedReply] | None = None,
     ) -> None:
         super().__init__(reward, sampling, reward_weights)
-        for name, value in (("max_turns", max_turns), ("max_calls", max_calls)):
-            if value < 1:
-                raise ConfigError(f"`{name}` must be >= 1, got {value}.")
+        require_count("max_turns", max_turns)
+        require_count("max_calls", max_calls)
+        if max_tokens is not None:
+            require_count("max_tokens", max_tokens)
         self.tools = ToolBox(tools, limits)
         self.max_turns = max_turns
         self.max_calls = max_calls

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_grpo.checks import require_number
 from lightning_grpo.errors import ConfigError
 
 
@@ -48,11 +49,13 @@ class GroupAdvantage(Advantage):
         """Checks the settings."""
         if self.ddof not in (0, 1):
             raise ConfigError(f"`ddof` must be 0 or 1, got {self.ddof}. Way out: leave it at 1.")
-        if self.eps <= 0:
-            raise ConfigError(
-                f"`eps` must be > 0 (a group may have no spread), got {self.eps}. "
-                "Way out: leave it at 1e-4."
-            )
+        require_number(
+            "eps",
+            self.eps,
+            above=0,
+            why="a group may have no spread",
+            way_out="Way out: leave it at 1e-4.",
+        )
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """fp32 `[trajectories]` from `[trajectories]`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_grpo.algorithm.batch import MicroBatch
 from lightning_grpo.algorithm.layout import expand, sequence_sum
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import require_number
 
 
 class Aggregation(ABC):
@@ -63,11 +63,14 @@ class ConstantLength(Aggregation):
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        if self.tokens < 1:
-            raise ConfigError(
-                f"`tokens` must be >= 1 (losses are divided by it), got {self.tokens}. "
-                "Way out: use the workflow's `max_new_tokens`."
-            )
+        require_number(
+            "tokens",
+            self.tokens,
+            least=1,
+            whole=True,
+            why="losses are divided by it",
+            way_out="Way out: use the workflow's `max_new_tokens`.",
+        )
 
     def weights(self, batch: MicroBatch) -> Tensor:
         """`[tokens]`; 0 outside `loss_mask`."""

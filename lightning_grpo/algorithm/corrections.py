@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.algorithm.batch import MicroBatch
-from lightning_grpo.algorithm.checks import require_band, require_cap
 from lightning_grpo.algorithm.layout import (
     MAX_LOG_RATIO,
     expand,
@@ -24,7 +23,7 @@ from lightning_grpo.algorithm.layout import (
     sequence_sum,
 )
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import require_band, require_cap, require_number
 
 
 class Correction(ABC):
@@ -219,11 +218,13 @@ class OPSM(Correction):
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        if self.delta < 0:
-            raise ConfigError(
-                f"`delta` must be >= 0 (0 is the value of equal policies), got {self.delta}. "
-                "Way out: 0.5."
-            )
+        require_number(
+            "delta",
+            self.delta,
+            least=0,
+            why="0 is the value of equal policies",
+            way_out="Way out: 0.5.",
+        )
 
     def __call__(self, proximal_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Detached weights `[tokens]`, and metrics by name."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from lightning_grpo.algorithm.batch import MicroBatch
 from lightning_grpo.algorithm.layout import log_ratio
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
+from lightning_grpo.checks import require_number
 from lightning_grpo.errors import ConfigError
 
 
@@ -117,11 +118,12 @@ class KLPenalty:
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        if self.coefficient <= 0:
-            raise ConfigError(
-                f"`coefficient` must be > 0, got {self.coefficient}. "
-                "Way out: `kl: null` for no penalty; then no reference model is loaded."
-            )
+        require_number(
+            "coefficient",
+            self.coefficient,
+            above=0,
+            way_out="Way out: `kl: null` for no penalty; then no reference model is loaded.",
+        )
         if isinstance(self.estimator, K1):
             raise ConfigError(
                 "`estimator` must have a gradient, got K1 (its expected gradient is 0). "

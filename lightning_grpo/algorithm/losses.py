@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lightning_grpo.algorithm.aggregation import Aggregation, SequenceMean, TokenMean
 from lightning_grpo.algorithm.batch import MicroBatch
-from lightning_grpo.algorithm.checks import require_clip
 from lightning_grpo.algorithm.layout import expand, sequence_mean
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
 from lightning_grpo.algorithm.ratio import anchored_log_ratio, ratio_metrics
+from lightning_grpo.checks import require_clip, require_number
 from lightning_grpo.errors import ConfigError
 
 MAX_SEQUENCE_CLIP = 0.1
@@ -94,10 +94,13 @@ class GRPOLoss(PolicyLoss):
     def __post_init__(self) -> None:
         """Checks the settings."""
         require_clip(self.clip_low, self.clip_high)
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ConfigError(
-                f"`dual_clip` must be > 1 (it bounds the ratio from above), got {self.dual_clip}. "
-                "Way out: 3.0, or None for no bound."
+        if self.dual_clip is not None:
+            require_number(
+                "dual_clip",
+                self.dual_clip,
+                above=1,
+                why="it bounds the ratio from above",
+                way_out="Way out: 3.0, or None for no bound.",
             )
 
     def __call__(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -162,6 +165,7 @@ class CISPOLoss(PolicyLoss):
 
     def __post_init__(self) -> None:
         """Checks the settings."""
+        require_number("clip_low", self.clip_low, least=0)
         require_clip(min(self.clip_low, 1.0), self.clip_high)
 
     def __call__(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -184,11 +188,13 @@ class CappedCISPOLoss(PolicyLoss):
 
     def __post_init__(self) -> None:
         """Checks the settings."""
-        if self.cap < 1:
-            raise ConfigError(
-                f"`cap` must be >= 1 (the ratio of unchanged weights), got {self.cap}. "
-                "Way out: 5.0; for a bound relative to 1 use CISPOLoss."
-            )
+        require_number(
+            "cap",
+            self.cap,
+            least=1,
+            why="the ratio of unchanged weights",
+            way_out="Way out: 5.0; for a bound relative to 1 use CISPOLoss.",
+        )
 
     def __call__(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
         """Unreduced loss `[tokens]`, and metrics by name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import Sampling
 
@@ -67,14 +67,16 @@ class Truncation:
                 f"`truncation.handling` must be one of {', '.join(_IN_WORDS)} (what a truncated "
                 f"completion is used for), got {self.handling!r}. Way out: train."
             )
-        if self.reward is not None and not math.isfinite(self.reward):
-            raise ConfigError(
-                f"`truncation.reward` must be a finite number, got {self.reward}. Way out: null."
-            )
-        if self.penalty_buffer is not None and self.penalty_buffer < 1:
-            raise ConfigError(
-                "`truncation.penalty_buffer` must be >= 1 token (the penalty grows over it), got "
-                f"{self.penalty_buffer}. Way out: a fifth of `max_new_tokens`, or null."
+        if self.reward is not None:
+            require_number("truncation.reward", self.reward, least=-MOST, way_out="Way out: null.")
+        if self.penalty_buffer is not None:
+            require_number(
+                "truncation.penalty_buffer",
+                self.penalty_buffer,
+                least=1,
+                whole=True,
+                why="tokens that the penalty grows over",
+                way_out="Way out: a fifth of `max_new_tokens`, or null.",
             )
         if self.handling == "exclude" and self.reward is not None:
             raise ConfigError(

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_grpo.algorithm.aggregation import Aggregation, SequenceMean, TokenMean
 from lightning_grpo.algorithm.batch import MicroBatch
-from lightning_grpo.algorithm.checks import require_positive
 from lightning_grpo.algorithm.losses import PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
 from lightning_grpo.algorithm.ratio import anchor, anchored_log_ratio, ratio_metrics
+from lightning_grpo.checks import require_positive
 
 
 def soft_gate(

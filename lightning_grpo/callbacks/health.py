@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.progress import waiting_fraction
 from lightning_grpo.callbacks.views import MinibatchView, logged_numbers
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import require_seconds
 
 log = logging.getLogger(__name__)
 
@@ -160,8 +160,7 @@ class HealthMonitor(Callback):
     def __init__(
         self, starving_after_s: float = 300.0, rules: Sequence[Rule] | None = None
     ) -> None:
-        if starving_after_s <= 0:
-            raise ConfigError(f"`starving_after_s` must be > 0, got {starving_after_s}.")
+        require_seconds("starving_after_s", starving_after_s)
         self._starving_after_s = starving_after_s
         self._rules = RULES if rules is None else tuple(rules)
         longest = max((rule.batches for rule in self._rules), default=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from lightning_grpo.callbacks.views import (
+    Asking,
     MinibatchView,
     Rolling,
     evaluated_step,
@@ -113,11 +115,15 @@ class GRPOProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say in the bar why training waits."""
         self._move(trainer.global_step, "held-out prompts")
-        self._begin_to_wait(trainer, _HELD_OUT)
+        testing = trainer.state.fn == TrainerFn.TESTING
+        asked = trainer.test_dataloaders if testing else trainer.val_dataloaders
+        loaders = asked if isinstance(asked, list) else [asked]
+        wanted = sum(loader.num_answers for loader in loaders if isinstance(loader, Asking))
+        self._begin_to_wait(trainer, _HELD_OUT, wanted)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say the held-out scores."""
-        scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith("eval/")}
+        scores = {k: v for k, v in logged_numbers(trainer).items() if k.startswith(_SCORES)}
         if scores and not trainer.sanity_checking:
             self._say(evaluation_line(evaluated_step(trainer), scores))
         self._move(trainer.global_step, "train")
@@ -139,13 +145,13 @@ class GRPOProgress(ProgressBar):
         """Close the bar, so that the terminal is left as it was."""
         self._close()
 
-    def _begin_to_wait(self, trainer: L.Trainer, what: str) -> None:
+    def _begin_to_wait(self, trainer: L.Trainer, what: str, wanted: int = 0) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         if self._wait is None and self._enabled and isinstance(data, Rolling):
             self._wait = WaitTeller(data.progress, self._tell)
             self._wait.start()
         if self._wait is not None:
-            self._wait.begin(what)
+            self._wait.begin(what, wanted)
 
     def _tell(self, words: str, waited_s: float, told_s: float) -> bool:
         """Show how far a wait is: in the bar at once, else in a line now and then."""
@@ -174,6 +180,7 @@ class GRPOProgress(ProgressBar):
             self._bar = None
 
 
+_SCORES = ("eval/", "test/")
 _ROLLOUTS, _HELD_OUT = "rollouts", "held-out prompts"
 
 
@@ -193,7 +200,7 @@ class WaitTeller:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._progress, self._tell, self._clock = progress, tell, clock
-        self._what = ""
+        self._what, self._wanted = "", 0
         self._since = self._told = -math.inf
         self._before: tuple[float, RolloutProgress] | None = None
         self._closed = threading.Event()
@@ -203,9 +210,15 @@ class WaitTeller:
         """Look once a second from now on."""
         self._thread.start()
 
-    def begin(self, what: str) -> None:
-        """A wait begins."""
-        self._what, self._since, self._before = what, self._clock(), None
+    def begin(self, what: str, wanted: int = 0) -> None:
+        """A wait begins.
+
+        Args:
+            what: What for.
+            wanted: How many held-out completions; 0: not known.
+        """
+        self._wanted, self._since, self._before = wanted, self._clock(), None
+        self._what = what
 
     def end(self) -> None:
         """The wait is over."""
@@ -225,7 +238,8 @@ class WaitTeller:
         if self._before is None:
             self._before = (now, progress)
             return
-        words = wait_words(what, progress, self._before[1], now - self._before[0])
+        seconds = now - self._before[0]
+        words = wait_words(what, progress, self._before[1], seconds, self._wanted)
         if self._what == what and self._tell(words, now - since, now - self._told):
             self._told = now
 
@@ -234,9 +248,19 @@ class WaitTeller:
             self.look()
 
 
-def wait_words(what: str, now: RolloutProgress, before: RolloutProgress, seconds: float) -> str:
-    """How far a wait is: completions done of those wanted, and how fast tokens come."""
-    done = f"{now.evaluated - before.evaluated:,}"
+def wait_words(
+    what: str, now: RolloutProgress, before: RolloutProgress, seconds: float, wanted: int = 0
+) -> str:
+    """How far a wait is: completions done of those wanted, and how fast tokens come.
+
+    Args:
+        what: What is waited for.
+        now: How far the rollouts are.
+        before: The same when the wait began.
+        seconds: Since then.
+        wanted: How many held-out completions; 0: not known.
+    """
+    done = f"{now.evaluated - before.evaluated:,}" + (f" of {wanted:,}" if wanted else "")
     if what == _ROLLOUTS:
         done = f"{now.done:,} of {now.wanted:,}"
     speed = (now.tokens - before.tokens) / max(seconds, 1e-9)
@@ -271,12 +295,19 @@ def progress_line(
     parts = [count]
     if "reward/mean" in metrics:
         mean = f" (mean of {len(rewards)}: {sum(rewards) / len(rewards):.3f})" if rewards else ""
-        parts.append(f"reward {metrics['reward/mean']:.3f}{mean}")
+        parts.append(f"reward {metrics['reward/mean']:.3f}{mean}{named_rewards(metrics)}")
     parts += [text.format(metrics[name]) for name, text in _COLUMNS.items() if name in metrics]
     waiting = waiting_fraction(metrics)
     if waiting is not None:
         parts.append(f"waiting {waiting:.0%}")
     return " | ".join(parts)
+
+
+def named_rewards(metrics: Mapping[str, float]) -> str:
+    """Each reward's own mean in brackets, where there are several."""
+    matches = ((re.fullmatch("reward/(.+)/mean", name), v) for name, v in metrics.items())
+    named = [f"{match[1]} {value:.3f}" for match, value in matches if match]
+    return f" [{', '.join(named)}]" if len(named) > 1 else ""
 
 
 _COLUMNS = {
@@ -307,5 +338,6 @@ def evaluation_line(step: int, scores: Mapping[str, float]) -> str:
             continue
         interval = scores.get(f"{name}_ci95")
         shown = f" +- {interval:.3f}" if interval is not None and interval == interval else ""
-        parts.append(f"{name.removeprefix('eval/')} {value:.3f}{shown}")
-    return f"held-out at step {step} | " + " | ".join(parts)
+        parts.append(f"{name.partition('/')[2]} {value:.3f}{shown}")
+    asked = "test" if any(name.startswith("test/") for name in scores) else "held-out"
+    return f"{asked} at step {step} | " + " | ".join(parts)

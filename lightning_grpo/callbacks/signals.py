@@ -7,15 +7,21 @@ for good) or save a checkpoint between any two bytecodes. Ours take their place 
 Exit status, when nothing catches `StopRun`: 130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1
 (rank 0; the other ranks end with 0). A second SIGINT or SIGTERM exits at once, with the same
 numbers.
+
+What such a stop saves (`hpc_ckpt_N.ckpt`, beside the run's folder) is to be gone on from: once that
+ was done and a newer checkpoint is there, it is removed.
 """
 
 from __future__ import annotations
 
 import atexit
 import logging
+import re
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
@@ -79,6 +85,7 @@ class SignalHandling(Callback):
         self._requeue: Callable[[L.Trainer], None] = requeue_slurm_job
         self._at_boundary: Callable[[Any], bool] = lambda batch: True
         self._saved_to = ""
+        self._used: set[str] = set()
 
     def connect(
         self,
@@ -126,6 +133,10 @@ class SignalHandling(Callback):
         """Take over from Lightning's handlers, which were registered just before."""
         assert trainer.world_size == self._channel.world_size, "connect() was not called"
         self._saved_to = ""
+        came_from = Path(str(trainer.ckpt_path)).absolute()
+        self._remove_used(trainer, [came_from])  # whose run may have been killed before it could
+        # What is left was saved later, under a number that was free again.
+        self._used = {str(came_from)} if _is_stop(came_from) else set()
         self.flag.install((*_SIGNALS, *_requeue_signal(trainer)))
 
     def on_train_batch_end(
@@ -138,6 +149,7 @@ class SignalHandling(Callback):
     ) -> None:
         """At the end of a rollout batch, end the run if any rank was asked to."""
         self._channel.beat("training")
+        self._remove_used(trainer, resumable(trainer))
         if not self._at_boundary(batch):
             return
         name = self._channel.agree_on_stop()
@@ -160,14 +172,44 @@ class SignalHandling(Callback):
                 end_with_this_process(launched_processes(trainer).values())
             elif not self._saved_to:
                 self._save_late(trainer, exception)
+            if self._saved_to:
+                self._remove_used(trainer, [Path(self._saved_to)])
         finally:
             self.flag.uninstall(exit_on_signal=True)
             self._early.uninstall()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which checkpoints of stops this one is the successor of."""
+        return {"used": sorted(self._used)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Those that a run had used by then, and may not have lived to remove."""
+        self._used = set(state_dict.get("used", ()))
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
+        self._remove_used(trainer, resumable(trainer))
         self.flag.uninstall()
         self._early.uninstall()
+
+    def _remove_used(self, trainer: L.Trainer, newer: Iterable[Path]) -> None:
+        """Remove checkpoints of stops that others, newer ones, have taken the place of."""
+        if not self._used or not trainer.is_global_zero:
+            return
+        if _slurm(trainer) is not None:
+            # By itself, Lightning goes on from one of these alone, also after a node has failed.
+            newer = [path for path in newer if _is_stop(path)]
+        newest_s = max((_written_s(path) for path in newer), default=0.0)
+        # One of another run may have been saved under the same number since.
+        for path in [path for path in self._used if _written_s(Path(path)) < newest_s]:
+            self._used.remove(path)
+            try:
+                if Path(path).is_dir():
+                    shutil.rmtree(path)
+                else:
+                    Path(path).unlink(missing_ok=True)
+            except OSError as error:
+                _LOG.warning("%s was gone on from, and can't be removed: %s", path, error)
 
     def _save_late(self, trainer: L.Trainer, stop: StopRun) -> None:
         name = signal.Signals(stop.signal).name
@@ -193,6 +235,25 @@ class SignalHandling(Callback):
         if requeues and self._channel.rank == 0:
             self._requeue(trainer)
         return message
+
+
+def resumable(trainer: L.Trainer) -> list[Path]:
+    """The checkpoints that this run has saved by itself, as far as one can go on from them."""
+    found: list[str] = []
+    for callback in trainer.checkpoint_callbacks:
+        if not getattr(callback, "save_weights_only", False):
+            state = callback.state_dict()
+            found += [state.get(name, "") for name in ("best_model_path", "last_model_path")]
+            found += state.get("best_k_models", ())
+    return [Path(path) for path in found if path]
+
+
+def _is_stop(path: Path) -> bool:
+    return re.fullmatch(r"hpc_ckpt_\d+\.ckpt", path.name) is not None
+
+
+def _written_s(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def end_with_this_process(ranks: Iterable[Popen[bytes]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from lightning_grpo.callbacks.views import (
@@ -21,10 +22,13 @@ from lightning_grpo.callbacks.views import (
     logged_numbers,
     run_folder,
 )
+from lightning_grpo.contract import remaining_steps
+from lightning_grpo.hparams import arguments_of, loggable
 from lightning_grpo.types import Group
 
 _LABEL_WIDTH = 14
 _ANSWER_CHARACTERS = 600
+_SLOW = 10  # samples/s that are worth a decimal
 
 _PHASES = {
     "time/wait_rollout_s": "waiting for rollouts",
@@ -69,9 +73,17 @@ class RunSummary(Callback):
         self._finished = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        """Find the run's folder: on all ranks, since Lightning broadcasts it; log the settings."""
         self._run_folder = str(run_folder(trainer))
         self._tally, self._finished = Tally(), False
+        if stage == TrainerFn.FITTING and trainer.is_global_zero:
+            settings = {
+                "model": loggable(dict(pl_module.hparams)),
+                "data": loggable(arguments_of(trainer.datamodule)),  # type: ignore[attr-defined]
+            }
+            # Before Lightning has loggers save what they know, some of them once and for all.
+            for logger in trainer.loggers:
+                logger.log_hyperparams(settings)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print what was resolved."""
@@ -80,6 +92,7 @@ class RunSummary(Callback):
         for part in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
             if isinstance(part, Described):
                 described |= part.describe()
+        described |= no_validation_ahead(trainer)
         if trainer.is_global_zero:
             self._print(start_lines(described))
 
@@ -134,6 +147,29 @@ def checkpoint_path(trainer: L.Trainer) -> str:
     return ""
 
 
+def no_validation_ahead(trainer: L.Trainer) -> dict[str, str]:
+    """Words for a run that ends before held-out prompts are answered again; else nothing.
+
+    Args:
+        trainer: At the start of training.
+    """
+    remaining, every = remaining_steps(trainer), trainer.val_check_batch
+    if not trainer.enable_validation or remaining is None or not isinstance(every, int):
+        return {}
+    epoch, epochs = int(trainer.num_training_batches), trainer.check_val_every_n_epoch
+    now, last = trainer.global_step, trainer.global_step + remaining
+    for step in range(now + 1, last + 1):
+        in_epoch = step if epochs is None else (step - 1) % epoch + 1
+        if in_epoch % every == 0 and (epochs is None or -(-step // epoch) % epochs == 0):
+            return {}
+    answered = "before the first step only" if now == 0 else "not again"
+    rule = f"every {every} steps" + (f" of an epoch of {epoch}" if epochs is not None else "")
+    return {
+        "held-out": f"answered {answered}: they would be {rule} (`val_check_interval`), and the "
+        f"run ends at step {last}"
+    }
+
+
 def start_lines(described: Mapping[str, str]) -> Iterator[str]:
     """The summary before the first step."""
     yield ""
@@ -151,7 +187,8 @@ def end_lines(
     if tally.seconds > 0:
         training_s = max(tally.seconds - tally.phases.get("validation", 0.0), 1e-9)
         speed = f"{tally.samples} samples in {training_s:.0f} s without validation"
-        speed += f": {tally.samples / training_s:.0f} samples/s"
+        per_s = tally.samples / training_s
+        speed += f": {per_s:.2g} samples/s" if per_s < _SLOW else f": {per_s:,.0f} samples/s"
         yield from _row("speed", speed)
         yield from _row("time", phase_shares(tally))
     yield from _row("model", checkpoint or "not saved: no checkpoint was due (ModelCheckpoint)")
@@ -185,7 +222,7 @@ def held_out_lines(evaluations: Sequence[EvaluationView]) -> Iterator[str]:
             if first is not last:
                 shown = f"{first.metrics.get(name, float('nan')):.3f} -> {shown}"
                 steps = f"{first.step} -> {steps}"
-            yield from _row("held-out", f"{shown} {name.removeprefix('eval/')}, step {steps}")
+            yield from _row("held-out", f"{shown} {name.partition('/')[2]}, step {steps}")
     pair = most_improved(first, last)
     if pair is not None and first is not last:
         yield from _answers(*pair)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.views import Evaluated, MinibatchView, run_folder
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import require_count
 from lightning_grpo.rollout.records import write_groups
+from lightning_grpo.types import Group
+
+log = logging.getLogger(__name__)
 
 FOLDER = "trajectories"
 HELD_OUT = "held_out"
@@ -20,7 +25,8 @@ class TrajectoryWriter(Callback):
     """Writes every consumed rollout batch to `trajectories/step_000012.parquet` of the run.
 
     Held-out answers go to `trajectories/held_out/step_000012.parquet`, all sets in one file. Read
-    either with `lightning-grpo show`, train from the former with `lightning-grpo replay`.
+    either with `lightning-grpo show`, train from the former with `lightning-grpo replay`. A file
+    that can't be written (a full disk) is left out, and the run goes on.
 
     Args:
         folder: Where to write; None is the run's folder (the first logger's).
@@ -28,11 +34,11 @@ class TrajectoryWriter(Callback):
     """
 
     def __init__(self, folder: str | None = None, every_n_batches: int = 1) -> None:
-        if every_n_batches < 1:
-            raise ConfigError(f"`every_n_batches` must be >= 1, got {every_n_batches}.")
+        require_count("every_n_batches", every_n_batches)
         self._folder = folder
         self._every_n_batches = every_n_batches
         self._run_folder = Path()
+        self._failed = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder: on all ranks, since Lightning broadcasts it."""
@@ -51,7 +57,7 @@ class TrajectoryWriter(Callback):
         if not batch.is_last or rollout.groups is None or rollout.index % self._every_n_batches:
             return
         path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
-        write_groups(path, rollout.groups, step=trainer.global_step, version=rollout.version)
+        self._write(path, rollout.groups, step=trainer.global_step, version=rollout.version)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the held-out answers of the validation that has just ended (rank 0 has them)."""
@@ -62,6 +68,20 @@ class TrajectoryWriter(Callback):
             if groups:
                 path = self._run_folder / HELD_OUT / f"step_{record.step:06d}.parquet"
                 version = max(group.oldest_version for group in groups)
-                write_groups(path, groups, step=record.step, version=version, outcome="held out")
+                self._write(path, groups, step=record.step, version=version, outcome="held out")
+
+    def _write(self, path: Path, groups: Sequence[Group], **about: Any) -> None:
+        """Write a file, or say why not: once, until one is written again."""
+        try:
+            write_groups(path, groups, **about)
+        except OSError as error:
+            if not self._failed:
+                why = error.strerror or error
+                log.warning("%s can't be written (%s): the run goes on without it", path, why)
+            self._failed = True
+            return
+        if self._failed:
+            log.warning("trajectories are written again, from %s on", path)
+        self._failed = False
 
     on_test_end = on_validation_end

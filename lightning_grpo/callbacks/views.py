@@ -54,6 +54,13 @@ class Rolling(Protocol):
         ...
 
 
+@runtime_checkable
+class Asking(Protocol):
+    """A loader of held-out prompts that knows how much it asks for."""
+
+    num_answers: int
+
+
 class EvaluationView(Protocol):
     """One finished validation."""
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_grpo.checks import require_count, require_seconds
 from lightning_grpo.contract import KEEP_BEST
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import InterruptionChoice
@@ -63,13 +64,9 @@ class WeightSync(Callback):
         interruption: InterruptionChoice = "auto",
         release_memory: bool = False,
     ) -> None:
-        if bucket_mb < 1:
-            raise ConfigError(f"`bucket_mb` must be >= 1, got {bucket_mb}.")
-        if gather_timeout_s <= 0 or request_timeout_s <= 0:
-            raise ConfigError(
-                "`gather_timeout_s` and `request_timeout_s` must be > 0 seconds, got "
-                f"{gather_timeout_s} and {request_timeout_s}."
-            )
+        require_count("bucket_mb", bucket_mb, most=1 << 20)  # a terabyte
+        require_seconds("gather_timeout_s", gather_timeout_s)
+        require_seconds("request_timeout_s", request_timeout_s)
         if interruption not in get_args(InterruptionChoice):
             raise ConfigError(
                 f"`interruption` must be one of {', '.join(get_args(InterruptionChoice))}, got"

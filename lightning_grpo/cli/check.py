@@ -139,6 +139,10 @@ def _check_class_path(
     if not is_protocol(cls) and not (isclass(found) and issubclass(found, cls)):
         rule = f"must be a {cls.__name__}, and `{path.value}` is not one"
         raise ConfigProblem(key, rule, path.where, _known(cls))
+    if isabstract(found):
+        missing = ", ".join(f"`{name}`" for name in sorted(found.__abstractmethods__))
+        rule = f"must be a class that is complete, and `{path.value}` does not define {missing}"
+        raise ConfigProblem(key, rule, path.where)
     _check_init_args(key, str(path.value), parameters(found), setting, written)
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.cli.problem import Parser
+from lightning_grpo.errors import ConfigError, UnreadableError
 
 _SHARDS_METADATA = "meta.pt"
 
 
 def run(argv: Sequence[str]) -> int:
     """Export one checkpoint."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo export",
         description="Write the policy of a checkpoint as a Hugging Face folder.",
         allow_abbrev=False,
@@ -49,17 +50,23 @@ def check_paths(checkpoint: Path, out: Path) -> None:
         raise ConfigError(f"`checkpoint` must exist, got {str(checkpoint)!r}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`out` must be a new or empty folder, got {str(out)!r}.")
+    above = next(each for each in out.absolute().parents if each.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(
+            f"`out` must be in a folder that can be written to, got {str(out)!r}, which would be "
+            f"made in {str(above)!r}."
+        )
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """All of a checkpoint as plain data; the shards of a distributed one are joined.
 
     Raises:
-        CheckpointError: It is neither a file nor a folder of shards.
+        UnreadableError: It is neither a file nor a folder of shards.
         ConfigError: It can't be read, or is not a Trainer's.
     """
     if checkpoint.is_dir() and not (checkpoint / _SHARDS_METADATA).is_file():
-        raise CheckpointError(
+        raise UnreadableError(
             f"{str(checkpoint)!r} is neither a checkpoint file nor a folder of shards "
             f"(`{_SHARDS_METADATA}` is missing)."
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_grpo.cli.problem import Parser
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.installed import (
     SGLANG_VERSION,
@@ -34,13 +36,15 @@ def run(argv: Sequence[str]) -> int:
     options, pip_arguments = _parse(argv)
     device = "cpu" if options.cpu else "cuda"
     if options.use is not None:
-        if not options.use.is_file():
+        if not (options.use.is_file() and os.access(options.use, os.X_OK)):
             raise ConfigError(f"`--use` must be an interpreter that has SGLang, got {options.use}.")
         installed = examine_python(options.use.absolute(), device)
         if options.dry_run:
             print(f"would remember SGLang {installed.sglang}: {installed.python}")
             return 0
     else:
+        if options.folder is not None and options.folder.is_file():
+            raise ConfigError(f"`--folder` must be a folder, new or made so, got {options.folder}.")
         folder = server_folder(options.folder, options.version, device)
         print(f"SGLang {options.version} for the {device}: {describe_room(folder, device)}")
         if options.dry_run:
@@ -56,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments = list(argv)
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo install-server",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

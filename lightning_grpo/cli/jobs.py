@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_grpo.cli.fit import split_configs
-from lightning_grpo.cli.problem import ConfigProblem, nearest
+from lightning_grpo.cli.problem import ConfigProblem, Parser, nearest
 from lightning_grpo.cli.sources import SECTIONS, collect, read_options
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.launch.job import require_at_least
@@ -22,7 +22,7 @@ _PROGRAM = (sys.executable, "-m", "lightning_grpo.cli.main")
 
 def job_parser(kind: str, usage: str) -> argparse.ArgumentParser:
     """The options of every cluster."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"lightning-grpo launch {kind}",
         description=usage.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_grpo.cli.jobs import job_parser, job_settings
-from lightning_grpo.cli.problem import ConfigProblem, nearest
+from lightning_grpo.cli.problem import ConfigProblem, Parser, nearest
 from lightning_grpo.errors import ConfigError
 
 _SLURM_USAGE = """\
@@ -125,7 +124,7 @@ def serve_node(argv: Sequence[str]) -> int:
     """Start servers on this node as the trainer asks, until the job ends it."""
     from lightning_grpo.servers.node import ServerNode
 
-    parser = argparse.ArgumentParser(prog="lightning-grpo launch server-node", allow_abbrev=False)
+    parser = Parser(prog="lightning-grpo launch server-node", allow_abbrev=False)
     parser.add_argument("--folder", type=Path, required=True, help="shared with the trainer")
     parser.add_argument("--node", type=int, default=int(os.environ.get("SLURM_PROCID", "0")))
     parser.add_argument("--host", default=os.environ.get("SLURMD_NODENAME", "127.0.0.1"))

@@ -6,7 +6,9 @@ called, so that help and a mistyped command cost no import of torch.
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -30,6 +32,8 @@ COMMANDS = {
 }
 """Command -> (module of this folder, one line of help)."""
 
+_RUNS = ("fit", "validate", "test", "replay")
+"""What may fail after hours, of what nobody wrote down; the other commands only read and write."""
 _FAILED, _MISUSED, _SIGINT = 1, 2, 2
 
 
@@ -72,22 +76,42 @@ def _run(command: str, module: str, arguments: list[str]) -> int:
     run: Callable[[list[str]], int] = import_module(f"lightning_grpo.cli.{module}").run
     try:
         return run(arguments)
-    except (GRPOError, KeyboardInterrupt, RuntimeError) as error:
-        known = isinstance(error, GRPOError | KeyboardInterrupt) or is_out_of_memory(error)
-        if wants_traceback() or not known:
+    except (GRPOError, KeyboardInterrupt, RuntimeError, OSError, SystemExit) as error:
+        ended = _ended(error, command, arguments)
+        if ended is None:
             raise
-        code, lines = explain(error)
-        if isinstance(error, StopRun) and error.saved_to:
-            lines = [f"go on with: {resume_command(command, arguments, error.saved_to)}"]
-    except SystemExit as leaving:
-        # Lightning turns an interrupt into exit code 1.
-        if not isinstance(leaving.__context__, KeyboardInterrupt):
-            raise
-        code, lines = explain(leaving.__context__)
+    code, lines = ended
     if code == _FAILED or is_first_rank():
         for line in lines:
             _say(line)
     return code
+
+
+def _ended(
+    error: BaseException, command: str, arguments: list[str]
+) -> tuple[int, list[str]] | None:
+    """The exit code and the words for what ended a command; None: it is raised as it is."""
+    if isinstance(error, SystemExit) and not isinstance(error, StopRun):
+        # Lightning turns an interrupt into exit code 1.
+        interrupt = error.__context__
+        return explain(interrupt) if isinstance(interrupt, KeyboardInterrupt) else None
+    if wants_traceback() or not _is_told(error):
+        return None
+    code, lines = explain(error)
+    if isinstance(error, StopRun) and error.saved_to:
+        lines = [f"go on with: {resume_command(command, arguments, error.saved_to)}"]
+    if isinstance(error, OSError) and command not in _RUNS:
+        code, lines = _MISUSED, lines[:1]
+        if isinstance(error, BrokenPipeError):
+            # Whoever reads has what it wanted (`show | head`): nothing to say, nor at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code, lines = 128 + signal.SIGPIPE, []
+    return code, lines
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether what ended a command is said in a message of its own."""
+    return isinstance(error, GRPOError | KeyboardInterrupt | OSError) or is_out_of_memory(error)
 
 
 _ROOM = (
@@ -102,7 +126,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"
 
 
-def explain(error: GRPOError | KeyboardInterrupt | RuntimeError) -> tuple[int, list[str]]:
+def explain(error: BaseException) -> tuple[int, list[str]]:
     """The exit code and the words for what ended a command."""
     match error:
         case StopRun():
@@ -112,6 +136,9 @@ def explain(error: GRPOError | KeyboardInterrupt | RuntimeError) -> tuple[int, l
         case ConfigError():
             return _MISUSED, [f"error: {error}"]
     lines = [f"{type(error).__name__}: {error}"]
+    if isinstance(error, OSError) and not isinstance(error, GRPOError):
+        place = f": {error.filename}" if error.filename else ""
+        lines = [f"error: {error.strerror or error}{place}"]
     if is_out_of_memory(error):
         lines = [f"the trainer's GPU is full: {str(error).splitlines()[0]}", _ROOM]
     return _FAILED, [*lines, "(LIGHTNING_GRPO_TRACEBACK=1 shows where it came from)"]

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 from lightning_grpo.errors import ConfigError
 
 _MAX_CHARACTERS = 300
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's own options; what is wrong with them is one message, not the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise ConfigError(f"{message}\n  `{self.prog} --help` says what there is.")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that counts: a whole number of `least` or more."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be >= {least}, got {text}")
+        return number
+
+    read.__name__ = "whole number"
+    return read
 
 
 class ConfigProblem(ConfigError):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import traceback
+from pathlib import Path
+from types import FrameType
 
 from lightning_grpo.cli.problem import ConfigProblem, one_line
 from lightning_grpo.cli.sources import Setting
+from lightning_grpo.errors import ConfigError
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
 _NOISE = re.compile(r"^(Errors|Subtypes|Given value|Does not validate|Parser key|Problem with)")
@@ -58,8 +62,11 @@ def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | Non
         told = [kv for kv in named if _mentions(message, kv[1].plain())]
         if name in quoted or name in owners or told:
             return (told or named)[0]
-    repeated = (kv for kv in leaves if _is_address(kv[1].plain()))
-    return next((kv for kv in repeated if _mentions(message, kv[1].plain())), None)
+    repeated = [kv for kv in leaves if _is_address(kv[1].plain())]
+    repeated = [kv for kv in repeated if _mentions(message, kv[1].plain())]
+    # `got 'x'` is about what was given; what else the message repeats may be a way out.
+    got = [kv for kv in repeated if repr(kv[1].plain()) in message]
+    return next(iter(got or repeated), None)
 
 
 def _is_address(value: object) -> bool:
@@ -70,3 +77,40 @@ def _is_address(value: object) -> bool:
 def _mentions(message: str, value: object) -> bool:
     """Whether the message repeats the value as a word of its own."""
     return re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.])", message) is not None
+
+
+def refused_build(error: BaseException, settings: Setting) -> ConfigProblem:
+    """What a constructor raised, at the setting that it was built from.
+
+    jsonargparse wraps it where the parameter is optional.
+    """
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if isinstance(cause, ConfigError):
+            return locate(str(cause), settings)
+    frames = [frame for cause in causes for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    built = {name for frame in frames for name in _names_of(frame)}
+    for key, setting in settings.walk():
+        value = setting.value
+        if isinstance(value, str) and value.rpartition(".")[2] in built:
+            rule = f"`{value}` could not be built: {fault_of(causes[-1])}"
+            return ConfigProblem(key.removesuffix(".class_path"), rule, setting.where)
+    return locate(f"could not be built: {fault_of(causes[-1])}", settings)
+
+
+def fault_of(error: BaseException) -> str:
+    """An exception of the user's code in one line, with its place."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return said
+    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+
+
+def _names_of(frame: FrameType) -> tuple[str, ...]:
+    """The function that runs in a frame, and the class of the object that it builds."""
+    name = frame.f_code.co_name
+    owner = frame.f_locals.get("self")
+    return (type(owner).__name__,) if name == "__init__" and owner is not None else (name,)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning_grpo.cli.fit import run_trainer
 from lightning_grpo.cli.problem import ConfigProblem
+from lightning_grpo.errors import CheckpointError
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
@@ -68,7 +69,13 @@ def find_config(recording: Path) -> Path:
     Raises:
         ConfigProblem: There is none.
     """
-    for folder in (recording, *list(recording.parents)[:2]):
+    from lightning_grpo.rollout.records import trajectory_files
+
+    try:  # of `runs/NAME` those of its last version
+        file = trajectory_files(recording)[0]
+    except CheckpointError as error:
+        raise ConfigProblem(_FROM, str(error), "command line") from error
+    for folder in (recording, *list(file.absolute().parents)[:2]):
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     raise ConfigProblem(

@@ -10,8 +10,11 @@ import csv
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +136,89 @@ def default_loggers(root: Path, version: int | None) -> list[Logger]:
     csv = CurveLogger(root, name="", version=version, flush_logs_every_n_steps=1)
     loggers: list[Logger] = [csv]
     if RequirementCache("tensorboard"):
-        loggers.append(TensorBoardLogger(root, name="", version=csv.version))
+        loggers.append(BoardLogger(root, name="", version=csv.version))
     return loggers
 
 
 def remove_unused(folder: Path) -> None:
     """Remove what loggers have put into the folder of a run that never began, if that is all."""
     empty = {folder / name for name in ("config.yaml", "hparams.yaml", LOCK)}
+    # Servers may have been started before the refusal: their logs say nothing of it.
+    logs = folder / "servers"
     made = set(folder.glob("events.out.tfevents.*")) | empty
-    if folder.is_dir() and set(folder.iterdir()) <= made:
+    if folder.is_dir() and set(folder.iterdir()) <= made | {logs}:
         for file in made - {folder / LOCK}:
             file.unlink(missing_ok=True)
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+@dataclass
+class Attempt:
+    """How an attempt to write a file went."""
+
+    failed: bool = False
+
+
+@contextmanager
+def going_on_without(what: object, silently: bool = False) -> Iterator[Attempt]:
+    """Go on where a file can't be written (a full disk), with a line that says so."""
+    attempt = Attempt()
+    try:
+        yield attempt
+    except (OSError, ValueError) as error:
+        # Lightning's loggers say of any exception that a value can't be logged.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        attempt.failed = True
+        if not silently:
+            why = cause.strerror or cause
+            log.warning("%s can't be written (%s): the run goes on without it", what, why)
+
+
+class BoardLogger(TensorBoardLogger):
+    """TensorBoard's files, as far as they can be written: once one can't, the run has no more."""
+
+    _failed = False
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Add scalars."""
+        self._try(super().log_metrics, *args, **kwargs)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the hyper-parameters."""
+        self._try(super().log_hyperparams, *args, **kwargs)
+
+    def save(self) -> None:
+        """Write what was added."""
+        self._try(super().save)
+
+    def finalize(self, status: str) -> None:
+        """Close the files."""
+        self._try(super().finalize, status)
+
+    def _try(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if not self._failed:
+            with going_on_without(f"TensorBoard's files in {self.log_dir}") as attempt:
+                write(*args, **kwargs)
+            self._failed = attempt.failed
+
+
+@contextmanager
+def board_tells_itself() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing a traceback of what `BoardLogger` says in a line."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        of_board = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(args.exc_value, OSError)):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class CurveLogger(CSVLogger):
@@ -186,18 +261,18 @@ class CurveWriter:
     def log_hparams(self, params: Mapping[str, Any]) -> None:
         """Keep the hyper-parameters beside the curve."""
         self._hparams |= params
-        self._folder.mkdir(parents=True, exist_ok=True)
-        save_hparams_to_yaml(self._folder / "hparams.yaml", self._hparams)
+        file = self._folder / "hparams.yaml"
+        with going_on_without(file):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_hparams_to_yaml(file, self._hparams)
 
     def save(self) -> None:
         """Write what was added; where that is not possible, say so once and try again later."""
         if not self.metrics:
             return
-        try:
+        with going_on_without(self._file, silently=self._failed) as attempt:
             self._write()
-        except OSError as error:
-            if not self._failed:
-                log.warning("%s can't be written (%s): the run goes on", self._file, error.strerror)
+        if attempt.failed:
             self._failed = True
             return
         if self._failed:

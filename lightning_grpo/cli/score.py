@@ -15,7 +15,9 @@ import anyio
 from rich.console import Console
 from rich.text import Text
 
+from lightning_grpo.checks import require_seconds
 from lightning_grpo.cli.imports import ImportPathError, import_object
+from lightning_grpo.cli.problem import Parser, whole_number
 from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.rollout.binding import BoundReward
 from lightning_grpo.rollout.scoring import RewardScorer
@@ -59,6 +61,7 @@ class Score:
 def run(argv: Sequence[str]) -> int:
     """Score the rows and print them, with what they come to."""
     options = _parser().parse_args(list(argv))
+    check_options(options)
     try:
         bound = BoundReward(import_object(options.reward))
     except ImportPathError as error:
@@ -74,8 +77,24 @@ def run(argv: Sequence[str]) -> int:
     return 1 if any(score.error for score in scores) else 0
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what can't be scored with, before the reward is imported.
+
+    Raises:
+        ConfigError: Which option, and why.
+    """
+    if not options.data.exists():
+        raise ConfigError(f"`--data` must exist, got {str(options.data)!r}.")
+    least = {"limit": 1, "show": 0, "processes": 0}
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise ConfigError(f"`--{name}` must be >= {smallest}, got {value}.")
+    require_seconds("--timeout-s", options.timeout_s)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo score",
         description="Try a reward on recorded completions, without a model.",
         allow_abbrev=False,
@@ -88,10 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         help="rows with `completion` and columns (.jsonl, .json), a .parquet of trajectories, or a "
         "run's folder",
     )
-    parser.add_argument("--limit", type=int, help="only the first so many rows")
-    parser.add_argument("--show", type=int, default=20, help="how many to print (default: 20)")
+    parser.add_argument("--limit", type=whole_number(0), help="only the first so many rows")
+    parser.add_argument(
+        "--show", type=whole_number(0), default=20, help="how many to print (default: 20)"
+    )
     parser.add_argument("--timeout-s", type=float, default=15.0, help="of one call (default: 15)")
-    parser.add_argument("--processes", type=int, default=2, help="0: in-line, for a debugger")
+    parser.add_argument(
+        "--processes", type=whole_number(0), default=2, help="0: in-line, for a debugger"
+    )
     return parser
 
 
@@ -115,6 +138,8 @@ def read_completions(path: Path) -> list[Row]:
 
 
 def _from_columns(row: Mapping[str, Any]) -> Row:
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"--data: every row must be a mapping of columns, got {row!r}.")
     columns = dict(row)
     completion = columns.pop(_COMPLETION, columns.pop("completions", None))
     if not isinstance(completion, str):

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from lightning_grpo.cli.problem import Parser, whole_number
+from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.records import read_rows
 
 Row = Mapping[str, Any]
@@ -27,8 +29,10 @@ SORTS: dict[str, Callable[[Row], float]] = {
 def run(argv: Sequence[str]) -> int:
     """Print some trajectories."""
     options = _parser().parse_args(list(argv))
+    if options.limit < 0:
+        raise ConfigError(f"`--limit` must be >= 0, got {options.limit}.")
     rows = select(
-        read_rows(options.path),
+        read_answers(options.path),
         sort=options.sort,
         reverse=options.reverse,
         limit=options.limit,
@@ -38,17 +42,41 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def read_answers(path: Path) -> list[Row]:
+    """What a run was trained on; of one that trained on nothing (`validate`) what it answered.
+
+    Raises:
+        ConfigError: There is nothing at that path.
+        CheckpointError: What is there holds none.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"`path` must be a .parquet file or a run's folder, and there is no {str(path)!r}."
+        )
+    try:
+        return list(read_rows(path))
+    except CheckpointError:
+        answered = sorted(
+            path.glob("**/trajectories/held_out"), key=lambda each: each.stat().st_mtime
+        )
+        if not answered:
+            raise
+    return list(read_rows(answered[-1]))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-grpo show",
         description="Print the trajectories of a Parquet file, a folder of them, or a run.",
         allow_abbrev=False,
     )
     parser.add_argument("path", type=Path, help="a .parquet file, or a run's folder (runs/NAME)")
-    parser.add_argument("--limit", type=int, default=10, help="how many to print (default: 10)")
+    parser.add_argument(
+        "--limit", type=whole_number(0), default=10, help="how many to print (default: 10)"
+    )
     parser.add_argument("--sort", choices=sorted(SORTS), default="step", help="the order")
     parser.add_argument("--reverse", action="store_true", help="largest first")
-    parser.add_argument("--row", type=int, help="only this row of the prompts")
+    parser.add_argument("--row", type=whole_number(0), help="only this row of the prompts")
     return parser
 
 

@@ -17,10 +17,14 @@ import yaml
 from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from lightning_grpo.cli.problem import ConfigProblem, nearest
+from lightning_grpo.keys import is_secret
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "verbose", "weights_only")
 """The keys at the top of a config; all but the first four are Trainer.fit's own arguments."""
 
+_MOST_VALUES = 100_000
+
+_YAML_TAG = "tag:yaml.org,2002:"
 _SPECIAL = ("config", "c", "help", "h", "print_config")
 
 
@@ -60,6 +64,39 @@ class Setting:
 class _Loader(yaml.SafeLoader):
     """Scalars as jsonargparse reads them: `1e-4` is a number."""
 
+    def get_single_node(self) -> yaml.Node | None:
+        """The document; refused if its aliases would be laid out as millions of values."""
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None:
+            _refuse_bombs(root)
+        return root
+
+
+def _refuse_bombs(root: yaml.Node) -> None:
+    """Count what each node would become, without making it; nodes are shared by their aliases."""
+    sizes: dict[int, int] = {}
+    inside: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        known = sizes.get(id(node))
+        if known is not None:
+            return known
+        if id(node) in inside:
+            said = "an alias must not stand in what it names"
+            raise yaml.MarkedYAMLError(problem=said, problem_mark=node.start_mark)
+        inside.add(id(node))
+        if isinstance(node, MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        else:
+            parts = node.value if isinstance(node, SequenceNode) else []
+        total = sizes[id(node)] = 1 + sum(map(size, parts))
+        if total > _MOST_VALUES:
+            said = f"it holds more than {_MOST_VALUES} values, counting each alias in full"
+            raise yaml.MarkedYAMLError(problem=said, problem_mark=node.start_mark)
+        return total
+
+    size(root)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -75,14 +112,26 @@ def read_yaml(path: Path, name: str) -> Setting:
         ConfigProblem: When it can't be read, is not YAML, or gives a key twice.
     """
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
+        return _parse(path.read_text(encoding="utf-8"), name)
     except OSError as error:
         raise ConfigProblem("--config", f"can't read `{name}`: {error.strerror}", name) from error
+    except UnicodeDecodeError as error:
+        rule = f"must be text in UTF-8, and byte {error.start} is not: save it as UTF-8"
+        raise ConfigProblem("", rule, name) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         said = " ".join(part for part in (error.context, error.problem) if part)
         raise ConfigProblem("", f"is not valid YAML: {said}", f"{name}, line {line}") from error
+    except yaml.YAMLError as error:
+        raise ConfigProblem("", f"is not valid YAML: {error}", name) from error
+    except RecursionError as error:
+        raise ConfigProblem("", "holds itself, or values too deep in one another", name) from error
+
+
+def _parse(text: str, name: str) -> Setting:
+    """A file's text as settings; what YAML does not take raises its own errors."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
     if node is None:
         return Setting({}, name)
     if not isinstance(node, MappingNode):
@@ -93,8 +142,14 @@ def read_yaml(path: Path, name: str) -> Setting:
 def _convert(node: yaml.Node, loader: _Loader, name: str, key: str) -> Setting:
     """A YAML node as a setting."""
     where = f"{name}, line {node.start_mark.line + 1}"
+    if node.tag not in _Loader.yaml_constructors:
+        rule = f"must be written without the tag `{node.tag.replace(_YAML_TAG, '!!')}`"
+        raise ConfigProblem(key, rule, where, "Configs hold plain values; put the value itself.")
     if isinstance(node, ScalarNode):
-        return Setting(loader.construct_object(node), where)
+        try:
+            return Setting(loader.construct_object(node), where)
+        except ValueError as error:  # a date or a number that there is not
+            raise ConfigProblem(key, f"is not valid YAML: {error}", where) from error
     if isinstance(node, SequenceNode):
         items = [_convert(v, loader, name, f"{key}[{i}]") for i, v in enumerate(node.value)]
         return Setting(items, where)
@@ -158,6 +213,14 @@ def collect(configs: Sequence[tuple[str, Path]], arguments: Sequence[str]) -> Se
         first = key.split(".")[0]
         if key in _SPECIAL or first == "print_config" or key.endswith(".help"):
             continue
+        named = key.rpartition(".")[2] == "api_key"
+        if named and text not in (None, "null") and is_secret("api_key", text):
+            raise ConfigProblem(
+                key,
+                "must not stand on the command line, which every user of this machine can read: "
+                "give `env:NAME` or `file:PATH`, or write it in a config",
+                "command line",
+            )
         setting = Setting(text if text is None else _scalar(text), "command line")
         if key.endswith("+"):
             key, setting = key[:-1], Setting([setting], "command line")
@@ -173,12 +236,11 @@ def _scalar(text: str) -> Any:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-    except yaml.YAMLError:
+        if node is None:
+            return text
+        return _relabel(_convert(node, loader, "command line", "")).value
+    except (yaml.YAMLError, RecursionError):
         return text
-    if node is None:
-        return text
-    converted = _convert(node, loader, "command line", "")
-    return _relabel(converted).value
 
 
 def _relabel(setting: Setting) -> Setting:

@@ -1,4 +1,4 @@
-"""`lightning-grpo test`: one pass over the held-out prompts with the config of a run."""
+"""`lightning-grpo test`: one pass over the test prompts with the config of a run."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from lightning_grpo.cli.fit import run_trainer
 
 
 def run(argv: Sequence[str]) -> int:
-    """Evaluate; takes `fit`'s configs and `--ckpt_path`."""
+    """Evaluate on `data.test_prompts`; takes `fit`'s configs and `--ckpt_path`."""
     return run_trainer("test", argv)

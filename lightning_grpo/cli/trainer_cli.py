@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -19,6 +20,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat import start_method
+from lightning_grpo.callbacks.views import run_folder
+from lightning_grpo.checks import require_number
 from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import (
     is_first_rank,
@@ -26,13 +29,15 @@ from lightning_grpo.cli.environment import (
     silence_jsonargparse,
 )
 from lightning_grpo.cli.problem import ConfigProblem, nearest
-from lightning_grpo.cli.refusals import condense, locate
+from lightning_grpo.cli.refusals import condense, fault_of, locate, refused_build
 from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
     RUNS,
+    board_tells_itself,
     default_loggers,
     folder_beside,
+    going_on_without,
     held_version,
     last_checkpoint,
     listed,
@@ -40,10 +45,16 @@ from lightning_grpo.cli.runs import (
     version_of,
 )
 from lightning_grpo.cli.sources import Setting, read_yaml
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.errors import ConfigError, GRPOError
+from lightning_grpo.keys import is_secret
 from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.strategies.restoring import refuse_shards, require_checkpoint
+from lightning_grpo.strategies.restoring import (
+    refuse_shards,
+    require_checkpoint,
+    require_readable,
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place
@@ -111,6 +122,15 @@ class GRPOCLI(LightningCLI):
         except ArgumentError as error:
             check_settings(self._settings, self._roots)
             raise condense(str(error), self._settings) from error
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and _asks_for_help(self._arguments):
+                raise
+            # What the user's files raised while they were imported.
+            check_settings(self._settings, self._roots)
+            raise refused_build(error, self._settings) from error
+        seed = self.config[self._command].seed_everything
+        if not isinstance(seed, bool | None):
+            require_number("seed_everything", seed, least=0, most=2**32 - 1, whole=True)
         if any(setting.value is None for _, setting in self._settings.walk()):
             check_settings(self._settings, self._roots)
 
@@ -131,6 +151,7 @@ class GRPOCLI(LightningCLI):
         named = config.ckpt_path in (None, "best", "hpc")
         if not (named or config.ckpt_path.startswith("registry")):
             require_checkpoint(config.ckpt_path)
+            require_readable(config.ckpt_path)
 
     def _find_checkpoint(self, config: Any) -> None:
         """Put the newest checkpoint of the run in the place of `last`, and find its folder."""
@@ -153,9 +174,19 @@ class GRPOCLI(LightningCLI):
         if Path(config.ckpt_path).absolute() == newest.absolute():
             self._version = version_of(newest, root)
 
+    def instantiate_classes(self) -> None:
+        """Build what the config names; what a constructor raises becomes one located problem."""
+        try:
+            super().instantiate_classes()
+        except (ConfigError, MisconfigurationException):
+            raise
+        except (Exception, SystemExit) as error:
+            raise refused_build(error, self._settings) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with our loggers where the user named none."""
         config = self._get(self.config_init, "trainer")
+        self.datamodule.log_every_step = False  # our default, or what the config says
         root = folder_beside(Path(config.default_root_dir), self._kind)
         kwargs["default_root_dir"] = str(root)
         if _is_default(config.logger) and not config.fast_dev_run:
@@ -187,6 +218,19 @@ class GRPOCLI(LightningCLI):
             warnings.filterwarnings("ignore", message="The dirpath has changed")
         return trainer
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; to leave in the middle with status 0 is not to have trained."""
+        if isinstance(self.datamodule, RolloutDataModule):
+            # Before a process is started for each of them.
+            self.datamodule.check_ranks(self.trainer.world_size)
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as leaving:
+            interrupted = isinstance(leaving.__context__, KeyboardInterrupt)
+            if type(leaving) is not SystemExit or leaving.code or interrupted:
+                raise
+            raise GRPOError(f"the run did not come to its end: {fault_of(leaving)}") from leaving
+
     def _refuse_unknown_strategy(self, name: Any) -> None:
         """Lightning's own message lists no strategy that was registered."""
         known = ["auto", *StrategyRegistry.available_strategies()]
@@ -197,12 +241,41 @@ class GRPOCLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the run's config beside it; not which checkpoint one of its starts went on from."""
+    """Keeps the run's config beside it, without keys and tokens.
+
+    Nor is the checkpoint kept that one of its starts went on from.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
         config = config.clone()
         config.ckpt_path = None
-        super().__init__(parser, config, **kwargs)
+        super().__init__(parser, _without_secrets(config), save_to_log_dir=False, **kwargs)
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        self._folder = run_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`; on rank 0."""
+        file = self._folder / self.config_filename
+        with going_on_without(file):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+
+
+def _without_secrets(value: Any) -> Any:
+    """A copy of a config, or of a part, with null in the place of every key and token."""
+    if isinstance(value, Namespace):
+        copy = value.clone()
+        for key, child in list(value.items()):
+            name = key.rpartition(".")[2]
+            copy[key] = None if is_secret(name, child) else _without_secrets(child)
+        return copy
+    if isinstance(value, dict):
+        return {k: None if is_secret(k, v) else _without_secrets(v) for k, v in value.items()}
+    return [_without_secrets(each) for each in value] if isinstance(value, list) else value
 
 
 def _checkpoint_folders(trainer: Any) -> list[Path]:
@@ -282,7 +355,7 @@ def run_cli(
     # The parser refuses a file that says nothing, such as one whose lines are all comments.
     said = [path for name, path in configs if read_yaml(path, name).value]
     arguments = [part for path in said for part in ("--config", str(path))]
-    with _quiet_lightning(), _located(settings), ExitStack() as held:
+    with _quiet_lightning(), board_tells_itself(), _located(settings), ExitStack() as held:
         GRPOCLI(
             command,
             [*arguments, *options],
@@ -296,7 +369,6 @@ def run_cli(
             auto_configure_optimizers=False,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             parser_class=StrictParser,
         )
 
@@ -310,20 +382,12 @@ def _located(settings: Setting) -> Iterator[None]:
         raise
     except (ConfigError, MisconfigurationException) as error:
         raise locate(str(error), settings) from error
-    except ValueError as error:
-        # jsonargparse wraps what a constructor raises where the parameter is optional.
-        refusal = _refusal_behind(error)
-        if refusal is None:
-            raise
-        raise locate(str(refusal), settings) from error
 
 
-def _refusal_behind(error: BaseException) -> ConfigError | None:
-    """The ConfigError that an exception was raised from, if there is one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConfigError):
-        cause = cause.__cause__
-    return cause
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the parser ends the process itself: after a help text, or the config."""
+    names = [argument.partition("=")[0].lstrip("-") for argument in arguments]
+    return any(n in ("h", "help", "print_config") or n.endswith(".help") for n in names)
 
 
 @contextmanager

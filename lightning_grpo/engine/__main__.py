@@ -8,17 +8,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import ipaddress
 import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
+from lightning_grpo.checks import MOST, MOST_PORT
 from lightning_grpo.engine.about import About, EngineFacts
 from lightning_grpo.engine.door import Door
 from lightning_grpo.engine.intake import Intake
@@ -36,18 +39,36 @@ from lightning_grpo.engine.stopping import StopStrings
 from lightning_grpo.engine.updates import WeightUpdates
 from lightning_grpo.engine.weights import ModelWeights
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.keys import API_KEY_VARIABLE, is_reference, read_key
 
+_AT_LEAST_ONE = (("max-running-requests", 1, MOST), ("kv-memory-mb", 1, MOST))
+_MISUSED = 2
 _SHUTDOWN_S = 2.0
 _GIL_INTERVAL_S = 0.0005
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line, in one message."""
+        raise ConfigError(f"{message}. `lightning-grpo serve --help` says what there is.")
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_grpo.engine", allow_abbrev=False)
+    parser = _Parser(
+        prog="python -m lightning_grpo.engine",
+        usage="lightning-grpo serve MODEL [options]",
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", required=True, help="Hugging Face folder (or hub id)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
-    parser.add_argument("--api-key", help="ask for `Authorization: Bearer KEY`")
+    parser.add_argument(
+        "--api-key",
+        metavar="WHERE",
+        help="ask for `Authorization: Bearer KEY`; where the key is: `env:NAME` or `file:PATH` "
+        f"(mode 600); without it {API_KEY_VARIABLE}, if that is set",
+    )
     parser.add_argument(
         "--max-running-requests", type=int, default=64, help="requests decoded together"
     )
@@ -65,25 +86,57 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--exit-with-stdin", action="store_true", help="end when standard input is closed"
     )
     options = parser.parse_args(arguments)
-    if options.max_running_requests < 1:
-        parser.error(f"--max-running-requests must be >= 1, got {options.max_running_requests}")
+    for name, least, most in (("port", 0, MOST_PORT), *_AT_LEAST_ONE):
+        value = vars(options)[name.replace("-", "_")]
+        if not least <= value <= most:
+            parser.error(f"--{name} must be from {least} to {most}, got {value}")
     if options.log_level.upper() not in logging.getLevelNamesMapping():
         parser.error(f"--log-level must be a logging level, got {options.log_level!r}")
+    if options.api_key is not None and not is_reference(options.api_key):
+        parser.error(
+            "--api-key must say where the key is, `env:NAME` or `file:PATH`: every user of this "
+            "machine can read a command line"
+        )
+    try:
+        options.api_key = read_key(options.api_key, "--api-key")
+    except ConfigError as error:
+        parser.error(str(error))
     return options
+
+
+def warn_of_strangers(options: argparse.Namespace) -> None:
+    """Say in a line that everybody on the network may do what a trainer does."""
+    if options.api_key is None and not is_loopback(options.host):
+        logging.getLogger(__name__).warning(
+            "listening on %s without a key: whoever reaches it can generate, pause it and change "
+            "its weights. Set %s, or --api-key file:PATH",
+            *(options.host, API_KEY_VARIABLE),
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's own, out of the network's reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal, or the end of standard input, says stop."""
-    options = parse_arguments(arguments)
-    logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr)
-    transformers_logging.disable_progress_bar()
-    # Kernels this small lose more to a second thread than they gain, and the trainer needs it.
-    torch.set_num_threads(1)
-    sys.setswitchinterval(_GIL_INTERVAL_S)
     try:
+        options = parse_arguments(arguments)
+        logging.basicConfig(level=options.log_level.upper(), stream=sys.stderr)
+        warn_of_strangers(options)
+        transformers_logging.disable_progress_bar()
+        # Kernels this small lose more to a second thread than they gain; the trainer needs it.
+        torch.set_num_threads(1)
+        sys.setswitchinterval(_GIL_INTERVAL_S)
         asyncio.run(serve(options))
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, OSError) as error:
+        # An address that is taken, or not this machine's, is the system's to say.
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_MISUSED)
     # A thread may still wait in a collective that nobody will complete.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -123,8 +176,14 @@ def build(
 ) -> tuple[EngineThread, EngineServer]:
     """Load the model and wire the parts."""
     check_servable(options.model)
-    model = load_model(options.model)
-    tokenizer = load_tokenizer(options.model)
+    try:
+        model = load_model(options.model)
+        tokenizer = load_tokenizer(options.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "`--model` must be a causal language model that transformers loads, got "
+            f"{options.model!r}: {str(error).splitlines()[0]}"
+        ) from error
     runner = ModelRunner(model, row_by_row=options.deterministic)
     # One prompt through: shows what can't be served before anyone is told that this is ready.
     state = runner.prefill([[0, 0]])[0]

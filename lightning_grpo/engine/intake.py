@@ -89,13 +89,21 @@ class Intake:
         """
         if self.tokenizer is None:
             raise BadRequestError("a text needs a tokenizer and the model has none")
-        if len(text) > self.context_length * self.longest_token:
-            raise BadRequestError(
-                f"the text must fit in the context of {self.context_length} tokens, got one of "
-                f"{len(text)} characters"
-            )
+        self.check_length(len(text))
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    def check_length(self, num_characters: int) -> None:
+        """Refuse a text that is too long for the context whatever its tokens are.
+
+        Raises:
+            BadRequestError: It is.
+        """
+        if num_characters > self.context_length * self.longest_token:
+            raise BadRequestError(
+                f"the text must fit in the context of {self.context_length} tokens, got one of "
+                f"{num_characters} characters"
+            )
 
     @staticmethod
     def _num_prompts(body: GenerateBody) -> int:

@@ -84,7 +84,11 @@ def load_model(path: str) -> PreTrainedModel:
         ConfigError: The folder lacks some of its weights.
     """
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
-    options: dict[str, Any] = {"attn_implementation": ATTENTION_NAME, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "attn_implementation": ATTENTION_NAME,
+        "output_loading_info": True,
+        "trust_remote_code": False,
+    }
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
@@ -105,7 +109,7 @@ def check_servable(path: str) -> None:
     """
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError):
         return  # whoever loads the model says what is wrong with it
     try:
@@ -128,7 +132,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        path, trust_remote_code=False
+    )
     return tokenizer
 
 

@@ -17,6 +17,7 @@ from aiohttp import web
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.engine.about import json_response
+from lightning_grpo.engine.admission import Admission
 from lightning_grpo.engine.errors import BadRequestError
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
@@ -29,9 +30,15 @@ from lightning_grpo.engine.protocol import (
 )
 from lightning_grpo.engine.replies import generate_reply
 from lightning_grpo.engine.request import Output, Request
+from lightning_grpo.templates import check_template
 
 _COMPLETION_TOKENS = 16
 """OpenAI's default length of a completion; a chat's is what the context leaves."""
+_DECIDED = {
+    *("chat_template", "documents", "tools", "tokenizer_kwargs", "return_tensors", "padding"),
+    *("truncation", "max_length", "return_assistant_tokens_mask", "continue_final_message"),
+}
+"""Arguments of transformers that are no variables of a template: another template is a program."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -96,12 +103,20 @@ class OpenAIRoutes:
     Args:
         engine: Generates.
         intake: Checks requests.
+        admission: Reads them.
         model: The name of the model that is served by now.
     """
 
-    def __init__(self, engine: EngineThread, intake: Intake, model: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        engine: EngineThread,
+        intake: Intake,
+        admission: Admission,
+        model: Callable[[], str],
+    ) -> None:
         self._engine = engine
         self._intake = intake
+        self._admission = admission
         self._model = model
         self._started = int(time.time())
 
@@ -131,7 +146,7 @@ class OpenAIRoutes:
         return json_response(self._about_model())
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = decode(await request.read(), CompletionBody)
+        body = await self._admission.read(request, CompletionBody)
         _refuse(body, ("echo", "suffix", "best_of"))
         if body.logprobs:
             raise BadRequestError(
@@ -148,13 +163,13 @@ class OpenAIRoutes:
         return await self._answer(request, body, asked, words)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = decode(await request.read(), ChatBody)
+        body = await self._admission.read(request, ChatBody)
         _refuse(body, ("top_logprobs", "functions", "audio"))
         if body.tools and body.tool_choice != "none":
             raise BadRequestError("`tools` are not supported by the embedded engine")
         limit = body.max_completion_tokens
         limit = body.max_tokens if limit is None else limit
-        prompt = {"input_ids": self._rendered(body)}
+        prompt = {"input_ids": await self._admission.off_loop(lambda: self._rendered(body))}
         asked = _asked(body, limit, prompt, return_logprob=bool(body.logprobs))
         words = _ChatWords(self._intake.tokenizer, bool(body.logprobs))
         return await self._answer(request, body, asked, words)
@@ -167,12 +182,20 @@ class OpenAIRoutes:
                 "/v1/completions"
             )
         messages = [_message(each, number) for number, each in enumerate(body.messages)]
+        self._intake.check_length(sum(len(str(each.get("content"))) for each in messages))
+        decided = sorted(_DECIDED & (body.chat_template_kwargs or {}).keys())
+        if decided:
+            raise BadRequestError(
+                f"`chat_template_kwargs` must be variables of the model's template, got {decided}"
+            )
         how: dict[str, Any] = {"add_generation_prompt": True} | (body.chat_template_kwargs or {})
         how |= {"tokenize": True, "return_dict": False}
         try:
+            check_template(tokenizer, messages)
             ids: Any = tokenizer.apply_chat_template(messages, **how)
         except Exception as error:  # whatever the template raises about these messages
-            raise BadRequestError(f"`messages` don't suit the chat template: {error}") from error
+            said = str(error)[:400]
+            raise BadRequestError(f"`messages` don't suit the chat template: {said}") from error
         return list(ids)
 
     async def _answer(
@@ -182,7 +205,17 @@ class OpenAIRoutes:
         asked: GenerateBody,
         words: _Words,
     ) -> web.StreamResponse:
-        generations, _ = self._intake.generations(asked)
+        generations, _ = await self._admission.checked(request, self._intake, asked)
+        with self._admission.room(len(generations)):
+            return await self._run(request, body, generations, words)
+
+    async def _run(
+        self,
+        request: web.Request,
+        body: SharedBody,
+        generations: list[Generation],
+        words: _Words,
+    ) -> web.StreamResponse:
         head = {
             "id": f"{words.prefix}-{generations[0].rid}",
             "created": int(time.time()),

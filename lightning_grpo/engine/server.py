@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from lightning_grpo.engine.about import About, json_response
-from lightning_grpo.engine.door import Door, bears
+from lightning_grpo.engine.admission import Admission
+from lightning_grpo.engine.door import Door
 from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.loop import EngineThread
@@ -36,20 +35,13 @@ from lightning_grpo.engine.protocol import (
 from lightning_grpo.engine.replies import generate_reply
 from lightning_grpo.engine.request import Output, Request
 from lightning_grpo.engine.updates import WeightUpdates
+from lightning_grpo.keys import bears
 
 logger = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-T = TypeVar("T")
 
 _OPEN = ("/health", "/health_generate")
 """Answered without a key, as SGLang does: they say whether it lives, and change nothing."""
-_BODY_S = 60.0
-"""How long a body may take to come."""
-_SMALL = 64 << 10
-"""Bodies up to here are read on the event loop, longer ones on a thread, a few at a time."""
-_LARGE_AT_ONCE = 4
-_MOST_COMPLETIONS = 1 << 16
-"""In flight, of all requests together; more are sent away for a moment."""
 
 
 def _error(message: str, status: int) -> web.Response:
@@ -100,10 +92,7 @@ class EngineServer:
         self._about = about
         self._api_key = api_key
         self._tasks: set[asyncio.Task[None]] = set()
-        self._num_open = 0
-        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
-        # One thread: tokenizers don't like two.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="intake")
+        self._admission = Admission()
 
     def app(self) -> web.Application:
         """The application with every route."""
@@ -137,7 +126,9 @@ class EngineServer:
         }
         for path, handler in posts.items():
             app.router.add_post(path, handler)
-        OpenAIRoutes(self._engine, self._intake, lambda: self._updates.model_path).add_to(app)
+        OpenAIRoutes(
+            self._engine, self._intake, self._admission, lambda: self._updates.model_path
+        ).add_to(app)
         return app
 
     @web.middleware
@@ -162,31 +153,6 @@ class EngineServer:
             return True
         return bears(request.headers.get("Authorization"), self._api_key)
 
-    async def _read(self, request: web.Request, kind: type[T]) -> T:
-        """A request's body, bounded in size and time."""
-        length = request.content_length
-        if not request.can_read_body or (length is not None and length <= _SMALL):
-            return decode(await _body(request), kind)
-        async with self._large:
-            body = await _body(request)
-            return await self._off_loop(lambda: decode(body, kind))
-
-    async def _off_loop(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-
-    @contextmanager
-    def _room(self, generations: list[Generation]) -> Iterator[None]:
-        """Place for completions among those in flight."""
-        if self._num_open + len(generations) > _MOST_COMPLETIONS:
-            raise web.HTTPServiceUnavailable(
-                text=f"{self._num_open} completions are in flight, of at most {_MOST_COMPLETIONS}"
-            )
-        self._num_open += len(generations)
-        try:
-            yield
-        finally:
-            self._num_open -= len(generations)
-
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
 
@@ -202,12 +168,9 @@ class EngineServer:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         started = time.perf_counter()
-        body = await self._read(request, GenerateBody)
-        if body.text is None and (request.content_length or 0) <= _SMALL:
-            generations, is_list = self._intake.generations(body)
-        else:
-            generations, is_list = await self._off_loop(lambda: self._intake.generations(body))
-        with self._room(generations):
+        body = await self._admission.read(request, GenerateBody)
+        generations, is_list = await self._admission.checked(request, self._intake, body)
+        with self._admission.room(len(generations)):
             if body.stream:
                 return await self._stream(request, generations, is_list, started)
             outputs = await self._run(generations)
@@ -269,26 +232,26 @@ class EngineServer:
         self._engine.post(lambda s: s.abort([g.rid for g in generations]))
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body = await self._read(request, TokenizeBody)
-        tokens = await self._off_loop(
+        body = await self._admission.read(request, TokenizeBody)
+        tokens = await self._admission.off_loop(
             lambda: self._intake.tokenize(body.prompt, body.add_special_tokens)
         )
         return json_response({"tokens": tokens, "count": len(tokens)})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        body = await self._read(request, AbortBody)
+        body = await self._admission.read(request, AbortBody)
         if not body.abort_all and body.rid is None:
             raise BadRequestError("`rid` must be given unless `abort_all` is true")
         await self._engine.call(lambda s: s.abort(None if body.abort_all else [body.rid or ""]))
         return web.Response()
 
     async def _pause(self, request: web.Request) -> web.Response:
-        body = await self._read(request, PauseBody)
+        body = await self._admission.read(request, PauseBody)
         await self._engine.call(lambda s: s.pause(body.mode))
         return json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
-        await self._read(request, dict)
+        await self._admission.read(request, dict)
         await self._engine.call(lambda s: s.resume())
         return json_response({"message": "Generation continued successfully.", "status": "ok"})
 
@@ -307,25 +270,25 @@ class EngineServer:
         await asyncio.shield(task)
 
     async def _update_from_disk(self, request: web.Request) -> web.Response:
-        body = await self._read(request, DiskUpdateBody)
+        body = await self._admission.read(request, DiskUpdateBody)
         await self._finish(self._updates.from_disk(body))
         message = _worded("Succeeded to update model weights.", body.weight_version)
         return json_response({"success": True, "message": message, "num_paused_requests": 0})
 
     async def _init_group(self, request: web.Request) -> web.Response:
-        body = await self._read(request, InitGroupBody)
+        body = await self._admission.read(request, InitGroupBody)
         await self._finish(self._updates.init_group(body))
         return json_response(
             {"success": True, "message": "Succeeded to initialize custom process group."}
         )
 
     async def _update_from_distributed(self, request: web.Request) -> web.Response:
-        body = await self._read(request, DistributedUpdateBody)
+        body = await self._admission.read(request, DistributedUpdateBody)
         await self._finish(self._updates.from_distributed(body))
         return _succeeded(_worded("Succeeded to update parameter online.", body.weight_version))
 
     async def _destroy_group(self, request: web.Request) -> web.Response:
-        body = await self._read(request, DestroyGroupBody)
+        body = await self._admission.read(request, DestroyGroupBody)
         await self._finish(self._updates.destroy_group(body))
         return json_response(
             {"success": True, "message": "Succeeded to destroy custom process group."}
@@ -341,7 +304,7 @@ class EngineServer:
         return json_response(None)  # the cache grows again by itself
 
     async def _update_version(self, request: web.Request) -> web.Response:
-        body = await self._read(request, VersionBody)
+        body = await self._admission.read(request, VersionBody)
         if body.abort_all_requests:
             await self._engine.call(lambda s: s.abort(None))
         await self._engine.call(lambda s: s.set_version(body.new_version))
@@ -352,14 +315,6 @@ class EngineServer:
                 "new_version": body.new_version,
             }
         )
-
-
-async def _body(request: web.Request) -> bytes:
-    try:
-        async with asyncio.timeout(_BODY_S):
-            return await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(text=f"the body did not come within {_BODY_S:g} s") from None
 
 
 def _succeeded(message: str) -> web.Response:

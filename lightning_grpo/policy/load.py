@@ -57,7 +57,12 @@ def load_policy(
         ConfigError: The folder or the hub id can't be loaded, or lacks weights.
     """
     register_packed_attention()
-    options: dict[str, Any] = {"attn_implementation": PACKED, **(model_kwargs or {})}
+    # Said, since transformers would otherwise ask at the terminal whether to run a folder's code.
+    options: dict[str, Any] = {
+        "attn_implementation": PACKED,
+        "trust_remote_code": False,
+        **(model_kwargs or {}),
+    }
     check_source(model)
     try:
         check_config(_read_config(model, options), model, options)
@@ -89,7 +94,8 @@ def load_tokenizer(model: str, **tokenizer_kwargs: Any) -> PreTrainedTokenizerBa
     check_source(model)
     _check_tokenizer_files(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, **tokenizer_kwargs)
+        options = {"trust_remote_code": False, **tokenizer_kwargs}
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"`model` must come with a tokenizer, got {model!r}: {_first_line(error)} "

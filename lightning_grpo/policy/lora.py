@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lightning_grpo.checks import require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.export import whole_folder
 
@@ -43,8 +44,9 @@ class LoRA:
 
     def __post_init__(self) -> None:
         for name, value in (("rank", self.rank), ("alpha", self.alpha)):
-            if value < 1:
-                raise ConfigError(f"`lora.{name}` must be >= 1, got {value}. The usual is 32.")
+            require_number(
+                f"lora.{name}", value, least=1, most=65536, whole=True, way_out="The usual is 32."
+            )
         if self.targets is not None and not self.targets:
             raise ConfigError("`lora.targets` must name a layer, got none. Leave it out for all.")
         if importlib.util.find_spec("peft") is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_grpo.checks import require_count
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import (
     PACKED,
@@ -46,6 +47,8 @@ class PackedPolicy(nn.Module):
         share_prefixes: bool = True,
     ) -> None:
         super().__init__()
+        if max_logits is not None:
+            require_count("max_logits", max_logits, most=1 << 36)
         _check(model)
         register_packed_attention()
         model.set_attn_implementation(PACKED)

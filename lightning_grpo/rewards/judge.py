@@ -14,7 +14,9 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 
+from lightning_grpo.checks import MOST, require_count, require_number, require_seconds
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.keys import read_key
 
 _SCORE = re.compile(r"score\s*[:=]?\s*\**\s*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 _SHOWN = 300
@@ -40,7 +42,8 @@ class Judge:
         url: Of the endpoint, up to and with `/v1`.
         model: Its name there.
         rubric: What counts, in words for the judge. May name columns: `{answer}`.
-        api_key: Sent as the bearer.
+        api_key: Sent as the bearer: `env:NAME` or `file:PATH`, which others must not be able to
+            read. A key itself is taken, too, and left out of whatever the run writes.
         lowest: The lowest score.
         highest: The highest.
         timeout_s: Longest time of one call.
@@ -70,12 +73,19 @@ class Judge:
             raise ConfigError(
                 f"`url` of the judge must begin with http:// or https://, got {url!r}."
             )
+        for name, value in (("lowest", lowest), ("highest", highest)):
+            require_number(name, value, least=-MOST)
         if highest <= lowest:
             raise ConfigError(f"`highest` must be above `lowest` ({lowest:g}), got {highest:g}.")
-        limits = {"max_in_flight": max_in_flight, "attempts": attempts, "timeout_s": timeout_s}
-        for name, value in limits.items():
-            if value <= 0:
-                raise ConfigError(f"`{name}` must be > 0, got {value}.")
+        require_seconds("timeout_s", timeout_s)
+        for name, value in (
+            ("max_in_flight", max_in_flight),
+            ("max_completion_characters", max_completion_characters),
+            ("max_reply_bytes", max_reply_bytes),
+            ("max_new_tokens", max_new_tokens),
+            ("attempts", attempts),
+        ):
+            require_count(name, value)
         self.url = url.rstrip("/")
         self.model = model
         self.rubric = rubric
@@ -86,7 +96,7 @@ class Judge:
         self.max_reply_bytes = max_reply_bytes
         self.max_new_tokens = max_new_tokens
         self.attempts = attempts
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"Authorization": f"Bearer {read_key(api_key)}"} if api_key else {}
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
             WeakKeyDictionary()
         )

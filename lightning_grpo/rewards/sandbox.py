@@ -19,7 +19,7 @@ from typing import Literal
 
 import psutil
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import require_count, require_seconds
 from lightning_grpo.rewards.confine import Confinement, interpreter_files
 from lightning_grpo.rewards.confined_python import PROGRAM_ENDED
 
@@ -49,9 +49,9 @@ class CodeLimits:
 
     def __post_init__(self) -> None:
         """Refuse limits that nothing could run under."""
-        for name in ("timeout_s", "memory_mb", "output_mb"):
-            if vars(self)[name] <= 0:
-                raise ConfigError(f"`{name}` must be > 0, got {vars(self)[name]}.")
+        require_seconds("timeout_s", self.timeout_s)
+        require_count("memory_mb", self.memory_mb, most=1 << 24)
+        require_count("output_mb", self.output_mb, most=1 << 20)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.protocols import Tokenizer
+from lightning_grpo.templates import check_template
 
 Message = Mapping[str, Any]
 
@@ -275,6 +276,7 @@ def fitting(
         ConfigError: It leaves a message out, in any form.
     """
     plain = [dict(message) for message in messages]
+    check_template(tokenizer, plain)
     refusal: ConfigError | None = None
     for form in (dict, _with_json_arguments, _with_parts):
         formed = [form(message) for message in plain]

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import Group, PromptKey
 
@@ -43,6 +44,7 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         """Checks the settings."""
+        require_number("curriculum.passing_reward", self.passing_reward, least=-MOST)
         if not 0 < self.least <= 1:
             raise ConfigError(
                 "`curriculum.least` must be > 0 and <= 1 (a prompt's smallest probability to be "

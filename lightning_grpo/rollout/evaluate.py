@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import anyio
 
+from lightning_grpo.checks import require_count
 from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
 from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request, first_line
 from lightning_grpo.types import Group, Prompt, Sampling
@@ -34,8 +35,7 @@ async def evaluate(
     Raises:
         RolloutError: A prompt failed every attempt; names it. No score is made up.
     """
-    if num_samples < 1:
-        raise ConfigError(f"`num_samples` must be >= 1, got {num_samples}.")
+    require_count("num_samples", num_samples)
     groups: dict[int, Group] = {}
     failures: list[Exception] = []
     slots = anyio.Semaphore(max(1, max_in_flight // num_samples))

@@ -24,7 +24,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from lightning_grpo.errors import ConfigError, RolloutError
+from lightning_grpo.checks import require_count
+from lightning_grpo.errors import RolloutError
 
 Policy = Literal["wait", "drop", "strict"]
 
@@ -48,10 +49,8 @@ class StalenessGate:
         max_groups: int | None = None,
         policy: Policy = "wait",
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"`batch_size` must be >= 1, got {batch_size}.")
-        if max_staleness < 0:
-            raise ConfigError(f"`max_staleness` must be >= 0 versions, got {max_staleness}.")
+        require_count("batch_size", batch_size)
+        require_count("max_staleness", max_staleness, least=0)
         self.batch_size = batch_size
         self.max_staleness = max_staleness
         self.policy: Policy = policy

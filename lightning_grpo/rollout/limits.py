@@ -9,6 +9,7 @@ from typing import Literal
 
 import psutil
 
+from lightning_grpo.checks import require_count, require_number, require_seconds
 from lightning_grpo.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,10 @@ FILES_PER_SERVER = 4
 """Its pipes, its health check, its weights."""
 MOST_FILES = 1 << 20
 """Nobody needs more, and a hard limit may be infinite."""
+
+
+MOST_PROCESSES = 4096
+_AT_LEAST = {"max_attempts": 1, "max_filtered_batches": 0, "max_server_restarts": 0}
 
 
 @dataclass(frozen=True)
@@ -64,37 +69,25 @@ class RolloutLimits:
 
     def __post_init__(self) -> None:
         """Refuse what can't work."""
-        at_least = {
-            "max_attempts": 1,
-            "reward_processes": 0,
-            "max_filtered_batches": 0,
-            "max_server_restarts": 0,
-        }
-        for name, least in at_least.items():
-            _require(vars(self)[name] >= least, f"`{name}` must be >= {least}", vars(self)[name])
+        for name, least in _AT_LEAST.items():
+            require_count(name, vars(self)[name], least)
         for name in (name for name in vars(self) if name.endswith("_timeout_s")):
-            value = vars(self)[name]
-            _require(value is None or value > 0, f"`{name}` must be > 0 seconds", value)
-        _require(
-            self.max_in_flight is None or self.max_in_flight >= 1,
-            "`max_in_flight` must be >= 1, or null for all that the staleness allows",
-            self.max_in_flight,
-        )
-        _require(
-            0 <= self.max_failed_fraction <= 1,
-            "`max_failed_fraction` must be between 0 and 1",
-            self.max_failed_fraction,
-        )
-        _require(
-            self.straggler_policy in ("wait", "drop"),
-            "`straggler_policy` must be 'wait' or 'drop'",
-            self.straggler_policy,
-        )
-
-
-def _require(holds: bool, rule: str, value: object) -> None:
-    if not holds:
-        raise ConfigError(f"{rule}, got {value!r}.")
+            if vars(self)[name] is not None:
+                require_seconds(name, vars(self)[name])
+        if self.max_in_flight is not None:
+            require_number(
+                "max_in_flight",
+                self.max_in_flight,
+                least=1,
+                whole=True,
+                way_out="Null is for all that the staleness allows.",
+            )
+        require_count("reward_processes", self.reward_processes, 0, MOST_PROCESSES)
+        require_number("max_failed_fraction", self.max_failed_fraction, least=0, most=1)
+        if self.straggler_policy not in ("wait", "drop"):
+            raise ConfigError(
+                f"`straggler_policy` must be 'wait' or 'drop', got {self.straggler_policy!r}."
+            )
 
 
 def raise_file_limit() -> int:

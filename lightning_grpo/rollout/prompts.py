@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_grpo.checks import require_number
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.rollout import chat
 from lightning_grpo.rollout.protocols import Tokenizer
@@ -60,13 +61,17 @@ class Prompts:
         too_long: Literal["error", "skip"] = "error",
         template_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise ConfigError(f"`limit` must be >= 1, or null for every row, got {limit}.")
-        if weight <= 0:
-            raise ConfigError(
-                f"`weight` must be > 0 (a share of the prompts asked), got {weight}. "
-                "Way out: leave the dataset out."
-            )
+        if limit is not None:
+            require_number("limit", limit, least=1, whole=True, way_out="Null is for every row.")
+        if seed is not None:
+            require_number("seed", seed, least=0, most=2**32 - 1, whole=True)
+        require_number(
+            "weight",
+            weight,
+            above=0,
+            why="a share of the prompts asked",
+            way_out="Way out: leave the dataset out.",
+        )
         if too_long not in ("error", "skip"):
             raise ConfigError(f"`too_long` must be 'error' or 'skip', got {too_long!r}.")
         self.path = path

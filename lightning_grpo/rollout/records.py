@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_grpo.errors import CheckpointError
+from lightning_grpo.errors import UnreadableError
 from lightning_grpo.types import Group, Outcome, Prompt, Trajectory
 
 FORMAT = "1"
@@ -142,7 +142,7 @@ def trajectory_files(path: Path) -> list[Path]:
     Of a folder of several versions (`runs/NAME`) it is the last one that trained.
 
     Raises:
-        CheckpointError: There is none.
+        UnreadableError: There is none.
     """
     if path.is_file():
         return [path]
@@ -150,7 +150,7 @@ def trajectory_files(path: Path) -> list[Path]:
     for folder in (path, path / "trajectories", *versions):
         if files := sorted(folder.glob("*.parquet")):
             return files
-    raise CheckpointError(
+    raise UnreadableError(
         f"No trajectories at {str(path)!r}: expected a .parquet file, or a folder that holds them "
         "(a run writes `runs/NAME/version_N/trajectories/`)."
     )
@@ -238,10 +238,10 @@ def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         table = pq.read_table(file, columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise CheckpointError(f"{str(file)!r} can't be read as Parquet: {error}") from error
+        raise UnreadableError(f"{str(file)!r} can't be read as Parquet: {error}") from error
     written = (table.schema.metadata or {}).get(_FORMAT_KEY)
     if written != FORMAT.encode():
-        raise CheckpointError(
+        raise UnreadableError(
             f"{str(file)!r} does not hold trajectories of this version (its mark is {written!r}, "
             f"expected {FORMAT!r})."
         )

@@ -113,7 +113,8 @@ def _load_dataset(asked: str, path: str, name: str | None, split: str) -> Rows:
 
     try:
         loaded: Any = datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Whatever the library or a file's reader raises is about what was named.
         raise ConfigError(
             f"the dataset `path` {asked!r} (name={name!r}, split={split!r}) could not be loaded: "
             f"{error}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.binding import Rewards, bind_rewards, free_name, legal_name
 from lightning_grpo.rollout.protocols import EpisodeContext, RewardValue, RolloutWorkflow
@@ -36,7 +37,7 @@ class RLVRWorkflow(RolloutWorkflow):
         reward_weights: list[float] | dict[str, float] | None = None,
     ) -> None:
         self.rewards = bind_rewards(reward)
-        self.sampling: Sampling = sampling
+        self.sampling: Sampling = sampling_of(sampling)
         self.weights = _weights(reward_weights, [bound.name for bound in self.rewards])
 
     @property
@@ -92,12 +93,14 @@ def _weights(given: list[float] | dict[str, float] | None, names: Sequence[str])
             raise ConfigError(
                 f"`reward_weights` must have the rewards' names {list(names)}, got {list(given)}."
             )
-        return [float(given[name]) for name in names]
+        given = [given[name] for name in names]
     if len(given) != len(names):
         raise ConfigError(
             f"`reward_weights` must have one weight for each of the {len(names)} rewards, got "
             f"{len(given)}."
         )
+    for weight in given:
+        require_number("reward_weights", weight, least=-MOST)
     return list(given)
 
 
@@ -221,26 +224,16 @@ def check_sampling(sampling: Sampling) -> None:
             f"`sampling.temperature` must be > 0 in training (a group of greedy completions has no "
             f"variance), got {sampling.temperature}. The usual value is 1.0."
         )
-    check_values(sampling, "sampling")
+    check_stop(sampling, "sampling")
 
 
-def check_values(sampling: Sampling, place: str) -> None:
-    """Refuse numbers that no sampling has.
+def check_stop(sampling: Sampling, place: str) -> None:
+    """Refuse an empty text as the end of a completion.
 
     Args:
         sampling: What to check.
         place: The name of the setting.
     """
-    rules = {
-        "max_new_tokens": (sampling.max_new_tokens >= 1, ">= 1"),
-        "temperature": (0 <= sampling.temperature < math.inf, ">= 0 and finite"),
-        "top_p": (0 < sampling.top_p <= 1, "> 0 and <= 1"),
-        "top_k": (sampling.top_k == -1 or sampling.top_k >= 1, ">= 1, or -1 for all"),
-        "min_new_tokens": (sampling.min_new_tokens >= 0, ">= 0"),
-    }
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            raise ConfigError(f"`{place}.{name}` must be {rule}, got {getattr(sampling, name)}.")
     if not all(sampling.stop):
         raise ConfigError(
             f"`{place}.stop` must hold texts that are not empty, got {list(sampling.stop)}. "

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.checks import MOST_SAMPLES, MOST_SERVERS, require_count, require_seconds
 from lightning_grpo.servers.environment import own_package_first
 from lightning_grpo.servers.owned import OwnedServers
 from lightning_grpo.servers.process import Launch
@@ -28,14 +28,9 @@ class EmbeddedServers(OwnedServers):
         start_timeout_s: float = 120.0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_servers", num_servers),
-            ("max_running_requests", max_running_requests),
-        ):
-            if value < 1:
-                raise ConfigError(f"`{name}` must be >= 1, got {value}.")
-        if start_timeout_s <= 0:
-            raise ConfigError(f"`start_timeout_s` must be > 0, got {start_timeout_s}.")
+        require_count("num_servers", num_servers, most=MOST_SERVERS)
+        require_count("max_running_requests", max_running_requests, most=MOST_SAMPLES)
+        require_seconds("start_timeout_s", start_timeout_s)
         self.num_servers = num_servers
         self.max_running_requests = max_running_requests
         self.start_timeout_s = start_timeout_s
@@ -48,7 +43,7 @@ class EmbeddedServers(OwnedServers):
             *("--max-running-requests", str(self.max_running_requests)),
             *(["--deterministic"] if self.deterministic else []),
         ]
-        environment = {"OMP_NUM_THREADS": "1", **own_package_first()}
+        environment = {"OMP_NUM_THREADS": "1", **own_package_first(), **self.key_environment()}
         return [
             Launch(command, run_dir / "servers" / f"embedded-{slot}.log", environment)
             for slot in range(self.num_servers)

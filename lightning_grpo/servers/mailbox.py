@@ -1,6 +1,7 @@
 """Requests and replies as files of a folder that several machines share.
 
-A file appears whole (it is renamed into place) and is read once. Nobody needs to be reachable by
+A file appears whole (it is renamed into place), is read once, and only by its owner: one of them
+holds the servers' key, and a node starts what it is asked to. Nobody needs to be reachable by
 network, and clocks need not agree: whether a node is alive is seen by its beats changing.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -48,7 +50,7 @@ class NodeMailbox:
         self._folder, self._node, self._host = folder, node, host
         self._beats = 0
         self._seen: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def beat(self) -> None:
         """Say that this node is there."""
@@ -144,7 +146,8 @@ def _node_file(folder: Path, node: int) -> Path:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    partial.write_text(json.dumps(content))
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as written:
+        json.dump(content, written)
     partial.replace(file)
 
 

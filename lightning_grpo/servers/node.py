@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.errors import GRPOError
+from lightning_grpo.errors import GRPOError, ServerError
 from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.servers.mailbox import BEAT_S, POLL_S, NodeMailbox, Request
 from lightning_grpo.servers.owned import OwnedServers
@@ -62,6 +62,7 @@ class ServerNode:
             self._servers = build_servers(arguments["servers"])
             self._servers.host = self._host
             self._servers.dedicated = True
+            self._servers.api_key = arguments.get("api_key")
             if arguments.get("load"):
                 self._servers.load = ServerLoad(**arguments["load"])
             run_dir = Path(arguments["run_dir"]) / f"node-{self._node}"
@@ -86,5 +87,7 @@ def build_servers(described: Mapping[str, Any]) -> OwnedServers:
     arguments = dict(described["init_args"])
     if "port_range" in arguments:  # JSON has no tuples
         arguments["port_range"] = tuple(arguments["port_range"])
-    built: OwnedServers = getattr(importlib.import_module(module), name)(**arguments)
-    return built
+    kind = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, OwnedServers)):
+        raise ServerError(f"{described['class_path']} is no class of servers that a node starts.")
+    return kind(**arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.errors import ServerError
+from lightning_grpo.keys import API_KEY_VARIABLE, new_key
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.process import Launch, ServerProcess
 
@@ -18,6 +19,7 @@ class OwnedServers(Servers):
     """What EmbeddedServers and SGLangServers share; they differ in the command only.
 
     Attributes:
+        api_key: What the servers ask for; made at random by `start` unless set before; empty: none.
         host: The name or address that the servers listen on.
         dedicated: Whether the machine is for servers alone: nobody trains on its GPUs.
         start_timeout_s: How long all of them may take to answer.
@@ -33,6 +35,11 @@ class OwnedServers(Servers):
         self._handles: list[ServerHandle] = []
         self._lock = threading.Lock()
         self._stopping = False
+
+    def key_environment(self) -> dict[str, str]:
+        """How a server is told its key: a command line is shown to everybody on the machine."""
+        # Also an empty one: this process's own variable is for other servers.
+        return {API_KEY_VARIABLE: self.api_key or ""}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a rank that is spawned gets: locks and processes are this process's."""
@@ -63,6 +70,8 @@ class OwnedServers(Servers):
     def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
         """Starts all servers at once and waits for each; a failure ends the others."""
         self.stop()
+        if self.api_key is None:
+            self.api_key = new_key()
         with self._lock:
             self._launches = list(self.launches(model_path, run_dir))
             deadline = time.monotonic() + self.start_timeout_s

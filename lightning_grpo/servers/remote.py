@@ -10,7 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
+from lightning_grpo.checks import MOST_SERVERS, require_count, require_seconds
+from lightning_grpo.errors import ServerError, ServerStartError
+from lightning_grpo.keys import new_key
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.mailbox import POLL_S, SILENCE_S, TrainerMailbox
 from lightning_grpo.servers.owned import OwnedServers
@@ -39,10 +41,8 @@ class NodeServers(Servers):
         servers: OwnedServers | None = None,
         connect_timeout_s: float = 600.0,
     ) -> None:
-        if num_nodes < 1:
-            raise ConfigError(f"`num_nodes` must be >= 1, got {num_nodes}.")
-        if connect_timeout_s <= 0:
-            raise ConfigError(f"`connect_timeout_s` must be > 0, got {connect_timeout_s}.")
+        require_count("num_nodes", num_nodes, most=MOST_SERVERS)
+        require_seconds("connect_timeout_s", connect_timeout_s)
         self.num_nodes = num_nodes
         self.folder = folder
         self.servers = servers or SGLangServers()
@@ -76,6 +76,8 @@ class NodeServers(Servers):
         """Asks every node for its servers and waits for all."""
         self.stop()
         self._stopping.clear()
+        if self.api_key is None:
+            self.api_key = new_key()
         self._mailbox = TrainerMailbox(Path(self.folder).absolute(), self.num_nodes)
         self._mailbox.wait_for_nodes(self.connect_timeout_s, self._check_stopping)
         request = {
@@ -83,6 +85,7 @@ class NodeServers(Servers):
             "run_dir": str(run_dir.absolute()),
             "servers": describe_servers(self.servers),
             "load": self._node_load(),
+            "api_key": self.api_key,
         }
         asked = [self._mailbox.ask(node, "start", **request) for node in range(self.num_nodes)]
         limit_s = self.servers.start_timeout_s + STOP_TIMEOUT_S

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lightning_grpo.checks import MOST_PORT, require_seconds
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.keys import read_key
 from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.devices import machine_devices
 from lightning_grpo.servers.environment import ADDRESSES_VARIABLE, server_addresses
@@ -20,7 +22,9 @@ class RunningServers(Servers):
         urls: `http://host:port` (or `host:port`) of each; None: what the environment variable
             `AREAL_LLM_SERVER_ADDRS` lists.
         connect_timeout_s: How long a server may take to answer.
-        api_key: Of the servers, if they want one.
+        api_key: Of the servers, if they want one: `env:NAME` or `file:PATH`, which others must not
+            be able to read; None: the environment variable `LIGHTNING_GRPO_API_KEY`, if it is set.
+            A key itself is taken, too, and left out of whatever the run writes.
     """
 
     def __init__(
@@ -31,11 +35,10 @@ class RunningServers(Servers):
     ) -> None:
         if urls is not None and not urls:
             raise ConfigError("`urls` must name at least one server, got an empty list.")
-        if connect_timeout_s <= 0:
-            raise ConfigError(f"`connect_timeout_s` must be > 0, got {connect_timeout_s}.")
+        require_seconds("connect_timeout_s", connect_timeout_s)
         self.urls = urls
         self.connect_timeout_s = connect_timeout_s
-        self.api_key = api_key
+        self.api_key = read_key(api_key)
         self._handles: list[ServerHandle] = []
 
     @property
@@ -103,6 +106,7 @@ def normal_url(address: str) -> str:
     scheme, _, rest = url.partition("://")
     if scheme not in ("http", "https"):
         raise ConfigError(f"`urls` must begin with http:// or https://, got {address!r}.")
-    if scheme == "http" and not rest.rpartition(":")[2].isdigit():
+    port = rest.rpartition(":")[2]
+    if scheme == "http" and not (port.isdecimal() and 0 < int(port) <= MOST_PORT):
         raise ConfigError(f"`urls` must carry a port (http://host:30000), got {address!r}.")
     return url

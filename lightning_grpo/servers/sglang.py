@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_grpo.checks import MOST_PORT, MOST_SERVERS, require_count, require_seconds
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.servers import serve_sglang
 from lightning_grpo.servers.devices import device_bytes, present_devices, serving_devices
 from lightning_grpo.servers.installed import ServerPython, resolve_python
 from lightning_grpo.servers.owned import OwnedServers
@@ -20,7 +22,10 @@ from lightning_grpo.servers.sizing import (
     size_servers,
 )
 
-OWN_FLAGS = ("model-path", "port", "tp-size", "mem-fraction-static")
+OWN_FLAGS = (
+    *("model-path", "port", "tp-size", "mem-fraction-static"),
+    *("api-key", "admin-api-key", "config"),
+)
 """Flags that have a parameter, or that the run sets itself."""
 
 CPU_FLAGS: dict[str, Any] = {
@@ -101,7 +106,7 @@ class SGLangServers(OwnedServers):
         return "\n".join(lines)
 
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
-        """One `sglang.launch_server` for each group of `tp` GPUs."""
+        """One `sglang.launch_server` (with its key) for each group of `tp` GPUs."""
         installed = resolve_python(self.python)
         on_cpu = self._on_cpu(installed)
         groups, shared, per_gpu = self._device_groups(on_cpu)
@@ -119,11 +124,11 @@ class SGLangServers(OwnedServers):
             elif shared:
                 fraction = SHARED_FRACTION
         flags = {"host": self.host} | chosen | self.flags
-        environment = CPU_ENVIRONMENT if on_cpu else {}
+        environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
         return [
             Launch(
                 [
-                    *(installed.python, "-m", "sglang.launch_server", "--model-path", model_path),
+                    *(installed.python, serve_sglang.__file__, "--model-path", model_path),
                     *("--port", str(port), "--tp-size", str(self.tp)),
                     *flag("mem-fraction-static", fraction),
                     *(word for name, value in flags.items() for word in flag(name, value)),
@@ -193,10 +198,18 @@ class SGLangServers(OwnedServers):
         return groups, len(present) == 1 and not self.dedicated, per_gpu
 
     def _check(self) -> None:
-        if self.num_servers is not None and self.num_servers < 1:
-            raise ConfigError(f"`num_servers` must be >= 1, got {self.num_servers}.")
-        if self.tp < 1:
-            raise ConfigError(f"`tp` must be >= 1, got {self.tp}.")
+        if self.num_servers is not None:
+            require_count("num_servers", self.num_servers, most=MOST_SERVERS)
+        require_count("tp", self.tp, most=MOST_SERVERS)
+        require_seconds("start_timeout_s", self.start_timeout_s)
+        for device in self.devices or ():
+            require_count("devices", device, least=0, most=MOST_SERVERS)
+        for port in self.port_range:
+            require_count("port_range", port, most=MOST_PORT + 1)
+        if self.port_range[0] >= self.port_range[1]:
+            raise ConfigError(
+                f"`port_range` must be two ports, the smaller one first, got {self.port_range}."
+            )
         if self.devices is not None and len(set(self.devices)) < len(self.devices):
             raise ConfigError(f"`devices` must not repeat, got {self.devices}.")
         if self.memory_fraction is not None and not 0 < self.memory_fraction < 1:
@@ -206,8 +219,8 @@ class SGLangServers(OwnedServers):
         taken = [name for name in OWN_FLAGS if name in self.flags]
         if taken:
             raise ConfigError(
-                f"`flags` must not set {', '.join(taken)}: the run does, or a parameter"
-                " (`tp`, `memory_fraction`, `port_range`)."
+                f"`flags` must not set {', '.join(taken)}: the run does (each run's servers have a"
+                " key of their own), or a parameter (`tp`, `memory_fraction`, `port_range`)."
             )
 
 

@@ -13,6 +13,7 @@ from http import HTTPStatus
 import aiohttp
 
 from lightning_grpo.errors import ConfigError, ServerStartError
+from lightning_grpo.keys import API_KEY_VARIABLE
 
 POLL_S = 0.1
 KEYS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
@@ -130,7 +131,10 @@ def wait_until_healthy(
         check()
         if said is not None and said.status in KEYS:
             wants = "another API key than the one given" if api_key else "an API key"
-            raise ConfigError(f"{url} wants {wants} (it answered {said.status}).")
+            raise ConfigError(
+                f"{url} wants {wants} (it answered {said.status}). "
+                f"Set {API_KEY_VARIABLE} to it, or `api_key` to `env:NAME` or `file:PATH`."
+            )
         if left_s <= 0:
             last = "" if said is None else f" It answered {said.status}."
             raise ServerStartError(

@@ -36,6 +36,7 @@ from lightning_grpo._compat import (
     optimizers_to_device,
     set_data_parallel_size,
 )
+from lightning_grpo.checks import require_count, require_seconds
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.strategies.checkpoints import (
     AtomicCheckpointIO,
@@ -116,6 +117,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             timeout=timeout,
         )
+        if data_parallel_size != "auto":
+            require_count("data_parallel_size", data_parallel_size)
+        require_seconds("timeout", timeout.total_seconds())
         self._requested_size = data_parallel_size
         self._blocks = blocks
         self._param_dtype = param_dtype

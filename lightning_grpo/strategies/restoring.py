@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,19 @@ def require_checkpoint(path: str | Path) -> None:
         raise ConfigError(
             f"`ckpt_path` must name a checkpoint, a file or a folder of shards, and {str(path)!r} "
             f"is a folder without {METADATA}. {nearest}"
+        )
+
+
+def require_readable(path: str | Path) -> None:
+    """Refuse a file that torch did not write, without reading it.
+
+    Raises:
+        ConfigError: It is none, or its end is missing.
+    """
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise ConfigError(
+            f"`ckpt_path` {str(path)!r} can't be read as a checkpoint: it is of another format, or "
+            "cut off. Name another one."
         )
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lightning_grpo.errors import ConfigError, WeightSyncError
+from lightning_grpo.checks import require_number
+from lightning_grpo.errors import WeightSyncError
 from lightning_grpo.weights.transport import Place, Snapshot, Target, Transport, require_success
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".msgpack", ".h5")
@@ -33,8 +34,7 @@ class DiskTransport(Transport):
     prepares_quickly = False
 
     def __init__(self, folder: str | None = None, keep: int = 2) -> None:
-        if keep < 1:
-            raise ConfigError(f"`keep` must be >= 1 (a restarted server loads it), got {keep}.")
+        require_number("keep", keep, least=1, whole=True, why="a restarted server loads it")
         self.folder = folder
         self.keep = keep
         self._root: Path | None = None

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from lightning_grpo.checks import require_seconds
 from lightning_grpo.errors import ConfigError, ServerError, WeightSyncError
 from lightning_grpo.weights.buckets import Bucket, make_buckets
 from lightning_grpo.weights.collective import WeightGroup, address_towards
@@ -45,8 +46,7 @@ class ProcessGroupTransport(Transport):
     def __init__(self, backend: str = "auto", timeout_s: float = 60.0) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-        if timeout_s <= 0:
-            raise ConfigError(f"`timeout_s` must be > 0, got {timeout_s}.")
+        require_seconds("timeout_s", timeout_s)
         self.backend = backend
         self.timeout_s = timeout_s
         self._bucket_bytes = 0

@@ -60,6 +60,7 @@ def servers(tmp_path_factory):
         python=python,
         flags={**FLAGS, "max-running-requests": 256, "cuda-graph-max-bs-decode": 256},
     )
+    started.api_key = ""
     (handle,) = started.start(resolve_path("shipped:quickstart"), folder)
     try:
         yield [

@@ -26,9 +26,9 @@ from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, ma
 from tests.fakes.user_objects import MaxRL, ScaledLoss, make_adam
 
 
-def fit_and_save(tmp_path, module, server, **settings):
+def fit_and_save(tmp_path, module, server, data=None, **settings):
     trainer = make_trainer(tmp_path, **settings)
-    trainer.fit(module, make_data(server))
+    trainer.fit(module, data or make_data(server))
     trainer.save_checkpoint(tmp_path / "run.ckpt")  # after the end, as people do
     return tmp_path / "run.ckpt"
 
@@ -57,6 +57,24 @@ def test_a_user_s_loss_object_and_subclass_come_back(tiny_model, server, tmp_pat
     loaded = MaxRL.load_from_checkpoint(path)
     assert isinstance(loaded.loss, ScaledLoss)
     assert loaded.loss.scale == 0.5
+
+
+def test_a_run_that_goes_on_remembers_its_baseline(tiny_model, server, tmp_path, capsys):
+    def data():
+        return make_data(server, val_prompts=make_prompts(4))
+
+    every = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    path = fit_and_save(tmp_path, make_module(tiny_model), server, data(), **every)
+    capsys.readouterr()
+    resumed = data()
+    trainer = make_trainer(tmp_path, max_steps=4, enable_progress_bar=True, **every)
+    trainer.fit(make_module(tiny_model), resumed, ckpt_path=path)
+    assert [record.step for record in resumed.evaluations] == [0, 2, 4]
+    assert resumed.evaluations[0].metrics.keys() == resumed.evaluations[2].metrics.keys()
+    assert "avg_at_1, step 0 -> 4" in capsys.readouterr().out
+    other = data()
+    trainer.validate(make_module(tiny_model), other, ckpt_path=path)
+    assert len(other.evaluations) == 1
 
 
 def test_a_lambda_must_be_passed_again_to_train_on_and_the_error_says_so(
@@ -195,7 +213,7 @@ def test_the_step_behind_which_a_signal_stops_is_in_the_curve_and_on_disk(
     with pytest.raises(StopRun, match="SIGTERM: stopped at step 3"):
         trainer.fit(make_module(tiny_model), make_data(server))
     with (tmp_path / "metrics.csv").open() as rows:
-        assert [row["step"] for row in csv.DictReader(rows) if row["reward/mean"]] == list("012")
+        assert [row["step"] for row in csv.DictReader(rows) if row["reward/mean"]] == list("123")
     assert [recorded_version(file) for file in trajectory_files(tmp_path)] == [0, 1, 2]
 
 

@@ -83,4 +83,4 @@ def test_a_run_that_is_killed_ten_times_trains_on_each_prompt_of_each_pass_once(
     assert state["version"] == steps // STEPS_PER_BATCH
     assert len(keys) == len(groups) == BATCH * state["version"]  # none twice
     assert trained_keys(state["producer"]["ledger"]) == len(keys)
-    assert sorted(rewards) == list(range(steps))
+    assert sorted(rewards) == list(range(1, steps + 1))

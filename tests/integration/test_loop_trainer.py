@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -17,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.types import Sampling
@@ -136,7 +141,68 @@ def test_model_checkpoint_early_stopping_and_lr_monitor_work_on_what_is_logged(
     rates = [float(row["lr-SGD"]) for row in rows if row["lr-SGD"]]
     assert rates[:2] == pytest.approx([0.025, 0.03125])
     steps = [int(row["step"]) for row in rows if row["reward/mean"]]
-    assert steps == list(range(trainer.global_step))
+    assert steps == list(range(1, trainer.global_step + 1))
+
+
+def test_a_step_has_one_number_and_a_row_also_where_nobody_asked_for_rows(
+    tiny_model, server, tmp_path
+):
+    settings = {"max_steps": 3, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    for asked, steps in ((None, ["1", "2", "3"]), (2, ["2"])):
+        logger = CSVLogger(tmp_path, name=str(asked))
+        trainer = make_trainer(tmp_path, logger=logger, log_every_n_steps=asked, **settings)
+        trainer.fit(make_module(tiny_model), data_with_validation(server))
+        with (tmp_path / str(asked) / "version_0/metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows if row.get("reward/mean")] == steps
+        assert [row["step"] for row in rows if row["eval/avg_at_1"]] == ["0", "2"]
+
+
+def test_test_prompts_are_asked_by_test_alone(tiny_model, server, tmp_path):
+    module, trainer = make_module(tiny_model), make_trainer(tmp_path)
+    data = data_with_validation(server, test_prompts={"a": make_prompts(3), "b": make_prompts(5)})
+    (validated,) = trainer.validate(module, data, verbose=False)
+    assert validated.keys() == {"eval/avg_at_1", "eval/avg_at_1_ci95"}
+    tested = trainer.test(module, data, verbose=False)[0]
+    assert {"test/a/avg_at_1", "test/b/avg_at_1"} <= tested.keys()
+    assert not any(name.startswith("eval/") for name in tested)
+    groups = data.evaluations[-1].groups
+    assert [len(groups[name]) for name in ("a", "b")] == [3, 5]
+    with pytest.raises(ConfigError, match=r"Set `data\.test_prompts`"):
+        make_trainer(tmp_path).test(make_module(tiny_model), make_data(server))
+
+
+def test_a_run_without_a_logger_leaves_the_current_folder_alone(
+    tiny_model, server, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        data = data_with_validation(server)
+        make_trainer(Path(), fast_dev_run=True, max_steps=-1).fit(make_module(tiny_model), data)
+        assert list(data.run_dir.rglob("step_000001.parquet"))
+    assert [path.name for path in tmp_path.iterdir()] == ["lightning_logs"]
+    assert len(list((tmp_path / "lightning_logs").iterdir())) == 2
+
+
+def test_a_second_run_in_a_folder_that_is_taken_is_refused(tiny_model, server, tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    settings = {"logger": TensorBoardLogger(tmp_path, name="", version="run")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=f"process {other.pid} on .* has it"):
+            make_trainer(tmp_path, **settings).fit(make_module(tiny_model), make_data(server))
+    make_trainer(tmp_path, **settings).fit(make_module(tiny_model), make_data(server))
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from lightning_grpo.session.folder import hold_folder
+hold_folder(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_bars_loggers_and_profilers_of_lightning_work_together(tiny_model, server, tmp_path):
@@ -150,6 +216,11 @@ def test_bars_loggers_and_profilers_of_lightning_work_together(tiny_model, serve
     )
     trainer.fit(make_module(tiny_model), data_with_validation(server))
     assert list(tmp_path.glob("csv/version_0/metrics.csv"))
+    for settings in tmp_path.glob("*/version_0/hparams.yaml"):
+        told = yaml.safe_load(settings.read_text())
+        assert told["data"]["group_size"] == trainer.datamodule.group_size
+        assert told["model"]["model"] == str(tiny_model)
+    assert len(list(tmp_path.glob("*/version_0/hparams.yaml"))) == 2
     assert list(tmp_path.glob("tb/version_0/events*"))
     assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
 

@@ -32,6 +32,7 @@ class Server:
         self.kind = kind
         self.model = model
         self.servers = servers
+        servers.api_key = ""  # requests of all kinds are sent without one here
         (self.handle,) = servers.start(str(model), run_dir)
 
     @property

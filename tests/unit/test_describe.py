@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lightning_grpo.describe import describe_dtypes
+from lightning_grpo.describe import describe_data, describe_dtypes
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from tests.fakes.loops import make_trainer
+from tests.fakes.loops import NeverServers, make_data, make_trainer
 
 
 def described(tmp_path, **settings) -> str:
@@ -28,3 +28,10 @@ def test_autocast_and_the_sharding_policy_are_told(tmp_path):
     strategy = FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")
     assert "compute bfloat16, gradients float32, opt" in described(tmp_path, strategy=strategy)
     assert "compute float32, gradients float32, opt" in described(tmp_path, strategy="fsdp2")
+
+
+def test_a_batch_of_more_prompts_than_there_are_is_said():
+    data = make_data(NeverServers(), batch_size=4)
+    few = "3 (fewer than a batch of 4: some are asked several times in each), and held out none"
+    assert describe_data(data, 3, {})["prompts"] == few
+    assert describe_data(data, 4, {})["prompts"] == "4, and held out none"

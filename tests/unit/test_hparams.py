@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+import yaml
 
 from lightning_grpo import hparams
 from lightning_grpo.algorithm.aggregation import SequenceMean
@@ -13,6 +14,12 @@ from lightning_grpo.algorithm.corrections import TokenTIS
 from lightning_grpo.algorithm.kl import K3, KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss
 from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.hparams import loggable
+from lightning_grpo.rewards import gsm8k
+from lightning_grpo.rollout.prompts import Prompts
+from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.types import Sampling
 from tests.fakes.user_objects import ScaledLoss, make_adam, own_loss
 
 OBJECTS = [
@@ -92,6 +99,26 @@ def test_a_factory_that_refuses_its_settings_is_named():
             functools.partial(torch.optim.AdamW, lr=-1.0),
             [torch.nn.Parameter(torch.zeros(1))],
         )
+
+
+def test_loggers_are_told_what_can_be_read_and_no_data_or_secrets():
+    workflow = RLVRWorkflow(gsm8k, Sampling(48))
+    rows = [{"question": "2+2=", "answer": "4"}] * 30
+    told = loggable(
+        {
+            "workflow": workflow,
+            "prompts": {"": Prompts(rows, column="question")},
+            "servers": RunningServers(["http://a:1"], api_key="sk-1"),
+            "keep": lambda group: True,
+        }
+    )
+    arguments = told["workflow"]["init_args"]
+    assert arguments["reward"] == ["lightning_grpo.rewards.final_answer.gsm8k"]
+    assert arguments["sampling"]["init_args"]["max_new_tokens"] == 48
+    prompts = told["prompts"][""]["init_args"]
+    assert (prompts["path"], prompts["column"]) == ("list (30 items)", "question")
+    assert told["servers"]["init_args"]["urls"] == ["http://a:1"]
+    assert "sk-1" not in yaml.safe_dump(told)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.compile import from_compiled
 
 from lightning_grpo.algorithm.advantages import LeaveOneOutAdvantage
 from lightning_grpo.algorithm.batch import RolloutBatch
@@ -241,3 +242,10 @@ def test_a_model_in_memory_is_refused_with_the_ways_out():
 def test_a_model_s_folder_may_be_a_path(tmp_path):
     module = GRPOModule(tmp_path)
     assert module.model_path == module.hparams["model"] == str(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_module_that_was_compiled_whole_is_refused_with_the_way_that_works():
+    module = from_compiled(torch.compile(GRPOModule("shipped:quickstart")))
+    with pytest.raises(ConfigError, match=r"Compile the decoder.*get_decoder\(\)\.compile"):
+        module.check_model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -115,3 +116,10 @@ def test_the_constraints_pin_every_requirement_within_its_range():
 def test_nothing_in_the_build_files_names_an_index_host():
     for name in ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run"):
         assert "://" not in (REPOSITORY / name).read_text(), name
+
+
+def test_the_tests_that_the_security_page_names_are_there():
+    page = (REPOSITORY / "SECURITY.md").read_text()
+    named = set(re.findall(r"`((?:unit|integration)/[^`]*)`", page))
+    assert len(named) > 10
+    assert [name for name in named if not (REPOSITORY / "tests" / name).exists()] == []

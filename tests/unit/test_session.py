@@ -48,8 +48,14 @@ def folder(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("model"), num_layers=1, hidden_size=32)
 
 
+def in_folder(data, run_dir):
+    """As if its run had this folder."""
+    data.run_dir = run_dir
+    return data
+
+
 def settings_of(folder, tmp_path, **kwargs):
-    return make_data(NeverServers(), **kwargs)._settings(str(folder), tmp_path)
+    return in_folder(make_data(NeverServers(), **kwargs), tmp_path)._settings(str(folder))
 
 
 def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_path):
@@ -75,7 +81,7 @@ def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
 
     data = make_data(NeverServers())
     shouting = Shouting(data.prompts, data.workflow, data.servers)
-    material = open_material(shouting._settings(str(folder), tmp_path))
+    material = open_material(in_folder(shouting, tmp_path)._settings(str(folder)))
     assert "WHAT IS 0 + 0?" in material.prompts[""][0].text
 
 
@@ -92,10 +98,6 @@ def test_sampling_that_biases_the_ratio_is_refused_unless_allowed(folder, tmp_pa
 @pytest.mark.parametrize(
     ("sampling", "rule"),
     [
-        (Sampling(temperature=-1.0), r"temperature` must be >= 0 and finite, got -1\.0"),
-        (Sampling(top_p=0.0), r"top_p` must be > 0 and <= 1, got 0\.0"),
-        (Sampling(top_k=0), "top_k` must be >= 1, or -1 for all, got 0"),
-        (Sampling(max_new_tokens=0), "max_new_tokens` must be >= 1, got 0"),
         (Sampling(stop=("",)), "stop` must hold texts"),
         (Sampling(temperature=0.0), "temperature` must be > 0 for more than one sample"),
     ],
@@ -130,7 +132,7 @@ def test_a_row_that_turns_out_to_be_none_is_left_to_be_given_up(folder, tmp_path
             return super().make_prompt(row, tokenizer)
 
     data = make_data(NeverServers(), cls=Choosy)
-    settings = data._settings(str(folder), tmp_path)
+    settings = in_folder(data, tmp_path)._settings(str(folder))
     material = open_material(settings)
     with pytest.raises(PromptError, match=r"row 4 of .*KeyError\('hint'\)"):
         material.prompts[""].prompt(4)
@@ -313,7 +315,9 @@ class SlowServers(Servers):
 
 def test_closing_does_not_wait_until_servers_come_up(folder, tmp_path):
     servers = SlowServers()
-    session = RolloutSession(make_data(servers)._settings(str(folder), tmp_path), RankChannel())
+    session = RolloutSession(
+        in_folder(make_data(servers), tmp_path)._settings(str(folder)), RankChannel()
+    )
     session.start()
     assert servers.begun.wait(20)
     session.close()
@@ -322,7 +326,7 @@ def test_closing_does_not_wait_until_servers_come_up(folder, tmp_path):
 
 def test_closing_does_not_wait_until_a_server_is_restarted(folder, tmp_path):
     servers = SlowServers()
-    settings = make_data(servers)._settings(str(folder), tmp_path)
+    settings = in_folder(make_data(servers), tmp_path)._settings(str(folder))
     material = SimpleNamespace(requirements=Requirements, tokenizer=None)
 
     async def close_during_a_restart():

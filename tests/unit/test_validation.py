@@ -28,11 +28,12 @@ def test_the_next_chunk_is_asked_before_this_one_is_waited_for():
 def test_no_more_is_asked_than_the_trainer_will_read(limit, asked):
     last = [0]
     loader = EvaluationLoader(
-        "", 7, 3, lambda name, first, end: last.append(end), lambda *chunk: chunk, limit
+        "", 7, 3, lambda name, first, end: last.append(end), lambda *chunk: chunk, limit, 5
     )
     assert len(loader) == 3
     list(loader)
     assert last[-1] == asked
+    assert loader.num_answers == 5 * asked
 
 
 def test_an_empty_set_asks_nothing():

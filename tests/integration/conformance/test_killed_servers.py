@@ -38,6 +38,7 @@ def anyio_backend() -> str:
 async def started(
     servers: OwnedServers, model: Path, run_dir: Path, signum: signal.Signals = signal.SIGKILL
 ) -> AsyncIterator[KillingProxy]:
+    servers.api_key = ""  # one pool, and each would have its own
     (handle,) = await anyio.to_thread.run_sync(servers.start, str(model), run_dir)
     try:
         async with KillingProxy(handle, signum).listening() as proxy:

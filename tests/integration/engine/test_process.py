@@ -17,7 +17,10 @@ PROMPTS = [[10 + i, 40, 99, 7] for i in range(12)]
 
 
 def test_it_asks_for_its_key_except_for_its_health(model_folder: Path, tmp_path: Path) -> None:
-    engine = EngineProcess(model_folder, tmp_path / "log", ["--api-key", "secret"], "secret")
+    file = tmp_path / "key"
+    file.write_text("secret\n")
+    file.chmod(0o600)
+    engine = EngineProcess(model_folder, tmp_path / "log", ["--api-key", f"file:{file}"], "secret")
     try:
         body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
         assert engine.request("/generate", body)[0] == 200

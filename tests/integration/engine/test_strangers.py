@@ -55,6 +55,30 @@ def test_what_would_take_all_memory_is_refused_in_a_short_message(engine, case):
     assert process.memory_info().rss - before < 200 << 20
 
 
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+REFUSED_CHATS = {
+    "n": (CHAT | {"n": 10**9}, "must be at most 4096"),
+    "a long message": (
+        CHAT | {"messages": [{"role": "user", "content": "ab " * 10**6}]},
+        "must fit in the context",
+    ),
+    "a template": (
+        CHAT | {"chat_template_kwargs": {"chat_template": "{{ 'x' * 10**9 }}"}},
+        "must be variables of the model's template, got ['chat_template']",
+    ),
+    "stops": (CHAT | {"stop": ["a"] * 10**5}, "`sampling_params.stop` must be"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CHATS)
+def test_chats_are_bounded_as_well(engine, case):
+    chat, words = REFUSED_CHATS[case]
+    status, reply = engine.request("/v1/chat/completions", chat)
+    message = reply["error"]["message"]
+    assert (status, words in message) == (400, True), message
+    assert engine.request("/v1/completions", raw=DEEP)[0] == 400
+
+
 def send(engine: EngineProcess, raw: bytes, *headers: str) -> bytes:
     """The first line of the answer to a POST whose body need not be taken."""
     with connect(engine) as connection:

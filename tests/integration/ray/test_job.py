@@ -102,7 +102,7 @@ def test_a_run_with_its_server_on_the_other_node_outlives_a_killed_server(launch
     engine.kill()
     assert job.end() == 0, job.output[-4000:]
     assert re.search(r"step +8/8 \| reward \d\.\d+", job.output)
-    assert job.steps() == list(range(8))
+    assert job.steps() == list(range(1, 9))
     logs = {file.name: file.read_text() for file in (job.run / "logs").iterdir()}
     assert logs.keys() == {"train-0.0.log", "server-0.0.log"}
     assert "step   8/8" in logs["train-0.0.log"] or re.search(r"step +8/8", logs["train-0.0.log"])
@@ -120,7 +120,7 @@ def test_a_killed_trainer_goes_on_from_its_last_checkpoint(launch):
     again = job.output.partition("restart 1 of 1")[2]
     assert re.search(r"Restoring states from the checkpoint path at \S+step=\d+", again)
     assert not re.search(r"step +1/10", again)
-    assert job.steps() == list(range(10))
+    assert job.steps() == list(range(1, 11))
 
 
 def test_ranks_on_two_nodes_train_together_and_one_that_is_killed_ends_the_run(launch):
@@ -144,7 +144,7 @@ def test_a_lost_machine_is_named_and_another_one_takes_its_place(launch, cluster
     cluster.add(f"--address={cluster.address}")
     assert job.end() == 0, job.output[-4000:]
     assert "restart 1 of 1" in job.output
-    assert job.steps() == list(range(10))
+    assert job.steps() == list(range(1, 11))
 
 
 def test_ctrl_c_saves_and_ends_everything(launch):

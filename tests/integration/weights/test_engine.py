@@ -79,6 +79,7 @@ async def running(tmp_path, models, transport, num_servers=1, health=FAST):
             handles,
             Requirements("run", vocab_size=512, max_tokens=400),
             lambda ids: " ".join(map(str, ids)),
+            api_key=servers.api_key,
             restart=restart,
             health=health,
         )

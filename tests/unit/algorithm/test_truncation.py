@@ -101,7 +101,7 @@ def test_a_penalty_without_a_known_limit_is_refused():
     ("settings", "message"),
     [
         ({"handling": "drop"}, "must be one of train, mask, exclude .*got 'drop'"),
-        ({"penalty_buffer": 0}, "`truncation.penalty_buffer` must be >= 1 token"),
+        ({"penalty_buffer": 0}, "`truncation.penalty_buffer` must be >= 1"),
         ({"handling": "exclude", "reward": 0.0}, "`truncation.reward` must be null"),
     ],
 )

@@ -143,6 +143,10 @@ def test_a_wait_for_held_out_prompts_counts_their_answers_alone():
     waiting.after(0, evaluated=300)
     waiting.after(4, done=16, evaluated=340, tokens=8_000)
     assert waiting.told == ["held-out prompts | 40 completions | 2,000 tokens/s | 4 s"]
+    waiting.teller.begin("held-out prompts", 500)
+    waiting.after(0, evaluated=340)
+    waiting.after(2, evaluated=390, tokens=8_000)
+    assert waiting.told[1] == "held-out prompts | 50 of 500 completions | 4,000 tokens/s | 2 s"
 
 
 def test_nothing_is_told_of_a_wait_that_is_over_or_of_which_nothing_is_known():
@@ -180,3 +184,10 @@ def test_a_run_begins_and_ends_the_teller(make_trainer, console):
         TinyModule(), datamodule=Rolling()
     )
     assert threading.active_count() == before
+
+
+def test_several_rewards_are_shown_each_by_its_name():
+    metrics = {"reward/mean": 1.25, "reward/right/mean": 1.0, "reward/short/mean": 0.25}
+    line = progress_line(3, 9, metrics, deque([1.25]))
+    assert "reward 1.250 (mean of 1: 1.250) [right 1.000, short 0.250]" in line
+    assert "[" not in progress_line(3, 9, {"reward/mean": 1.0, "reward/a/mean": 1.0}, deque())

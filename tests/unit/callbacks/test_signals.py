@@ -8,8 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.stop_flag import StopFlag
+from lightning_grpo.distributed import RankChannel
+from lightning_grpo.errors import StopRun
+from tests.fakes.tiny_run import TinyData, TinyModule
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 
@@ -77,3 +82,68 @@ def test_a_shutdown_may_keep_a_handler_that_exits(flag):
     flag.uninstall(exit_on_signal=True)
     assert signal.getsignal(signal.SIGTERM).__name__ == "_exit_now"
     assert signal.getsignal(signal.SIGUSR1) == usr1
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def fit(make_trainer, folder, *, stop_at=None, ckpt_path=None, saves=True):
+    """Eight steps, saved after every second one where it saves."""
+    handling = SignalHandling()
+    handling.connect(RankChannel.single())
+    callbacks = [handling, Interrupt(-1 if stop_at is None else stop_at)]
+    if saves:
+        callbacks.append(ModelCheckpoint(folder / "kept", every_n_train_steps=2, save_top_k=-1))
+    trainer = make_trainer(
+        callbacks=callbacks, enable_checkpointing=saves, enable_progress_bar=False
+    )
+    data = TinyData(num_rollouts=4)
+    if stop_at is None:
+        trainer.fit(TinyModule(), datamodule=data, ckpt_path=ckpt_path)
+    else:
+        with pytest.raises(StopRun):
+            trainer.fit(TinyModule(), datamodule=data, ckpt_path=ckpt_path)
+    return sorted(path.name for path in folder.glob("hpc_ckpt_*.ckpt"))
+
+
+QUIET = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, of each resume
+
+
+@QUIET
+def test_what_a_stop_saved_goes_once_a_newer_checkpoint_has_its_place(make_trainer, tmp_path):
+    assert fit(make_trainer, tmp_path, stop_at=2) == ["hpc_ckpt_1.ckpt"]
+    # Gone on from and stopped again before another was due: the newer stop takes its place.
+    first = tmp_path / "hpc_ckpt_1.ckpt"
+    assert fit(make_trainer, tmp_path, stop_at=3, ckpt_path=first) == ["hpc_ckpt_2.ckpt"]
+    assert fit(make_trainer, tmp_path, ckpt_path=tmp_path / "hpc_ckpt_2.ckpt") == []
+    assert (tmp_path / "kept/epoch=0-step=8.ckpt").exists()
+
+
+@QUIET
+def test_what_a_stop_saved_stays_while_it_is_the_newest_or_another_run_s(make_trainer, tmp_path):
+    fit(make_trainer, tmp_path, stop_at=2)
+    stop = tmp_path / "hpc_ckpt_1.ckpt"
+    assert fit(make_trainer, tmp_path, ckpt_path=stop, saves=False) == [stop.name]
+    assert fit(make_trainer, tmp_path) == [stop.name]  # a run that did not go on from it
+
+
+@QUIET
+def test_what_a_killed_run_could_not_remove_goes_at_its_next_start(make_trainer, tmp_path):
+    fit(make_trainer, tmp_path, stop_at=2)
+    stop = tmp_path / "hpc_ckpt_1.ckpt"
+    kept = stop.read_bytes()
+    fit(make_trainer, tmp_path, ckpt_path=stop)
+    stop.write_bytes(kept)
+    newer = tmp_path / "kept/epoch=0-step=4.ckpt"
+    # Saved anew under the number that was free again: not what the checkpoint came from.
+    assert fit(make_trainer, tmp_path, ckpt_path=newer) == [stop.name]
+    os.utime(stop, (1, 1))
+    assert fit(make_trainer, tmp_path, ckpt_path=newer) == []

@@ -86,6 +86,46 @@ def test_a_run_prints_its_settings_first_and_its_result_last(
     assert f"model         {tmp_path}/saved/epoch=0-step=6.ckpt" in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"max_steps": 3},
+            "before the first step only: they would be every 8 steps of an epoch of 8",
+        ),
+        ({"max_steps": 8}, ""),
+        ({"max_steps": 3, "val_check_interval": 2}, ""),
+        ({"max_steps": 3, "val_check_interval": 4}, "every 4 steps of an epoch of 8"),
+        ({"max_steps": 9, "val_check_interval": 9, "check_val_every_n_epoch": None}, ""),
+        (
+            {"max_steps": 8, "val_check_interval": 9, "check_val_every_n_epoch": None},
+            "every 9 steps (`val_check_interval`), and the run ends at step 8",
+        ),
+        ({"max_epochs": 1, "check_val_every_n_epoch": 2}, "before the first step only"),
+        ({"max_epochs": 2, "check_val_every_n_epoch": 2}, ""),
+        ({"max_steps": 3, "limit_val_batches": 0}, ""),
+    ],
+    ids=str,
+)
+def test_a_run_that_ends_before_its_next_validation_says_so_at_the_start(
+    make_trainer, console, printed, settings, words
+):
+    limits = {"limit_val_batches": 1, "max_epochs": -1, **settings}
+    trainer = make_trainer(callbacks=[RunSummary(console)], enable_progress_bar=False, **limits)
+    trainer.fit(TinyModule(), datamodule=TinyData(4))
+    said = [line for line in printed().splitlines() if line.startswith("held-out      answered")]
+    assert bool(said) == bool(words)
+    assert words in " ".join(printed().split())
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate"), [(7, "0.28 samples/s"), (100, "4 samples/s"), (31_250, "1,250 samples/s")]
+)
+def test_a_slow_run_has_a_speed_too(samples, rate):
+    lines = list(end_lines(Tally(seconds=25.0, samples=samples), [], "", "runs/a"))
+    assert any(line.endswith(f": {rate}") for line in lines)
+
+
 def test_a_run_that_failed_prints_no_result(make_trainer, console, printed):
     class Failing(TinyModule):
         def training_step(self, batch, batch_idx):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.trajectories import TrajectoryWriter
 from lightning_grpo.errors import CheckpointError, ConfigError
@@ -28,6 +29,28 @@ def test_only_every_nth_rollout_batch_is_written_when_asked(make_trainer, tmp_pa
     trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=3))
     names = sorted(file.name for file in (tmp_path / "kept").iterdir())
     assert names == ["step_000002.parquet", "step_000006.parquet"]
+
+
+def test_a_file_that_can_t_be_written_is_told_once_and_the_run_goes_on(
+    make_trainer, tmp_path, caplog
+):
+    class Mending(Callback):
+        """Makes room before the last rollout batch."""
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 4:
+                (tmp_path / "kept").unlink()
+
+    (tmp_path / "kept").touch()  # a file where the folder should be: like a full disk, an OSError
+    callbacks = [TrajectoryWriter(folder=str(tmp_path / "kept")), Mending()]
+    trainer = make_trainer(callbacks=callbacks, enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=3))
+    assert trainer.global_step == 6
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["step_000006.parquet"]
+    told = [r.getMessage() for r in caplog.records if r.name.endswith("trajectories")]
+    assert len(told) == 2
+    assert "step_000002.parquet can't be written (" in told[0]
+    assert "written again" in told[1]
 
 
 def test_an_interval_of_zero_is_refused():

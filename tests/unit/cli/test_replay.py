@@ -37,6 +37,16 @@ def test_the_config_of_the_run_is_found_from_its_folder_its_trajectories_and_a_f
         assert find_config(recording) == tmp_path / "config.yaml"
 
 
+def test_of_a_run_of_several_versions_the_config_of_the_last_is_taken(tmp_path):
+    folder = tmp_path / "version_3/trajectories"
+    folder.mkdir(parents=True)
+    with pytest.raises(ConfigProblem, match="No trajectories at"):
+        find_config(tmp_path)
+    (folder / "step_1.parquet").touch()
+    (tmp_path / "version_3/config.yaml").touch()
+    assert find_config(tmp_path) == tmp_path / "version_3/config.yaml"
+
+
 def test_help_needs_no_recording(capsys):
     assert main(["replay", "--help"]) == 0
     assert "lightning-grpo replay --from RUN" in capsys.readouterr().out

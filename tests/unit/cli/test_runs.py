@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 
-from lightning_grpo.cli.runs import CurveWriter, folder_beside, last_checkpoint, version_of
+from lightning_grpo.cli.runs import (
+    BoardLogger,
+    CurveWriter,
+    board_tells_itself,
+    folder_beside,
+    last_checkpoint,
+    version_of,
+)
 
 
 def make(path, age_s):
@@ -97,6 +104,25 @@ def test_a_disk_that_fills_up_holds_the_curve_back_and_says_so_once(tmp_path, ca
     steps = [row["step"] for row in rows_of(tmp_path / "metrics.csv")]
     assert steps == ["1", "2", "3", "4"]
     assert os.listdir(tmp_path) == ["metrics.csv"]
+
+
+def test_tensorboard_s_files_end_with_one_line_and_not_the_run(tmp_path, caplog, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with board_tells_itself():
+        board = BoardLogger(tmp_path, name="", version=0)
+        board.log_metrics({"loss": 1.0}, 1)
+        board.save()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            for step in range(2, 5):
+                board.log_metrics({"loss": 1.0}, step)
+                board.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        board.finalize("success")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "TensorBoard's files in" in caplog.text
+    assert capsys.readouterr().err.count("Traceback") == 0
 
 
 def test_what_reads_a_run_writes_beside_it_and_not_beside_the_current_folder(tmp_path, monkeypatch):

@@ -40,6 +40,14 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
         check_paths(checkpoint, tmp_path)
 
 
+@pytest.mark.parametrize("below", ["file", "file/deeper"])
+def test_an_export_to_where_nothing_can_be_written_is_refused_at_once(below, tmp_path):
+    (tmp_path / "file").touch()
+    checkpoint = tmp_path / "file"
+    with pytest.raises(ConfigError, match="`out` must be in a folder that can be written to"):
+        check_paths(checkpoint, tmp_path / below / "out")
+
+
 def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint file nor a folder of shards"):
         read_checkpoint(tmp_path)

@@ -81,7 +81,25 @@ def test_the_command_reads_a_runs_folder(folder, capsys):
     assert capsys.readouterr().out.count("completion") == 2
 
 
+@pytest.mark.parametrize("path", ["nowhere", "nowhere/step_000001.parquet"])
+def test_a_path_that_is_not_there_is_a_mistake_of_the_command(path, capsys):
+    assert main(["show", path]) == 2
+    assert f"there is no '{path}'" in capsys.readouterr().err
+
+
+def test_a_number_out_of_range_is_a_mistake_of_the_command(folder, capsys):
+    assert main(["show", str(folder), "--limit", "-1"]) == 2
+    assert "`--limit` must be >= 0, got -1" in capsys.readouterr().err
+
+
+def test_of_a_run_that_only_answered_the_held_out_answers_are_shown(tmp_path, capsys):
+    file = tmp_path / "version_0/trajectories/held_out/step_000002.parquet"
+    write_groups(file, [make_group(5)], step=2, version=1, outcome="held out")
+    assert main(["show", str(tmp_path)]) == 0
+    assert "What is 5 + 5?" in capsys.readouterr().out
+
+
 def test_a_folder_without_trajectories_is_refused(tmp_path, capsys):
     Path("empty").mkdir()
-    assert main(["show", "empty"]) == 1
+    assert main(["show", "empty"]) == 2
     assert "No trajectories at 'empty'" in capsys.readouterr().err

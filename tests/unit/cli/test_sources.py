@@ -107,3 +107,32 @@ def test_the_nearest_key_is_suggested(written, valid, said):
 
 def test_a_setting_without_a_value_is_a_flag():
     assert Setting(None, "command line").plain() is None
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAUGHS, "more than 100000 values"),
+        (MERGES, "more than 100000 values"),
+        ("trainer: &a [*a]\n", "must not stand in what it names"),
+        ("trainer: &a {b: {c: *a}}\n", "must not stand in what it names"),
+    ],
+)
+def test_aliases_that_would_fill_the_memory_are_refused(tmp_path, text, words):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigProblem, match=words):
+        read_yaml(tmp_path / "a.yaml", "a.yaml")
+
+
+def test_aliases_that_are_used_a_few_times_are_what_they_name(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: &m {loss: [1, 2]}\ndata: {<<: *m, more: *m}\n")
+    read = read_yaml(tmp_path / "a.yaml", "a.yaml").plain()
+    assert read["data"] == {"loss": [1, 2], "more": {"loss": [1, 2]}}

@@ -8,7 +8,8 @@ import logging
 
 import pytest
 
-from lightning_grpo.engine.door import Door, bears
+from lightning_grpo.engine.door import Door
+from lightning_grpo.keys import bears
 
 
 class Echo(asyncio.Protocol):

@@ -174,5 +174,5 @@ def test_settings_that_cannot_work_are_refused():
         Judge("http://x", "m", highest=0)
     with pytest.raises(ConfigError, match="`rubric` names 'solution'"):
         judged("SCORE: 1", rubric="{solution}")
-    with pytest.raises(ConfigError, match="`attempts` must be > 0"):
+    with pytest.raises(ConfigError, match="`attempts` must be >= 1"):
         Judge("http://x", "m", attempts=0)

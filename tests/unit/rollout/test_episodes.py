@@ -115,7 +115,6 @@ class Asks:
         ([Sampling(min_new_tokens=1)], "`sampling.min_new_tokens` must be 0"),
         ([Sampling(temperature=0.0)], "`sampling.temperature` must be > 0"),
         ([Sampling(temperature=1e-7)], "`sampling.temperature` must be > 0"),
-        ([Sampling(temperature=float("nan"))], "`sampling.temperature` must be >= 0 and finite"),
         ([Sampling(), Sampling(top_p=0.9)], "`sampling.top_p` must be 1.0"),
         (
             [Sampling(temperature=0.7), None],

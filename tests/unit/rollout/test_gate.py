@@ -19,7 +19,7 @@ def filled(gate: StalenessGate) -> list[int]:
 def test_a_batch_of_nobody_and_negative_staleness_are_refused():
     with pytest.raises(ConfigError, match="`batch_size` must be >= 1, got 0"):
         StalenessGate(0, 1)
-    with pytest.raises(ConfigError, match="`max_staleness` must be >= 0 versions, got -1"):
+    with pytest.raises(ConfigError, match="`max_staleness` must be >= 0, got -1"):
         StalenessGate(4, -1)
 
 

@@ -3,6 +3,8 @@ import sys
 import pytest
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.keys import API_KEY_VARIABLE
+from lightning_grpo.servers import serve_sglang
 from lightning_grpo.servers.devices import serving_devices
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.servers.installed import ServerPython, remember_python
@@ -23,7 +25,7 @@ def test_the_command_line_follows_the_parameters(tmp_path):
         flags={"attention_backend": "triton", "disable-radix-cache": True, "dtype": None},
     )
     command = list(launch.command)
-    assert command[:5] == [sys.executable, "-m", "sglang.launch_server", "--model-path", "model"]
+    assert command[:4] == [sys.executable, serve_sglang.__file__, "--model-path", "model"]
     text = " ".join(command)
     assert "--tp-size 2" in text
     assert "--mem-fraction-static 0.5" in text
@@ -31,7 +33,7 @@ def test_the_command_line_follows_the_parameters(tmp_path):
     assert text.endswith("--disable-radix-cache")
     assert "--host 127.0.0.1" in text
     assert "dtype" not in text
-    assert launch.environment == {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert launch.environment == {"CUDA_VISIBLE_DEVICES": "4,5", API_KEY_VARIABLE: ""}
     assert launch.devices == (4, 5)
     port = command[command.index("--port") + 1]
     assert launch.url == f"http://127.0.0.1:{port}"

@@ -1,0 +1,123 @@
+"""Checks of settings that several objects share; each raises ConfigError at construction.
+
+Every number of a public constructor goes through one of them: it is finite, and in a range in which
+it does something. A size beyond all sense (a group of a billion) would be silence, then the end.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from lightning_grpo.errors import ConfigError
+
+A_YEAR_S = 365 * 86400
+"""Nothing is waited for longer; clocks of the system overflow not far beyond."""
+MOST = 10**9
+"""What has no bound of its own ends here."""
+MOST_SAMPLES = 65536
+"""Of one prompt, or at once on one server."""
+MOST_SERVERS = 10_000
+MOST_PORT = 65535
+
+
+def require_number(  # noqa: PLR0913 - a range in words
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = MOST,
+    whole: bool = False,
+    why: str = "",
+    way_out: str = "",
+) -> None:
+    """Refuse what is no finite number of a range.
+
+    Args:
+        name: Of the setting.
+        value: What was given; None is for the caller to allow.
+        least: The smallest.
+        above: In the place of `least`: all numbers above this.
+        most: The largest.
+        whole: Whether it counts something.
+        why: The reason of the lower bound, in a few words.
+        way_out: What to do, as sentences.
+
+    Raises:
+        ConfigError: The setting, the rule that it breaks, and the way out.
+    """
+    number: Any = value
+    kind: Any = Integral if whole else Real
+    reason = ""
+    if not isinstance(number, kind) or isinstance(number, bool):
+        rule = "a whole number" if whole else "a number"
+    elif not math.isfinite(number):
+        rule = "finite"
+    elif number > most:
+        rule = f"<= {_shown(most)}"
+    else:
+        reason = f" ({why})" if why else ""
+        if least is not None and number < least:
+            rule = f">= {_shown(least)}"
+        elif above is not None and number <= above:
+            rule = f"> {_shown(above)}"
+        else:
+            return
+    raise ConfigError(f"`{name}` must be {rule}{reason}, got {value!r}. {way_out}".rstrip())
+
+
+def require_seconds(name: str, value: object) -> None:
+    """`value` must be a time that can be waited for."""
+    require_number(name, value, above=0, most=A_YEAR_S)
+
+
+def require_count(name: str, value: object, least: int = 1, most: float = MOST) -> None:
+    """`value` must be a whole number of `least` to `most`."""
+    require_number(name, value, least=least, most=most, whole=True)
+
+
+def _shown(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) else str(bound)
+
+
+def require_positive(name: str, value: float, default: str) -> None:
+    """`value` must be > 0."""
+    require_number(name, value, above=0, way_out=f"Way out: {default} is the default.")
+
+
+def require_clip(clip_low: float, clip_high: float) -> None:
+    """Both must be >= 0 and `clip_low` <= 1, so that the band holds 1 and no negative ratio."""
+    if not 0 <= clip_low <= 1:
+        raise ConfigError(
+            f"`clip_low` must be between 0 and 1 (the ratio is clipped at 1 - clip_low), "
+            f"got {clip_low}. Way out: 0.2."
+        )
+    require_number(
+        "clip_high",
+        clip_high,
+        least=0,
+        why="the ratio is clipped at 1 + clip_high",
+        way_out="Way out: 0.28.",
+    )
+
+
+def require_band(low: float, high: float) -> None:
+    """0 <= low <= 1 <= high: a band that drops unchanged weights trains on nothing."""
+    if not 0 <= low <= 1 <= high <= MOST:
+        raise ConfigError(
+            f"`low` and `high` must satisfy 0 <= low <= 1 <= high, finite (1 is the ratio of equal "
+            f"policies), got {low} and {high}. Way out: put 1 between them."
+        )
+
+
+def require_cap(cap: float) -> None:
+    """`cap` must be >= 1."""
+    require_number(
+        "cap",
+        cap,
+        least=1,
+        why="the ratio of equal policies",
+        way_out="Way out: 2.0 or more.",
+    )

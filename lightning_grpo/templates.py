@@ -1,0 +1,117 @@
+"""Chat templates come with a model's folder, and are programs: one is tried out before it is used.
+
+Jinja's sandbox keeps a template from files and Python, not from memory and time. So the first
+conversation is rendered in a process of its own that has little of both.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_grpo.errors import ConfigError
+
+_CPU_S = 2
+_MEMORY_BYTES = 1 << 29
+_TOO_MUCH = 7
+_WAIT_S = 60.0
+"""Of the clock, on a machine that is busy with other things."""
+
+_sound: set[str] = set()
+"""Templates that were tried."""
+
+_TRIAL = f"""
+import json, resource, sys
+given = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+class Generation(Extension):
+    tags = {{"generation"}}
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+)
+environment.filters["tojson"] = lambda value, **_: json.dumps(value)
+def raise_exception(message):
+    raise ValueError(message)
+environment.globals["raise_exception"] = raise_exception
+environment.globals["strftime_now"] = lambda form: "1 Jan 2026"
+used = resource.getrusage(resource.RUSAGE_SELF)
+limit = int(used.ru_utime + used.ru_stime) + {_CPU_S}
+resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY_BYTES}, {_MEMORY_BYTES}))
+try:
+    length = len(environment.from_string(given.pop("template")).render(**given))
+except (MemoryError, OverflowError):
+    sys.exit({_TOO_MUCH})
+except Exception:
+    sys.exit(0)  # whatever else it raises it raises where it is used, too
+sys.exit({_TOO_MUCH} if length > {_MEMORY_BYTES >> 4} else 0)
+"""
+
+
+def check_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a tokenizer's chat template that takes all memory or time; tried once a process.
+
+    Args:
+        tokenizer: Whose template it is.
+        messages: A conversation to try it with.
+
+    Raises:
+        ConfigError: It does.
+    """
+    found = getattr(tokenizer, "chat_template", None)
+    templates = found.values() if isinstance(found, Mapping) else [found]
+    special = getattr(tokenizer, "special_tokens_map", None) or {}
+    given = {
+        "messages": list(messages),
+        "add_generation_prompt": True,
+        "tools": None,
+        "documents": None,
+        **{name: str(token) for name, token in special.items() if isinstance(name, str)},
+    }
+    for template in templates:
+        if isinstance(template, str):
+            _try(template, json.dumps(given, default=str))
+
+
+def _try(template: str, given: str) -> None:
+    if template in _sound:
+        return
+    wrong = _run(template, given)
+    if wrong:
+        raise ConfigError(
+            f"`model` must come with a chat template that can be rendered, and its own {wrong}. "
+            "Way out: the model's original tokenizer (a template is a program)."
+        )
+    _sound.add(template)
+
+
+def _run(template: str, given: str) -> str:
+    """What is wrong with it; empty if nothing is."""
+    order = json.dumps({"template": template} | json.loads(given))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _TRIAL],
+            input=order,
+            text=True,
+            capture_output=True,
+            timeout=_WAIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"takes longer than {_WAIT_S:g} s for one conversation"
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return f"takes more than {_CPU_S} s for one conversation"
+    if done.returncode == _TOO_MUCH:
+        return "makes a text without end of one conversation"
+    return ""
