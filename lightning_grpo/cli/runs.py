@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import logging
 import os
 import shutil
@@ -281,22 +282,20 @@ class CurveWriter:
 
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        rows: list[dict[str, Any]] | None = None
-        if self._columns is None:
-            columns, rows = _read(self._file)
-            rows = self._put_aside(columns, rows)
-        else:
-            columns = self._columns
+        columns = self._columns
+        # A run of weeks has rows that fill gigabytes as dictionaries: they are never all in memory.
+        rows: Iterable[dict[str, Any]] = _rows(self._file)
+        if columns is None:
+            columns, kept = _read(self._file)
+            rows = self._put_aside(columns, kept)
         new = {name for row in self.metrics for name in row} - set(columns)
-        if rows is None and not new:
+        if self._columns is not None and not new:
             _append(self._file, columns, self.metrics)
             return
-        if rows is None:
-            rows = _read(self._file)[1]
         columns = sorted({*columns, *new})
         partial = self._file.with_name(f".{METRICS}.tmp")
         try:
-            _write_rows(partial, columns, [*rows, *self.metrics])
+            _write_rows(partial, columns, itertools.chain(rows, self.metrics))
             partial.replace(self._file)  # a run that is killed here keeps its curve
         finally:
             partial.unlink(missing_ok=True)
@@ -324,10 +323,17 @@ def _read(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
     if not file.exists():
         return [], []
     with file.open(newline="") as opened:
-        reader = csv.DictReader(opened)
-        # A disk that filled up may have cut the last row.
-        rows = [row for row in reader if None not in row.values() and row["step"].isdigit()]
-        return list(reader.fieldnames or ()), rows
+        columns = next(csv.reader(opened), [])
+    return columns, list(_rows(file))
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """One row after the other."""
+    with file.open(newline="") as opened:
+        for row in csv.DictReader(opened):
+            # A disk that filled up may have cut the last one.
+            if None not in row.values() and row["step"].isdigit():
+                yield row
 
 
 def _write_rows(file: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
