@@ -76,6 +76,20 @@ def log_step(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
+def forget_metrics(trainer: Trainer, names: Iterable[str]) -> None:
+    """Let a step have no value for these metrics; Lightning would log the last one again."""
+    connector = trainer._logger_connector
+    for name in names:
+        if trainer._results is not None:
+            trainer._results.pop(f"training_step.{name}", None)
+        for seen in (
+            connector._logged_metrics,
+            connector._callback_metrics,
+            connector._progress_bar_metrics,
+        ):
+            seen.pop(name, None)
+
+
 def cluster_environment(trainer: Trainer) -> ClusterEnvironment:
     """Where the ranks come from; the strategy of one device does not keep it."""
     return trainer._accelerator_connector.cluster_environment

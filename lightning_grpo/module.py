@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
-from lightning_grpo._compat import given_hyperparameters, is_compiled
+from lightning_grpo._compat import forget_metrics, given_hyperparameters, is_compiled
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
@@ -151,6 +151,8 @@ class GRPOModule(EvaluatedModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
+        self._step_metrics: set[str] = set()  # that the last step, and rollout batch, logged
+        self._rollout_metrics: set[str] = set()
         self._reference = ReferencePolicy(self.kl, model, self._model_kwargs, self.lora is not None)
 
     # -- what is refused before it costs anything -----------------------------------------------
@@ -355,8 +357,13 @@ class GRPOModule(EvaluatedModule):
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
         logged = values(reduced(metrics, self.device))
+        # A step that trains on nothing (all rewards of its groups are equal) has none of most.
+        gone, self._step_metrics = self._step_metrics - logged.keys(), set(logged)
         if batch.is_first:
+            gone |= self._rollout_metrics - batch.rollout.metrics.keys()
+            self._rollout_metrics = set(batch.rollout.metrics)
             logged.update(batch.rollout.metrics)
+        forget_metrics(self.trainer, gone)
         # Lightning counts from 0: `step` is what loggers take in its place, one number everywhere.
         self.log_dict(logged | {"step": float(self.global_step + 1)})
         self._step_plateau(logged, held_out=False)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from lightning_grpo.errors import ConfigError
 
 TRACEBACK = "LIGHTNING_GRPO_TRACEBACK"
 """Set to anything but 0, errors keep their tracebacks."""
 
+
+_HARMLESS = ("antigravity", "docs", "examples", "scripts", "test", "tests", "this", "turtle")
+"""Names that a folder of one's own has, and no program imports by."""
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 """Set by launchers: Lightning's, torchrun, srun."""
@@ -18,8 +29,12 @@ def prepare_imports() -> None:
 
     Ranks, reward workers and engines inherit `PYTHONPATH`, so `reward: my_rewards.f` means the
     same in all of them.
+
+    Raises:
+        ConfigError: A file of the folder would take the place of a module that others need.
     """
     here = os.getcwd()
+    refuse_hiding(Path(here))
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
@@ -27,6 +42,50 @@ def prepare_imports() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *folders])
     # Its warnings are about its own tear-down, such as memory that a stopped server had mapped.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def refuse_hiding(folder: Path) -> None:
+    """Refuse a folder whose `yaml.py` every import of `yaml` would find first.
+
+    Raises:
+        ConfigError: Which file it is.
+    """
+    files = {file.stem: file for file in folder.glob("*.py")}
+    files |= {file.parent.name: file.parent for file in folder.glob("*/__init__.py")}
+    elsewhere = [place for place in sys.path if place and Path(place) != folder]
+    for name, file in sorted(files.items()):
+        if name in _HARMLESS or not _is_needed(name, file, elsewhere):
+            continue
+        raise ConfigError(
+            f"`{file.name}` in the current folder must have another name: {name!r} is a module "
+            "that this program needs, and this one would be imported in its place. Rename it, or "
+            "run in another folder."
+        )
+
+
+def _is_needed(name: str, file: Path, elsewhere: list[str]) -> bool:
+    """Whether a module of that name is Python's own, or that of a package we depend on."""
+    if name in sys.stdlib_module_names:
+        return True
+    found = PathFinder.find_spec(name, elsewhere)
+    if found is None or found.origin is None or Path(found.origin).is_relative_to(file):
+        return False  # there is no other; or it is itself, installed to be worked on
+    return not _dependencies().isdisjoint(metadata.packages_distributions().get(name, ()))
+
+
+@cache
+def _dependencies() -> set[str]:
+    """The distributions that this one depends on, and those that they depend on."""
+    found: set[str] = set()
+    waiting = ["lightning-grpo"]
+    while waiting:
+        name = waiting.pop()
+        with suppress(metadata.PackageNotFoundError):
+            distribution = metadata.distribution(name)
+            if distribution.name not in found:
+                found.add(distribution.name)
+                waiting += [re.split(r"[^\w.-]", need)[0] for need in distribution.requires or ()]
+    return found
 
 
 def wants_traceback() -> bool:

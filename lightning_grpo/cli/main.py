@@ -60,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0]
     commands = available_commands()
     if command in commands:
-        prepare_imports()
         return _run(command, commands[command][0], arguments[1:])
     if command in ("-h", "--help", "help"):
         sys.stdout.write(_help())
@@ -73,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, module: str, arguments: list[str]) -> int:
     """Run a command's module and turn what ends it into an exit code."""
-    run: Callable[[list[str]], int] = import_module(f"lightning_grpo.cli.{module}").run
     try:
+        prepare_imports()
+        run: Callable[[list[str]], int] = import_module(f"lightning_grpo.cli.{module}").run
         return run(arguments)
     except (GRPOError, KeyboardInterrupt, RuntimeError, OSError, SystemExit) as error:
         ended = _ended(error, command, arguments)

@@ -18,10 +18,11 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 from lightning_grpo.distributed.exchange import Alone, Exchange, GlooExchange
-from lightning_grpo.distributed.heart import Heart, Store, open_store
+from lightning_grpo.distributed.heart import Heart
 from lightning_grpo.distributed.messenger import Messenger, what_happened
 from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, RunningClock
 from lightning_grpo.distributed.stops import most_urgent, signal_of, urgency
+from lightning_grpo.distributed.store import Store, open_store
 from lightning_grpo.distributed.verdict import Judge, ProcessLike, is_echo
 from lightning_grpo.errors import RankError, StopRun
 

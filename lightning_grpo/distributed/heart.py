@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Protocol
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-from lightning_grpo.distributed.exchange import Exchange
 from lightning_grpo.distributed.pulse import Failure, Ledger, Pulse
+from lightning_grpo.distributed.store import Store
+
+log = logging.getLogger(__name__)
 
 EXIT_RANK_LOST = 75
 """Exit status of a rank that was ended because another one failed (sysexits' EX_TEMPFAIL)."""
 
 _RESTING_S = 0.5
 _WAITING_S = 0.01
-
-
-class Store(Protocol):
-    """The part of `torch.distributed.Store` that is used."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Write a value."""
-
-    def multi_get(self, keys: list[str], /) -> list[bytes]:
-        """Read values that exist."""
 
 
 class Heart:
@@ -57,6 +46,7 @@ class Heart:
         self._wake = threading.Event()
         self._end = threading.Event()
         self._busy = 0
+        self._told: set[int] = set()  # ranks whose record somebody else wrote
         self._thread = threading.Thread(target=self._run, name="grpo-heart", daemon=True)
 
     def start(self) -> None:
@@ -94,27 +84,25 @@ class Heart:
             except RuntimeError as error:  # torch's DistError: the process with the store is gone
                 ledger.lose(str(error).splitlines()[0])
                 return
-            ledger.hear({rank: Pulse.decode(v) for rank, v in zip(keys, values, strict=True)})
+            read = {rank: self._read(rank, v) for rank, v in zip(keys, values, strict=True)}
+            ledger.hear({rank: pulse for rank, pulse in read.items() if pulse is not None})
             self._wake.wait(self._waiting_s if self._busy else self._resting_s)
             self._wake.clear()
 
-
-def open_store(
-    rank: int, world_size: int, host: str, exchange: Exchange, timeout_s: float
-) -> Store:
-    """Rank 0 opens a store on a free port, the others connect to it; a collective.
-
-    Every key is made to exist first, so that no read ever waits for one.
-    """
-    limit = timedelta(seconds=timeout_s)
-    if rank != 0:
-        port = exchange.broadcast(None)
-        return TCPStore(host, port, None, False, limit, wait_for_workers=False)
-    store = TCPStore(host, 0, None, True, limit, wait_for_workers=False)
-    for each in range(world_size):
-        store.set(f"pulse/{each}", Pulse().encode())
-    exchange.broadcast(store.port)
-    return store
+    def _read(self, rank: int, data: bytes) -> Pulse | None:
+        """A rank's record; None where there is none, or somebody else has written over it."""
+        try:
+            return Pulse.decode(data)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            # Its own next beat comes soon; one that stays away is silent, and found so.
+            if self._ledger.peers[rank].pulse.tick and rank not in self._told:
+                self._told.add(rank)
+                log.warning(
+                    "the record of rank %d in the ranks' store was not written by it, and is "
+                    "skipped: another program reaches this run's port.",
+                    rank,
+                )
+            return None
 
 
 class Watchdog:

@@ -218,6 +218,8 @@ class Ledger:
         now = self.clock.now()
         with self.changed:
             for rank, pulse in pulses.items():
+                if pulse.tick < self._peers[rank].pulse.tick:
+                    continue  # an old record that somebody has put back
                 self._peers[rank] = self._peers[rank].update(pulse, now)
                 self._outcomes.update({o.sequence: o for o in pulse.outcomes})
                 self._failure = self._failure or pulse.failure

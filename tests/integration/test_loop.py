@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import re
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_grpo.algorithm.truncation import Truncation
 from lightning_grpo.callbacks.weight_sync import WeightSync
@@ -179,7 +181,35 @@ def test_a_step_says_what_it_did_and_where_its_time_went(tiny_model, server, tmp
         health/event_loop_lag_s health/rss_gb
     """
     names = re.findall(r"\S+", expected)
-    assert not set(names) - recorder.metrics[-1].keys()
+    assert not set(names) - set().union(*recorder.metrics)  # not every step measures every one
+
+
+class EqualFrom:
+    """A reward that differs within groups of the first rows, and nowhere else."""
+
+    def __init__(self, row: int):
+        self._row, self._calls = row, itertools.count()
+
+    def __call__(self, completion: str, answer: str) -> float:
+        differs = int(answer) < 2 * self._row
+        return float(next(self._calls) % 2) if differs else 1.0
+
+
+def test_a_batch_whose_rewards_are_all_equal_has_empty_cells_and_no_numbers_of_another(
+    tiny_model, server, tmp_path
+):
+    # Two prompts a batch: the first batch has something to learn, the two behind it have nothing.
+    data = make_data(server, reward=EqualFrom(2), prompts=make_prompts(shuffle=False))
+    logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=3, logger=logger)
+    run(trainer, make_module(tiny_model), data)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
+    assert [float(row["reward/zero_variance_fraction"]) for row in rows] == [0.0, 1.0, 1.0]
+    for name in ("policy/entropy", "ratio/mean", "mismatch/abs_logprob_diff"):
+        assert [bool(row[name]) for row in rows] == [True, False, False], name
+        assert name not in trainer.callback_metrics
+    assert [float(row["policy/grad_norm"]) for row in rows][1:] == [0.0, 0.0]
 
 
 def test_truncated_completions_can_be_left_out_and_near_ones_lose_reward(

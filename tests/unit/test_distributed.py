@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import pytest
 import torch.distributed as dist
 
 from lightning_grpo.distributed import RankChannel
+from lightning_grpo.distributed.heart import Heart
 from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, Outcome, Pulse, RunningClock
+from lightning_grpo.distributed.store import SignedStore, this_machine
 from lightning_grpo.distributed.verdict import Judge, is_echo
 from lightning_grpo.errors import RankError, StopRun
 
@@ -19,6 +23,13 @@ class Time:
 
     def __call__(self) -> float:
         return self.now
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def ledger(rank: int = 1, world_size: int = 2) -> tuple[Ledger, Time]:
@@ -182,3 +193,61 @@ def test_errors_of_broken_collectives_are_known_as_echoes():
     assert is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
     assert not is_echo(RuntimeError("shapes do not match"))
     assert not is_echo(ValueError("gloo"))
+
+
+class DictStore:
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.values[key] for key in keys]
+
+
+def test_what_somebody_else_writes_into_the_store_is_read_as_nothing():
+    inner = DictStore()
+    store = SignedStore(inner, b"secret")
+    store.set("pulse/1", "beat 1")
+    assert store.multi_get(["pulse/1"]) == [b"beat 1"]
+    assert b"secret" not in inner.values["pulse/1"]
+    genuine = inner.values["pulse/1"]
+    code = genuine.partition(b" ")[0]
+    for forged in (b"not json", b"", b" ", b"\xff\x00", code, code + b" beat 2", genuine + b"!"):
+        inner.values["pulse/1"] = forged
+        assert store.multi_get(["pulse/1"]) == [b""]
+    inner.values["pulse/2"] = genuine  # of another rank
+    assert store.multi_get(["pulse/2"]) == [b""]
+    assert SignedStore(inner, b"another run's").multi_get(["pulse/2"]) == [b""]
+
+
+@pytest.mark.parametrize("junk", [b"not json", b"", b"[]", b"{}", b"null", b'{"tick": 1}', b"\xff"])
+def test_a_record_that_can_not_be_read_is_skipped_and_told_once(junk, caplog):
+    book, _ = ledger(rank=0)
+    store = DictStore()
+    store.set("pulse/1", Pulse(7, what="training").encode())
+    heart = Heart(book, store, rank_timeout_s=0.05, stop_source=str)
+    heart.start()
+    wait_for(lambda: book.peers[1].pulse.tick == 7)
+    beats = book.mine.tick
+    store.values["pulse/1"] = junk
+    wait_for(lambda: book.mine.tick > beats + 3)
+    assert book.peers[1].pulse.what == "training"
+    store.set("pulse/1", Pulse(8, what="on").encode())
+    wait_for(lambda: book.peers[1].pulse.tick == 8)
+    heart.stop()
+    assert caplog.text.count("the record of rank 1 in the ranks' store was not written by it") == 1
+
+
+def test_an_old_record_that_is_put_back_is_no_news():
+    book, time = ledger()
+    book.hear({0: Pulse(5, 2, what="new")})
+    heard_at = book.peers[0].changed_at
+    time.now += 1.0
+    book.hear({0: Pulse(4, 1, what="old")})
+    assert (book.peers[0].pulse.what, book.peers[0].changed_at) == ("new", heard_at)
+
+
+def test_processes_of_one_machine_know_it_by_the_same_name():
+    assert this_machine() == this_machine() != ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -228,3 +230,38 @@ def test_a_rank_in_a_collective_ends_when_another_one_reports_a_failure():
     assert "KeyError: 'bad batch'" in zero.output
     assert "all_reduce" in zero.output  # where it was blocked
     assert one.returncode == 1
+
+
+def live_beside_a_stranger() -> tuple[list[object], list[str]]:
+    channel = connect()
+    store = channel._store._store  # what a stranger has who found the port
+    told: list[str] = []
+    logging.getLogger("lightning_grpo.distributed.heart").addHandler(Telling(told))
+    seen: list[object] = []
+    for index in range(5):
+        if channel.rank == 0:
+            stranger = dist.TCPStore("127.0.0.1", store.port, None, False, wait_for_workers=False)
+            for name in ("pulse/0", "pulse/1"):
+                stranger.set(name, "not json")
+        seen.append(channel.wait(later(0.3, index) if channel.rank == 0 else None, what="a batch"))
+    listens = {c.laddr.ip for c in psutil.net_connections() if c.laddr.port == store.port}
+    channel.close()
+    return seen, [*told, *listens]
+
+
+class Telling(logging.Handler):
+    def __init__(self, told: list[str]) -> None:
+        super().__init__()
+        self._told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._told.append(record.getMessage())
+
+
+def test_a_stranger_who_writes_into_the_store_ends_no_run_and_is_told_of():
+    zero, one = run_ranks(live_beside_a_stranger)
+    assert zero[0] == list(range(5))
+    assert one[0] == [None] * 5
+    assert any("not written by it" in text for text in [*zero[1], *one[1]])
+    assert "127.0.0.1" in zero[1]
+    assert not {"0.0.0.0", "::"} & {*zero[1], *one[1]}

@@ -3,11 +3,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
+from lightning_grpo.cli.environment import (
+    is_first_rank,
+    prepare_imports,
+    refuse_hiding,
+    wants_traceback,
+)
 from lightning_grpo.cli.main import COMMANDS, available_commands, explain, main
 from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.errors import ConfigError, ServerStartError, StopRun
@@ -106,3 +112,27 @@ def test_a_process_without_a_launcher_is_the_first_rank(monkeypatch):
     for name in ("LOCAL_RANK", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert is_first_rank()
+
+
+@pytest.mark.parametrize("name", ["yaml.py", "queue.py", "torch/__init__.py", "lightning.py"])
+def test_a_file_that_would_be_imported_in_the_place_of_a_needed_module_is_refused(
+    name, tmp_path, capsys
+):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("raise SystemExit('imported')\n")
+    assert main(["fit", "--config", "quickstart.yaml"]) == 2
+    said = capsys.readouterr().err
+    module = name.split("/")[0].removesuffix(".py")
+    assert said.startswith(f"error: `{name.split('/')[0]}` in the current folder must have another")
+    assert f"{module!r} is a module that this program needs" in said
+
+
+@pytest.mark.parametrize("name", ["my_rewards.py", "tests/__init__.py", "lightning_grpo/x.py"])
+def test_a_folder_of_ones_own_modules_is_none(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    refuse_hiding(tmp_path)
+
+
+def test_a_checkout_is_a_folder_to_run_in():
+    refuse_hiding(Path(__file__).parents[3])
