@@ -99,8 +99,15 @@ class RewardScorer:
         """End every process, whatever it is doing."""
         await self._close(self._pool)
 
-    async def score(self, reward: Reward, arguments: Mapping[str, Any]) -> RewardValue:
+    async def score(
+        self, reward: Reward, arguments: Mapping[str, Any], timeout_s: float | None = None
+    ) -> RewardValue:
         """Call `reward(**arguments)`.
+
+        Args:
+            reward: What to call.
+            arguments: By name.
+            timeout_s: A time limit of its own; None: the scorer's.
 
         Raises:
             RewardError: It raised (told with the line that did), timed out, crashed, or gave no
@@ -110,9 +117,11 @@ class RewardScorer:
         began = time.perf_counter()
         try:
             if is_async(reward) or self.processes == 0:
-                kind, value = await self._call_here(reward, arguments)
+                kind, value = await self._call_here(reward, arguments, timeout_s or self.timeout_s)
             else:
-                kind, value = await self._call_in_process(reward, arguments)
+                kind, value = await self._call_in_process(
+                    reward, arguments, timeout_s or self.timeout_s
+                )
         finally:
             self.counts.seconds += time.perf_counter() - began
         if kind == "misuse":
@@ -123,18 +132,22 @@ class RewardScorer:
         self.counts.scored += 1
         return value
 
-    async def _call_here(self, reward: Reward, arguments: Mapping[str, Any]) -> Answer:
+    async def _call_here(
+        self, reward: Reward, arguments: Mapping[str, Any], timeout_s: float
+    ) -> Answer:
         try:
-            with anyio.move_on_after(self.timeout_s):
+            with anyio.move_on_after(timeout_s):
                 value = reward(**arguments)
                 return answer_of(await value if is_async(reward) else value)
         except Exception as error:
             self.counts.failed += 1
             kind = RewardFailedError if isinstance(error, _FAULTS) else RewardError
             raise kind(f"reward {reward_name(reward)!r} failed: {told(error)}") from error
-        raise self._timed_out(reward)
+        raise self._timed_out(reward, timeout_s)
 
-    async def _call_in_process(self, reward: Reward, arguments: Mapping[str, Any]) -> Answer:
+    async def _call_in_process(
+        self, reward: Reward, arguments: Mapping[str, Any], timeout_s: float
+    ) -> Answer:
         async with self._starting:
             if self._pool is None:
                 self._pool = await anyio.to_thread.run_sync(self._start_pool)
@@ -142,9 +155,9 @@ class RewardScorer:
         shipped = self._shipped.get(id(reward))
         named = shipped if shipped is not None else cloudpickle.dumps(reward)
         try:
-            return await pool.call(named, _pickle(dict(arguments)), self.timeout_s)
+            return await pool.call(named, _pickle(dict(arguments)), timeout_s)
         except TimeoutError:
-            raise self._timed_out(reward) from None
+            raise self._timed_out(reward, timeout_s) from None
         except ProcessExpired as error:
             self.counts.crashed += 1
             raise RewardError(
@@ -158,11 +171,11 @@ class RewardScorer:
                 f"the processes that run rewards were lost and start anew ({error})"
             ) from error
 
-    def _timed_out(self, reward: Reward) -> RewardError:
+    def _timed_out(self, reward: Reward, timeout_s: float) -> RewardError:
         self.counts.timed_out += 1
         return RewardError(
             f"reward {reward_name(reward)!r} took longer than `reward_timeout_s` "
-            f"({self.timeout_s:g} s) and was ended"
+            f"({timeout_s:g} s) and was ended"
         )
 
     async def _close(self, pool: _OwnedPool | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
@@ -35,6 +36,9 @@ from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.weights.choose import choose_transport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import Place
+
+_TRIAL_S = 10.0
+"""What a reward may take at its trial; a slower one says nothing by it."""
 
 
 @dataclass
@@ -204,8 +208,10 @@ def _scorer(settings: SessionSettings) -> RewardScorer:
 
 async def _try_rewards(settings: SessionSettings, material: Material, scorer: RewardScorer) -> None:
     """Refuse rewards that can't work before anything costs time."""
+    limit_s = min(_TRIAL_S, scorer.timeout_s)
+    score = functools.partial(scorer.score, timeout_s=limit_s)
     for name, prompt in material.first_prompts.items():
-        await settings.workflow.of(name).try_rewards(prompt, scorer.score)
+        await settings.workflow.of(name).try_rewards(prompt, score)
     scorer.forget_counts()
 
 

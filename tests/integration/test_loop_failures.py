@@ -64,8 +64,12 @@ def test_a_reward_that_hangs_is_killed_and_the_group_tried_again(tiny_model, ser
     assert data.on_event.of("retry")
 
 
-def test_a_reward_that_always_raises_ends_the_run_with_that_traceback(tiny_model, server, tmp_path):
+def test_a_reward_that_raises_for_all_answers_ends_the_run_with_its_line(
+    tiny_model, server, tmp_path
+):
     def reward(completion: str) -> float:
+        if not completion:
+            return 0.0  # so that its trial at the start finds nothing
         raise ZeroDivisionError("the dataset is empty")
 
     with pytest.raises(FailureBudgetError) as ended:
@@ -80,7 +84,7 @@ def test_a_failed_run_can_be_fitted_again(tiny_model, server, tmp_path):
     broken = [True]
 
     def reward(completion: str) -> float:
-        if broken:
+        if broken and completion:
             raise ZeroDivisionError
         return 1.0
 

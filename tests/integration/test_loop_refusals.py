@@ -26,6 +26,10 @@ from tests.fakes.loops import (
 from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
 
+def raises(completion: str, answer: str) -> float:
+    return {}[answer]
+
+
 def needs_solution(completion: str, solution: str) -> float:
     return float(completion == solution)
 
@@ -52,6 +56,8 @@ def needs_solution(completion: str, solution: str) -> float:
             "`sampling.top_p` must be 1.0 in training (it changes the distribution that tokens "
             "come from, which biases the ratio), got 0.9.",
         ),
+        ({"reward": raises}, "reward 'raises' failed: KeyError: '"),
+        ({"reward": raises}, "in raises: return {}[answer])"),
         ({"sampling": Sampling(top_k=20)}, "`sampling.top_k` must be -1 in training"),
         (
             {"sampling": Sampling(temperature=0.0)},

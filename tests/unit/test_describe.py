@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 from lightning_grpo.describe import describe_data, describe_dtypes
+from lightning_grpo.rewards import code, gsm8k
+from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow
+from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from tests.fakes.loops import NeverServers, make_data, make_trainer
 
@@ -35,3 +38,12 @@ def test_a_batch_of_more_prompts_than_there_are_is_said():
     few = "3 (fewer than a batch of 4: some are asked several times in each), and held out none"
     assert describe_data(data, 3, {})["prompts"] == few
     assert describe_data(data, 4, {})["prompts"] == "4, and held out none"
+
+
+def test_what_holds_programs_of_the_policy_is_said():
+    programs = make_data(NeverServers(), code, batch_size=4)
+    assert "resource limits" in describe_data(programs, 4, {})["programs"]
+    sampling = programs.workflow.sampling
+    several = PerDatasetWorkflow({"": programs.workflow, "sums": RLVRWorkflow(gsm8k, sampling)})
+    assert several.runs_programs
+    assert "programs" not in describe_data(make_data(NeverServers(), gsm8k), 4, {})

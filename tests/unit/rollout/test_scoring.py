@@ -92,9 +92,8 @@ def test_an_in_line_reward_raises_with_its_cause():
     def reward(x):
         return 1 / x
 
-    with pytest.raises(
-        RewardError, match=r"reward 'reward' failed: ZeroDivisionError.*in reward: return 1 / x"
-    ) as caught:
+    said = r"reward 'reward' failed: ZeroDivisionError.*in reward: return 1 / x"
+    with pytest.raises(RewardError, match=said) as caught:
         score(reward, x=0)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -159,9 +158,13 @@ def test_a_reward_that_some_answers_please_may_run():
     async def unreachable(completion):
         raise JudgeError("no judge there, yet")
 
+    async def slow(completion):
+        await anyio.sleep(60)
+
     assert tried(last_number) is None
     assert tried(no_empty_one) is None
     assert tried(unreachable) is None
+    assert tried(slow) is None
 
 
 def test_a_reward_that_never_gives_a_number_is_refused():

@@ -184,7 +184,7 @@ def test_two_rewards_of_one_name_are_told_apart_also_when_one_is_in_a_dictionary
 
     found = run(RLVRWorkflow([shape, short, shape]))
     assert found.rewards == {
-        "short": 1.0, "polite": 0.5, "short_2": 3.0, "shape_short": 1.0, "shape_2_polite": 0.5
+        "short": 1.0, "polite": 0.5, "short_2": 3.0, "shape_2_short": 1.0, "shape_2_polite": 0.5
     }  # fmt: skip
 
 
