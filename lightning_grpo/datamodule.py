@@ -83,6 +83,8 @@ class RolloutDataModule(L.LightningDataModule):
         run_dir: The run's folder, from `setup` on; no other process may have it until the end.
     """
 
+    _asks = True  # a policy; not in a replay, which has no servers
+
     def __init__(
         self,
         prompts: Prompts | dict[str, Prompts],
@@ -102,8 +104,8 @@ class RolloutDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.prompts = by_name(prompts)
-        self.workflow = require_workflow(workflow)
-        self.servers = servers_of(servers)
+        self.workflow = require_workflow(workflow) if self._asks else workflow
+        self.servers = servers_of(servers) if self._asks else servers
         self.val_prompts = by_name(val_prompts, "val_prompts")
         self.test_prompts = by_name(test_prompts, "test_prompts")
         self.batch_size = batch_size

@@ -32,6 +32,8 @@ class ReplayDataModule(RolloutDataModule):
         settings: RolloutDataModule's other arguments.
     """
 
+    _asks = False
+
     def __init__(
         self,
         trajectories: str,
