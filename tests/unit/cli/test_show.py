@@ -89,7 +89,7 @@ def test_a_path_that_is_not_there_is_a_mistake_of_the_command(path, capsys):
 
 def test_a_number_out_of_range_is_a_mistake_of_the_command(folder, capsys):
     assert main(["show", str(folder), "--limit", "-1"]) == 2
-    assert "`--limit` must be >= 0, got -1" in capsys.readouterr().err
+    assert "argument --limit: must be >= 0, got -1" in capsys.readouterr().err
 
 
 def test_of_a_run_that_only_answered_the_held_out_answers_are_shown(tmp_path, capsys):
