@@ -134,7 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.setswitchinterval(_GIL_INTERVAL_S)
         asyncio.run(serve(options))
     except (ConfigError, OSError) as error:
-        # An address that is taken, or not this machine's, is the system's to say.
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_MISUSED)
     # A thread may still wait in a collective that nobody will complete.
@@ -157,7 +156,14 @@ async def serve(options: argparse.Namespace) -> None:
     await runner.setup()
     assert runner.server is not None
     server.door = Door(runner.server)
-    listener = await server.door.listen(options.host, options.port)
+    try:
+        listener = await server.door.listen(options.host, options.port)
+    except OSError as error:
+        # An address that is taken, or not this machine's, is the system's to say.
+        raise ConfigError(
+            f"`--host` and `--port` must be a free address of this machine, got "
+            f"{options.host}:{options.port}: {error.strerror or error}. Name another port, or 0."
+        ) from error
     port = listener.sockets[0].getsockname()[1]
     # What was loaded stays: to look through it for garbage stops both threads each time.
     gc.collect()

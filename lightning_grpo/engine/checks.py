@@ -171,9 +171,9 @@ def check_sampling(params: SamplingBody, vocab_size: int) -> None:
         (
             "stop_token_ids",
             params.stop_token_ids,
-            len(params.stop_token_ids or ()) <= MAX_STOPS
+            len(params.stop_token_ids or ()) <= vocab_size
             and all(0 <= token < vocab_size for token in params.stop_token_ids or ()),
-            f"at most {MAX_STOPS} token ids in [0, {vocab_size})",
+            f"at most {vocab_size} token ids in [0, {vocab_size})",
         ),
         (
             "stop",

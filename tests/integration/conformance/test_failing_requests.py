@@ -48,4 +48,8 @@ def test_nothing_is_lost_where_a_tenth_of_all_requests_fails(
             assert len(trajectory.logprobs) == len(trajectory.input_ids)
             assert 1 <= sum(trajectory.response_mask) <= 6
     assert max(m["mismatch/probe"] for m in recorder.metrics[1:]) < 1e-4
-    assert max(m["mismatch/abs_logprob_diff"] for m in recorder.metrics) < 1e-4
+    # A step measures it on tokens of its own weights; where all are older it has none.
+    name = "mismatch/abs_logprob_diff"
+    measured = [metrics[name] for metrics in recorder.metrics if name in metrics]
+    assert measured
+    assert max(measured) < 1e-4

@@ -54,7 +54,7 @@ def test_it_ends_when_its_parent_closes_its_input(model_folder: Path, tmp_path: 
     engine.close()
 
 
-def test_a_folder_without_a_model_ends_it_with_a_traceback(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lightning_grpo.engine", "--model", str(tmp_path)],
         capture_output=True,
@@ -62,9 +62,11 @@ def test_a_folder_without_a_model_ends_it_with_a_traceback(tmp_path: Path) -> No
         timeout=50,
         check=False,
     )
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert done.stdout == ""
-    assert "Traceback" in done.stderr
+    assert "error: `--model` must be a causal language model" in done.stderr
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def submit_while_paused(engine: EngineProcess, order: list[int]) -> list[Any]:
