@@ -32,21 +32,19 @@ from typing import Any
 
 import psutil
 
-from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.rollout.member import Member
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.rollout.service import RolloutService
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.running import RunningServers
-from lightning_grpo.session.heap import QuietHeap
-from lightning_grpo.session.live import Beginning, Live, open_live
-from lightning_grpo.session.material import open_material
-from lightning_grpo.session.settings import SessionSettings
+from lightning_grpo.serving.server import Member
+from lightning_grpo.session.assembly import Beginning, Live, QuietHeap, open_live
+from lightning_grpo.session.material import SessionSettings, open_material
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.types import Prompt, Sampling, Trajectory
+from lightning_grpo.validation import Evaluation
 from lightning_grpo.weights.publisher import SyncSettings
 
 IN_FLIGHT, SERVERS = (100, 1_000, 10_000), (1, 16, 200)

@@ -37,8 +37,8 @@ from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.snapshot_scorer import SnapshotScorer, _computing_with, _rounded_inputs
 from lightning_grpo.session.proof import policy_scores
 from lightning_grpo.shipped import resolve_path
-from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.probe import (
+from lightning_grpo.weights.gather import gather_weights, round_by_chance
+from lightning_grpo.weights.proof import (
     Probe,
     Rounding,
     Scores,
@@ -46,7 +46,6 @@ from lightning_grpo.weights.probe import (
     ServerProof,
     check_policy,
 )
-from lightning_grpo.weights.rounding import round_by_chance
 
 UPDATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Size of one update, relative to each tensor's root mean square; of an adapter, as it is."""

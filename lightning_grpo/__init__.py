@@ -18,69 +18,109 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_grpo.moved import serve_old_paths
+
 __version__ = "0.1.0"
 
+serve_old_paths()
+
 _HOME = {
-    "lightning_grpo.agents.agent_workflow": ("AgentWorkflow",),
-    "lightning_grpo.agents.multi_turn": ("MultiTurnWorkflow",),
-    "lightning_grpo.agents.record": ("EpisodeRecord",),
     "lightning_grpo.agents.tool_process": ("ToolLimits",),
-    "lightning_grpo.agents.tool_workflow": ("ToolWorkflow",),
-    "lightning_grpo.agents.turns": ("next_ids",),
+    "lightning_grpo.agents.turns": (
+        "EpisodeRecord",
+        "next_ids",
+    ),
+    "lightning_grpo.agents.workflows": (
+        "AgentWorkflow",
+        "MultiTurnWorkflow",
+        "ToolWorkflow",
+    ),
     "lightning_grpo.algorithm.advantages": (
         "GroupAdvantage",
         "LeaveOneOutAdvantage",
         "ReinforceAdvantage",
+        "Truncation",
         "group_mean",
         "group_std",
     ),
-    "lightning_grpo.algorithm.aggregation": ("ConstantLength", "SequenceMean", "TokenMean"),
-    "lightning_grpo.algorithm.batch": ("MicroBatch", "RolloutBatch"),
+    "lightning_grpo.algorithm.batch": (
+        "MicroBatch",
+        "RolloutBatch",
+    ),
     "lightning_grpo.algorithm.corrections": (
-        "OPSM",
         "GeometricMask",
         "IcePop",
+        "OPSM",
         "SequenceTIS",
         "TokenTIS",
     ),
-    "lightning_grpo.algorithm.kl": ("K1", "K2", "K3", "KLPenalty", "WeightedK3"),
+    "lightning_grpo.algorithm.kl": (
+        "K1",
+        "K2",
+        "K3",
+        "KLPenalty",
+        "WeightedK3",
+    ),
     "lightning_grpo.algorithm.losses": (
-        "CappedCISPOLoss",
         "CISPOLoss",
+        "CappedCISPOLoss",
+        "ConstantLength",
+        "DPPOLoss",
         "GRPOLoss",
         "GSPOLoss",
+        "M2POLoss",
         "PolicyLoss",
+        "SAPOLoss",
+        "SequenceMean",
+        "TokenMean",
     ),
-    "lightning_grpo.algorithm.metrics": ("Max", "Mean", "Sum"),
-    "lightning_grpo.algorithm.minibatch_loss": ("minibatch_loss",),
-    "lightning_grpo.algorithm.truncation": ("Truncation",),
-    "lightning_grpo.algorithm.trust_losses": ("DPPOLoss", "M2POLoss", "SAPOLoss"),
+    "lightning_grpo.algorithm.metrics": (
+        "Max",
+        "Mean",
+        "Sum",
+    ),
     "lightning_grpo.callbacks.health": ("HealthMonitor",),
-    "lightning_grpo.callbacks.progress": ("GRPOProgress",),
-    "lightning_grpo.callbacks.trajectories": ("TrajectoryWriter",),
+    "lightning_grpo.callbacks.recording": ("TrajectoryWriter",),
+    "lightning_grpo.callbacks.screen": ("GRPOProgress",),
     "lightning_grpo.callbacks.weight_sync": ("WeightSync",),
-    "lightning_grpo.datamodule": ("RolloutDataModule",),
-    "lightning_grpo.evaluation": ("Evaluation",),
+    "lightning_grpo.datamodule": (
+        "ReplayDataModule",
+        "RolloutDataModule",
+    ),
     "lightning_grpo.module": ("GRPOModule",),
-    "lightning_grpo.objective": ("Objective",),
-    "lightning_grpo.policy.load": ("load_policy", "load_tokenizer"),
+    "lightning_grpo.objective": (
+        "Objective",
+        "minibatch_loss",
+    ),
+    "lightning_grpo.policy.load": (
+        "load_policy",
+        "load_tokenizer",
+    ),
     "lightning_grpo.policy.lora": ("LoRA",),
     "lightning_grpo.policy.packed": ("PackedPolicy",),
-    "lightning_grpo.replay": ("ReplayDataModule",),
-    "lightning_grpo.rollout.curriculum": ("Curriculum",),
     "lightning_grpo.rollout.limits": ("RolloutLimits",),
-    "lightning_grpo.rollout.per_dataset": ("PerDatasetWorkflow",),
     "lightning_grpo.rollout.prompts": ("Prompts",),
-    "lightning_grpo.rollout.protocols": ("EpisodeContext", "RolloutWorkflow"),
-    "lightning_grpo.rollout.workflow": ("RLVRWorkflow",),
+    "lightning_grpo.rollout.protocols": (
+        "EpisodeContext",
+        "RolloutWorkflow",
+    ),
+    "lightning_grpo.rollout.stream": ("Curriculum",),
+    "lightning_grpo.rollout.workflow": (
+        "PerDatasetWorkflow",
+        "RLVRWorkflow",
+    ),
     "lightning_grpo.servers.embedded": ("EmbeddedServers",),
+    "lightning_grpo.servers.other_nodes": (
+        "RayServers",
+        "SlurmServers",
+    ),
     "lightning_grpo.servers.running": ("RunningServers",),
     "lightning_grpo.servers.sglang": ("SGLangServers",),
-    "lightning_grpo.servers.ray": ("RayServers",),
-    "lightning_grpo.servers.slurm": ("SlurmServers",),
     "lightning_grpo.strategies.checkpoints": ("AtomicCheckpointIO",),
-    "lightning_grpo.strategies.fsdp2": ("FSDP2Strategy",),
-    "lightning_grpo.strategies.parallelize": ("parallelize",),
+    "lightning_grpo.strategies.fsdp2": (
+        "FSDP2Strategy",
+        "parallelize",
+    ),
     "lightning_grpo.types": (
         "Completion",
         "Group",
@@ -88,9 +128,12 @@ _HOME = {
         "Sampling",
         "Trajectory",
     ),
-    "lightning_grpo.weights.disk": ("DiskTransport",),
-    "lightning_grpo.weights.ipc": ("IPCTransport",),
-    "lightning_grpo.weights.process_group": ("ProcessGroupTransport",),
+    "lightning_grpo.validation": ("Evaluation",),
+    "lightning_grpo.weights.process_group": (
+        "IPCTransport",
+        "ProcessGroupTransport",
+    ),
+    "lightning_grpo.weights.transport": ("DiskTransport",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -104,20 +147,18 @@ def __dir__() -> list[str]:
 
 # Type checkers read the imports, and know by them which names there are.
 if TYPE_CHECKING:
-    from lightning_grpo.agents.agent_workflow import AgentWorkflow as AgentWorkflow
-    from lightning_grpo.agents.multi_turn import MultiTurnWorkflow as MultiTurnWorkflow
-    from lightning_grpo.agents.record import EpisodeRecord as EpisodeRecord
     from lightning_grpo.agents.tool_process import ToolLimits as ToolLimits
-    from lightning_grpo.agents.tool_workflow import ToolWorkflow as ToolWorkflow
+    from lightning_grpo.agents.turns import EpisodeRecord as EpisodeRecord
     from lightning_grpo.agents.turns import next_ids as next_ids
+    from lightning_grpo.agents.workflows import AgentWorkflow as AgentWorkflow
+    from lightning_grpo.agents.workflows import MultiTurnWorkflow as MultiTurnWorkflow
+    from lightning_grpo.agents.workflows import ToolWorkflow as ToolWorkflow
     from lightning_grpo.algorithm.advantages import GroupAdvantage as GroupAdvantage
     from lightning_grpo.algorithm.advantages import LeaveOneOutAdvantage as LeaveOneOutAdvantage
     from lightning_grpo.algorithm.advantages import ReinforceAdvantage as ReinforceAdvantage
+    from lightning_grpo.algorithm.advantages import Truncation as Truncation
     from lightning_grpo.algorithm.advantages import group_mean as group_mean
     from lightning_grpo.algorithm.advantages import group_std as group_std
-    from lightning_grpo.algorithm.aggregation import ConstantLength as ConstantLength
-    from lightning_grpo.algorithm.aggregation import SequenceMean as SequenceMean
-    from lightning_grpo.algorithm.aggregation import TokenMean as TokenMean
     from lightning_grpo.algorithm.batch import MicroBatch as MicroBatch
     from lightning_grpo.algorithm.batch import RolloutBatch as RolloutBatch
     from lightning_grpo.algorithm.corrections import OPSM as OPSM
@@ -132,53 +173,55 @@ if TYPE_CHECKING:
     from lightning_grpo.algorithm.kl import WeightedK3 as WeightedK3
     from lightning_grpo.algorithm.losses import CappedCISPOLoss as CappedCISPOLoss
     from lightning_grpo.algorithm.losses import CISPOLoss as CISPOLoss
+    from lightning_grpo.algorithm.losses import ConstantLength as ConstantLength
+    from lightning_grpo.algorithm.losses import DPPOLoss as DPPOLoss
     from lightning_grpo.algorithm.losses import GRPOLoss as GRPOLoss
     from lightning_grpo.algorithm.losses import GSPOLoss as GSPOLoss
+    from lightning_grpo.algorithm.losses import M2POLoss as M2POLoss
     from lightning_grpo.algorithm.losses import PolicyLoss as PolicyLoss
+    from lightning_grpo.algorithm.losses import SAPOLoss as SAPOLoss
+    from lightning_grpo.algorithm.losses import SequenceMean as SequenceMean
+    from lightning_grpo.algorithm.losses import TokenMean as TokenMean
     from lightning_grpo.algorithm.metrics import Max as Max
     from lightning_grpo.algorithm.metrics import Mean as Mean
     from lightning_grpo.algorithm.metrics import Sum as Sum
-    from lightning_grpo.algorithm.minibatch_loss import minibatch_loss as minibatch_loss
-    from lightning_grpo.algorithm.truncation import Truncation as Truncation
-    from lightning_grpo.algorithm.trust_losses import DPPOLoss as DPPOLoss
-    from lightning_grpo.algorithm.trust_losses import M2POLoss as M2POLoss
-    from lightning_grpo.algorithm.trust_losses import SAPOLoss as SAPOLoss
     from lightning_grpo.callbacks.health import HealthMonitor as HealthMonitor
-    from lightning_grpo.callbacks.progress import GRPOProgress as GRPOProgress
-    from lightning_grpo.callbacks.trajectories import TrajectoryWriter as TrajectoryWriter
+    from lightning_grpo.callbacks.recording import TrajectoryWriter as TrajectoryWriter
+    from lightning_grpo.callbacks.screen import GRPOProgress as GRPOProgress
     from lightning_grpo.callbacks.weight_sync import WeightSync as WeightSync
+    from lightning_grpo.datamodule import ReplayDataModule as ReplayDataModule
     from lightning_grpo.datamodule import RolloutDataModule as RolloutDataModule
-    from lightning_grpo.evaluation import Evaluation as Evaluation
     from lightning_grpo.module import GRPOModule as GRPOModule
     from lightning_grpo.objective import Objective as Objective
+    from lightning_grpo.objective import minibatch_loss as minibatch_loss
     from lightning_grpo.policy.load import load_policy as load_policy
     from lightning_grpo.policy.load import load_tokenizer as load_tokenizer
     from lightning_grpo.policy.lora import LoRA as LoRA
     from lightning_grpo.policy.packed import PackedPolicy as PackedPolicy
-    from lightning_grpo.replay import ReplayDataModule as ReplayDataModule
-    from lightning_grpo.rollout.curriculum import Curriculum as Curriculum
     from lightning_grpo.rollout.limits import RolloutLimits as RolloutLimits
-    from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow as PerDatasetWorkflow
     from lightning_grpo.rollout.prompts import Prompts as Prompts
     from lightning_grpo.rollout.protocols import EpisodeContext as EpisodeContext
     from lightning_grpo.rollout.protocols import RolloutWorkflow as RolloutWorkflow
+    from lightning_grpo.rollout.stream import Curriculum as Curriculum
+    from lightning_grpo.rollout.workflow import PerDatasetWorkflow as PerDatasetWorkflow
     from lightning_grpo.rollout.workflow import RLVRWorkflow as RLVRWorkflow
     from lightning_grpo.servers.embedded import EmbeddedServers as EmbeddedServers
-    from lightning_grpo.servers.ray import RayServers as RayServers
+    from lightning_grpo.servers.other_nodes import RayServers as RayServers
+    from lightning_grpo.servers.other_nodes import SlurmServers as SlurmServers
     from lightning_grpo.servers.running import RunningServers as RunningServers
     from lightning_grpo.servers.sglang import SGLangServers as SGLangServers
-    from lightning_grpo.servers.slurm import SlurmServers as SlurmServers
     from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_grpo.strategies.fsdp2 import FSDP2Strategy as FSDP2Strategy
-    from lightning_grpo.strategies.parallelize import parallelize as parallelize
+    from lightning_grpo.strategies.fsdp2 import parallelize as parallelize
     from lightning_grpo.types import Completion as Completion
     from lightning_grpo.types import Group as Group
     from lightning_grpo.types import Prompt as Prompt
     from lightning_grpo.types import Sampling as Sampling
     from lightning_grpo.types import Trajectory as Trajectory
-    from lightning_grpo.weights.disk import DiskTransport as DiskTransport
-    from lightning_grpo.weights.ipc import IPCTransport as IPCTransport
+    from lightning_grpo.validation import Evaluation as Evaluation
+    from lightning_grpo.weights.process_group import IPCTransport as IPCTransport
     from lightning_grpo.weights.process_group import ProcessGroupTransport as ProcessGroupTransport
+    from lightning_grpo.weights.transport import DiskTransport as DiskTransport
 else:
 
     def __getattr__(name: str) -> Any:

@@ -1,10 +1,15 @@
-"""RolloutDataModule: rollouts as Lightning's data source; the machinery lives in `session.py`."""
+"""RolloutDataModule, and ReplayDataModule for recorded trajectories.
+
+RolloutDataModule: rollouts as Lightning's data source; the machinery lives in `session.py`.
+
+ReplayDataModule: train from trajectories that a run has written, without servers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -12,30 +17,33 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo import contract
-from lightning_grpo.describe import describe_data
+from lightning_grpo.contract import describe_data
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.evaluation import Evaluation, EvaluationRecord
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
-from lightning_grpo.policy.memory import ADAPTER_FRACTION, ModelSize, training_bytes
-from lightning_grpo.rollout.curriculum import Curriculum
+from lightning_grpo.policy.check import ADAPTER_FRACTION, ModelSize, training_bytes
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, by_name
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
+from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import require_workflow
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.running import servers_of
-from lightning_grpo.session import state as states
+from lightning_grpo.session import assembly as states
 from lightning_grpo.session.folder import FolderLock, hold_folder, hold_run_folder
-from lightning_grpo.session.opening import open_session
-from lightning_grpo.session.protocol import Session
-from lightning_grpo.session.ranks import connect_ranks
-from lightning_grpo.session.settings import SessionSettings
+from lightning_grpo.session.material import SessionSettings
+from lightning_grpo.session.replay import ReplaySession
+from lightning_grpo.session.session import Session, connect_ranks, open_session
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Group, Prompt, RolloutProgress
-from lightning_grpo.validation import EvaluationLoader, evaluation_loaders
+from lightning_grpo.validation import (
+    Evaluation,
+    EvaluationLoader,
+    EvaluationRecord,
+    evaluation_loaders,
+)
 from lightning_grpo.weights.publisher import PublishReport
 
 if TYPE_CHECKING:
@@ -65,7 +73,7 @@ class RolloutDataModule(L.LightningDataModule):
         passes_per_batch: Passes over each rollout batch.
         max_staleness: How many weight versions older than the trainer's a group may be; 0 is
             exactly on-policy.
-        keep_group: Which groups are worth training on (`lightning_grpo.rollout.filters`
+        keep_group: Which groups are worth training on (`lightning_grpo.rollout.producer`
             `.has_variance` for dynamic sampling); the others are replaced by the next prompts.
         curriculum: Leaves prompts out of a pass by their past success; None asks them all.
         evaluation: What validation samples for each held-out prompt.
@@ -431,3 +439,71 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _epoch_batches(self, num_prompts: int) -> int:
         return max(1, num_prompts // self.batch_size)
+
+
+class ReplayDataModule(RolloutDataModule):
+    """The rollout batches that a run consumed, as it consumed them: same batches, same losses.
+
+    Takes RolloutDataModule's arguments too, so that a run's own config works; only
+    `minibatches_per_batch` and `passes_per_batch` matter. There is no validation: nobody answers.
+    Training ends with the recording, or earlier by the Trainer's limits.
+
+    Args:
+        trajectories: A run's folder, its `trajectories/`, or one `.parquet` file.
+        prompts: Not used.
+        workflow: Not used.
+        servers: Not used.
+        settings: RolloutDataModule's other arguments.
+    """
+
+    _asks = False
+
+    def __init__(
+        self,
+        trajectories: str,
+        prompts: Prompts | None = None,
+        workflow: RolloutWorkflow | None = None,
+        servers: Servers | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            cast("Prompts", prompts),
+            cast("RolloutWorkflow", workflow),
+            cast("Servers", servers),
+            **settings,
+        )
+        self.trajectories = trajectories
+        self.val_prompts = self.test_prompts = {}
+
+    def train_dataloader(self) -> RolloutLoader:
+        """Minibatches of the recording; the Trainer stops where it ends."""
+        trainer = self._attached
+        # A checkpoint of the run itself holds the state of another class of data module, which
+        # Lightning does not hand to this one; how many batches were trained on says it all.
+        done = trainer.global_step // self.steps_per_rollout
+        self._replay.version = max(self._replay.version, done)
+        loader = super().train_dataloader()
+        end = trainer.global_step + self._replay.num_left() * self.steps_per_rollout
+        if not 0 < trainer.max_steps < end:
+            trainer.fit_loop.epoch_loop.max_steps = end
+        return loader
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Any will do: how many steps were taken says where to go on."""
+
+    def describe(self) -> dict[str, str]:
+        """What is replayed: lines for the summary at the start."""
+        return self._replay.describe()
+
+    def _make_session(self, trainer: L.Trainer, channel: RankChannel) -> ReplaySession:
+        return ReplaySession(Path(self.trajectories), channel)
+
+    @property
+    def _replay(self) -> ReplaySession:
+        assert isinstance(self.session, ReplaySession)
+        return self.session
+
+    def _epoch_batches(self, num_prompts: int) -> int:
+        # Longer than any recording: where an epoch of the recorded run ended is not known, and
+        # `max_steps` ends the replay.
+        return 10**9

@@ -1,11 +1,17 @@
-"""GRPOModule: the wiring of policy, loss and Lightning; formulas live in `algorithm/`."""
+"""GRPOModule, and the reference policy of a KL penalty.
+
+GRPOModule: the wiring of policy, loss and Lightning; formulas live in `algorithm/`.
+
+The frozen reference policy of a KL penalty: whole, sharded, in host memory, or a LoRA's base.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,39 +26,126 @@ from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
 from lightning_grpo._compat import forget_metrics, given_hyperparameters, is_compiled
-from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage
+from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage, Truncation
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
-from lightning_grpo.algorithm.truncation import Truncation
-from lightning_grpo.callbacks.defaults import missing_callbacks
+from lightning_grpo.callbacks.recording import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
 from lightning_grpo.checks import MOST, require_count, require_number
-from lightning_grpo.contract import KEEP_BEST, check_callers, check_sized, is_fitting
-from lightning_grpo.describe import describe_module
-from lightning_grpo.distributed.metrics import reduced
+from lightning_grpo.contract import (
+    KEEP_BEST,
+    check_callers,
+    check_sized,
+    describe_module,
+    is_fitting,
+)
+from lightning_grpo.distributed.channel import reduced
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective
+from lightning_grpo.policy.attention import longest_steady
 from lightning_grpo.policy.check import check_architecture, check_two_passes
-from lightning_grpo.policy.export import export_policy
-from lightning_grpo.policy.load import checkpoint_activations, load_policy, load_tokenizer
-from lightning_grpo.policy.lora import LoRA, export_adapter
-from lightning_grpo.policy.materialize import materialize_from_folder
+from lightning_grpo.policy.load import (
+    checkpoint_activations,
+    export_policy,
+    load_policy,
+    load_tokenizer,
+    materialize_from_folder,
+)
+from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.policy.rope import longest_steady
-from lightning_grpo.reference import ReferencePolicy
 from lightning_grpo.shipped import resolve_path
-from lightning_grpo.strategies.gradient_sync import gradient_sync
-from lightning_grpo.strategies.parallelize import reshard
-from lightning_grpo.strategies.restoring import require_own_weights
+from lightning_grpo.strategies.checkpoints import require_own_weights
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, gradient_sync, reshard
 from lightning_grpo.validation import EvaluatedModule
 from lightning_grpo.weights.gather import gather_weights
 
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
+
+
+class ReferencePolicy:
+    """Holds the reference from the first rollout batch on.
+
+    It is no `nn.Module`, so that a module may hold it without training, sharding or saving it.
+
+    Args:
+        kl: The penalty that asks for it; None: there is none.
+        model: What is trained, the reference where the penalty names no other.
+        model_kwargs: For `from_pretrained`.
+        has_adapter: Whether what is trained is an adapter: then the model below it is there
+            already, and nothing is loaded.
+    """
+
+    def __init__(
+        self,
+        kl: KLPenalty | None,
+        model: str,
+        model_kwargs: dict[str, Any],
+        has_adapter: bool = False,
+    ) -> None:
+        self._kl = kl
+        self._path = (kl.reference if kl is not None else None) or model
+        self._model_kwargs = model_kwargs
+        self._is_base = has_adapter and kl is not None and kl.reference is None
+        self._policy: PackedPolicy | None = None
+
+    def check(self) -> None:
+        """Refuse a reference of another model that can't score packed sequences.
+
+        Raises:
+            ConfigError: Why not, and what to use instead.
+        """
+        if self._kl is not None and self._kl.reference is not None:
+            check_architecture(resolve_path(self._path), self._model_kwargs)
+
+    @contextmanager
+    def on(
+        self, policy: nn.Module, device: torch.device, strategy: object = None
+    ) -> Iterator[nn.Module | None]:
+        """The reference, ready to score while the context is open; None without a penalty.
+
+        Under FSDP2Strategy it is sharded as the policy is, and entering is a collective.
+
+        Args:
+            policy: What is trained.
+            device: Where it computes.
+            strategy: The Trainer's.
+        """
+        if self._kl is None:
+            yield None
+        elif self._is_base:
+            yield WithoutAdapter(policy)
+        else:
+            offload = self._kl.offload and device.type != "cpu"
+            sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
+            if self._policy is None:
+                self._policy = self._load(device, sharding, offload)
+            if sharding is None:
+                self._policy.to(device)
+            yield self._policy
+            if sharding is not None:
+                reshard(self._policy)  # no backward comes that would do it
+            elif offload:
+                self._policy.to("cpu")
+
+    def _load(
+        self, device: torch.device, sharding: FSDP2Strategy | None, offload: bool
+    ) -> PackedPolicy:
+        path, meta = resolve_path(self._path), sharding is not None
+        model = load_policy(path, meta=meta, model_kwargs=self._model_kwargs)
+        policy = PackedPolicy(model).requires_grad_(False)
+        if sharding is not None:
+            sharding.shard(policy, offload)
+            home = torch.device("cpu") if offload else device
+            materialize_from_folder(model, path, device=home, model_kwargs=self._model_kwargs)
+            for buffer in policy.buffers():
+                buffer.data = buffer.data.to(device)
+        return policy
+
 
 _FINAL: Mapping[str, str] = {
     "training_step": "token_loss",

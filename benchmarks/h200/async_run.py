@@ -52,7 +52,7 @@ from lightning_grpo import (
     TokenTIS,
     WeightSync,
 )
-from lightning_grpo.weights.ipc import IPCTransport
+from lightning_grpo.weights.process_group import IPCTransport
 
 WARM, COUNTED = 2, 5
 BATCH, GROUP, NEW_TOKENS = 32, 8, 512

@@ -35,10 +35,10 @@ from benchmarks.h200.serving import (
     versions_of,
     write_report,
 )
-from lightning_grpo.policy import head
+from lightning_grpo.policy import packed as head
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.strategies.parallelize import parallelize
+from lightning_grpo.strategies.fsdp2 import parallelize
 
 SEQUENCES, START, SAMPLED = 32, 32, 128
 Rows = list[list[float]]

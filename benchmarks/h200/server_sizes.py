@@ -32,13 +32,13 @@ from benchmarks.h200.serving import (
     server_python,
     write_report,
 )
-from lightning_grpo.policy.memory import HALF, model_size
-from lightning_grpo.rollout.pool import PoolLimits, ServerPool
-from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.policy.check import HALF, model_size
+from lightning_grpo.servers.base import ServerLoad
 from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.process import OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers
-from lightning_grpo.servers.sizing import ServerLoad
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.types import Sampling
 

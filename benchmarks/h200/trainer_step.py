@@ -27,12 +27,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_grpo.algorithm.batch import Denominators, MicroBatch
 from lightning_grpo.algorithm.losses import GRPOLoss
-from lightning_grpo.algorithm.minibatch_loss import minibatch_loss
-from lightning_grpo.algorithm.packing import plan_micro_batches
-from lightning_grpo.policy import head
+from lightning_grpo.loader import plan_micro_batches
+from lightning_grpo.objective import minibatch_loss
+from lightning_grpo.policy import packed as head
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.strategies.parallelize import parallelize
+from lightning_grpo.strategies.fsdp2 import parallelize
 
 PROMPT_TOKENS = 128
 EAGER_HEAD = {name: getattr(head, name) for name in ("_log_softmax", "_grad_logits", "_entropy")}

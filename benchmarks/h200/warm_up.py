@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lightning_grpo.policy.export import export_policy
-from lightning_grpo.policy.load import load_policy
+from lightning_grpo.policy.load import export_policy, load_policy
 from lightning_grpo.policy.packed import PackedPolicy
 
 SUFFIX = "\nThink step by step. End with the answer alone after ####."

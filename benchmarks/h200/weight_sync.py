@@ -47,20 +47,18 @@ from benchmarks.h200.serving import (
 )
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.rollout.pool import ServerPool
-from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.base import ServerHandle
-from lightning_grpo.session.heap import QuietHeap
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.pool import ServerPool
+from lightning_grpo.session.assembly import QuietHeap
 from lightning_grpo.session.proof import TrainerProof, policy_scores
-from lightning_grpo.strategies.parallelize import parallelize, reshard
+from lightning_grpo.strategies.fsdp2 import parallelize, reshard
 from lightning_grpo.types import Sampling
-from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.ipc import IPCTransport
-from lightning_grpo.weights.probe import Probe, SentScores
-from lightning_grpo.weights.process_group import ProcessGroupTransport
+from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
+from lightning_grpo.weights.proof import Probe, SentScores
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
-from lightning_grpo.weights.transport import Place, Snapshot, Transport
+from lightning_grpo.weights.transport import DiskTransport, Place, Snapshot, Transport
 
 WARM, ROUNDS = 3, 20
 DISK_WARM, DISK_ROUNDS = 1, 3

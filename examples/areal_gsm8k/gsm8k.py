@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_grpo.rewards.final_answer import final_number
+from lightning_grpo.rewards.answers import final_number
 
 
 def process_gsm8k_rl_dataset(sample: dict[str, Any]) -> dict[str, Any]:

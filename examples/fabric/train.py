@@ -26,7 +26,7 @@ from lightning_grpo import (
 )
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.loader import Minibatch, Prepared
-from lightning_grpo.policy.export import export_policy
+from lightning_grpo.policy.load import export_policy
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.validation import EvaluationMeans

@@ -12,7 +12,7 @@ import random
 import zlib
 from collections.abc import Iterator
 
-from lightning_grpo.rewards.final_answer import final_number, gsm8k
+from lightning_grpo.rewards.answers import final_number, gsm8k
 
 HELD_OUT_PARTS = 6
 

@@ -1,18 +1,250 @@
-"""An agent's calls as one growing conversation: each request must continue what was recorded."""
+"""The chat API that agents speak, and one episode recorded from its requests.
+
+Requests and replies of `/v1/chat/completions`, as the `openai` package sends and reads them.
+
+An agent's calls as one growing conversation: each request must continue what was recorded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lightning_grpo.agents.chat_api import ChatRequest, assistant_message, same_message
-from lightning_grpo.agents.record import EpisodeRecord
-from lightning_grpo.agents.tool_calls import ParsedReply, reply_parser, strip_specials
-from lightning_grpo.agents.turns import first_ids, next_ids
+from lightning_grpo.agents.tools import ParsedReply, reply_parser, strip_specials
+from lightning_grpo.agents.turns import EpisodeRecord, first_ids, next_ids
 from lightning_grpo.errors import ConfigError, RolloutError
+from lightning_grpo.rollout.chat import call_of, text_of
 from lightning_grpo.rollout.protocols import Tokenizer
-from lightning_grpo.types import Completion
+from lightning_grpo.types import Completion, Sampling
+
+MODEL = "policy"
+_FINISH = {"stop": "stop", "length": "length"}
+# What would change what is sampled, or promise what isn't done. Other unknown fields are ignored.
+_REFUSED = ("logit_bias", "functions", "function_call", "prediction", "audio", "modalities")
+_PENALTIES = ("frequency_penalty", "presence_penalty")
+
+
+class BadRequest(Exception):
+    """A request that can't be served as it is; told to the agent with status 400."""
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What an agent asks for.
+
+    Attributes:
+        messages: The conversation, whole, as the agent has it.
+        tools: Tools' schemas.
+        sampling: The workflow's, with the request's limit and stops.
+        stream: Whether the reply comes in events.
+        include_usage: Whether the last event counts tokens.
+        ignored: What it asks of the sampling that the run decides otherwise, in words.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any]
+    sampling: Sampling
+    stream: bool = False
+    include_usage: bool = False
+    ignored: str = ""
+
+
+def read_request(body: Any, sampling: Sampling) -> ChatRequest:
+    """The request of a body.
+
+    Temperature, top_p and the like are the run's: a request's are ignored, because the policy is
+    trained as it was sampled.
+
+    Args:
+        body: Parsed JSON.
+        sampling: The workflow's.
+
+    Raises:
+        BadRequest: What it asks for is not served.
+    """
+    if not isinstance(body, Mapping) or not isinstance(body.get("messages"), list):
+        raise BadRequest("`messages` must be a list.")
+    messages = [_message(message) for message in body["messages"]]
+    if not messages:
+        raise BadRequest("`messages` must not be empty.")
+    _refuse(body)
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or sampling.max_new_tokens
+    stop = body.get("stop") or ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    chosen = replace(
+        sampling,
+        max_new_tokens=min(int(limit), sampling.max_new_tokens),
+        stop=(*sampling.stop, *(s for s in stops if s not in sampling.stop)),
+    )
+    options = body.get("stream_options") or {}
+    return ChatRequest(
+        messages,
+        list(body.get("tools") or ()) if body.get("tool_choice") != "none" else [],
+        chosen,
+        bool(body.get("stream")),
+        bool(options.get("include_usage")),
+        _ignored(body, sampling),
+    )
+
+
+def _ignored(body: Mapping[str, Any], sampling: Sampling) -> str:
+    decided = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0,
+        "repetition_penalty": 1,
+    }
+    asked = [name for name, own in decided.items() if body.get(name) not in (None, own)]
+    return ", ".join(f"{name} {body[name]}" for name in asked)
+
+
+def _refuse(body: Mapping[str, Any]) -> None:
+    if body.get("n") not in (None, 1):
+        raise BadRequest("`n` must be 1: a trajectory has one answer to each question.")
+    if body.get("tool_choice") not in (None, "auto", "none"):
+        raise BadRequest("`tool_choice` must be auto or none: forced tokens were not sampled.")
+    form = body.get("response_format") or {}
+    if form.get("type", "text") != "text":
+        raise BadRequest("`response_format` must be text: a grammar changes the distribution.")
+    if body.get("logprobs"):
+        raise BadRequest("`logprobs` are not served.")
+    if body.get("chat_template_kwargs"):
+        raise BadRequest(
+            "`chat_template_kwargs` are the run's, for every turn alike. Set "
+            "`Prompts.template_kwargs`."
+        )
+    asked = [name for name in _REFUSED if body.get(name)]
+    asked += [name for name in _PENALTIES if body.get(name)]
+    if asked:
+        raise BadRequest(f"`{asked[0]}` is not served.")
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """One message without what says nothing, its text as one string."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise BadRequest("every message must be an object with a `role`.")
+    kept = {k: v for k, v in message.items() if v is not None and v != []}
+    try:
+        kept["content"] = text_of(message.get("content"))
+        if "tool_calls" in kept:
+            kept["tool_calls"] = [call_of(call) for call in kept["tool_calls"]]
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+    if kept["role"] == "developer":
+        kept["role"] = "system"
+    return kept
+
+
+def assistant_message(reply: ParsedReply, number: int) -> dict[str, Any]:
+    """A reply as the message that the agent gets, and is expected to send back.
+
+    A call that can't be read stays in the text: the agent sees what was said.
+    """
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    if reply.calls:
+        message["tool_calls"] = [
+            {
+                "id": f"call_{number}_{i}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": dict(call.arguments)},
+            }
+            for i, call in enumerate(reply.calls)
+        ]
+    return message
+
+
+def same_message(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two messages say the same; keys that only clients add don't count."""
+    names = ("role", "content", "tool_calls", "tool_call_id")
+    return all((a.get(name) or "") == (b.get(name) or "") for name in names)
+
+
+def completion_body(
+    request_id: str,
+    message: Mapping[str, Any],
+    completion: Completion,
+    num_prompt_tokens: int,
+) -> dict[str, Any]:
+    """The body of a reply that is not streamed."""
+    return {
+        "id": request_id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {**message, **_calls_as_sent(message)},
+                "finish_reason": _finish_reason(message, completion),
+                "logprobs": None,
+            }
+        ],
+        "usage": _usage(num_prompt_tokens, completion),
+    }
+
+
+def completion_events(
+    request_id: str,
+    message: Mapping[str, Any],
+    completion: Completion,
+    num_prompt_tokens: int,
+    include_usage: bool,
+) -> Iterator[bytes]:
+    """The events of a streamed reply: who speaks, what is said in one piece, why it ended."""
+    calls = _calls_as_sent(message).get("tool_calls", [])
+    deltas: list[tuple[dict[str, Any], str | None]] = [({"role": "assistant", "content": ""}, None)]
+    if message["content"]:
+        deltas.append(({"content": message["content"]}, None))
+    if calls:
+        numbered = [{"index": i, **call} for i, call in enumerate(calls)]
+        deltas.append(({"tool_calls": numbered}, None))
+    deltas.append(({}, _finish_reason(message, completion)))
+    shared = {
+        "id": request_id,
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": MODEL,
+    }
+    for delta, reason in deltas:
+        yield _event({**shared, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
+    if include_usage:
+        yield _event({**shared, "choices": [], "usage": _usage(num_prompt_tokens, completion)})
+    yield b"data: [DONE]\n\n"
+
+
+def _event(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+def _calls_as_sent(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls: Sequence[Mapping[str, Any]] = message.get("tool_calls", ())
+    if not calls:
+        return {}
+    sent = []
+    for call in calls:
+        arguments = json.dumps(call["function"]["arguments"])
+        sent.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {"tool_calls": sent}
+
+
+def _finish_reason(message: Mapping[str, Any], completion: Completion) -> str:
+    if message.get("tool_calls"):
+        return "tool_calls"
+    return _FINISH.get(completion.finish_reason, "stop")
+
+
+def _usage(num_prompt_tokens: int, completion: Completion) -> dict[str, int]:
+    sampled = len(completion.token_ids)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": sampled,
+        "total_tokens": num_prompt_tokens + sampled,
+    }
+
 
 Conversations = Literal["one", "last"]
 _SHOWN = 160

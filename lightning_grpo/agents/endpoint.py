@@ -18,16 +18,18 @@ from typing import Any
 import anyio
 from aiohttp import web
 
-from lightning_grpo.agents.chat_api import (
+from lightning_grpo.agents.conversation import (
     MODEL,
     BadRequest,
     ChatRequest,
+    Conversations,
+    HistoryError,
+    Recorder,
     completion_body,
     completion_events,
     read_request,
 )
-from lightning_grpo.agents.conversation import Conversations, HistoryError, Recorder
-from lightning_grpo.engine.door import Door, room_for_connections
+from lightning_grpo.engine.http import Door, room_for_connections
 from lightning_grpo.keys import bears
 from lightning_grpo.rollout.protocols import EpisodeContext
 from lightning_grpo.types import Sampling

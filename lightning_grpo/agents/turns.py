@@ -1,4 +1,10 @@
-"""Token ids of what comes between two completions, in the chat template's own words.
+"""Turns of a conversation as token ids, and the record of an episode.
+
+The token ids of an episode as it grows: appended to, never made again from text.
+
+What the workflows of this folder share: rewards on the end of a conversation.
+
+Token ids of what comes between two completions, in the chat template's own words.
 
 The template is rendered for a made-up conversation that ends in the new messages; what follows the
 made-up answer is exactly what the template puts between an answer and the next one. Templates that
@@ -8,12 +14,95 @@ rewrite history (that drop earlier reasoning, for one) change nothing that was s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.rollout.chat import Message, fitting, rendering
-from lightning_grpo.rollout.protocols import Tokenizer
-from lightning_grpo.types import Completion, Prompt
+from lightning_grpo.rollout.protocols import EpisodeContext, Tokenizer
+from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.types import NO_VERSION, Completion, Prompt, Trajectory
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """What was asked, sampled and told so far; `told` and `sampled` give longer ones.
+
+    Attributes:
+        input_ids: Every token in order, `[tokens]`.
+        completions: Each completion and where it begins.
+    """
+
+    input_ids: tuple[int, ...] = ()
+    completions: tuple[tuple[int, Completion], ...] = ()
+
+    @property
+    def last(self) -> Completion:
+        """The latest completion."""
+        if not self.completions:
+            raise RolloutError("nothing was sampled in the episode.")
+        return self.completions[-1][1]
+
+    def told(self, token_ids: Sequence[int]) -> EpisodeRecord:
+        """With what the policy did not sample: a prompt, feedback, a tool's result."""
+        return EpisodeRecord((*self.input_ids, *token_ids), self.completions)
+
+    def sampled(self, completion: Completion) -> EpisodeRecord:
+        """With a completion of all that stands before it."""
+        start = len(self.input_ids)
+        return EpisodeRecord(
+            (*self.input_ids, *completion.token_ids), (*self.completions, (start, completion))
+        )
+
+    def trajectory(
+        self, reward: float, rewards: Mapping[str, float], temperature: float = 1.0
+    ) -> Trajectory:
+        """The episode as a trajectory.
+
+        Raises:
+            RolloutError: The ids at a completion's place are not those that were sampled.
+        """
+        length = len(self.input_ids)
+        mask, versions = [False] * length, [NO_VERSION] * length
+        logprobs = [0.0] * length
+        for start, completion in self.completions:
+            end = start + len(completion.token_ids)
+            if self.input_ids[start:end] != tuple(completion.token_ids) or any(mask[start:end]):
+                raise RolloutError(
+                    f"tokens {start} to {end} of the episode are not the ids that were sampled "
+                    "there: a history was made anew from text."
+                )
+            mask[start:end] = [True] * (end - start)
+            logprobs[start:end] = completion.logprobs
+            versions[start:end] = completion.versions
+        return Trajectory(
+            input_ids=self.input_ids,
+            response_mask=tuple(mask),
+            logprobs=tuple(logprobs),
+            versions=tuple(versions),
+            reward=reward,
+            rewards=rewards,
+            text=self.last.text,
+            truncated=self.last.truncated,
+            temperature=temperature,
+            num_turns=len(self.completions),
+        )
+
+
+class RewardedWorkflow(RLVRWorkflow):
+    """Scores the last completion; rewards that name `messages` get all that came before it."""
+
+    async def score(
+        self,
+        prompt: Prompt,
+        context: EpisodeContext,
+        record: EpisodeRecord,
+        messages: Sequence[Mapping[str, Any]],
+    ) -> tuple[float, dict[str, float]]:
+        """The weighted sum of the rewards, and each under its name."""
+        told = replace(prompt, messages=tuple(messages))
+        return await self.score_text(told, context, record.last.text, record.last.token_ids)
+
 
 _QUESTION = {"role": "user", "content": "question"}
 _ANSWER = "ANSWER-OF-THE-ASSISTANT"

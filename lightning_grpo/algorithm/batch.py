@@ -1,4 +1,10 @@
-"""The records of a batch: the scalars of all of it, and what a loss receives of its tokens.
+"""The batch as tensors: the packed layout, a share of the tokens, and the records of it.
+
+Arithmetic on the packed layout: `[tokens]` with `cu_seqlens [sequences + 1]`.
+
+A rank's share of the tokens of a rollout batch, packed.
+
+The records of a batch: the scalars of all of it, and what a loss receives of its tokens.
 
 One layout: packed `[tokens]` with `cu_seqlens [sequences + 1]`. Entry t of every per-token tensor
 is about token t: `logprobs[t] = log p(token_t | tokens before t)`.
@@ -7,15 +13,172 @@ is about token t: `logprobs[t] = log p(token_t | tokens before t)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_grpo.algorithm.layout import expand, token_positions
-from lightning_grpo.algorithm.sequences import Sequences
 from lightning_grpo.types import NO_VERSION, Group, PromptKey, Trajectory
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to plus or minus this: exp(20) is 5e8, beyond any use."""
+
+
+def sequence_ids(cu_seqlens: Tensor) -> Tensor:
+    """Which sequence each token belongs to, int64 `[tokens]`."""
+    lengths = cu_seqlens.diff()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+
+def token_positions(cu_seqlens: Tensor) -> Tensor:
+    """Positions that restart in each sequence, int64 `[tokens]`."""
+    cu_seqlens = cu_seqlens.long()
+    tokens = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    return tokens - torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff())
+
+
+def expand(per_sequence: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Repeats `per_sequence [sequences]` for each of its tokens: `[tokens]`."""
+    return torch.repeat_interleave(per_sequence, cu_seqlens.diff())
+
+
+def sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sum of `values [tokens]` over each sequence: `[sequences]`."""
+    totals = values.new_zeros(len(cu_seqlens) - 1)
+    return totals.index_add(0, sequence_ids(cu_seqlens), values)
+
+
+def sequence_mean(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Mean of `values [tokens]` over each sequence's tokens in `mask`; 0 where there is none."""
+    totals = sequence_sum(torch.where(mask, values, 0.0), cu_seqlens)
+    return totals / sequence_sum(mask.to(values.dtype), cu_seqlens).clamp_min(1.0)
+
+
+def packed_rows(cu_seqlens: Tensor, rows: Tensor) -> Tensor:
+    """Positions of the tokens of sequences `rows`, one sequence after the other."""
+    lengths = cu_seqlens.diff()[rows]
+    ends = lengths.cumsum(0)
+    offsets = cu_seqlens[rows] - (ends - lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return torch.arange(total, device=rows.device) + torch.repeat_interleave(offsets, lengths)
+
+
+def log_ratio(numerator: Tensor, denominator: Tensor, mask: Tensor) -> Tensor:
+    """`numerator - denominator` where `mask`, else 0; clamped to +-20, `[tokens]`.
+
+    Tokens outside the mask may hold anything, NaN included: they reach neither value nor gradient.
+    """
+    difference = torch.where(mask, numerator, 0.0) - torch.where(mask, denominator, 0.0)
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Tokens of some trajectories, packed end to end without padding.
+
+    Attributes:
+        input_ids: int64 `[tokens]`.
+        cu_seqlens: Where each sequence starts, and the end, int64 `[sequences + 1]`.
+        response_mask: The policy sampled this token, bool `[tokens]`.
+        loss_mask: It enters the loss, bool `[tokens]`; a subset of `response_mask`.
+        behavior_logprobs: Under the policy that sampled; 0 outside, fp32 `[tokens]`.
+        weight_versions: Weights that sampled the token, int64 `[tokens]`.
+        trajectory_index: Row in the `RolloutBatch`, int64 `[sequences]`.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    response_mask: Tensor
+    loss_mask: Tensor
+    behavior_logprobs: Tensor
+    weight_versions: Tensor
+    trajectory_index: Tensor
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.trajectory_index)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, int64 `[sequences]`."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @classmethod
+    def from_trajectories(
+        cls, trajectories: Sequence[Trajectory], index: Sequence[int]
+    ) -> Sequences:
+        """Packs trajectories; `index` holds the row of each in the `RolloutBatch`."""
+        lengths = [0, *(len(t.input_ids) for t in trajectories)]
+        mask = _pack([t.response_mask for t in trajectories], torch.bool)
+        # The first token of a sequence has no probability, so it can't enter the loss.
+        loss_mask = mask.clone()
+        starts = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
+        loss_mask[starts[:-1][starts.diff() > 0]] = False
+        return cls(
+            input_ids=_pack([t.input_ids for t in trajectories], torch.int64),
+            cu_seqlens=starts,
+            response_mask=mask,
+            loss_mask=loss_mask,
+            behavior_logprobs=_pack([t.logprobs for t in trajectories], torch.float32),
+            weight_versions=_pack([t.versions for t in trajectories], torch.int64),
+            trajectory_index=torch.tensor(list(index), dtype=torch.int64),
+        )
+
+    @classmethod
+    def filler(cls) -> Sequences:
+        """One sequence that adds nothing: for a rank that has fewer micro-batches than others."""
+        nothing = torch.zeros(2, dtype=torch.bool)
+        return cls(
+            input_ids=torch.zeros(2, dtype=torch.int64),
+            cu_seqlens=torch.tensor([0, 2]),
+            response_mask=nothing,
+            loss_mask=nothing.clone(),
+            behavior_logprobs=torch.zeros(2),
+            weight_versions=torch.full((2,), NO_VERSION),
+            trajectory_index=torch.zeros(1, dtype=torch.int64),
+        )
+
+    def select(self, rows: Sequence[int]) -> Sequences:
+        """The sequences at positions `rows`, in that order, as tensors of their own.
+
+        Copies, so that what is pickled to another rank is only as large as the selection. No
+        rows at all give `filler()`.
+        """
+        if len(rows) == 0:
+            return self.filler().to(self.input_ids.device)
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.cu_seqlens.device)
+        tokens = packed_rows(self.cu_seqlens, index)
+        starts = torch.zeros(len(index) + 1, dtype=torch.int64, device=index.device)
+        starts[1:] = self.lengths[index].cumsum(0)
+        return Sequences(
+            input_ids=self.input_ids[tokens],
+            cu_seqlens=starts,
+            response_mask=self.response_mask[tokens],
+            loss_mask=self.loss_mask[tokens],
+            behavior_logprobs=self.behavior_logprobs[tokens],
+            weight_versions=self.weight_versions[tokens],
+            trajectory_index=self.trajectory_index[index],
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
+        """The same on another device."""
+        return Sequences(
+            **{
+                f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+                for f in fields(self)
+            }
+        )
+
+
+def _pack(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([value for row in rows for value in row], dtype=dtype)
+
 
 __all__ = ["Denominators", "MicroBatch", "RolloutBatch", "Sequences"]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_grpo.algorithm.batch import MicroBatch
-from lightning_grpo.algorithm.layout import (
+from lightning_grpo.algorithm.batch import (
     MAX_LOG_RATIO,
+    MicroBatch,
     expand,
     log_ratio,
     sequence_mean,

@@ -28,8 +28,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lightning_grpo.algorithm.batch import MicroBatch
-from lightning_grpo.algorithm.layout import log_ratio
+from lightning_grpo.algorithm.batch import MicroBatch, log_ratio
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
 from lightning_grpo.checks import require_number
 from lightning_grpo.errors import ConfigError

@@ -1,7 +1,17 @@
-"""Numbers that know how they reduce: over micro-batches by `merge`, over ranks by two all-reduces.
+"""Metrics that reduce over micro-batches and ranks, and those of rollouts and mismatch.
+
+Numbers that know how they reduce: over micro-batches by `merge`, over ranks by two all-reduces.
 
 The tensors stay where they were computed until `values` is called, so that logging never makes
 the device wait in the middle of a step.
+
+What a rollout batch says of itself before anything is trained on it.
+
+How far the trainer's logprobs are from those the servers reported, and why.
+
+On tokens of the weights that are being trained, any difference is a difference of the two programs
+(`mismatch/...`). On older tokens it is mostly that of the weights (`offpolicy/...`). The two are
+never mixed.
 """
 
 from __future__ import annotations
@@ -12,6 +22,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_grpo.algorithm.advantages import has_no_variance
+from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch, log_ratio
 
 Number = Tensor | float
 
@@ -193,3 +206,67 @@ def masked_max(values_: Tensor, mask: Tensor) -> Max:
     if values_.numel() == 0:
         return Max(-math.inf)
     return Max(torch.where(mask, values_.detach(), -math.inf).max())
+
+
+def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """`reward/...`, `completion/...` and `staleness/...` of a whole rollout batch."""
+    rewards = batch.rewards
+    lengths = batch.response_lengths.float()
+    staleness = (batch.version - group_minimum(batch.oldest_versions, batch.group_ids)).float()
+    metrics = {
+        "reward/mean": rewards.mean(),
+        "reward/std": rewards.std(unbiased=False),
+        "reward/zero_variance_fraction": zero_variance_fraction(rewards, batch.group_ids),
+        "completion/length_mean": lengths.mean(),
+        "completion/length_max": lengths.max(),
+        "completion/truncated_fraction": batch.truncated.float().mean(),
+        "staleness/mean": staleness.mean(),
+        "staleness/max": staleness.max(),
+    }
+    for name, values in batch.rewards_by_name.items():
+        metrics[f"reward/{name}/mean"] = values.nanmean()
+    for name in sorted(set(batch.datasets) - {""}):
+        of_it = torch.tensor([dataset == name for dataset in batch.datasets])
+        metrics[f"dataset/{name}/reward_mean"] = rewards[of_it].mean()
+        metrics[f"dataset/{name}/fraction"] = of_it.float().mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def zero_variance_fraction(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """The share of groups whose rewards are all equal: they teach nothing."""
+    flat = group_ids[has_no_variance(rewards, group_ids)].unique()
+    return torch.tensor(len(flat) / len(group_ids.unique()))
+
+
+def group_minimum(values: Tensor, group_ids: Tensor) -> Tensor:
+    """The smallest value of each group, `[groups]`."""
+    groups, index = group_ids.unique(return_inverse=True)
+    start = values.max().expand(len(groups)).clone()
+    return start.scatter_reduce(0, index, values, reduce="amin")
+
+
+def mismatch_metrics(policy_logprobs: Tensor, batch: MicroBatch, version: int) -> Metrics:
+    """`mismatch/...` over sampled tokens of `version`, `offpolicy/...` over all older ones.
+
+    k3 is the estimate of KL(behavior || policy) on samples of the behavior policy; `ess` the
+    effective fraction of the older tokens under the weights policy / behavior.
+
+    Args:
+        policy_logprobs: Under the weights `version`, before the first step on them, `[tokens]`.
+        batch: The micro-batch.
+        version: The weight version that `policy_logprobs` were computed with.
+    """
+    sampled = batch.response_mask & batch.loss_mask
+    current = sampled & (batch.weight_versions == version)
+    older = sampled & (batch.weight_versions != version)
+    difference = log_ratio(policy_logprobs.detach(), batch.behavior_logprobs, sampled)
+    ratio = difference.exp()
+    k3 = ratio - difference - 1
+    weights = ratio * older
+    return {
+        "mismatch/abs_logprob_diff": masked_mean(difference.abs(), current),
+        "mismatch/k3": masked_mean(k3, current),
+        "offpolicy/abs_logprob_diff": masked_mean(difference.abs(), older),
+        "offpolicy/k3": masked_mean(k3, older),
+        "offpolicy/ess": EffectiveFraction(weights.sum(), weights.square().sum(), older.sum()),
+    }

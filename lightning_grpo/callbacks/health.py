@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo.callbacks.progress import waiting_fraction
+from lightning_grpo.callbacks.screen import waiting_fraction
 from lightning_grpo.callbacks.views import MinibatchView, logged_numbers
 from lightning_grpo.checks import require_seconds
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.cli.problem import Parser
+from lightning_grpo.cli.sources import Parser
 from lightning_grpo.errors import ConfigError, UnreadableError
 
 _SHARDS_METADATA = "meta.pt"
@@ -70,7 +70,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
             f"{str(checkpoint)!r} is neither a checkpoint file nor a folder of shards "
             f"(`{_SHARDS_METADATA}` is missing)."
         )
-    from lightning_grpo.strategies.restoring import (
+    from lightning_grpo.strategies.checkpoints import (
         read_plain,
         reading,
         require_state,
@@ -91,7 +91,7 @@ def build_module(state: dict[str, Any], checkpoint: Path, trust_remote_code: boo
     """
     from lightning_grpo import hparams
     from lightning_grpo.module import GRPOModule
-    from lightning_grpo.strategies.restoring import require_own_weights
+    from lightning_grpo.strategies.checkpoints import require_own_weights
 
     saved = state.get("hyper_parameters", {})
     if not isinstance(saved.get("model"), str):

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_grpo.callbacks.early_stop import EarlyStop
-from lightning_grpo.cli.problem import ConfigProblem
-from lightning_grpo.cli.sources import collect
+from lightning_grpo.cli.sources import ConfigProblem, collect
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.shipped import resolve_config
 

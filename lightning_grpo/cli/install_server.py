@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_grpo.cli.problem import Parser
+from lightning_grpo.cli.sources import Parser
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.servers.installed import (
+from lightning_grpo.servers.sglang import (
     SGLANG_VERSION,
     describe_room,
     examine_python,

@@ -11,10 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_grpo.cli.fit import split_configs
-from lightning_grpo.cli.problem import ConfigProblem, Parser, nearest
-from lightning_grpo.cli.sources import SECTIONS, collect, read_options
+from lightning_grpo.cli.sources import (
+    SECTIONS,
+    ConfigProblem,
+    Parser,
+    collect,
+    nearest,
+    read_options,
+)
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.launch.job import require_at_least
+from lightning_grpo.launch.slurm import require_at_least
 
 _SERVERS = "data.servers"
 _PROGRAM = (sys.executable, "-m", "lightning_grpo.cli.main")
@@ -145,7 +151,7 @@ def _build(described: Mapping[str, Any]) -> Any:
 
 
 def _check_startable(servers: Any, class_path: str) -> None:
-    from lightning_grpo.servers.owned import OwnedServers
+    from lightning_grpo.servers.process import OwnedServers
 
     if servers is not None and not isinstance(servers, OwnedServers):
         raise ConfigError(
@@ -178,7 +184,7 @@ def _check_fits(servers: Any, gpus: int) -> None:
 
 def _left_to_train(servers: Any, gpus: int) -> int:
     """How many GPUs of a node the servers leave, where they are on a node that trains."""
-    from lightning_grpo.servers.devices import serving_devices, training_devices
+    from lightning_grpo.servers.process import serving_devices, training_devices
     from lightning_grpo.servers.sglang import SGLangServers
 
     if not isinstance(servers, SGLangServers):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_grpo.cli.jobs import job_parser, job_settings
-from lightning_grpo.cli.problem import ConfigProblem, Parser, nearest
+from lightning_grpo.cli.sources import ConfigProblem, Parser, nearest
 from lightning_grpo.errors import ConfigError
 
 _SLURM_USAGE = """\
@@ -103,8 +103,7 @@ def make_log_folder(log: Path) -> None:
 
 def launch_ray(argv: Sequence[str]) -> int:
     """Run on a Ray cluster, to the end."""
-    from lightning_grpo.launch.ray_cluster import RayRun
-    from lightning_grpo.launch.ray_plan import RayJob
+    from lightning_grpo.launch.ray import RayJob, RayRun
 
     parser = job_parser("ray", _RAY_USAGE)
     parser.add_argument("--cpus-per-node", type=int, default=1, help="to ask for on every node")
@@ -122,7 +121,7 @@ def launch_ray(argv: Sequence[str]) -> int:
 
 def serve_node(argv: Sequence[str]) -> int:
     """Start servers on this node as the trainer asks, until the job ends it."""
-    from lightning_grpo.servers.node import ServerNode
+    from lightning_grpo.servers.other_nodes import ServerNode
 
     parser = Parser(prog="lightning-grpo launch server-node", allow_abbrev=False)
     parser.add_argument("--folder", type=Path, required=True, help="shared with the trainer")

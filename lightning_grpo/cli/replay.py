@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_grpo.cli.fit import run_trainer
-from lightning_grpo.cli.problem import ConfigProblem
+from lightning_grpo.cli.sources import ConfigProblem
 from lightning_grpo.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
 
 def replay() -> type[RolloutDataModule]:
     """The data module of a run without servers."""
-    from lightning_grpo.replay import ReplayDataModule
+    from lightning_grpo.datamodule import ReplayDataModule
 
     return ReplayDataModule
 

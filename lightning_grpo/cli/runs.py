@@ -26,7 +26,7 @@ from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor
 
 from lightning_grpo.session.folder import LOCK, hold_folder, hold_new_version
-from lightning_grpo.strategies.restoring import is_sharded
+from lightning_grpo.strategies.checkpoints import is_sharded
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 from lightning_grpo.checks import require_seconds
-from lightning_grpo.cli.imports import ImportPathError, import_object
-from lightning_grpo.cli.problem import Parser, whole_number
+from lightning_grpo.cli.mistakes import ImportPathError, import_object
+from lightning_grpo.cli.sources import Parser, whole_number
 from lightning_grpo.errors import ConfigError, RewardError
-from lightning_grpo.rollout.binding import BoundReward
+from lightning_grpo.rollout.protocols import BoundReward
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.workflow import named_rewards
 from lightning_grpo.types import Prompt
@@ -125,7 +125,7 @@ def read_completions(path: Path) -> list[Row]:
         ConfigError: There is none.
     """
     if path.suffix in (".jsonl", ".json"):
-        from lightning_grpo.rollout.sources import open_rows
+        from lightning_grpo.rollout.prompts import open_rows
 
         rows = [_from_columns(row) for row in open_rows(str(path))]
     else:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from lightning_grpo.cli.problem import Parser, whole_number
+from lightning_grpo.cli.sources import Parser, whole_number
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.records import read_rows
 

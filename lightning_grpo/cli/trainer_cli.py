@@ -22,14 +22,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_grpo._compat import start_method
 from lightning_grpo.callbacks.views import run_folder
 from lightning_grpo.checks import require_number
-from lightning_grpo.cli.check import check_settings
 from lightning_grpo.cli.environment import (
     is_first_rank,
     set_one_thread_default,
     silence_jsonargparse,
 )
-from lightning_grpo.cli.problem import ConfigProblem, nearest
-from lightning_grpo.cli.refusals import condense, fault_of, locate, refused_build
+from lightning_grpo.cli.mistakes import check_settings, condense, fault_of, locate, refused_build
 from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
@@ -44,17 +42,17 @@ from lightning_grpo.cli.runs import (
     move_beside,
     version_of,
 )
-from lightning_grpo.cli.sources import Setting, read_yaml
+from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, read_yaml
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, GRPOError
 from lightning_grpo.keys import is_secret
-from lightning_grpo.servers.devices import present_devices, serving_devices, training_devices
-from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.strategies.restoring import (
+from lightning_grpo.servers.process import present_devices, serving_devices, training_devices
+from lightning_grpo.strategies.checkpoints import (
     refuse_shards,
     require_checkpoint,
     require_readable,
 )
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,  # the baseline at step 0 takes its place

@@ -1,9 +1,17 @@
-"""RankChannel: ranks wait on messages, never inside a collective.
+"""The channel between ranks: collectives with deadlines, errors and stops for all.
+
+Metrics that know how they reduce, over all ranks.
+
+Saying something to the other ranks, and making sure that it was heard before leaving.
+
+RankChannel: ranks wait on messages, never inside a collective.
 
 A gloo collective that timed out can't be retried, and no signal interrupts one. So whatever only
 rank 0 does (a rollout batch, a weight sync, an evaluation) ends with `wait` on every rank: rank 0
 waits for the work in short polls and publishes READY, ERROR or STOP under a sequence number; the
 others poll for that. Only then does anybody enter a collective.
+
+Which signal a run acts on when more than one came.
 """
 
 from __future__ import annotations
@@ -13,18 +21,167 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
-from lightning_grpo.distributed.exchange import Alone, Exchange, GlooExchange
-from lightning_grpo.distributed.heart import Heart
-from lightning_grpo.distributed.messenger import Messenger, what_happened
-from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, RunningClock
-from lightning_grpo.distributed.stops import most_urgent, signal_of, urgency
-from lightning_grpo.distributed.store import Store, open_store
-from lightning_grpo.distributed.verdict import Judge, ProcessLike, is_echo
+import torch
+from torch import distributed
+
+from lightning_grpo.algorithm.metrics import Metrics, from_tensors, to_tensors
+from lightning_grpo.distributed.heartbeat import (
+    Alone,
+    Exchange,
+    Failure,
+    GlooExchange,
+    Heart,
+    Judge,
+    Kind,
+    Ledger,
+    Outcome,
+    ProcessLike,
+    RunningClock,
+    Store,
+    Watchdog,
+    is_echo,
+    open_store,
+)
 from lightning_grpo.errors import RankError, StopRun
+
+
+def reduced(metrics: Metrics, device: torch.device) -> Metrics:
+    """The same metrics over all ranks: two all-reduces; every rank has the same names."""
+    sums, maxima = to_tensors(metrics, device)
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(sums)
+        distributed.all_reduce(maxima, op=distributed.ReduceOp.MAX)
+    return from_tensors(metrics, sums, maxima)
+
+
+_FAREWELL_S = 5.0
+
+
+class Messenger:
+    """This rank's outgoing side; silent in a run of one process.
+
+    Args:
+        ledger: Where this rank's record is kept.
+        heart: Writes it; None in a run of one process.
+        rank_timeout_s: The limit of silence; last words wait no longer than that.
+    """
+
+    def __init__(self, ledger: Ledger, heart: Heart | None, rank_timeout_s: float) -> None:
+        self._ledger = ledger
+        self._heart = heart
+        self._watchdog: Watchdog | None = None
+        self._rank_timeout_s = rank_timeout_s
+        self._farewell_s = min(_FAREWELL_S, rank_timeout_s)
+
+    def start_watchdog(
+        self, verdict: Callable[[], Failure | None], grace_s: float, poll_s: float
+    ) -> None:
+        """Watch the others from a thread; once."""
+        if self._heart is not None and self._watchdog is None:
+            self._watchdog = Watchdog(self._ledger.rank, verdict, grace_s, poll_s)
+            self._watchdog.start()
+
+    def quickened(self) -> AbstractContextManager[None]:
+        """Talk and listen fast for a while."""
+        return nullcontext() if self._heart is None else self._heart.quickened()
+
+    @contextmanager
+    def publishing(self, sequence: int, what: str) -> Iterator[None]:
+        """Rank 0: say how the block ended."""
+        try:
+            yield
+        except StopRun as stop:
+            self._publish(Outcome(sequence, Kind.STOP, what, signal.Signals(stop.signal).name))
+            raise
+        except BaseException as error:
+            self._publish(Outcome(sequence, Kind.ERROR, what, what_happened(error)))
+            raise
+        self._publish(Outcome(sequence, Kind.READY, what))
+
+    def tell(self, failure: Failure) -> None:
+        """Put a failure into the record and wait until it is known."""
+        tick = self._ledger.fail(failure)
+        if self._heart is None:
+            return
+        self._heart.wake()
+        if self._ledger.rank == 0:
+            self.until(lambda: self._ledger.all_have_seen(tick), self._farewell_s)
+        else:  # rank 0 repeats it
+            self.until(self._ledger.rank_zero_knows_failure, self._farewell_s)
+
+    def raise_for(self, failure: Failure | None) -> None:
+        """Raise a verdict, if there is one."""
+        if failure is not None:
+            raise self.error_for(failure)
+
+    def error_for(self, failure: Failure) -> RankError:
+        """The error that a verdict becomes; the main thread knows now and may leave in order."""
+        if self._watchdog is not None:
+            self._watchdog.extend(self._rank_timeout_s)
+        return RankError(f"rank {failure.rank} failed: {failure.text}")
+
+    def until(self, condition: Callable[[], bool], limit_s: float) -> None:
+        """Wait a bounded time for something to be heard."""
+        end = time.monotonic() + limit_s
+        with self.quickened():
+            while not condition() and time.monotonic() < end:
+                time.sleep(0.01)
+
+    def stop(self) -> None:
+        """End the threads."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        if self._heart is not None:
+            self._heart.stop()
+
+    def _publish(self, outcome: Outcome) -> None:
+        if self._heart is None:
+            return
+        tick = self._ledger.publish(outcome)
+        self._heart.wake()
+        if outcome.kind is not Kind.READY:  # this process may end soon, and the store with it
+            self.until(lambda: self._ledger.all_have_seen(tick), self._farewell_s)
+
+
+def what_happened(error: BaseException) -> str:
+    """What the other ranks are told; where Ctrl-C found this one is nobody's concern."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return "".join(traceback.format_exception(error))
+
+
+ENDING = ("SIGTERM", "SIGINT")
+"""Signals that end a run; the others ask for it to be run again as well."""
+
+_AGAIN = 128
+
+
+def urgency(name: str) -> int:
+    """A number to compare by, 0 for no signal.
+
+    A cluster warns (SIGUSR1) and terminates right after, and the kernel may hand the two to
+    different threads in either order: the one that keeps the job counts.
+    """
+    if not name:
+        return 0
+    return signal.Signals[name].value + (0 if name in ENDING else _AGAIN)
+
+
+def signal_of(urgency: int) -> str:
+    """The name behind a number of `urgency`."""
+    return signal.Signals(urgency % _AGAIN).name if urgency else ""
+
+
+def most_urgent(names: Iterable[str]) -> str:
+    """The signal to act on; an empty string if there is none."""
+    return signal_of(max(map(urgency, names), default=0))
+
 
 T = TypeVar("T")
 

@@ -22,10 +22,8 @@ from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.checks import MOST, MOST_PORT
-from lightning_grpo.engine.about import About, EngineFacts
-from lightning_grpo.engine.door import Door
+from lightning_grpo.engine.http import Door, EngineServer
 from lightning_grpo.engine.intake import Intake
-from lightning_grpo.engine.loop import EngineThread
 from lightning_grpo.engine.model import (
     ModelRunner,
     check_servable,
@@ -33,11 +31,10 @@ from lightning_grpo.engine.model import (
     load_model,
     load_tokenizer,
 )
-from lightning_grpo.engine.scheduler import Limits, Scheduler
-from lightning_grpo.engine.server import EngineServer
-from lightning_grpo.engine.stopping import StopStrings
-from lightning_grpo.engine.updates import WeightUpdates
-from lightning_grpo.engine.weights import ModelWeights
+from lightning_grpo.engine.replies import About, EngineFacts
+from lightning_grpo.engine.scheduler import EngineThread, Limits, Scheduler
+from lightning_grpo.engine.slots import StopStrings
+from lightning_grpo.engine.updates import ModelWeights, WeightUpdates
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import API_KEY_VARIABLE, is_reference, read_key
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from lightning_grpo.engine.intake import Intake
-from lightning_grpo.engine.protocol import GenerateBody, Generation, decode
+from lightning_grpo.engine.requests import GenerateBody, Generation, decode
 
 T = TypeVar("T")
 

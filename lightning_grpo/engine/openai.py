@@ -16,20 +16,20 @@ import msgspec
 from aiohttp import web
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.engine.about import json_response
 from lightning_grpo.engine.admission import Admission
-from lightning_grpo.engine.errors import BadRequestError
 from lightning_grpo.engine.intake import Intake
-from lightning_grpo.engine.loop import EngineThread
-from lightning_grpo.engine.protocol import (
+from lightning_grpo.engine.replies import generate_reply, json_response
+from lightning_grpo.engine.requests import (
+    BadRequestError,
     GenerateBody,
     Generation,
+    Output,
+    Request,
     SamplingBody,
     decode,
     shorten,
 )
-from lightning_grpo.engine.replies import generate_reply
-from lightning_grpo.engine.request import Output, Request
+from lightning_grpo.engine.scheduler import EngineThread
 from lightning_grpo.templates import check_template
 
 _COMPLETION_TOKENS = 16

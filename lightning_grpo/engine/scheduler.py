@@ -1,24 +1,109 @@
-"""Which request gets a slot when, and what becomes of those that are stopped.
+"""The scheduler: which rows decode next, on a thread of its own.
+
+Reading prompts: each one once, however many requests share it.
+
+Which request gets a slot when, and what becomes of those that are stopped.
 
 Everything here runs on one thread, between or within decode steps; see `loop`. A request is
 *running* (in a slot), *waiting* (for a slot) or *held* (it came while generation was paused or
 while new weights wait for the running requests to end).
+
+The engine's thread: commands, a decode step, answers, and again.
+
+All of the scheduler runs on this thread, so that nothing in it needs a lock: whatever the server
+wants done is a command that runs between two decode steps.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
+import queue
+import sys
+import threading
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
-from lightning_grpo.engine.batch import ABORTED, News, Reason, RunningBatch
-from lightning_grpo.engine.errors import BadRequestError, WeightUpdateError
-from lightning_grpo.engine.kv import PromptCache
-from lightning_grpo.engine.model import ModelRunner
-from lightning_grpo.engine.reading import PromptReader
-from lightning_grpo.engine.request import Output, Request
-from lightning_grpo.engine.stopping import StopStrings
+import torch
+
+from lightning_grpo.engine.model import ModelRunner, PromptCache, PromptState
+from lightning_grpo.engine.requests import BadRequestError, Output, Request, WeightUpdateError
+from lightning_grpo.engine.slots import ABORTED, News, Reason, RunningBatch, StopStrings
+from lightning_grpo.errors import GRPOError
+
+Key = tuple[str | None, tuple[int, ...]]
+"""(extra_key, tokens): requests with equal keys share keys and values."""
+
+
+class PromptReader:
+    """Makes the state that requests start from: keys, values and the next token's logits.
+
+    Args:
+        runner: The model.
+        cache: States of recent prompts, all of the weights in place.
+        max_batch_tokens: Most tokens read in one pass, padding included; a longer prompt is read
+            alone.
+    """
+
+    def __init__(self, runner: ModelRunner, cache: PromptCache, max_batch_tokens: int) -> None:
+        self._runner = runner
+        self._cache = cache
+        self._max_batch_tokens = max_batch_tokens
+
+    def forget(self) -> None:
+        """Drop all cached prompts: the weights have changed."""
+        self._cache.clear()
+
+    def read(self, requests: Sequence[Request]) -> list[PromptState]:
+        """The state of each request's prompt."""
+        keys = [_key(request) for request in requests]
+        states: dict[Key, PromptState] = {}
+        unread: set[Key] = set()
+        for key, request in zip(keys, requests, strict=True):
+            if request.generation.logprob_start is not None and request.input_logprobs is None:
+                states[key] = self._score(request)
+                continue
+            known = states.get(key) or self._cache.get(key)
+            if known is None and key not in unread:
+                unread.add(key)
+                continue
+            if known is not None:
+                states[key] = known
+            # A retracted request keeps what was said at its first admission.
+            request.cached_tokens = request.cached_tokens or len(request.generation.input_ids)
+        for batch in self._batches(unread):
+            states.update(zip(batch, self._runner.prefill([k[1] for k in batch]), strict=True))
+        for key, state in states.items():
+            # Non-finite weights leave nothing to share.
+            if bool(state.logits.isfinite().all()):
+                self._cache.put(key, state)
+        return [states[key] for key in keys]
+
+    def _batches(self, keys: set[Key]) -> list[list[Key]]:
+        """Prompts to read together, of about the same length since they are padded."""
+        batches: list[list[Key]] = []
+        for key in sorted(keys, key=lambda k: (len(k[1]), k[1], k[0] or "")):
+            if batches and (len(batches[-1]) + 1) * len(key[1]) <= self._max_batch_tokens:
+                batches[-1].append(key)
+            else:
+                batches.append([key])
+        return batches
+
+    def _score(self, request: Request) -> PromptState:
+        start = request.generation.logprob_start or 0
+        state, scores = self._runner.score(_key(request)[1], start)
+        count = len(request.generation.input_ids) - start - 1
+        request.input_logprobs = scores[:count].tolist()
+        return state
+
+
+def _key(request: Request) -> Key:
+    return (request.generation.extra_key, request.generation.input_ids)
+
 
 PAUSE_MODES = ("abort", "retract", "in_place")
 
@@ -304,3 +389,100 @@ class Scheduler:
             for future in self._drained:
                 future.set_result(None)
             self._drained = []
+
+
+T = TypeVar("T")
+
+
+class EngineThread:
+    """Runs a scheduler until the process ends.
+
+    A failure of a step ends the process with its traceback: an engine that can't decode must not
+    leave its clients waiting.
+
+    Args:
+        scheduler: What it runs.
+        loop: Where listeners are called.
+    """
+
+    def __init__(self, scheduler: Scheduler, loop: asyncio.AbstractEventLoop) -> None:
+        self._scheduler = scheduler
+        self._loop = loop
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the current step and wait for it."""
+
+        def end() -> None:
+            self._stopping = True
+
+        self._commands.put(end)
+        self._thread.join()
+
+    async def call(self, function: Callable[[Scheduler], T]) -> T:
+        """Run `function` on the engine's thread between two steps.
+
+        What it refuses is raised here; any other error of it ends the process. A caller who is
+        cancelled can't know whether it ran.
+        """
+        future: Future[T] = Future()
+
+        def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(self._scheduler))
+            except GRPOError as error:
+                future.set_exception(error)
+
+        self._commands.put(command)
+        return await asyncio.wrap_future(future)
+
+    def post(self, function: Callable[[Scheduler], None]) -> None:
+        """Run `function` on the engine's thread and don't wait; it must not raise."""
+        self._commands.put(lambda: function(self._scheduler))
+
+    def _run(self) -> None:
+        try:
+            # OpenMP counts threads for each thread anew; a second one only costs at this size.
+            torch.set_num_threads(1)
+            # Around everything: tensors made in this mode can only be written to in it.
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._run_commands()
+                    self._scheduler.step()
+                    self._deliver()
+        except BaseException:  # noqa: BLE001 - nobody is left to hear of it
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _run_commands(self) -> None:
+        """Run what has come; wait for something if there is nothing else to do."""
+        if not self._scheduler.has_work:
+            # What the last command said must go out before the wait.
+            self._deliver()
+            self._commands.get()()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _deliver(self) -> None:
+        outbox = self._scheduler.outbox
+        if outbox:
+            self._scheduler.outbox = []
+            self._loop.call_soon_threadsafe(_tell_listeners, outbox)
+
+
+def _tell_listeners(outbox: list[tuple[Request, Output]]) -> None:
+    for request, output in outbox:
+        request.listener(output)

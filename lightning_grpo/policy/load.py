@@ -1,17 +1,32 @@
-"""Loading a policy and its tokenizer, by hub id or from a folder."""
+"""A policy from a folder or the hub, its weights after sharding, and its export.
+
+Loading a policy and its tokenizer, by hub id or from a folder.
+
+Values for a policy that was built on the meta device, sharded or not.
+
+`to_empty` leaves garbage in buffers that checkpoints don't hold (the rotary embedding's
+frequencies): the model would run and be wrong, so they are made again here.
+
+Writing a policy to a folder that transformers and SGLang load.
+"""
 
 from __future__ import annotations
 
+import inspect
+import os
 import pickle
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -294,3 +309,182 @@ def _meta(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrained
 def _first_line(error: Exception) -> str:
     text = str(error).strip().split("\n", 1)[0]
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def materialize_from_folder(
+    model: PreTrainedModel,
+    folder: str,
+    *,
+    device: torch.device | str = "cpu",
+    model_kwargs: dict[str, Any] | None = None,
+    adapt: Callable[[PreTrainedModel], None] | None = None,
+) -> None:
+    """Fills a meta model (after `fully_shard`, if it is sharded) with a checkpoint's values.
+
+    With several ranks it is a collective: rank 0 reads, the others receive their shards.
+
+    Args:
+        model: Built by `load_policy(..., meta=True)`.
+        folder: Hub id or folder of the checkpoint.
+        device: Where this rank computes.
+        model_kwargs: As `load_policy` had them (`revision`, ...).
+        adapt: What was done to the model after it was built (`LoRA.add_to`); new parameters get
+            their first values so.
+
+    Raises:
+        ConfigError: The checkpoint lacks a parameter, or a buffer can't be made again; on every
+            rank.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    many = distributed.is_initialized() and distributed.get_world_size() > 1
+    values: dict[str, Any] = {}
+    failed: Exception | None = None
+    if not many or distributed.get_rank() == 0:
+        try:
+            values = _read(model, folder, model_kwargs, adapt)
+        except Exception as error:  # noqa: BLE001 - raised below, on every rank
+            failed = error
+    _raise_everywhere(failed, many)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
+    set_model_state_dict(model, values, options=options)
+    rebuild_buffers(model)
+
+
+def rebuild_buffers(model: PreTrainedModel) -> None:
+    """Makes the buffers that no checkpoint holds again, in place.
+
+    Raises:
+        ConfigError: A module has such buffers and isn't built from the config alone.
+    """
+    for name, module in model.named_modules():
+        names = module._non_persistent_buffers_set
+        if not names:
+            continue
+        fresh = _fresh(name, module)
+        for buffer in names:
+            value: Tensor | None = fresh.get_buffer(buffer)
+            current = module.get_buffer(buffer)
+            if value is not None:
+                with torch.no_grad():
+                    current.copy_(value.to(current.dtype))
+
+
+def _raise_everywhere(failed: Exception | None, many: bool) -> None:
+    """Raise rank 0's error on every rank: the others would wait for values that never come."""
+    box = [None if failed is None else str(failed) or repr(failed)]
+    if many:
+        distributed.broadcast_object_list(box, src=0)
+    if failed is not None:
+        raise failed
+    if box[0] is not None:
+        raise ConfigError(box[0])
+
+
+def _fresh(name: str, module: nn.Module) -> nn.Module:
+    parameters = inspect.signature(type(module)).parameters
+    config = module.__dict__.get("config")
+    if config is None or "config" not in parameters:
+        raise ConfigError(
+            f"`model` has buffers in `{name}` ({type(module).__name__}) that its checkpoint lacks "
+            "and that can't be made again. Way out: load it without the meta device."
+        )
+    with torch.device("cpu"):
+        return type(module)(config=config)
+
+
+def _read(
+    model: PreTrainedModel,
+    folder: str,
+    model_kwargs: dict[str, Any] | None,
+    adapt: Callable[[PreTrainedModel], None] | None,
+) -> dict[str, Tensor]:
+    source = load_policy(folder, dtype=model.dtype, model_kwargs=model_kwargs)
+    if adapt is not None:
+        adapt(source)
+    values: dict[str, Tensor] = source.state_dict()
+    missing = sorted(set(model.state_dict()) - set(values))
+    if missing:
+        raise ConfigError(
+            f"`model` must hold every parameter, {folder!r} lacks {missing[0]} and "
+            f"{len(missing) - 1} more. Way out: a complete checkpoint of the same architecture."
+        )
+    return values
+
+
+def export_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Writes weights, config and tokenizer; the folder is there whole or not at all.
+
+    Everything is written beside it first and then renamed; a folder that was there before is
+    replaced. The config written names no attention implementation and turns the KV cache on.
+
+    Args:
+        model: The model of transformers (not the wrapper around it).
+        tokenizer: Written along, if given.
+        folder: Where to.
+        state_dict: Full tensors under the checkpoint's names, where the model's own parameters are
+            not those (sharded, or with an adapter beside them).
+
+    Returns:
+        The folder.
+    """
+    target = Path(folder).expanduser().absolute()
+    with whole_folder(target) as written:
+        _write(model, tokenizer, written, state_dict)
+    return target
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, beside `target`, whose place it takes if the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield written
+        written.chmod(0o777 & ~_umask())
+        _put_in_place(written, target)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    use_cache = model.config.use_cache
+    model.config.use_cache = True
+    try:
+        values = None if state_dict is None else dict(state_dict)
+        with without_bars():
+            model.save_pretrained(folder, state_dict=values)
+    finally:
+        model.config.use_cache = use_cache
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _put_in_place(written: Path, target: Path) -> None:
+    if not target.exists():
+        written.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        written.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

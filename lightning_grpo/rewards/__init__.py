@@ -1,8 +1,8 @@
 """Reward functions: plain functions from text to a number."""
 
 # Configs spell these by the package; their modules import nothing but the standard library.
-from lightning_grpo.rewards.boxed_answer import math as math
-from lightning_grpo.rewards.final_answer import gsm8k as gsm8k
+from lightning_grpo.rewards.answers import gsm8k as gsm8k
+from lightning_grpo.rewards.answers import math as math
 from lightning_grpo.rewards.program import CodeReward as CodeReward
 from lightning_grpo.rewards.program import code as code
 from lightning_grpo.rewards.trl import from_trl as from_trl

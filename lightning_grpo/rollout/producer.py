@@ -1,44 +1,308 @@
-"""The producer: lets groups in, runs them, and hands the trainer exactly one batch at a time.
+"""The producer: groups are begun, awaited, filtered and handed over; evaluation, too.
+
+The prompts that are asked now or next, and the same as plain data in a checkpoint.
+
+Which groups are worth training on (dynamic sampling).
+
+The producer: lets groups in, runs them, and hands the trainer exactly one batch at a time.
 
 One task admits, one task runs each group, `take` waits. All of them live on one event loop and
 share plain fields between awaits. A prompt's way: admitted -> running (attempts) -> finished ->
 taken, or filtered, failed, expired; a dropped one goes back to the front of the stream. A task that
 raises ends the producer, and every `take` raises what it raised.
+
+Evaluation: every prompt, whole, past the staleness gate.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import logging
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import anyio
 import anyio.lowlevel
+import msgspec
 
+from lightning_grpo.checks import require_count
 from lightning_grpo.errors import (
+    CheckpointError,
     ConfigError,
     FailureBudgetError,
     PromptError,
     RolloutError,
     ServersLostError,
 )
-from lightning_grpo.rollout.background import Background
-from lightning_grpo.rollout.counters import Counters
 from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request, first_line
-from lightning_grpo.rollout.evaluate import evaluate
-from lightning_grpo.rollout.filters import GroupFilter
 from lightning_grpo.rollout.gate import StalenessGate
-from lightning_grpo.rollout.ledger import Ledger
+from lightning_grpo.rollout.ledger import Counters, Ledger
 from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.rollout.mixture import PromptMixture
-from lightning_grpo.rollout.runs import Backlog, GroupRun
-from lightning_grpo.types import Group, Outcome, Prompt, PromptKey, RolloutProgress, Sampling
+from lightning_grpo.rollout.stream import PromptMixture
+from lightning_grpo.serving.background import Background
+from lightning_grpo.types import (
+    Group,
+    Outcome,
+    Prompt,
+    PromptKey,
+    RolloutProgress,
+    Sampling,
+    Trajectory,
+)
+
+_decoder = msgspec.msgpack.Decoder(tuple[Trajectory, ...])
+
+
+@dataclass(eq=False)
+class GroupRun:
+    """One admitted prompt, until it is taken or ends otherwise.
+
+    Attributes:
+        ticket: Its name at the gate.
+        prompt: What is asked.
+        attempts: Which attempt runs, from 1.
+        started_at: When that attempt began, on the loop's clock.
+        attempt: The attempt's episodes.
+        scope: Cancels it.
+        group: The result, once it has finished.
+        wanted: What `keep_group` said of the result.
+    """
+
+    ticket: int
+    prompt: Prompt
+    attempts: int
+    started_at: float = 0.0
+    attempt: Attempt = field(default_factory=Attempt)
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    group: Group | None = None
+    wanted: bool = True
+
+    @property
+    def key(self) -> PromptKey:
+        """The prompt's name."""
+        return self.prompt.key
+
+
+class Backlog:
+    """Which prompt comes next, which were put back, and which are at the gate.
+
+    Args:
+        stream: The endless stream of prompts.
+        wants: Whether an entry is to be asked.
+        skip: Told of every entry that is not.
+    """
+
+    def __init__(
+        self,
+        stream: PromptMixture,
+        wants: Callable[[PromptKey], bool],
+        skip: Callable[[PromptKey], None],
+    ) -> None:
+        self.stream = stream
+        self._wants = wants
+        self._skip = skip
+        self.runs: dict[int, GroupRun] = {}
+        self._again: deque[tuple[PromptKey, int]] = deque()  # put back, with their attempts
+
+    @property
+    def num_put_back(self) -> int:
+        """Prompts that are to be asked once more."""
+        return len(self._again)
+
+    def next(self) -> tuple[PromptKey, int]:
+        """The key of the next prompt and which attempt at it comes."""
+        if self._again:
+            return self._again.popleft()
+        key = self.stream.peek()
+        while not self._wants(key):
+            self._skip(key)
+            self.stream.advance(asked=False)
+            key = self.stream.peek()
+        self.stream.advance()
+        return key, 1
+
+    def put_back(self, run: GroupRun) -> None:
+        """Ask a prompt again, before any other."""
+        self._again.appendleft((run.key, run.attempts))
+
+    def state_dict(self, handed_over: Sequence[GroupRun] = ()) -> dict[str, Any]:
+        """Finished groups whole; those that run are asked again after a resume.
+
+        Args:
+            handed_over: Groups that were taken but not trained on; they are finished again.
+        """
+        runs = [*handed_over, *(self.runs[ticket] for ticket in sorted(self.runs))]
+        running = [(run.key, run.attempts) for run in runs if run.group is None]
+        return {
+            "stream": self.stream.state_dict(),
+            "ask_again": [[list(key), attempts] for key, attempts in [*running, *self._again]],
+            "finished": [pack_group(run.group, run.wanted) for run in runs if run.group],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], gate: StalenessGate) -> None:
+        """Go on from `state_dict`; the gate gives the finished groups new tickets."""
+        self.stream.load_state_dict(state["stream"])
+        self._again = deque(((p, row), attempts) for (p, row), attempts in state["ask_again"])
+        self.runs = {}
+        for packed in state["finished"]:
+            group = unpack_group(packed, self.stream.by_key)
+            ticket = gate.restore_finished(group.admitted_version)
+            run = GroupRun(ticket, group.prompt, group.attempts, group=group)
+            run.wanted = bool(packed["wanted"])
+            self.runs[ticket] = run
+
+
+def pack_group(group: Group, wanted: bool = True) -> dict[str, Any]:
+    """A group without its prompt, which is made again from its key."""
+    return {
+        "key": list(group.prompt.key),
+        "prompt_digest": _digest(group.prompt),
+        "admitted_version": group.admitted_version,
+        "attempts": group.attempts,
+        "wanted": wanted,
+        "trajectories": msgspec.msgpack.encode(group.trajectories),
+    }
+
+
+def unpack_group(packed: dict[str, Any], make_prompt: Callable[[PromptKey], Prompt]) -> Group:
+    """The group that `pack_group` packed.
+
+    Raises:
+        CheckpointError: The prompt of that name isn't the one that was asked then.
+    """
+    pass_index, row = packed["key"]
+    prompt = make_prompt((int(pass_index), int(row)))
+    if _digest(prompt) != packed["prompt_digest"]:
+        raise CheckpointError(
+            f"prompt {prompt.key} is not the one of the checkpoint: the dataset, its order or the "
+            "chat template changed. Resume with the prompts that the run was started with."
+        )
+    return Group(
+        prompt=prompt,
+        trajectories=_decoder.decode(packed["trajectories"]),
+        admitted_version=int(packed["admitted_version"]),
+        attempts=int(packed["attempts"]),
+    )
+
+
+def _digest(prompt: Prompt) -> str:
+    return hashlib.blake2b(repr(prompt.input_ids).encode(), digest_size=8).hexdigest()
+
+
+def has_variance(group: Group) -> bool:
+    """Whether the rewards of a group differ: without it every advantage of the group is 0."""
+    rewards = [trajectory.reward for trajectory in group.trajectories]
+    return max(rewards) > min(rewards)
+
+
+class GroupFilter:
+    """Turns groups down until the cost of one batch's replacements is used up.
+
+    Args:
+        keep_group: Whether a group is worth training on; None keeps all.
+        max_filtered: Groups that may be turned down for one batch.
+    """
+
+    def __init__(self, keep_group: Callable[[Group], bool] | None, max_filtered: int) -> None:
+        self.keep_group = keep_group
+        self.max_filtered = max_filtered
+        self.num_filtered = 0
+
+    def wants(self, group: Group) -> bool:
+        """What `keep_group` says."""
+        return self.keep_group is None or bool(self.keep_group(group))
+
+    def may_turn_down(self) -> bool:
+        """Whether one more replacement is within the cost; counts it if so."""
+        if self.num_filtered >= self.max_filtered:
+            return False
+        self.num_filtered += 1
+        return True
+
+    def start_batch(self) -> None:
+        """A batch was taken: the next one has its own cost."""
+        self.num_filtered = 0
+
+
+_ENDS_EVALUATION = (ConfigError, ServersLostError)
+
+
+async def evaluate(
+    runner: EpisodeRunner,
+    prompts: Iterable[Prompt],
+    sampling: Sampling | None = None,
+    num_samples: int = 1,
+    max_attempts: int = 3,
+    max_in_flight: int = 512,
+) -> list[Group]:
+    """Sample and score `num_samples` episodes of each prompt; groups in the order of the prompts.
+
+    Args:
+        runner: Runs the episodes; its requests go before those of training.
+        prompts: What to ask; made one at a time if that is how the iterable makes them.
+        sampling: Takes the place of the workflow's own; None leaves it.
+        num_samples: Episodes of each prompt.
+        max_attempts: How often a prompt is tried.
+        max_in_flight: Episodes that run at once.
+
+    Raises:
+        RolloutError: A prompt failed every attempt; names it. No score is made up.
+    """
+    require_count("num_samples", num_samples)
+    groups: dict[int, Group] = {}
+    failures: list[Exception] = []
+    slots = anyio.Semaphore(max(1, max_in_flight // num_samples))
+
+    async def run(index: int, prompt: Prompt) -> None:
+        try:
+            groups[index] = await _evaluate_one(runner, prompt, sampling, num_samples, max_attempts)
+        except Exception as error:  # noqa: BLE001 - recorded here, raised below as itself
+            failures.append(error)
+            tasks.cancel_scope.cancel()
+        finally:
+            slots.release()
+
+    async with anyio.create_task_group() as tasks:
+        for index, prompt in enumerate(prompts):
+            await slots.acquire()
+            tasks.start_soon(run, index, prompt)
+    if failures:
+        raise failures[0]
+    return [groups[index] for index in sorted(groups)]
+
+
+async def _evaluate_one(
+    runner: EpisodeRunner,
+    prompt: Prompt,
+    sampling: Sampling | None,
+    num_samples: int,
+    max_attempts: int,
+) -> Group:
+    for attempt in range(1, max_attempts + 1):
+        request = Request(
+            attempt, group_key=("evaluation", prompt.row), priority=True, sampling=sampling
+        )
+        try:
+            trajectories = await runner.run(prompt, request, Attempt(), num_samples)
+        except _ENDS_EVALUATION:
+            raise
+        except Exception as error:  # noqa: BLE001 - tried again, then raised by name
+            failure = error
+        else:
+            oldest = min(trajectory.oldest_version for trajectory in trajectories)
+            return Group(prompt, trajectories, oldest, attempt)
+    raise RolloutError(
+        f"evaluation prompt {prompt.row} failed {max_attempts} times; last: {first_line(failure)}"
+    ) from failure
+
 
 logger = logging.getLogger(__name__)
+
 
 _FATAL = (ConfigError, FailureBudgetError, ServersLostError)
 

@@ -19,8 +19,8 @@ import anyio.abc
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lightning_grpo.errors import RolloutError
-from lightning_grpo.rollout.background import ClosedError
 from lightning_grpo.rollout.producer import RolloutProducer
+from lightning_grpo.serving.background import ClosedError
 from lightning_grpo.types import Group, Prompt, Sampling
 
 logger = logging.getLogger(__name__)

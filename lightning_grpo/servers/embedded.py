@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_grpo.checks import MOST_SAMPLES, MOST_SERVERS, require_count, require_seconds
-from lightning_grpo.servers.environment import own_package_first
-from lightning_grpo.servers.owned import OwnedServers
-from lightning_grpo.servers.process import Launch
+from lightning_grpo.servers.process import Launch, OwnedServers, own_package_first
 
 
 class EmbeddedServers(OwnedServers):

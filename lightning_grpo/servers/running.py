@@ -10,9 +10,13 @@ from lightning_grpo.checks import MOST_PORT, require_seconds
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import read_key
 from lightning_grpo.servers.base import ServerHandle, Servers
-from lightning_grpo.servers.devices import machine_devices
-from lightning_grpo.servers.environment import ADDRESSES_VARIABLE, server_addresses
-from lightning_grpo.servers.waiting import LISTENS, wait_until_healthy
+from lightning_grpo.servers.process import (
+    ADDRESSES_VARIABLE,
+    LISTENS,
+    machine_devices,
+    server_addresses,
+    wait_until_healthy,
+)
 
 
 class RunningServers(Servers):

@@ -1,4 +1,9 @@
-"""Everything of a run that needs no server: tokenizer, prompts, and whether they fit together."""
+"""What a run is made of: its settings, prompts, tokenizer and servers.
+
+What a session needs to know; the data module fills it from its constructor.
+
+Everything of a run that needs no server: tokenizer, prompts, and whether they fit together.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +12,85 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError, PromptError
-from lightning_grpo.evaluation import Evaluation
+from lightning_grpo.policy.attention import length_switches, usable_context
+from lightning_grpo.policy.check import HALF, ModelSize, model_size
 from lightning_grpo.policy.load import check_config, check_source, load_tokenizer
-from lightning_grpo.policy.memory import HALF, model_size
-from lightning_grpo.policy.rope import length_switches, usable_context
+from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
-from lightning_grpo.rollout.protocols import RolloutWorkflow
-from lightning_grpo.rollout.verify import SHAPE, Requirements
+from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
+from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import check_sampling
-from lightning_grpo.servers.sizing import ServerLoad
-from lightning_grpo.session.settings import SessionSettings
-from lightning_grpo.types import Prompt, Sampling
-from lightning_grpo.weights.probe import Probe
+from lightning_grpo.servers.base import ServerLoad, Servers
+from lightning_grpo.serving.fitness import SHAPE, Requirements
+from lightning_grpo.types import Group, Prompt, Sampling
+from lightning_grpo.validation import Evaluation
+from lightning_grpo.weights.proof import Probe
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """What a session needs to know.
+
+    Attributes:
+        model_path: Folder or hub id that the servers load.
+        run_dir: Logs, weights and trajectories of this run.
+        prompts: Training prompts by dataset.
+        val_prompts: Held-out prompts by name.
+        workflow: Runs an episode.
+        servers: Starts or finds servers.
+        batch_size: Groups of a rollout batch.
+        group_size: Trajectories of a group.
+        max_staleness: In versions.
+        limits: Of rollouts.
+        evaluation: What validation samples.
+        keep_group: Which groups are worth training on.
+        curriculum: Leaves prompts out of a pass by their past success.
+        make_prompt: A row as a prompt; None: the default of `prompts`.
+        seed: Of sampling.
+        deterministic: Take groups strictly in the order of admission, and ask servers to answer
+            equal requests with equal bits.
+        training_bytes: Estimates what the trainer needs of its GPU; None: it does not train.
+        on_event: Told of every fetch, admission, finish, take, sync and advance.
+    """
+
+    model_path: str
+    run_dir: Path
+    prompts: Mapping[str, Prompts]
+    val_prompts: Mapping[str, Prompts]
+    workflow: RolloutWorkflow
+    servers: Servers
+    batch_size: int
+    group_size: int
+    max_staleness: int
+    limits: RolloutLimits
+    evaluation: Evaluation
+    keep_group: Callable[[Group], bool] | None = None
+    curriculum: Curriculum | None = None
+    make_prompt: Callable[[Mapping[str, Any], Tokenizer], Prompt] | None = None
+    seed: int = 0
+    deterministic: bool = False
+    training_bytes: Callable[[ModelSize], int] | None = None
+    on_event: Callable[..., None] | None = None
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What the order of the prompts follows from, by the names of the settings."""
+        found: dict[str, Any] = {}
+        for name, prompts in self.prompts.items():
+            place = f"prompts.{name}" if name else "prompts"
+            for setting in ("shuffle", "seed", "weight"):
+                found[f"{place}.{setting}"] = vars(prompts)[setting]
+        return found
+
 
 logger = logging.getLogger(__name__)
+
 
 PROBE_PROMPTS = 4
 PROBE_TOKENS = 32

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.snapshot_scorer import SnapshotScorer
-from lightning_grpo.strategies.parallelize import reshard, unshard
-from lightning_grpo.weights.names import ADAPTED_PART
-from lightning_grpo.weights.probe import (
+from lightning_grpo.strategies.fsdp2 import reshard, unshard
+from lightning_grpo.weights.gather import ADAPTED_PART
+from lightning_grpo.weights.proof import (
     Probe,
     Rounding,
     Scores,

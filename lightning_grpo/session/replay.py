@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_grpo.algorithm.batch import RolloutBatch
-from lightning_grpo.algorithm.rollout_metrics import rollout_metrics
+from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.loader import Taken

@@ -1,8 +1,16 @@
-"""RolloutSession: rank 0's rollouts as every rank sees them.
+"""The session of a run: what every rank sees of it, and what rank 0 does for all.
+
+What a data module asks of its rollouts, live or recorded.
+
+The channel between the ranks of a run, whoever started them.
+
+RolloutSession: rank 0's rollouts as every rank sees them.
 
 Every method but `state_dict` and the properties is called on every rank, at the same point. Rank 0
 does the work on its event loop; the others wait for its word (`RankChannel`), never in a
 collective.
+
+A session, or nothing that is left of the attempt.
 """
 
 from __future__ import annotations
@@ -12,35 +20,143 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import lightning as L
 import torch
-from torch import nn
+from torch import distributed, nn
 
+from lightning_grpo._compat import launched_processes
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, GRPOError, PromptError
-from lightning_grpo.evaluation import score_groups
-from lightning_grpo.loader import Taken
+from lightning_grpo.loader import RolloutSource, Taken
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.service import RolloutService
-from lightning_grpo.session.gpu import (
+from lightning_grpo.servers.process import main_address
+from lightning_grpo.session.assembly import (
+    Beginning,
+    Live,
+    QuietHeap,
     current_gpu,
+    open_live,
     release_shared_memory,
     serving_dtype,
     this_gpu,
 )
-from lightning_grpo.session.heap import QuietHeap
-from lightning_grpo.session.live import Beginning, Live, open_live
-from lightning_grpo.session.material import Material, open_material
+from lightning_grpo.session.material import Material, SessionSettings, open_material
 from lightning_grpo.session.proof import TrainerProof, is_adapted, policy_scores
-from lightning_grpo.session.settings import SessionSettings
 from lightning_grpo.types import Group, RolloutProgress, Sampling
-from lightning_grpo.validation import EvaluationBatch, joined_groups
+from lightning_grpo.validation import EvaluationBatch, joined_groups, score_groups
 from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.probe import SentScores
-from lightning_grpo.weights.proof import promised
+from lightning_grpo.weights.proof import SentScores, promised
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Snapshot
+
+
+class Session(RolloutSource, Protocol):
+    """One run's rollouts as every rank sees them.
+
+    Attributes:
+        channel: To the other ranks.
+        version: Weight version of the trainer: rollout batches trained on so far.
+        num_prompts: Prompts of one pass.
+        num_val_prompts: Held-out prompts by set.
+        pinned: What a checkpoint's positions depend on: it must not change on the way.
+        remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
+        sync: How weights travel.
+    """
+
+    channel: RankChannel
+    version: int
+    num_prompts: int
+    num_val_prompts: dict[str, int]
+    pinned: dict[str, Any]
+    remaining_batches: int | None
+    sync: SyncSettings
+
+    def start(self) -> None:
+        """Begin what takes long, in the background."""
+        ...
+
+    def close(self) -> None:
+        """End everything; from any state, any number of times."""
+        ...
+
+    def publish(self, policy: nn.Module, *, trained: bool) -> PublishReport | None:
+        """The trainer has (new) weights."""
+        ...
+
+    def release_memory(self) -> None:
+        """The servers give their GPU memory back until the next publish."""
+        ...
+
+    def ask(self, name: str, first: int, last: int) -> None:
+        """Start to answer held-out prompts `first` to `last` (exclusive)."""
+        ...
+
+    def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
+        """Wait for prompts that were asked; the scores reach every rank."""
+        ...
+
+    def state_dict(self, num_unpublished: int = 0) -> dict[str, Any]:
+        """Everything to go on from, as plain data; some weights may not be published yet."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        ...
+
+    def progress(self) -> RolloutProgress | None:
+        """How far the next rollout batch is, if that is known here; from any thread."""
+        ...
+
+    def health(self) -> dict[str, float]:
+        """`health/...` of rank 0; empty elsewhere."""
+        ...
+
+    def dtypes(self) -> dict[str, str]:
+        """Of the weights on the wire and in the servers, where there are any; rank 0 only."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the summary at the start."""
+        ...
+
+
+def connect_ranks(trainer: L.Trainer | None, rank_timeout_s: float) -> RankChannel:
+    """Join the other ranks; a collective where there are any.
+
+    Args:
+        trainer: The Trainer, or None in a program of its own (Fabric), whose process group tells.
+        rank_timeout_s: Silence after which a rank counts as lost.
+    """
+    if trainer is None:
+        return _without_trainer(rank_timeout_s)
+    if trainer.world_size == 1:
+        return RankChannel.single()
+    strategy: Any = trainer.strategy
+    channel = RankChannel.connect(
+        trainer.global_rank,
+        trainer.world_size,
+        host=strategy.cluster_environment.main_address,
+        rank_timeout_s=rank_timeout_s,
+    )
+    channel.watch_processes(launched_processes(trainer))
+    channel.start_watchdog()
+    return channel
+
+
+def _without_trainer(rank_timeout_s: float) -> RankChannel:
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return RankChannel.single()
+    channel = RankChannel.connect(
+        distributed.get_rank(),
+        distributed.get_world_size(),
+        host=main_address(),
+        rank_timeout_s=rank_timeout_s,
+    )
+    channel.start_watchdog()
+    return channel
 
 
 @dataclass
@@ -381,3 +497,12 @@ class RolloutSession:
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""
         return {"servers": self.settings.servers.describe()}
+
+
+def open_session(settings: SessionSettings, channel: RankChannel) -> RolloutSession:
+    """Open the prompts and so on; the ranks' channel is closed where that is refused."""
+    try:
+        return RolloutSession(settings, channel)
+    except BaseException:
+        channel.close()
+        raise

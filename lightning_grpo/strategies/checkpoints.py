@@ -1,32 +1,263 @@
-"""Checkpoints that are whole or not there: written under another name, renamed at the end.
+"""Checkpoints: written whole or not at all, and restored from data alone.
+
+Checkpoints that are whole or not there: written under another name, renamed at the end.
 
 Lightning writes a file to the system's temporary folder first and moves it, which over file
 systems is a copy that can stop in the middle; folders of shards it fills in place.
+
+Reading checkpoints as data, never as code, and refusing in one sentence what is none of ours.
+
+`torch.distributed.checkpoint` (DCP) unpickles whatever a folder of shards holds. Here its index is
+read by an unpickler that knows DCP's own classes only, and all else with `weights_only=True`.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
+from lightning_grpo._compat import SelfDescribedLoadPlanner, load_whole_state
 from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.strategies.restoring import (
-    reading,
-    refuse_shards,
-    require_checkpoint,
-    require_state,
+
+METADATA = "meta.pt"
+"""Lightning's name for what is not a shard in a folder of shards."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+"""What DCP's writer puts into the index of a folder of shards, by module; and torch's dtypes."""
+
+
+_UNREADABLE = (
+    *(pickle.UnpicklingError, EOFError, RuntimeError, KeyError),
+    *(AttributeError, ImportError, IndexError, TypeError, ValueError, CheckpointException),
 )
+"""What torch and pickle raise for files that are no checkpoints, cut off or made up."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds the parts of an index and nothing else."""
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _INDEX_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"its index names `{module}.{name}`, which no checkpoint holds: it may have been made "
+            "to run a program, and nothing of it was run"
+        )
+
+
+class ShardReader(FileSystemReader):
+    """DCP's reader of a folder, which takes the index for a stranger's."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        rank = kwargs.get("rank")
+        name = ".metadata" if rank is None else f"__{rank}.metadata"
+        with (Path(self.path) / name).open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise pickle.UnpicklingError("its index is none of torch.distributed.checkpoint's")
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise pickle.UnpicklingError(
+                    f"its index names a file outside of its folder, {stored.relative_path!r}"
+                )
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _PlainBytes:
+    """What is no tensor (an optimizer's settings): plain data, where DCP unpickles anything."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)  # type: ignore[misc]
+
+
+class _Planner(_PlainBytes, DefaultLoadPlanner):
+    pass
+
+
+class _WholePlanner(_PlainBytes, SelfDescribedLoadPlanner):
+    pass
+
+
+def load_shards(state: dict[str, Any], path: Path) -> None:
+    """Fill a state (sharded or not) from a folder of shards, each rank its part."""
+    load(state, storage_reader=ShardReader(path), planner=_Planner())
+
+
+def whole_state(path: Path) -> dict[str, Any]:
+    """All that a folder of shards holds, in this process alone."""
+    return load_whole_state(ShardReader(path), _WholePlanner()) | read_plain(path / METADATA)
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A file of plain data and tensors."""
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
+
+
+def require_checkpoint(path: str | Path) -> None:
+    """Refuse a path where no checkpoint lies: neither a file nor a folder of shards.
+
+    Raises:
+        ConfigError: What lies there instead.
+    """
+    if "://" in str(path):  # not a file system of this machine
+        return
+    found = Path(path)
+    if not found.exists():
+        raise ConfigError(f"`ckpt_path` must name a checkpoint, and there is no {str(path)!r}.")
+    if found.is_dir() and not is_sharded(found):
+        inside = sorted(found.rglob("*.ckpt"))
+        nearest = f"In it lies {str(inside[-1])!r}." if inside else "Checkpoints end in `.ckpt`."
+        raise ConfigError(
+            f"`ckpt_path` must name a checkpoint, a file or a folder of shards, and {str(path)!r} "
+            f"is a folder without {METADATA}. {nearest}"
+        )
+
+
+def require_readable(path: str | Path) -> None:
+    """Refuse a file that torch did not write, without reading it.
+
+    Raises:
+        ConfigError: It is none, or its end is missing.
+    """
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise ConfigError(
+            f"`ckpt_path` {str(path)!r} can't be read as a checkpoint: it is of another format, or "
+            "cut off. Name another one."
+        )
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether it is a folder of shards."""
+    return (Path(path) / METADATA).is_file()
+
+
+def refuse_shards(path: str | Path) -> None:
+    """Refuse a folder of shards where the strategy reads files only."""
+    if is_sharded(path):
+        raise ConfigError(
+            f"`ckpt_path` {str(path)!r} is a folder of shards, which only FSDP2Strategy reads, on "
+            "any number of ranks. Set `trainer.strategy: fsdp2`."
+        )
+
+
+@contextmanager
+def reading(path: str | Path, parameter: str = "ckpt_path") -> Iterator[None]:
+    """What torch says of a file that is no checkpoint, as a refusal of that path."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        first: BaseException = error
+        if isinstance(error, CheckpointException):  # what went wrong on each rank
+            first = next(iter(error.failures.values()))[0]
+        said = str(first).strip().splitlines() or [type(first).__name__]
+        raise ConfigError(
+            f"`{parameter}` {str(path)!r} can't be read as a checkpoint: {said[0]}. Name another."
+        ) from error
+
+
+def require_state(
+    checkpoint: Mapping[str, Any], path: str | Path, parameter: str = "ckpt_path"
+) -> None:
+    """Refuse a file that torch reads and that is not a Trainer's checkpoint."""
+    if not isinstance(checkpoint, Mapping) or "pytorch-lightning_version" not in checkpoint:
+        raise ConfigError(
+            f"`{parameter}` {str(path)!r} is not a checkpoint of a Trainer (weights alone?). To "
+            "start from a model's weights set `model.model` to a Hugging Face folder."
+        )
+
+
+def saved_shapes(path: str | Path) -> Shapes:
+    """Shapes of the module's parameters in a checkpoint, without reading them."""
+    if is_sharded(path):
+        entries = ShardReader(path).read_metadata().state_dict_metadata
+        return {
+            name.removeprefix("state_dict."): tuple(entry.size)
+            for name, entry in entries.items()
+            if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+        }
+    checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    require_state(checkpoint, path)
+    return shapes(checkpoint["state_dict"])
+
+
+def shapes(state_dict: Mapping[str, Any]) -> Shapes:
+    """Shapes of a module's state, sharded or not."""
+    return {name: tuple(value.shape) for name, value in state_dict.items()}
+
+
+def require_own_weights(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model than the one that was built.
+
+    Of one in shards the strategy has seen to it.
+    """
+    own = shapes(module.state_dict())
+    if own and module.strict_loading and "state_dict" in checkpoint:
+        require_same_model(shapes(checkpoint["state_dict"]), own)
+
+
+def require_same_model(saved: Shapes, own: Shapes) -> None:
+    """Refuse a checkpoint whose parameters are not those of the module.
+
+    Raises:
+        ConfigError: With the first parameter that differs.
+    """
+    differing = [name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)]
+    if differing:
+        name = min(differing)
+        raise ConfigError(
+            "`ckpt_path` must be a checkpoint of the same model as `model.model`, and "
+            f"{len(differing)} parameters differ: {name} is {_shown(saved.get(name))} in the "
+            f"checkpoint and {_shown(own.get(name))} in the model. Set `model.model` to the model "
+            "that the checkpoint was trained from."
+        )
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "x".join(map(str, shape)) or "a scalar"
+
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,19 @@
-"""From (sharded) parameters to whole tensors under their checkpoint names."""
+"""The policy's tensors under the servers' names: gathered, rounded, in buckets.
+
+Names of parameters as the Hugging Face checkpoint has them, whatever wraps the model.
+
+Rounding that keeps small updates: what to the nearest loses, by chance is kept on average.
+
+Flat buckets: many tensors as one run of bytes, laid out as SGLang's `flattened_bucket`.
+
+From (sharded) parameters to whole tensors under their checkpoint names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +22,219 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Protocol, runtime_checkable
 
 from lightning_grpo.errors import WeightSyncError
-from lightning_grpo.weights.buckets import empty_run
-from lightning_grpo.weights.names import (
-    ADAPTED_PART,
-    checkpoint_names,
-    pretrained_prefix,
-    ties_head,
-)
-from lightning_grpo.weights.rounding import round_by_chance
+
+WRAPPER_PARTS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What `torch.compile`, activation checkpointing and FSDP put into names, at any depth."""
+ADAPTED_PART = "base_layer"
+"""What PEFT puts into the names of a layer's own weights beside an adapter."""
+ADAPTER_PARTS = ("lora_A", "lora_B")
+"""The adapter's own parameters, which are no part of the checkpoint."""
+TIED_HEAD = "lm_head.weight"
+
+
+def checkpoint_name(name: str) -> str:
+    """The name without the parts that wrappers put in."""
+    left_out = (*WRAPPER_PARTS, ADAPTED_PART)
+    return ".".join(part for part in name.split(".") if part not in left_out)
+
+
+def pretrained_prefix(module: nn.Module) -> str:
+    """Where the Hugging Face model sits inside `module`: `""`, `"model."`, `"policy.model."`, ...
+
+    The outermost `PreTrainedModel`, since its own names are the checkpoint's. A module without one
+    is taken as it is.
+    """
+    # Here, not above: transformers takes seconds to import, and plain modules don't need it.
+    from transformers import PreTrainedModel
+
+    for name, child in module.named_modules():
+        if isinstance(child, PreTrainedModel):
+            return f"{name}." if name else ""
+    return ""
+
+
+def ties_head(module: nn.Module) -> bool:
+    """Whether the output layer is the embedding, so that the checkpoint holds it once."""
+    from transformers import PreTrainedModel
+
+    for child in module.modules():
+        if isinstance(child, PreTrainedModel):
+            return bool(child.config.get_text_config().tie_word_embeddings)
+    return False
+
+
+def checkpoint_names(names: Iterable[str], prefix: str, *, tied: bool) -> dict[str, str]:
+    """Maps each parameter's own name to its checkpoint name; tied weights appear once.
+
+    Adapters are left out: `gather_weights` adds them to the weights that they belong to.
+
+    Args:
+        names: As `named_parameters` gives them.
+        prefix: Where the Hugging Face model sits; what lies outside it is left out.
+        tied: Leave the output layer out.
+    """
+    mapped: dict[str, str] = {}
+    for name in names:
+        if not name.startswith(prefix) or not set(ADAPTER_PARTS).isdisjoint(name.split(".")):
+            continue
+        target = checkpoint_name(name.removeprefix(prefix))
+        if not (tied and target == TIED_HEAD):
+            mapped[name] = target
+    return mapped
+
+
+_FP32_BITS = 23
+
+
+def round_by_chance(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Rounds up or down, the nearer the likelier, so that the mean over elements is kept.
+
+    Stochastic rounding (Gupta et al., "Deep Learning with Limited Numerical Precision",
+    arXiv 1502.02551, section 3). A value that `dtype` can hold stays itself. The draw depends on
+    `name` and the place in the tensor alone: equal values always round alike.
+
+    Args:
+        values: fp32.
+        dtype: bf16 or fp16; others round to the nearest.
+        name: Of the parameter; others draw independently of it.
+
+    Returns:
+        The same shape, in `dtype`; what is not finite stays so.
+    """
+    lost = _num_lost_bits(dtype)
+    if values.dtype != torch.float32 or lost <= 0:
+        return values.to(dtype)
+    generator = torch.Generator(values.device).manual_seed(zlib.crc32(name.encode()))
+    draw = torch.randint(
+        1 << lost, values.shape, generator=generator, device=values.device, dtype=torch.int32
+    )
+    # The bits that are lost, as a number, are the chance of rounding away from zero: a carry.
+    bits = values.contiguous().view(torch.int32).add(draw).bitwise_and_(-(1 << lost))
+    rounded = bits.view(torch.float32)
+    # A NaN of all ones, which is CUDA's, would carry into the sign and be a zero.
+    return rounded.where(values.isfinite(), values).to(dtype)
+
+
+def _num_lost_bits(dtype: torch.dtype) -> int:
+    if not dtype.is_floating_point:
+        return 0
+    return _FP32_BITS - round(-torch.tensor(torch.finfo(dtype).eps).log2().item())
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors of one dtype, end to end.
+
+    Attributes:
+        names: In the order of the bytes.
+        dtype: As SGLang spells it (`float32`).
+        shapes: One for each name.
+        flat: The bytes, uint8.
+    """
+
+    names: tuple[str, ...]
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+    flat: Tensor
+
+    def request(self, group_name: str, label: str | None) -> dict[str, object]:
+        """The body of `/update_weights_from_distributed`; flushing is a phase of its own."""
+        body: dict[str, object] = {
+            "names": list(self.names),
+            "dtypes": [self.dtype] * len(self.names),
+            "shapes": [list(shape) for shape in self.shapes],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        if label is not None:
+            body["weight_version"] = label
+        return body
+
+
+def make_buckets(tensors: Mapping[str, Tensor], bucket_bytes: int) -> list[Bucket]:
+    """Packs tensors into buckets of at most `bucket_bytes`; a larger tensor gets its own.
+
+    A bucket holds one dtype only: the receiver views the bytes in place, which needs each tensor
+    to begin at a multiple of its element size. Tensors that lie end to end already, as `empty_run`
+    lays them, are not copied: the bucket is their memory.
+    """
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_dtype.setdefault(tensor.dtype, []).append(name)
+    buckets: list[Bucket] = []
+    for names in by_dtype.values():
+        pending: list[str] = []
+        size = 0
+        for name in names:
+            if pending and size + tensors[name].nbytes > bucket_bytes:
+                buckets.append(_pack(tensors, pending))
+                pending, size = [], 0
+            pending.append(name)
+            size += tensors[name].nbytes
+        buckets.append(_pack(tensors, pending))
+    return buckets
+
+
+def unpack(bucket: Bucket) -> dict[str, Tensor]:
+    """The tensors of a bucket, as views of its bytes."""
+    dtype = getattr(torch, bucket.dtype)
+    tensors: dict[str, Tensor] = {}
+    start = 0
+    for name, shape in zip(bucket.names, bucket.shapes, strict=True):
+        end = start + torch.Size(shape).numel() * dtype.itemsize
+        tensors[name] = bucket.flat[start:end].view(dtype).reshape(shape)
+        start = end
+    return tensors
+
+
+def empty_run(
+    like: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    """Room for a copy of each tensor, end to end in the order of the names.
+
+    Args:
+        like: What the copies are of.
+        dtype: Of floating-point copies; None keeps each tensor's own.
+        device: Where they are; None keeps each tensor's own.
+    """
+    rooms: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, tensor in like.items():
+        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        place = tensor.device if device is None else torch.device(device)
+        rooms.setdefault((cast, place), []).append(name)
+    run: dict[str, Tensor] = {}
+    for (cast, place), names in rooms.items():
+        flat = torch.empty(sum(like[name].numel() for name in names), dtype=cast, device=place)
+        parts = flat.split([like[name].numel() for name in names])
+        run |= {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
+    return {name: run[name] for name in like}
+
+
+def _pack(tensors: Mapping[str, Tensor], names: list[str]) -> Bucket:
+    chosen = [tensors[name].detach() for name in names]
+    flat = _run_of(chosen)
+    if flat is None:
+        flat = torch.cat([tensor.flatten() for tensor in chosen])
+    return Bucket(
+        names=tuple(names),
+        dtype=str(chosen[0].dtype).removeprefix("torch."),
+        shapes=tuple(tuple(t.shape) for t in chosen),
+        flat=flat.view(torch.uint8),
+    )
+
+
+def _run_of(tensors: list[Tensor]) -> Tensor | None:
+    """The memory of tensors that lie end to end in it, else None."""
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        in_place = tensor.data_ptr() == end and tensor.untyped_storage().data_ptr() == storage
+        if not in_place or not tensor.is_contiguous():
+            return None
+        end += tensor.nbytes
+    return first.as_strided((sum(t.numel() for t in tensors),), (1,))
 
 
 @runtime_checkable

@@ -1,4 +1,12 @@
-"""Brings new weights to every server and proves it: a state machine with deadlines.
+"""The publisher: new weights to all servers, in one order, with a report.
+
+Work on the servers' weights: one piece at a time, and none after the end.
+
+What a publish may take, and what it did.
+
+Servers that stand still for new weights.
+
+Brings new weights to every server and proves it: a state machine with deadlines.
 
 One publish: interrupt -> flush -> [begin] -> update -> [end] -> continue -> probe; the weights are
 gathered and prepared while servers are interrupted, by disk before that.
@@ -11,32 +19,30 @@ the pool sends it nothing until it is clean.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
 
 from lightning_grpo.errors import ServerError, WeightSyncError
-from lightning_grpo.types import NO_VERSION, Interruption
-from lightning_grpo.weights.probe import Probe, SentScores, ServerProof
+from lightning_grpo.types import NO_VERSION, Interruption, InterruptionChoice
 from lightning_grpo.weights.proof import (
+    Probe,
+    Reading,
     Sent,
+    SentScores,
+    ServerProof,
     TrainerFailedError,
     promised,
     require_trainer,
     scores_of,
     settled,
-)
-from lightning_grpo.weights.report import PublishReport as PublishReport
-from lightning_grpo.weights.report import SyncSettings as SyncSettings
-from lightning_grpo.weights.standstill import (
-    make_room,
-    pause_again,
-    recover,
-    release,
-    transfer,
 )
 from lightning_grpo.weights.transport import (
     Fleet,
@@ -45,10 +51,207 @@ from lightning_grpo.weights.transport import (
     Transport,
     UpdateClient,
     UpdateRefusedError,
+    require_success,
 )
-from lightning_grpo.weights.turns import Turns
+
+
+class Turns:
+    """A lock that can be closed: whoever has it then gets a moment, whoever waits is refused."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._scope: anyio.CancelScope | None = None
+        self._closed = False
+
+    @asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Waits for the others.
+
+        Raises:
+            WeightSyncError: It was closed, before or meanwhile.
+        """
+        async with self._lock:
+            with anyio.CancelScope() as self._scope:
+                if not self._closed:
+                    yield
+                    return
+            raise WeightSyncError("the weight publisher was closed")
+
+    async def close(self, wait_s: float) -> None:
+        """Waits until nothing is under way; breaks it off after `wait_s`."""
+        self._closed = True
+        with anyio.move_on_after(wait_s):
+            async with self._lock:
+                return
+        if self._scope is not None:
+            self._scope.cancel()
+        async with self._lock:
+            pass
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """How weights travel, and how long each part may take.
+
+    Attributes:
+        transport: None chooses by what is there.
+        bucket_bytes: Size of flat buckets.
+        gather_timeout_s: Deadline of gathering the shards.
+        request_timeout_s: Deadline of each phase at a server.
+        verify: Whether a probe must agree after each publish.
+        interruption: What is to become of requests in flight.
+        recovery_timeout_s: Deadline for a server to come back when none is left.
+        release_memory: Whether servers give their GPU memory back while the trainer steps.
+    """
+
+    transport: Transport | None = None
+    bucket_bytes: int = 2 << 30
+    gather_timeout_s: float = 60.0
+    request_timeout_s: float = 60.0
+    verify: bool = True
+    interruption: InterruptionChoice = "auto"
+    recovery_timeout_s: float = 300.0
+    release_memory: bool = False
+
+
+@dataclass
+class PublishReport:
+    """What one publish did.
+
+    Attributes:
+        version: Of the weights.
+        num_bytes: Of weights, for one server.
+        paused_s: From the interruption until the last server worked again.
+        seconds: By phase; of the slowest server where each has its own.
+        updated: The servers that hold the version now.
+        readings: Their probes, where there is one.
+        failures: Why the others do not.
+        sent_diff: What was sent against the policy, mean |dlogprob|; None where not compared.
+    """
+
+    version: int
+    num_bytes: int = 0
+    paused_s: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    updated: list[str] = field(default_factory=list)
+    readings: dict[str, Reading] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    sent_diff: float | None = None
+
+    @property
+    def probe_diff(self) -> float | None:
+        """The largest difference of a server from what was sent, mean |dlogprob|."""
+        return max((r.diff for r in self.readings.values()), default=None)
+
+    @property
+    def probe_change(self) -> float | None:
+        """How far what was sent moved since the previous version, mean |dlogprob|."""
+        changes = [r.change for r in self.readings.values() if r.change is not None]
+        return max(changes, default=None)
+
+    @asynccontextmanager
+    async def phase(self, name: str, timeout_s: float) -> AsyncIterator[None]:
+        """Times a phase and ends it at its deadline, by name."""
+        started = time.monotonic()
+        try:
+            with anyio.fail_after(timeout_s):
+                yield
+        except TimeoutError as error:
+            raise WeightSyncError(
+                f"`{name}` of version {self.version} took longer than {timeout_s:g} s"
+            ) from error
+        finally:
+            elapsed = time.monotonic() - started
+            self.seconds[name] = max(self.seconds.get(name, 0.0), elapsed)
+
 
 logger = logging.getLogger(__name__)
+
+
+FLUSH_WAIT_S = 0.02
+
+
+async def flush(client: UpdateClient, report: PublishReport, timeout_s: float) -> None:
+    """Empties the prefix cache; a server that holds requests refuses.
+
+    It holds some unless they were aborted; then no prefix is kept (retract), or all (in_place).
+    """
+    async with report.phase("flush", timeout_s):
+        # Over HTTP there is nothing to wait on but another answer.
+        while not await client.flush_cache():
+            # SGLang's health check is a request, too; one that came between the last abort
+            # and the pause would wait in the queue for ever.
+            await client.abort()
+            await anyio.sleep(FLUSH_WAIT_S)
+
+
+async def release(target: Target, report: PublishReport, timeout_s: float) -> None:
+    """Has the server give its GPU memory back; it must be quite idle."""
+    await flush(target.client, report, timeout_s)
+    async with report.phase("release", timeout_s):
+        await target.release_memory()
+
+
+async def make_room(
+    target: Target, client: UpdateClient, report: PublishReport, timeout_s: float, idle: bool
+) -> None:
+    """Has it take its GPU memory again, and empty the prefix cache where it is idle."""
+    if target.released:
+        async with report.phase("resume", timeout_s):
+            await target.resume_memory()
+    if idle and target.caches_prefixes:
+        await flush(client, report, timeout_s)
+
+
+async def transfer(
+    transport: Transport, target: Target, label: str, report: PublishReport, timeout_s: float
+) -> None:
+    """Sends what the transport prepared, between begin and end where the server demands it."""
+    client = target.client
+    framed = transport.in_session and target.update_session
+    try:
+        if framed:
+            async with report.phase("begin", timeout_s):
+                reply = await client.update("/begin_weight_update", {}, timeout_s)
+                require_success(reply, target, "to begin an update")
+        async with report.phase("update", timeout_s):
+            await transport.send(target, label, timeout_s)
+    except (ServerError, WeightSyncError):
+        # A session left open would refuse the next attempt.
+        if framed:
+            with contextlib.suppress(ServerError):
+                await client.update("/end_weight_update", {}, timeout_s)
+        raise
+    if framed:
+        async with report.phase("end", timeout_s):
+            reply = await client.update("/end_weight_update", {}, timeout_s)
+            require_success(reply, target, "to end an update")
+
+
+async def pause_again(target: Target) -> None:
+    """A server with unknown weights is left paused, if it still listens."""
+    try:
+        await target.pause()
+    except ServerError as error:
+        logger.info("%s could not be paused again: %s", target.url, error)
+
+
+async def recover(fleet: Fleet, report: PublishReport, timeout_s: float) -> None:
+    """No server took the version: one may be restarting, and `restore` will bring it.
+
+    Raises:
+        WeightSyncError: None came back in time.
+        ServersLostError: None will.
+    """
+    reasons = "; ".join(report.failures.values()) or "no server was alive"
+    try:
+        await fleet.wait_until_clean(timeout_s)
+    except TimeoutError as error:
+        raise WeightSyncError(
+            f"No server could be brought to version {report.version} within {timeout_s:g} s:"
+            f" {reasons}"
+        ) from error
+
 
 ATTEMPTS = 3
 """A server that fails an update is tried again so often, from the start, before it is given up."""

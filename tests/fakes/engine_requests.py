@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_grpo.engine.protocol import Generation
-from lightning_grpo.engine.request import Output
+from lightning_grpo.engine.requests import Generation, Output
 
 VOCAB = 20
 PLAIN = Generation(

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.datamodule import RolloutDataModule
-from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts
@@ -18,6 +17,7 @@ from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.running import RunningServers
 from lightning_grpo.types import Sampling
+from lightning_grpo.validation import Evaluation
 
 INLINE = RolloutLimits(reward_processes=0)
 

@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_grpo.algorithm.batch import Denominators, MicroBatch
-from lightning_grpo.algorithm.layout import expand, packed_rows
+from lightning_grpo.algorithm.batch import Denominators, MicroBatch, expand, packed_rows
 
 
 def make_micro_batch(

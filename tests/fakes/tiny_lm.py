@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lightning_grpo.policy.materialize import materialize_from_folder
-from lightning_grpo.strategies.gradient_sync import gradient_sync
+from lightning_grpo.policy.load import materialize_from_folder
+from lightning_grpo.strategies.fsdp2 import gradient_sync
 
 VOCAB = 61
 

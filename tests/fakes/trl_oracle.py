@@ -18,19 +18,21 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lightning_grpo.algorithm.aggregation import (
+from lightning_grpo.algorithm.batch import Denominators, MicroBatch, expand
+from lightning_grpo.algorithm.corrections import OPSM, Correction, TokenTIS
+from lightning_grpo.algorithm.kl import K3, KLPenalty, WeightedK3
+from lightning_grpo.algorithm.losses import (
     Aggregation,
+    CappedCISPOLoss,
     ConstantLength,
+    GRPOLoss,
+    GSPOLoss,
+    PolicyLoss,
+    SAPOLoss,
     SequenceMean,
     TokenMean,
 )
-from lightning_grpo.algorithm.batch import Denominators, MicroBatch
-from lightning_grpo.algorithm.corrections import OPSM, Correction, TokenTIS
-from lightning_grpo.algorithm.kl import K3, KLPenalty, WeightedK3
-from lightning_grpo.algorithm.layout import expand
-from lightning_grpo.algorithm.losses import CappedCISPOLoss, GRPOLoss, GSPOLoss, PolicyLoss
-from lightning_grpo.algorithm.minibatch_loss import minibatch_loss
-from lightning_grpo.algorithm.trust_losses import SAPOLoss
+from lightning_grpo.objective import minibatch_loss
 from lightning_grpo.policy.packed import PackedPolicy
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "trl-1.16.0.json"

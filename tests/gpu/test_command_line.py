@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_grpo.servers.installed import remembered_python
-from lightning_grpo.servers.sglang import SGLangServers
+from lightning_grpo.servers.sglang import SGLangServers, remembered_python
 from lightning_grpo.shipped import resolve_path
 from tests.fakes.ranks import ROOT
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_grpo.algorithm.truncation import Truncation
+from lightning_grpo.algorithm.advantages import Truncation
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.rollout.filters import has_variance
+from lightning_grpo.rollout.producer import has_variance
 from lightning_grpo.types import NO_VERSION, Sampling
 from tests.fakes.loops import (
     Events,

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.servers.running import RunningServers
-from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.process_group import ProcessGroupTransport
+from lightning_grpo.weights.transport import DiskTransport
 from tests.fakes.engine_process import EngineProcess
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.proxy import ForwardingProxy, in_a_thread

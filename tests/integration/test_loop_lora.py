@@ -10,10 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.cli.export import run as export
-from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.datamodule import ReplayDataModule, RolloutDataModule
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.lora import LoRA
-from lightning_grpo.replay import ReplayDataModule
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo.callbacks.trajectories import TrajectoryWriter
+from lightning_grpo.callbacks.recording import TrajectoryWriter
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.cli.runs import CurveLogger
 from lightning_grpo.types import Sampling

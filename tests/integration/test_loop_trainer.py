@@ -22,9 +22,9 @@ from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.evaluation import Evaluation
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.types import Sampling
+from lightning_grpo.validation import Evaluation
 from tests.fakes.loops import (
     Events,
     Recorder,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.errors import CheckpointError
-from lightning_grpo.replay import ReplayDataModule
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
 
 TRAINED = ("policy/loss", "policy/grad_norm", "policy/entropy", "ratio/max", "reward/mean")

@@ -7,7 +7,7 @@ of a `.pth` file. It is not remembered as the user's environment for servers.
 import sys
 from pathlib import Path
 
-from lightning_grpo.servers.installed import ServerPython, install_server
+from lightning_grpo.servers.sglang import ServerPython, install_server
 
 SHIMS = Path(__file__).parent / "shims"
 DEFAULT_FOLDER = Path(__file__).parents[2] / ".venv-sglang"

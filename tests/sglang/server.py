@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.process import OwnedServers
 
 TIMEOUT_S = 60.0
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.rollout.pool import ServerPool
+from lightning_grpo.serving.pool import ServerPool
 from lightning_grpo.types import Completion, Sampling
 from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.probe import Probe, SentScores
-from lightning_grpo.weights.publisher import WeightPublisher
-from lightning_grpo.weights.report import PublishReport
+from lightning_grpo.weights.proof import Probe, SentScores
+from lightning_grpo.weights.publisher import PublishReport, WeightPublisher
 from tests.sglang.scoring import full_logprobs
 
 IN_FLIGHT = 16

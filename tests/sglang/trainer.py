@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lightning_grpo.weights.buckets import make_buckets
-from lightning_grpo.weights.collective import WeightGroup
+from lightning_grpo.weights.gather import make_buckets
+from lightning_grpo.weights.process_group import WeightGroup
 from tests.sglang.server import Server
 
 

@@ -9,15 +9,15 @@ from datasets import Dataset, DatasetDict
 from pandas import DataFrame
 from torch.utils.data import DataLoader
 
-from lightning_grpo.agents.agent_workflow import AgentWorkflow
+from lightning_grpo.agents.workflows import AgentWorkflow
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.evaluation import Evaluation
-from lightning_grpo.rollout.filters import has_variance
+from lightning_grpo.rollout.producer import has_variance
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.running import RunningServers
 from lightning_grpo.types import Sampling
+from lightning_grpo.validation import Evaluation
 from tests.fakes.loops import NeverServers, make_data, make_prompts
 from tests.fakes.tiny_run import make_group
 from tests.fakes.tokenizer import CharTokenizer

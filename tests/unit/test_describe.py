@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from lightning_grpo.describe import describe_data, describe_dtypes
+from lightning_grpo.contract import describe_data, describe_dtypes
 from lightning_grpo.rewards import code, gsm8k
-from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow
-from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from tests.fakes.loops import NeverServers, make_data, make_trainer
 

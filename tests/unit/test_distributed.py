@@ -10,10 +10,19 @@ import pytest
 import torch.distributed as dist
 
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.distributed.heart import Heart
-from lightning_grpo.distributed.pulse import Failure, Kind, Ledger, Outcome, Pulse, RunningClock
-from lightning_grpo.distributed.store import SignedStore, this_machine
-from lightning_grpo.distributed.verdict import Judge, is_echo
+from lightning_grpo.distributed.heartbeat import (
+    Failure,
+    Heart,
+    Judge,
+    Kind,
+    Ledger,
+    Outcome,
+    Pulse,
+    RunningClock,
+    SignedStore,
+    is_echo,
+    this_machine,
+)
 from lightning_grpo.errors import RankError, StopRun
 
 

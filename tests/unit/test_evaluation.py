@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.evaluation import (
+from lightning_grpo.validation import (
     Evaluation,
     PromptMean,
     pass_at_k,

@@ -2,7 +2,7 @@
 
 import gc
 
-from lightning_grpo.session.heap import SHARE, QuietHeap
+from lightning_grpo.session.assembly import SHARE, QuietHeap
 
 
 class Clock:

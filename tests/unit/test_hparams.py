@@ -9,10 +9,9 @@ import torch
 import yaml
 
 from lightning_grpo import hparams
-from lightning_grpo.algorithm.aggregation import SequenceMean
 from lightning_grpo.algorithm.corrections import TokenTIS
 from lightning_grpo.algorithm.kl import K3, KLPenalty
-from lightning_grpo.algorithm.losses import GRPOLoss
+from lightning_grpo.algorithm.losses import GRPOLoss, SequenceMean
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.hparams import loggable
 from lightning_grpo.rewards import gsm8k
@@ -113,7 +112,7 @@ def test_loggers_are_told_what_can_be_read_and_no_data_or_secrets():
         }
     )
     arguments = told["workflow"]["init_args"]
-    assert arguments["reward"] == ["lightning_grpo.rewards.final_answer.gsm8k"]
+    assert arguments["reward"] == ["lightning_grpo.rewards.answers.gsm8k"]
     assert arguments["sampling"]["init_args"]["max_new_tokens"] == 48
     prompts = told["prompts"][""]["init_args"]
     assert (prompts["path"], prompts["column"]) == ("list (30 items)", "question")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.cli.problem import ConfigProblem
-from lightning_grpo.cli.sources import collect
+from lightning_grpo.cli.sources import ConfigProblem, collect
 from lightning_grpo.cli.trainer_cli import _without_secrets
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.hparams import to_plain

@@ -13,10 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 from lightning_grpo.algorithm.advantages import GroupAdvantage
-from lightning_grpo.algorithm.aggregation import ConstantLength, SequenceMean, TokenMean
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.corrections import SequenceTIS, TokenTIS
-from lightning_grpo.algorithm.losses import GRPOLoss, GSPOLoss
+from lightning_grpo.algorithm.losses import (
+    ConstantLength,
+    GRPOLoss,
+    GSPOLoss,
+    SequenceMean,
+    TokenMean,
+)
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import (
     Minibatch,

@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_grpo.evaluation import (
+from lightning_grpo.types import Group
+from lightning_grpo.validation import (
     Evaluation,
+    EvaluationBatch,
+    EvaluationMeans,
     PromptMean,
     Scores,
     majority_reward,
     sampled_metrics,
     score_groups,
 )
-from lightning_grpo.types import Group
-from lightning_grpo.validation import EvaluationBatch, EvaluationMeans
 from tests.fakes.tiny_run import make_group
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_grpo.algorithm.aggregation import SequenceMean, TokenMean
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.corrections import TokenTIS
 from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.algorithm.losses import GRPOLoss
-from lightning_grpo.algorithm.trust_losses import M2POLoss
+from lightning_grpo.algorithm.losses import GRPOLoss, M2POLoss, SequenceMean, TokenMean
 from lightning_grpo.loader import Minibatch, Prepared, Rollout, Shape, Taken, split
 from lightning_grpo.objective import Objective, score
 from lightning_grpo.policy.packed import PackedPolicy

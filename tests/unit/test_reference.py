@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.reference import ReferencePolicy
+from lightning_grpo.module import ReferencePolicy
 from tests.fakes.loops import make_module
 from tests.fakes.tiny_model import make_tiny_model
 

@@ -15,14 +15,12 @@ from transformers import AutoTokenizer
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, PromptError, ServerStartError
-from lightning_grpo.evaluation import Evaluation
-from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import RolloutWorkflow
-from lightning_grpo.rollout.verify import Requirements
-from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow
 from lightning_grpo.servers.base import Servers
-from lightning_grpo.session.live import _open_pool
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.session.assembly import _open_pool, from_checkpoint, to_checkpoint
 from lightning_grpo.session.material import (
     check_ends,
     check_sampling,
@@ -30,8 +28,8 @@ from lightning_grpo.session.material import (
     room_for_prompts,
 )
 from lightning_grpo.session.session import RolloutSession
-from lightning_grpo.session.state import from_checkpoint, to_checkpoint
 from lightning_grpo.types import Sampling
+from lightning_grpo.validation import Evaluation
 from tests.fakes.loops import NeverServers, make_data, make_prompts, odd_reward
 from tests.fakes.server import FakeServer
 from tests.fakes.tiny_model import make_tiny_model

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from lightning_grpo.distributed.stops import most_urgent, signal_of, urgency
+from lightning_grpo.distributed.channel import most_urgent, signal_of, urgency
 
 
 @pytest.mark.parametrize(

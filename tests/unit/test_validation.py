@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_grpo.evaluation import Evaluation
-from lightning_grpo.validation import EvaluationBatch, EvaluationLoader, EvaluationMeans
+from lightning_grpo.validation import Evaluation, EvaluationBatch, EvaluationLoader, EvaluationMeans
 from tests.fakes.tiny_run import make_group
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_grpo.weights.buckets import make_buckets
-from lightning_grpo.weights.collective import WeightGroup
+from lightning_grpo.weights.gather import make_buckets
+from lightning_grpo.weights.process_group import WeightGroup
 
 pytestmark = [
     pytest.mark.gpu,

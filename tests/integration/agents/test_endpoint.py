@@ -9,8 +9,8 @@ import aiohttp
 import anyio
 import pytest
 
-from lightning_grpo.agents.agent_workflow import AgentWorkflow
 from lightning_grpo.agents.conversation import HistoryError
+from lightning_grpo.agents.workflows import AgentWorkflow
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError, ServersLostError
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Sampling

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.owned import OwnedServers
+from lightning_grpo.servers.process import OwnedServers
 from tests.sglang.engines import REAL, real_servers
 from tests.sglang.server import Server
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.process_group import ProcessGroupTransport
-from lightning_grpo.weights.transport import Transport
+from lightning_grpo.weights.transport import DiskTransport, Transport
 from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.proxy import FaultyProxy, in_a_thread
 from tests.sglang.server import Server

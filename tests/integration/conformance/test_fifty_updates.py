@@ -15,14 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.rollout.pool import PoolLimits, ServerPool
-from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.types import Completion, Interruption
-from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.process_group import ProcessGroupTransport
-from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
-from lightning_grpo.weights.report import PublishReport
-from lightning_grpo.weights.transport import Place, Transport
+from lightning_grpo.weights.publisher import PublishReport, SyncSettings, WeightPublisher
+from lightning_grpo.weights.transport import DiskTransport, Place, Transport
 from tests.sglang.engines import RETRACTING
 from tests.sglang.server import Server
 from tests.sglang.traffic import PROBE, TOKENS, MovingWeights, Traffic, largest_difference

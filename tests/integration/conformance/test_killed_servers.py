@@ -11,15 +11,14 @@ from pathlib import Path
 import anyio
 import pytest
 
-from lightning_grpo.rollout.monitor import HealthPolicy
-from lightning_grpo.rollout.pool import ServerPool
-from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.owned import OwnedServers
-from lightning_grpo.weights.disk import DiskTransport
+from lightning_grpo.servers.process import OwnedServers
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.pool import ServerPool
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
-from lightning_grpo.weights.transport import Place, Transport
+from lightning_grpo.weights.transport import DiskTransport, Place, Transport
 from tests.sglang.engines import real_servers
 from tests.sglang.killing_proxy import KillingProxy
 from tests.sglang.traffic import PROBE, MovingWeights, Traffic, largest_difference

@@ -23,8 +23,8 @@ SEND = """
 import json, sys, urllib.request
 import torch
 from safetensors.torch import load_file
-from lightning_grpo.weights.buckets import make_buckets
-from lightning_grpo.weights.ipc import message_of
+from lightning_grpo.weights.gather import make_buckets
+from lightning_grpo.weights.process_group import message_of
 
 url, folder = sys.argv[1:]
 torch.multiprocessing.set_sharing_strategy("file_system")

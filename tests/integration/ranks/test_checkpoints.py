@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.cli.export import build_module, read_checkpoint
+from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.replay import ReplayDataModule
 from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from tests.fakes.loops import Recorder, make_trainer

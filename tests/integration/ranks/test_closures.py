@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import Callback
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.algorithm.corrections import TokenTIS
+from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.replay import ReplayDataModule
 from tests.fakes.loops import Recorder, make_trainer
 from tests.fakes.optimizers import SAM, Repeating
 from tests.fakes.ranks import run_ranks

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.strategies.parallelize import is_sharded
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, is_sharded
 from tests.fakes.ranks import run_ranks
 from tests.fakes.tiny_lm import MetaModule, Steps, TinyModule, global_batch, make_lm, make_trainer
 

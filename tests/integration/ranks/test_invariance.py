@@ -17,11 +17,17 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_grpo.algorithm.aggregation import ConstantLength, SequenceMean, TokenMean
 from lightning_grpo.algorithm.corrections import SequenceTIS, TokenTIS
-from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss, GSPOLoss
+from lightning_grpo.algorithm.losses import (
+    CISPOLoss,
+    ConstantLength,
+    GRPOLoss,
+    GSPOLoss,
+    SequenceMean,
+    TokenMean,
+)
+from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.replay import ReplayDataModule
 from tests.fakes.ranks import run_ranks
 from tests.fakes.recordings import write_recording
 from tests.fakes.tiny_lm import VOCAB, make_lm

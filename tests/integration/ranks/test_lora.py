@@ -13,13 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.policy.load import load_policy
+from lightning_grpo.datamodule import ReplayDataModule
+from lightning_grpo.policy.load import load_policy, materialize_from_folder
 from lightning_grpo.policy.lora import WithoutAdapter
-from lightning_grpo.policy.materialize import materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.replay import ReplayDataModule
-from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.strategies.parallelize import parallelize
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, parallelize
 from lightning_grpo.weights.gather import gather_weights
 from tests.fakes.adapters import LORA, make_trained, set_adapter
 from tests.fakes.causal_models import make_sequences, pack

@@ -8,7 +8,7 @@ from lightning.fabric.strategies import ModelParallelStrategy
 from torch.nn import functional as F
 
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.strategies.parallelize import parallelize, reshard
+from lightning_grpo.strategies.fsdp2 import parallelize, reshard
 from tests.fakes.ranks import run_ranks
 from tests.fakes.tiny_lm import VOCAB, Policy, global_batch, make_lm
 

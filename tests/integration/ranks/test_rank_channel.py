@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.distributed.heart import EXIT_RANK_LOST
+from lightning_grpo.distributed.heartbeat import EXIT_RANK_LOST
 from lightning_grpo.errors import RankError, StopRun
 from tests.fakes.ranks import init_gloo, run_ranks, start_ranks
 
@@ -236,7 +236,7 @@ def live_beside_a_stranger() -> tuple[list[object], list[str]]:
     channel = connect()
     store = channel._store._store  # what a stranger has who found the port
     told: list[str] = []
-    logging.getLogger("lightning_grpo.distributed.heart").addHandler(Telling(told))
+    logging.getLogger("lightning_grpo.distributed.heartbeat").addHandler(Telling(told))
     seen: list[object] = []
     for index in range(5):
         if channel.rank == 0:

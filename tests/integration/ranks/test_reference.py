@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.algorithm.kl import K2, KLPenalty
-from lightning_grpo.replay import ReplayDataModule
+from lightning_grpo.datamodule import ReplayDataModule
 from tests.fakes.loops import Recorder, make_module, make_trainer
 from tests.fakes.ranks import run_ranks
 from tests.fakes.recordings import write_recording

@@ -13,11 +13,11 @@ from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Ledger
 from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.service import RolloutService
+from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.types import Completion, Sampling
 from tests.fakes.generator import FakeGenerator

@@ -12,17 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.errors import ServersLostError
-from lightning_grpo.rollout.monitor import HealthPolicy
-from lightning_grpo.rollout.pool import ServerPool
-from lightning_grpo.rollout.verify import Requirements
 from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.pool import ServerPool
 from lightning_grpo.types import Sampling
-from lightning_grpo.weights.disk import DiskTransport
 from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.probe import Probe, SentScores
 from lightning_grpo.weights.process_group import ProcessGroupTransport
+from lightning_grpo.weights.proof import Probe, SentScores
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
-from lightning_grpo.weights.transport import Place
+from lightning_grpo.weights.transport import DiskTransport, Place
 from tests.fakes.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.anyio

@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_grpo.weights.buckets import make_buckets
-from lightning_grpo.weights.collective import WeightGroup, address_towards
-from lightning_grpo.weights.gather import gather_weights
+from lightning_grpo.weights.gather import gather_weights, make_buckets
+from lightning_grpo.weights.process_group import WeightGroup, address_towards
 from tests.fakes.ranks import start_ranks
 
 

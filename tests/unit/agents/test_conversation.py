@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.agents.chat_api import BadRequest, read_request
-from lightning_grpo.agents.conversation import HistoryError, Recorder
+from lightning_grpo.agents.conversation import BadRequest, HistoryError, Recorder, read_request
 from lightning_grpo.errors import RolloutError
 from lightning_grpo.types import Completion, Sampling
 from tests.fakes.agents import TOOL_TEMPLATE, call_text, make_chat_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from lightning_grpo.agents.multi_turn import MultiTurnWorkflow
+from lightning_grpo.agents.workflows import MultiTurnWorkflow
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import check_trajectory

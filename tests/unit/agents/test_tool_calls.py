@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.agents.tool_calls import reply_parser, strip_specials
+from lightning_grpo.agents.tools import reply_parser, strip_specials
 from lightning_grpo.errors import ConfigError
 from tests.fakes.agents import make_chat_tokenizer
 from tests.fakes.tokenizer import CharTokenizer

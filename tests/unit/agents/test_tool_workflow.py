@@ -5,9 +5,9 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from lightning_grpo.agents.tool_calls import ParsedReply, ToolCall
 from lightning_grpo.agents.tool_process import ToolLimits
-from lightning_grpo.agents.tool_workflow import ToolWorkflow
+from lightning_grpo.agents.tools import ParsedReply, ToolCall
+from lightning_grpo.agents.workflows import ToolWorkflow
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Sampling

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.agents.record import EpisodeRecord
-from lightning_grpo.agents.turns import first_ids, next_ids, with_answer
+from lightning_grpo.agents.turns import EpisodeRecord, first_ids, next_ids, with_answer
 from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.rollout.chat import with_arguments
 from lightning_grpo.types import Completion

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_grpo.algorithm.aggregation import ConstantLength, SequenceMean, TokenMean
 from lightning_grpo.algorithm.batch import Denominators
+from lightning_grpo.algorithm.losses import ConstantLength, SequenceMean, TokenMean
 from lightning_grpo.errors import ConfigError
 from tests.fakes.micro_batches import make_micro_batch
 

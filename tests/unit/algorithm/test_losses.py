@@ -4,26 +4,25 @@ from math import exp, log
 import pytest
 import torch
 
-from lightning_grpo.algorithm.aggregation import SequenceMean, TokenMean
-from lightning_grpo.algorithm.layout import expand, sequence_mean
+from lightning_grpo.algorithm.batch import expand, sequence_mean
 from lightning_grpo.algorithm.losses import (
     CappedCISPOLoss,
     CISPOLoss,
+    DPPOLoss,
     GRPOLoss,
     GSPOLoss,
-    clipped_surrogate,
-    dual_clip_bound,
-    weighted_log_likelihood,
-)
-from lightning_grpo.algorithm.metrics import values
-from lightning_grpo.algorithm.trust_losses import (
-    DPPOLoss,
     M2POLoss,
     SAPOLoss,
+    SequenceMean,
+    TokenMean,
+    clipped_surrogate,
+    dual_clip_bound,
     second_moment_keep,
     soft_gate,
     total_variation_keep,
+    weighted_log_likelihood,
 )
+from lightning_grpo.algorithm.metrics import values
 from lightning_grpo.errors import ConfigError
 from tests.fakes.micro_batches import make_micro_batch
 

@@ -5,13 +5,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_grpo.algorithm.aggregation import ConstantLength, SequenceMean, TokenMean
 from lightning_grpo.algorithm.corrections import IcePop, SequenceTIS, TokenTIS
 from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss, GSPOLoss
+from lightning_grpo.algorithm.losses import (
+    CISPOLoss,
+    ConstantLength,
+    DPPOLoss,
+    GRPOLoss,
+    GSPOLoss,
+    SAPOLoss,
+    SequenceMean,
+    TokenMean,
+)
 from lightning_grpo.algorithm.metrics import merge, values
-from lightning_grpo.algorithm.minibatch_loss import minibatch_loss
-from lightning_grpo.algorithm.trust_losses import DPPOLoss, SAPOLoss
+from lightning_grpo.objective import minibatch_loss
 from tests.fakes.micro_batches import PER_TOKEN, make_micro_batch, select_sequences
 
 # M2POLoss ranks tokens within the micro-batch and says so: it is not invariant to a split.

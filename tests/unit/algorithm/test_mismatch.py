@@ -4,8 +4,7 @@ from math import exp
 import pytest
 import torch
 
-from lightning_grpo.algorithm.metrics import merge, values
-from lightning_grpo.algorithm.mismatch import mismatch_metrics
+from lightning_grpo.algorithm.metrics import merge, mismatch_metrics, values
 from tests.fakes.micro_batches import make_micro_batch, select_sequences
 
 

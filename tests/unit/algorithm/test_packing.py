@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_grpo.algorithm.packing import balance, plan_micro_batches, plan_ranks
+from lightning_grpo.loader import balance, plan_micro_batches, plan_ranks
 
 LENGTHS = st.lists(st.integers(1, 200), max_size=60)
 

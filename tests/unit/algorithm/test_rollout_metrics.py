@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_grpo.algorithm.rollout_metrics import zero_variance_fraction
+from lightning_grpo.algorithm.metrics import zero_variance_fraction
 
 
 @pytest.mark.parametrize("size", [3, 6, 7, 8])

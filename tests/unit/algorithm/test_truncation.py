@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_grpo.algorithm.advantages import GroupAdvantage
+from lightning_grpo.algorithm.advantages import GroupAdvantage, Truncation, soft_overlong_penalty
 from lightning_grpo.algorithm.batch import RolloutBatch
-from lightning_grpo.algorithm.truncation import Truncation, soft_overlong_penalty
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import Sampling
 from tests.fakes.tiny_run import make_group

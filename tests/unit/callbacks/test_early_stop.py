@@ -12,8 +12,7 @@ from concurrent.futures import Future
 import pytest
 
 from lightning_grpo.callbacks.early_stop import EarlyStop, came_early
-from lightning_grpo.callbacks.signals import SignalHandling
-from lightning_grpo.callbacks.stop_flag import StopFlag
+from lightning_grpo.callbacks.signals import SignalHandling, StopFlag
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import StopRun
 

@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from lightning_grpo.callbacks.final_checkpoint import FinalCheckpoint
+from lightning_grpo.callbacks.recording import FinalCheckpoint
 
 
 def fit(folder, *callbacks, **options):

@@ -9,7 +9,7 @@ import tqdm
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from rich.console import Console
 
-from lightning_grpo.callbacks.progress import (
+from lightning_grpo.callbacks.screen import (
     GRPOProgress,
     WaitTeller,
     evaluation_line,

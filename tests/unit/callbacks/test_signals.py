@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_grpo.callbacks.signals import SignalHandling
-from lightning_grpo.callbacks.stop_flag import StopFlag
+from lightning_grpo.callbacks.signals import SignalHandling, StopFlag
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import StopRun
 from tests.fakes.tiny_run import TinyData, TinyModule

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_grpo.callbacks.summary import (
+from lightning_grpo.callbacks.screen import (
     RunSummary,
     Tally,
     end_lines,

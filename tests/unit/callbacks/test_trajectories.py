@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo.callbacks.trajectories import TrajectoryWriter
+from lightning_grpo.callbacks.recording import TrajectoryWriter
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.records import read_groups, read_rows
 from tests.fakes.tiny_run import TinyData, TinyEvaluation, TinyModule, make_group
@@ -47,7 +47,7 @@ def test_a_file_that_can_t_be_written_is_told_once_and_the_run_goes_on(
     trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=3))
     assert trainer.global_step == 6
     assert [file.name for file in (tmp_path / "kept").iterdir()] == ["step_000006.parquet"]
-    told = [r.getMessage() for r in caplog.records if r.name.endswith("trajectories")]
+    told = [r.getMessage() for r in caplog.records if r.name.endswith("recording")]
     assert len(told) == 2
     assert "step_000002.parquet can't be written (" in told[0]
     assert "written again" in told[1]

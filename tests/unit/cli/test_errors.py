@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_grpo.cli.fit import split_configs
-from lightning_grpo.cli.imports import ImportPathError, import_object
-from lightning_grpo.cli.problem import ConfigProblem
-from lightning_grpo.cli.sources import collect
+from lightning_grpo.cli.mistakes import ImportPathError, import_object
+from lightning_grpo.cli.sources import ConfigProblem, collect
 from lightning_grpo.cli.trainer_cli import run_cli
 from tests.fakes.cli_stubs import GRPOModule, RolloutDataModule
 

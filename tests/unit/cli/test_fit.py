@@ -14,9 +14,8 @@ import yaml
 
 from lightning_grpo.cli.fit import split_configs
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.runs import last_checkpoint, version_of
-from lightning_grpo.cli.sources import collect
+from lightning_grpo.cli.sources import ConfigProblem, collect
 from lightning_grpo.cli.trainer_cli import is_news, run_cli
 from lightning_grpo.errors import ConfigError
 from tests.fakes.cli_stubs import GRPOModule, RolloutDataModule

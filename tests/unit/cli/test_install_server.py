@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from lightning_grpo.cli.main import main
-from lightning_grpo.servers.installed import ServerPython, resolve_python
+from lightning_grpo.servers.sglang import ServerPython, resolve_python
 
 
 @pytest.fixture(autouse=True)

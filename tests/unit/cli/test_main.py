@@ -15,7 +15,7 @@ from lightning_grpo.cli.environment import (
     wants_traceback,
 )
 from lightning_grpo.cli.main import COMMANDS, available_commands, explain, main
-from lightning_grpo.cli.problem import ConfigProblem
+from lightning_grpo.cli.sources import ConfigProblem
 from lightning_grpo.errors import ConfigError, ServerStartError, StopRun
 
 

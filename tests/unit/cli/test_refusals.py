@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.cli.refusals import locate
+from lightning_grpo.cli.mistakes import locate
 from lightning_grpo.cli.sources import collect
 
 WRITTEN = collect(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.problem import ConfigProblem
 from lightning_grpo.cli.replay import find_config, split_recording
+from lightning_grpo.cli.sources import ConfigProblem
 
 
 @pytest.mark.parametrize("words", [["--from", "{}"], ["--from={}"]])

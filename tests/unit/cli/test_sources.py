@@ -2,8 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.cli.problem import ConfigProblem, nearest
-from lightning_grpo.cli.sources import Setting, collect, read_options, read_yaml
+from lightning_grpo.cli.sources import (
+    ConfigProblem,
+    Setting,
+    collect,
+    nearest,
+    read_options,
+    read_yaml,
+)
 
 
 def places(setting):

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from lightning_grpo.engine.door import Door
+from lightning_grpo.engine.http import Door
 from lightning_grpo.keys import bears
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_grpo.engine.kv import PrefillCapture, PromptCache, PromptState, SlotCache
+from lightning_grpo.engine.model import PrefillCapture, PromptCache, PromptState, SlotCache
 
 LAYERS, HEADS, DIM = 2, 3, 4
 

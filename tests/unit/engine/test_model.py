@@ -7,8 +7,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.contract import check_engine
-from lightning_grpo.engine.kv import SlotCache
-from lightning_grpo.engine.model import ModelRunner, check_servable, load_model
+from lightning_grpo.engine.model import ModelRunner, SlotCache, check_servable, load_model
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.servers.running import RunningServers

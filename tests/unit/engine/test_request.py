@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_grpo.engine.request import Request, VersionSpan
+from lightning_grpo.engine.requests import Request, VersionSpan
 from tests.fakes.engine_requests import PLAIN, ignore
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import torch
 
-from lightning_grpo.engine.request import Request
-from lightning_grpo.engine.rows import Rows
+from lightning_grpo.engine.requests import Request
+from lightning_grpo.engine.slots import Rows
 from tests.fakes.engine_requests import PLAIN, VOCAB, ignore
 
 

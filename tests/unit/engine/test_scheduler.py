@@ -9,11 +9,10 @@ import msgspec
 import pytest
 import torch
 
-from lightning_grpo.engine.errors import BadRequestError
 from lightning_grpo.engine.model import ModelRunner, load_model
-from lightning_grpo.engine.request import Output, Request
+from lightning_grpo.engine.requests import BadRequestError, Output, Request
 from lightning_grpo.engine.scheduler import Limits, Scheduler
-from lightning_grpo.engine.stopping import StopStrings
+from lightning_grpo.engine.slots import StopStrings
 from tests.fakes.engine_requests import PLAIN, ignore
 from tests.fakes.tiny_model import make_tiny_model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.engine.stopping import StopStrings, decode, trim
+from lightning_grpo.engine.slots import StopStrings, decode_text, trim
 from tests.fakes.tiny_model import make_tiny_tokenizer
 
 
@@ -42,5 +42,5 @@ def test_text_is_cut_at_its_string_and_not_at_a_token() -> None:
 def test_decoding_can_leave_special_tokens_out() -> None:
     tokenizer = make_tiny_tokenizer()
     ids = tokenizer("hi<|im_end|>")["input_ids"]
-    assert decode(tokenizer, ids, skip_special_tokens=True) == "hi"
-    assert decode(tokenizer, ids, skip_special_tokens=False) == "hi<|im_end|>"
+    assert decode_text(tokenizer, ids, skip_special_tokens=True) == "hi"
+    assert decode_text(tokenizer, ids, skip_special_tokens=False) == "hi<|im_end|>"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lightning_grpo.engine.errors import WeightUpdateError
 from lightning_grpo.engine.model import load_model
-from lightning_grpo.engine.weights import ModelWeights
+from lightning_grpo.engine.requests import WeightUpdateError
+from lightning_grpo.engine.updates import ModelWeights
 from tests.fakes.tiny_model import make_tiny_model
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from lightning_grpo.launch.ray_node import Node
+from lightning_grpo.launch.ray import Node
 
 
 @pytest.fixture

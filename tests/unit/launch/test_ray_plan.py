@@ -9,7 +9,7 @@ import pytest
 
 from lightning_grpo.cli.main import main
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.launch.ray_plan import RayJob, Start, bundles, node_tasks
+from lightning_grpo.launch.ray import RayJob, Start, bundles, node_tasks
 
 SERVERS = {"class_path": "lightning_grpo.EmbeddedServers", "init_args": {"num_servers": 2}}
 

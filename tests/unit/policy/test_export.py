@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_grpo.policy.export import export_policy
-from lightning_grpo.policy.load import load_policy, load_tokenizer
+from lightning_grpo.policy.load import export_policy, load_policy, load_tokenizer
 from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import pack
 from tests.fakes.tiny_model import make_tiny_model

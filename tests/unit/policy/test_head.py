@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_grpo.policy.head import chunk_rows, head_logprobs
+from lightning_grpo.policy.packed import chunk_rows, head_logprobs
 
 ROWS, HIDDEN, VOCAB = 13, 6, 17
 

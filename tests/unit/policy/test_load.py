@@ -9,8 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.check import check_architecture
-from lightning_grpo.policy.load import load_policy, load_tokenizer
-from lightning_grpo.policy.materialize import materialize_from_folder
+from lightning_grpo.policy.load import load_policy, load_tokenizer, materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.session.material import load_config
 from tests.fakes.causal_models import make_causal_model

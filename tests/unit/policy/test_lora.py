@@ -10,8 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.errors import ConfigError, WeightSyncError
-from lightning_grpo.policy.export import export_policy
-from lightning_grpo.policy.load import load_policy
+from lightning_grpo.policy.load import export_policy, load_policy
 from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.weights.gather import gather_weights

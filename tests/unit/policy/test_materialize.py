@@ -6,8 +6,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.policy.load import load_policy
-from lightning_grpo.policy.materialize import materialize_from_folder, rebuild_buffers
+from lightning_grpo.policy.load import load_policy, materialize_from_folder, rebuild_buffers
 from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import (
     ARCHITECTURES,

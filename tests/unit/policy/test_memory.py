@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoConfig, Qwen2Config
 
-from lightning_grpo.policy.memory import model_size, training_bytes
+from lightning_grpo.policy.check import model_size, training_bytes
 
 GIB = 1 << 30
 SHAPE = Qwen2Config(

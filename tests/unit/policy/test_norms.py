@@ -8,8 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lightning_grpo.policy.norms import fuse_norms, is_plain
-from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.policy.packed import PackedPolicy, fuse_norms, is_plain
 from tests.fakes.causal_models import make_causal_model, make_sequences, pack
 
 

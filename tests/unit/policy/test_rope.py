@@ -3,10 +3,9 @@ import copy
 import pytest
 import torch
 
-from lightning_grpo.policy.load import load_policy
-from lightning_grpo.policy.materialize import materialize_from_folder
+from lightning_grpo.policy.attention import length_switches, longest_steady, usable_context
+from lightning_grpo.policy.load import load_policy, materialize_from_folder
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.policy.rope import length_switches, longest_steady, usable_context
 from tests.fakes.causal_models import make_model_of, make_sequences, pack, plain_logprobs
 
 FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}

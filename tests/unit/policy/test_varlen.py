@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_grpo.policy import _varlen
+from lightning_grpo.policy import attention as _varlen
 from lightning_grpo.policy.attention import PackedLayout, padded_attention, varlen_attention
 from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import make_causal_model, make_sequences, pack

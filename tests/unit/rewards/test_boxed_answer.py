@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lightning_grpo.rewards.boxed_answer import last_boxed, math
+from lightning_grpo.rewards.answers import last_boxed, math
 from tests.unit.rewards.math_pairs import MISSED_PAIRS, PAIRS
 
 pytest.importorskip("math_verify", reason="needs the extra [math]")

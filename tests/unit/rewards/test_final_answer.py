@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_grpo.rewards import gsm8k
-from lightning_grpo.rewards.final_answer import final_number
+from lightning_grpo.rewards.answers import final_number
 
 RIGHT = [
     ("#### 18", "18"),

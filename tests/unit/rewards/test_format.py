@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.rewards.format import boxes_answer, has_tags, marks_answer
+from lightning_grpo.rewards.answers import boxes_answer, has_tags, marks_answer
 
 
 @pytest.mark.parametrize(

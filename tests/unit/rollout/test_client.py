@@ -16,8 +16,8 @@ from lightning_grpo.errors import (
     RequestError,
     ServerError,
 )
-from lightning_grpo.rollout import wire
-from lightning_grpo.rollout.client import (
+from lightning_grpo.serving import wire
+from lightning_grpo.serving.client import (
     LONGEST_WAIT_S,
     ServerClient,
     bytes_of,

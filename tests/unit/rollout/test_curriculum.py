@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.curriculum import Curriculum, undecided, unsolved
+from lightning_grpo.rollout.stream import Curriculum, undecided, unsolved
 from tests.fakes.generator import FakeGenerator
 from tests.fakes.rollouts import make_producer
 from tests.fakes.tiny_run import make_group

@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.dialects import DIALECTS, dialect_of, parse_version
+from lightning_grpo.serving.fitness import DIALECTS, dialect_of, parse_version
 
 
 @pytest.mark.parametrize(

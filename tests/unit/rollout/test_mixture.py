@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.rollout.mixture import PromptMixture
 from lightning_grpo.rollout.prompts import Prompts
+from lightning_grpo.rollout.stream import PromptMixture
 from tests.fakes.tokenizer import CharTokenizer
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from lightning_grpo.errors import ServersLostError, WeightSyncError
-from lightning_grpo.rollout.member import MemberState
-from lightning_grpo.rollout.monitor import HealthPolicy
-from lightning_grpo.rollout.pool import PoolLimits, ServerPool
-from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.pool import PoolLimits, ServerPool
+from lightning_grpo.serving.server import MemberState
 from lightning_grpo.types import Sampling
 from tests.fakes.server import FakeServer, Fault, make_table
 

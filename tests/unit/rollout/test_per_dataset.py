@@ -6,8 +6,7 @@ import pytest
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request
-from lightning_grpo.rollout.per_dataset import PerDatasetWorkflow
-from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow
 from lightning_grpo.types import Prompt, Sampling
 from tests.fakes.generator import FakeGenerator, InlineScorer
 from tests.fakes.tokenizer import CharTokenizer

@@ -169,7 +169,7 @@ def test_a_folder_saved_by_datasets_and_a_dataset_itself(tmp_path):
 def test_reading_json_lines_does_not_import_datasets(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n')
     code = (
-        "import sys; from lightning_grpo.rollout.sources import open_rows;"
+        "import sys; from lightning_grpo.rollout.prompts import open_rows;"
         "rows = open_rows(sys.argv[1]); assert rows == [{'prompt': 'x'}];"
         "assert not {'datasets', 'pyarrow', 'torch', 'numpy'} & set(sys.modules)"
     )

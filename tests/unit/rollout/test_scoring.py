@@ -9,9 +9,8 @@ import pytest
 
 from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.rewards.judge import JudgeError
-from lightning_grpo.rollout.binding import BoundReward
-from lightning_grpo.rollout.reward_worker import answer_of
-from lightning_grpo.rollout.scoring import RewardScorer, is_async, try_reward
+from lightning_grpo.rollout.protocols import BoundReward
+from lightning_grpo.rollout.scoring import RewardScorer, answer_of, is_async, try_reward
 from lightning_grpo.types import Prompt
 
 

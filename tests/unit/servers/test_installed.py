@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from lightning_grpo.errors import ConfigError, ServerError
-from lightning_grpo.servers.installed import (
+from lightning_grpo.servers.sglang import (
     NOT_ON_CPU,
     ServerPython,
     install_server,

@@ -12,8 +12,7 @@ import time
 import pytest
 
 from lightning_grpo.errors import ServerStartError
-from lightning_grpo.servers.owned import OwnedServers
-from lightning_grpo.servers.process import Launch
+from lightning_grpo.servers.process import Launch, OwnedServers
 
 SLOW_TO_END = """
 import http.server, pathlib, signal, sys

@@ -6,10 +6,8 @@ import psutil
 import pytest
 
 from lightning_grpo.errors import ServerStartError
-from lightning_grpo.rollout.monitor import process_alive
-from lightning_grpo.servers.owned import OwnedServers
-from lightning_grpo.servers.process import Launch
-from lightning_grpo.servers.waiting import likely_cause
+from lightning_grpo.servers.process import Launch, OwnedServers, likely_cause
+from lightning_grpo.serving.health import process_alive
 
 SERVER = """
 import http.server, sys

@@ -12,11 +12,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.mailbox import END, NodeMailbox, TrainerMailbox
-from lightning_grpo.servers.node import ServerNode, build_servers
-from lightning_grpo.servers.remote import NodeServers, describe_servers
+from lightning_grpo.servers.other_nodes import (
+    END,
+    NodeMailbox,
+    NodeServers,
+    ServerNode,
+    TrainerMailbox,
+    build_servers,
+    describe_servers,
+)
+from lightning_grpo.servers.process import answers
 from lightning_grpo.servers.sglang import SGLangServers
-from lightning_grpo.servers.waiting import answers
 from tests.fakes.tiny_model import make_tiny_model
 
 

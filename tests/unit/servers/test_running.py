@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
-from lightning_grpo.servers.environment import ADDRESSES_VARIABLE
+from lightning_grpo.servers.process import ADDRESSES_VARIABLE
 from lightning_grpo.servers.running import RunningServers, normal_url
 from tests.fakes.server import FakeServer, Fault
 

@@ -5,11 +5,9 @@ import pytest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import API_KEY_VARIABLE
 from lightning_grpo.servers import serve_sglang
-from lightning_grpo.servers.devices import serving_devices
 from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.installed import ServerPython, remember_python
-from lightning_grpo.servers.ports import free_ports, is_free
-from lightning_grpo.servers.sglang import SGLangServers
+from lightning_grpo.servers.process import free_ports, is_free, serving_devices
+from lightning_grpo.servers.sglang import ServerPython, SGLangServers, remember_python
 
 
 def launches(tmp_path, **options):

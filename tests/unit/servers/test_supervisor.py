@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.rollout.monitor import process_alive
 from lightning_grpo.servers import supervisor
+from lightning_grpo.serving.health import process_alive
 
 NESTED = """
 import subprocess, sys, time

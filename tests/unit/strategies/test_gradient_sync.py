@@ -9,8 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_grpo.strategies.gradient_sync import gradient_sync
-from lightning_grpo.strategies.parallelize import parallelize
+from lightning_grpo.strategies.fsdp2 import gradient_sync, parallelize
 
 
 class Module(nn.Module):

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
-from lightning_grpo.strategies.restoring import (
+from lightning_grpo.strategies.checkpoints import (
+    AtomicCheckpointIO,
     load_shards,
     reading,
     saved_shapes,

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.strategies.parallelize import is_sharded, parallelize, reshard
+from lightning_grpo.strategies.fsdp2 import is_sharded, parallelize, reshard
 from tests.fakes.tiny_lm import Policy, global_batch, make_lm
 
 

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_grpo.weights.buckets import empty_run, make_buckets, unpack
+from lightning_grpo.weights.gather import empty_run, make_buckets, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

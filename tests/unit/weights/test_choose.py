@@ -2,10 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_grpo.weights.choose import choose_transport
-from lightning_grpo.weights.disk import DiskTransport
-from lightning_grpo.weights.ipc import IPCTransport
-from lightning_grpo.weights.process_group import ProcessGroupTransport
+from lightning_grpo.session.assembly import choose_transport
+from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
+from lightning_grpo.weights.transport import DiskTransport
 
 
 def servers_on(*devices):

@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_grpo.errors import ConfigError, WeightSyncError
-from lightning_grpo.weights.disk import DiskTransport, check_version, write_version
-from lightning_grpo.weights.transport import Place
+from lightning_grpo.weights.transport import DiskTransport, Place, check_version, write_version
 
 
 @pytest.fixture

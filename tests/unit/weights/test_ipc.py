@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.weights.buckets import make_buckets
-from lightning_grpo.weights.ipc import IPCTransport, message_of
+from lightning_grpo.weights.gather import make_buckets
+from lightning_grpo.weights.process_group import IPCTransport, message_of
 from lightning_grpo.weights.transport import Place
 
 pytestmark = pytest.mark.anyio

@@ -5,9 +5,12 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from lightning_grpo.weights.buckets import make_buckets
-from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.names import checkpoint_name, checkpoint_names
+from lightning_grpo.weights.gather import (
+    checkpoint_name,
+    checkpoint_names,
+    gather_weights,
+    make_buckets,
+)
 
 
 def tiny(tied=True):

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from lightning_grpo.errors import WeightSyncError
-from lightning_grpo.weights.probe import (
+from lightning_grpo.weights.proof import (
     FACTOR,
     FLOORS,
     Probe,

@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from lightning_grpo.errors import ConfigError, ServersLostError, WeightSyncError
-from lightning_grpo.rollout.member import MemberState
-from lightning_grpo.rollout.monitor import HealthPolicy
-from lightning_grpo.rollout.pool import ServerPool
-from lightning_grpo.rollout.verify import Requirements
+from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.pool import ServerPool
+from lightning_grpo.serving.server import MemberState
 from lightning_grpo.types import Sampling
-from lightning_grpo.weights.disk import DiskTransport
-from lightning_grpo.weights.probe import Probe, Rounding, SentScores
 from lightning_grpo.weights.process_group import ProcessGroupTransport
-from lightning_grpo.weights.proof import TrainerFailedError, promised
+from lightning_grpo.weights.proof import Probe, Rounding, SentScores, TrainerFailedError, promised
 from lightning_grpo.weights.publisher import ATTEMPTS, SyncSettings, WeightPublisher
-from lightning_grpo.weights.transport import Place
+from lightning_grpo.weights.transport import DiskTransport, Place
 from tests.fakes.server import FakeServer, Fault, make_table, table_scores
 
 pytestmark = pytest.mark.anyio

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_grpo.weights.rounding import round_by_chance
+from lightning_grpo.weights.gather import round_by_chance
 from tests.fakes.devices import ON_A_GPU
 
 HALF = [torch.bfloat16, torch.float16]

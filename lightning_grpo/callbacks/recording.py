@@ -1,0 +1,166 @@
+"""Callbacks that keep something: trajectories, the last checkpoint, a baseline.
+
+TrajectoryWriter: the trajectories that a run consumed, and its held-out answers, on disk.
+
+FinalCheckpoint: the last steps are kept, also where no checkpoint was due after them.
+
+A real validation before the first step: without it no curve shows what training changed.
+
+The callbacks that every run gets unless the trainer already has one of the kind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_grpo._compat import last_saved_step
+from lightning_grpo.callbacks.health import HealthMonitor
+from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary, StepTimer
+from lightning_grpo.callbacks.signals import SignalHandling
+from lightning_grpo.callbacks.views import Evaluated, MinibatchView, run_folder
+from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.checks import require_count
+from lightning_grpo.rollout.records import write_groups
+from lightning_grpo.types import Group
+
+log = logging.getLogger(__name__)
+
+FOLDER = "trajectories"
+HELD_OUT = "held_out"
+
+
+class TrajectoryWriter(Callback):
+    """Writes every consumed rollout batch to `trajectories/step_000012.parquet` of the run.
+
+    Held-out answers go to `trajectories/held_out/step_000012.parquet`, all sets in one file. Read
+    either with `lightning-grpo show`, train from the former with `lightning-grpo replay`. A file
+    that can't be written (a full disk) is left out, and the run goes on.
+
+    Args:
+        folder: Where to write; None is the run's folder (the first logger's).
+        every_n_batches: Write every n-th rollout batch only.
+    """
+
+    def __init__(self, folder: str | None = None, every_n_batches: int = 1) -> None:
+        require_count("every_n_batches", every_n_batches)
+        self._folder = folder
+        self._every_n_batches = every_n_batches
+        self._run_folder = Path()
+        self._failed = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        self._run_folder = Path(self._folder or run_folder(trainer) / FOLDER)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: MinibatchView,
+        batch_idx: int,
+    ) -> None:
+        """Write the rollout batch after its last optimizer step."""
+        rollout = batch.rollout
+        if not batch.is_last or rollout.groups is None or rollout.index % self._every_n_batches:
+            return
+        path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
+        self._write(path, rollout.groups, step=trainer.global_step, version=rollout.version)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the held-out answers of the validation that has just ended (rank 0 has them)."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        last = data.evaluations[-1:] if isinstance(data, Evaluated) else []
+        for record in last:
+            groups = [group for answered in record.groups.values() for group in answered]
+            if groups:
+                path = self._run_folder / HELD_OUT / f"step_{record.step:06d}.parquet"
+                version = max(group.oldest_version for group in groups)
+                self._write(path, groups, step=record.step, version=version, outcome="held out")
+
+    def _write(self, path: Path, groups: Sequence[Group], **about: Any) -> None:
+        """Write a file, or say why not: once, until one is written again."""
+        try:
+            write_groups(path, groups, **about)
+        except OSError as error:
+            if not self._failed:
+                why = error.strerror or error
+                log.warning("%s can't be written (%s): the run goes on without it", path, why)
+            self._failed = True
+            return
+        if self._failed:
+            log.warning("trajectories are written again, from %s on", path)
+        self._failed = False
+
+    on_test_end = on_validation_end
+
+
+class FinalCheckpoint(Callback):
+    """Saves at the end of training what no `ModelCheckpoint` has saved.
+
+    With validation inside an epoch Lightning saves after validations alone, so that the steps
+    after the last one would be lost. It does nothing where the trainer has no checkpoints.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save beside the other checkpoints, unless one has this step already."""
+        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        if not kept or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if any(last_saved_step(callback) == trainer.global_step for callback in kept):
+            return
+        folder = trainer.strategy.broadcast(kept[0].dirpath or trainer.default_root_dir)
+        path = str(Path(folder) / f"final-step={trainer.global_step}.ckpt")
+        trainer.save_checkpoint(path, weights_only=False)
+        if kept[0].monitor is None:
+            # Without a metric the newest is the one to go on with.
+            kept[0].best_model_path = path
+
+
+class StepZeroValidation(Callback):
+    """Runs the validation loop once before the first optimizer step of a new run.
+
+    It takes the place of Lightning's sanity check, which logs nothing. Resumed runs skip it.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate at step 0, after the servers have the weights."""
+        unwanted = not trainer.enable_validation or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.global_step > 0 or unwanted:
+            return
+        trainer.validating = True
+        pl_module.on_validation_model_zero_grad()
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+
+DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
+    StepTimer,
+    # Before the run may end behind a batch, which counts as trained on.
+    TrajectoryWriter,
+    # Before the hooks that take long: until it has taken over, signals reach Lightning's handlers.
+    SignalHandling,
+    WeightSync,
+    RunSummary,
+    StepZeroValidation,
+    HealthMonitor,
+    FinalCheckpoint,
+    GRPOProgress,
+)
+
+
+def missing_callbacks(trainer: L.Trainer) -> list[Callback]:
+    """One of each kind that the trainer has none of; no lines where its progress bar is off."""
+    present = tuple(type(c) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return [
+        kind()
+        for kind in DEFAULT_CALLBACKS
+        if not any(issubclass(p, kind) for p in present)
+        and not (kind is GRPOProgress and trainer.progress_bar_callback is None)
+    ]

@@ -1,0 +1,369 @@
+"""Health: servers that died, fell silent or lie are found and brought back.
+
+Notices servers that died, fell silent or can't be trusted, and brings them back.
+
+One task watches each server. What it does with one that is out depends on what is known:
+
+- its process has ended, or it is ours, on this machine, and silent: it is started again;
+- it answers, but its weights are unknown, or it sent what can't be: it is proved again;
+- it is elsewhere and can't be reached: it is asked again, at growing pauses, for `patience_s`; then
+  it is started again where the run may do that, and else it is missing, and asked all the same.
+
+In each case it gets the current weights and proves them before it is routed to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import anyio
+import anyio.abc
+import psutil
+
+from lightning_grpo.errors import (
+    GRPOError,
+    OwnLimitError,
+    ServerError,
+    ServersLostError,
+    WeightSyncError,
+)
+from lightning_grpo.serving.client import growing
+from lightning_grpo.serving.server import Held, Member, MemberState, ServerLike
+
+logger = logging.getLogger(__name__)
+
+
+PROOFS = 3
+"""A server that fails its proof so often is started again where that is possible, else lost."""
+SUSPICIONS = 3
+"""Requests may fail so often in a row on a server that is healthy, before it is proved again."""
+
+GONE = "is gone"
+
+
+@dataclass(frozen=True, slots=True)
+class HealthPolicy:
+    """How soon a server counts as lost, and what then.
+
+    Attributes:
+        interval_s: Between two looks at a server.
+        check_timeout_s: Longest health check.
+        failed_checks: Checks failed in a row that make a server silent.
+        patience_s: How long a server whose process can't be looked at may be silent, or may fail
+            its proofs, before it is started again or lost.
+        max_restarts: Of a server; one more death, or reply that can't be, loses it.
+        forgiven_after_s: Each is forgotten after so many seconds of service.
+        min_servers: The run ends when fewer are left.
+        longest_pause_s: Between two attempts to reach a server.
+        call_back_s: How long a server may take to give back a request that is late.
+    """
+
+    interval_s: float = 1.0
+    check_timeout_s: float = 10.0
+    failed_checks: int = 3
+    patience_s: float = 300.0
+    max_restarts: int = 3
+    forgiven_after_s: float = 60.0
+    min_servers: int = 1
+    longest_pause_s: float = 15.0
+    call_back_s: float = 10.0
+
+
+Restart = Callable[[str], Awaitable[ServerLike]]
+Restore = Callable[[Member], Awaitable[None]]
+IsGone = Callable[[str], Awaitable[bool]]
+
+
+class Monitor:
+    """Watches members in the background; runs as one task of the pool.
+
+    Args:
+        members: The pool's servers.
+        policy: The limits.
+        restart: Starts the server of a URL again; None where the run did not start it.
+        revive: Connects a server that answers (again) and brings it to the current weights.
+        updating: Whether somebody else is changing the servers' weights.
+        changed: Called when a server became routable, or is lost for good.
+        lost: Called once with the error that ends the run.
+
+    Attributes:
+        is_gone: Tells whether the process of the server at a URL has ended; None: nobody can.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        policy: HealthPolicy,
+        restart: Restart | None,
+        *,
+        revive: Callable[[Member, ServerLike], Awaitable[None]],
+        updating: Callable[[], bool],
+        changed: Callable[[], None],
+        lost: Callable[[Exception], None],
+    ) -> None:
+        self._members = members
+        self._policy = policy
+        self._restart = restart
+        self.is_gone: IsGone | None = None
+        self._revive = revive
+        self._updating = updating
+        self._changed = changed
+        self._lost = lost
+        self._wakes: dict[int, anyio.Event] = {}
+        self._given_up: set[int] = set()
+        self._missing: set[int] = set()
+
+    @property
+    def can_restart(self) -> bool:
+        """Whether the run started the servers itself."""
+        return self._restart is not None
+
+    @property
+    def patience_s(self) -> float:
+        """How long a server may stay away."""
+        return self._policy.patience_s
+
+    def may_return(self, member: Member) -> bool:
+        """Whether a server that is not clean may become so without another update."""
+        return member.slot not in self._given_up | self._missing
+
+    def wake(self, member: Member) -> None:
+        """Looks at a server now."""
+        if member.slot in self._wakes:
+            self._wakes[member.slot].set()
+
+    def suspect(self, member: Member, error: Exception) -> None:
+        """A request failed on it: look now, and route nothing to it until it answers."""
+        if member.suspect or member.state is not MemberState.CLEAN:
+            return
+        member.num_suspicions += 1
+        if member.num_suspicions > SUSPICIONS:
+            self.distrust(member, f"{member.num_suspicions} times in a row: {error}")
+            return
+        member.suspect = True
+        member.reason = member.reason or str(error)
+        logger.info("server %d at fault: %s", member.slot, error)
+        self.wake(member)
+
+    def distrust(self, member: Member, reason: str) -> None:
+        """It did what a server must not do: it is proved again before it is used."""
+        if member.state is MemberState.CLEAN:
+            member.mark_dirty(reason)
+            self._count_fault(member)
+            self.wake(member)
+
+    def _count_fault(self, member: Member) -> None:
+        policy = self._policy
+        faults = member.count_fault(policy.forgiven_after_s)
+        if faults > policy.max_restarts:
+            self._lose(
+                member,
+                f"it failed {faults} times within {policy.forgiven_after_s:g} s of service",
+                self._given_up,
+            )
+
+    async def run(self) -> None:
+        """Watches every server until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            for member in self._members:
+                tasks.start_soon(self._watch, member, tasks)
+
+    async def _watch(self, member: Member, tasks: anyio.abc.TaskGroup) -> None:
+        self._wakes[member.slot], was_dirty = anyio.Event(), False
+        while member.slot not in self._given_up:
+            # A server is dirty for a moment between two attempts of an update, and while all stand
+            # still for one, the publisher has it in hand.
+            dirty = member.state is MemberState.DIRTY and not self._updating()
+            if not member.alive or (dirty and was_dirty):
+                await self._bring_back(member)
+                dirty = False
+            elif not dirty:
+                self._mind_late(member, tasks)
+                await self._check(member)
+            was_dirty = dirty
+            await self._pause(member, self._policy.interval_s)
+
+    async def _pause(self, member: Member, longest_s: float) -> None:
+        with anyio.move_on_after(longest_s):
+            await self._wakes[member.slot].wait()
+        self._wakes[member.slot] = anyio.Event()
+
+    async def _check(self, member: Member) -> None:
+        pid = member.handle.pid
+        if pid is not None and not process_alive(pid):
+            member.mark_dead(f"its process {pid} {GONE}")
+        elif member.state is MemberState.UPDATING:
+            return  # An update has deadlines of its own.
+        elif member.suspect or member.paused or self._is_quiet(member):
+            # SGLang's health check wants a token, which a paused server doesn't give.
+            paused = member.paused
+            answers = member.client.listens if paused else member.client.healthy
+            try:
+                passed = await answers(self._policy.check_timeout_s)
+            except OwnLimitError:
+                return  # Nobody was asked.
+            if passed:
+                self._passed(member)
+            elif paused or not member.paused:  # or a pause held it back, which says nothing
+                self._failed(member)
+
+    def _is_quiet(self, member: Member) -> bool:
+        """Whether it has not just proved its health by an answer."""
+        return member.service_s - member.answered_s > self._policy.interval_s
+
+    def _failed(self, member: Member) -> None:
+        member.suspect = True
+        member.num_failed_checks += 1
+        if member.alive and member.num_failed_checks >= self._policy.failed_checks:
+            failed = f"{member.num_failed_checks} health checks failed: {member.client.trouble}"
+            member.mark_dead(f"{member.reason}; {failed}" if member.reason else failed)
+
+    def _passed(self, member: Member) -> None:
+        member.num_failed_checks = 0
+        if member.suspect:
+            member.suspect = False
+            if member.reason:
+                logger.warning("server %d is used again: %s", member.slot, member.reason)
+                member.reason = ""
+            self._changed()
+
+    def _mind_late(self, member: Member, tasks: anyio.abc.TaskGroup) -> None:
+        """Calls back the request that is late by most; a server that keeps it can't be trusted.
+
+        One that is merely slow gives it back with its tokens, so nothing is lost by asking.
+        """
+        late = member.late
+        if late is None:
+            return
+        if late.called_back_s is None:
+            member.call_back(late)
+            tasks.start_soon(self._call_back, member, late)
+        elif member.service_s - late.called_back_s > self._policy.call_back_s:
+            self.distrust(
+                member,
+                f"it did not answer a request within {late.allowed_s:.0f} s, nor give it back",
+            )
+
+    async def _call_back(self, member: Member, late: Held) -> None:
+        with anyio.move_on_after(self._policy.call_back_s):
+            for rid in list(late.rids):
+                try:
+                    await member.client.abort(rid)
+                except ServerError as error:
+                    logger.info("%s", error)
+                    return
+
+    async def _bring_back(self, member: Member) -> None:
+        """Until it serves again, or is lost for good."""
+        self._say_if_ended(member)
+        since, reason, proofs = anyio.current_time(), member.reason, 0
+        pauses = growing(self._policy.interval_s / 2, self._policy.longest_pause_s)
+        replace = not member.alive and await self._has_ended(member)
+        self._tell_out(member, replace)
+        while not replace or self._may_replace(member):
+            error = await self._attempt(member, replace)
+            if error is None:
+                self._tell_back(member, anyio.current_time() - since)
+                return
+            member.mark_dead(f"{reason}; {error}")
+            silent = isinstance(error, SilentError)
+            proofs += isinstance(error, WeightSyncError)
+            over = anyio.current_time() - since > self._policy.patience_s
+            if self._restart is not None:
+                replace = replace or over or proofs >= PROOFS
+            elif proofs >= PROOFS:
+                self._lose(member, f"it failed its proof {proofs} times", self._given_up)
+                return
+            elif over:
+                self._lose(member, f"it was away for {self._policy.patience_s:g} s", self._missing)
+            replace = replace or (silent and await self._has_ended(member))
+            await self._pause(member, next(pauses))
+
+    def _say_if_ended(self, member: Member) -> None:
+        """A request may fail on a dead process before a look at the process finds it gone."""
+        pid = member.handle.pid
+        if pid is not None and not process_alive(pid) and GONE not in member.reason:
+            member.reason = f"its process {pid} {GONE}; {member.reason}"
+
+    async def _has_ended(self, member: Member) -> bool:
+        """Whether a silent server is taken for dead."""
+        if member.handle.pid is not None:
+            return True  # ours, and on this machine
+        if self._restart is None:
+            return False
+        return self.is_gone is None or await self.is_gone(member.url)
+
+    def _may_replace(self, member: Member) -> bool:
+        if self._restart is None:
+            self._lose(member, "it can't be started again from here", self._given_up)
+        else:
+            self._count_fault(member)
+        return member.slot not in self._given_up
+
+    async def _attempt(self, member: Member, replace: bool) -> Exception | None:
+        """Starts it again, or asks it; brings it to the current weights if it answers."""
+        handle = member.handle
+        try:
+            if replace:
+                assert self._restart is not None
+                handle = await self._restart(member.url)
+            elif not await member.client.listens(self._policy.check_timeout_s):
+                return SilentError(member.client.trouble)
+            await self._revive(member, handle)
+        except (GRPOError, TimeoutError, OSError) as error:
+            return error
+        return None
+
+    def _tell_out(self, member: Member, replace: bool) -> None:
+        will = f"asked again for up to {self._policy.patience_s:g} s"
+        if member.state is MemberState.DIRTY:
+            will = "proved again"
+        elif replace:
+            will = "started again"
+        logger.warning("server %d is out, and %s: %s", member.slot, will, member.describe())
+
+    def _tell_back(self, member: Member, away_s: float) -> None:
+        self._missing.discard(member.slot)
+        if member.state is MemberState.CLEAN:
+            logger.warning(
+                "server %d is back after %.0f s: %s", member.slot, away_s, member.describe()
+            )
+
+    def _lose(self, member: Member, why: str, among: set[int]) -> None:
+        member.mark_dead(member.reason)
+        if not self.may_return(member):
+            among.add(member.slot)
+            return
+        before = [m for m in self._members if not self.may_return(m)]
+        among.add(member.slot)
+        left = len(self._members) - len(before) - 1
+        lost = f"Server {member.url} is lost: {why} ({member.reason}); {left} of"
+        lost += f" {len(self._members)} servers are left"
+        if left >= self._policy.min_servers:
+            logger.error("%s", lost)
+            self._changed()
+            return
+        lost += f", at least {self._policy.min_servers} needed."
+        lost += "".join(f" Lost before: {m.url} ({m.reason})." for m in before)
+        lost += " Go on from the newest checkpoint with `--ckpt_path last`."
+        self._lost(ServersLostError(lost + tail_note(member)))
+
+
+class SilentError(ServerError):
+    """A server was asked whether it is there, and did not answer."""
+
+
+def tail_note(member: Member) -> str:
+    """The end of a server's log as a paragraph of a message; empty where there is none."""
+    tail = member.handle.log_tail()
+    return f"\nThe end of the log of {member.url}:\n{tail}" if tail else ""
+
+
+def process_alive(pid: int) -> bool:
+    """Whether the process runs; one that ended and was not waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
