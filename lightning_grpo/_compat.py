@@ -16,12 +16,14 @@ Seen with lightning 2.6.6 and torch 2.13.0. A new release of either is checked h
 | `_data_parallel_size` | lightning.pytorch.strategies.ModelParallelStrategy | lightning 2.6.6 |
 | `_compiler_ctx` | lightning.pytorch.LightningModule | lightning 2.6.6 |
 | `_EmptyStateDictLoadPlanner`, `_load_state_dict` | torch.distributed.checkpoint | torch 2.13.0 |
+| `master_listen_fd` | torch.distributed.TCPStore | torch 2.13.0 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 | `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
 """
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Iterable, Mapping
 from subprocess import Popen
@@ -144,3 +146,25 @@ def load_whole_state(reader: StorageReader, planner: SelfDescribedLoadPlanner) -
     state: dict[str, Any] = {}
     _load_state_dict(state, reader, planner=planner, no_dist=True)
     return state
+
+
+def listen_at(host: str) -> tuple[int, int | None]:
+    """Listen at one address of this machine, where torch's TCPStore alone listens at all of them.
+
+    Args:
+        host: An address, or the name of one.
+
+    Returns:
+        A free port and the file that listens there, for `TCPStore(host, port,
+        master_listen_fd=file)`; (0, None) where `host` is none of this machine's addresses (it is
+        reached through a translation), for which every address must do.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as listening:
+            listening.bind(address)
+            listening.listen(socket.SOMAXCONN)
+            port: int = listening.getsockname()[1]
+            return port, listening.detach()
+    except OSError:
+        return 0, None

@@ -28,7 +28,6 @@ import platform
 import re
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
@@ -42,6 +41,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_grpo._compat import listen_at
 
 
 class Exchange(Protocol):
@@ -176,22 +177,13 @@ def open_store(
     if rank != 0:
         port, secret = exchange.broadcast(None)
         return SignedStore(TCPStore(host, port, None, False, limit, wait_for_workers=False), secret)
-    port, file = listen_on_loopback() if alone else (0, None)
+    port, file = listen_at(LOOPBACK) if alone else (0, None)
     store = TCPStore(host, port, None, True, limit, wait_for_workers=False, master_listen_fd=file)
     for each in range(world_size):
         store.set(f"pulse/{each}", "")
     secret = secrets.token_bytes(32)
     exchange.broadcast((store.port, secret))
     return SignedStore(store, secret)
-
-
-def listen_on_loopback() -> tuple[int, int]:
-    """A free port that only this machine's processes reach, and the file that listens on it."""
-    with socket.socket() as listening:
-        listening.bind((LOOPBACK, 0))
-        listening.listen(socket.SOMAXCONN)
-        port: int = listening.getsockname()[1]
-        return port, listening.detach()
 
 
 def this_machine() -> str:

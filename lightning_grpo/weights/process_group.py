@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.reductions import reduce_tensor
 
+from lightning_grpo._compat import listen_at
 from lightning_grpo.checks import require_seconds
 from lightning_grpo.errors import ConfigError, ServerError, WeightSyncError
 from lightning_grpo.weights.gather import Bucket, make_buckets
@@ -107,8 +108,9 @@ class WeightGroup:
         self.backend = backend
         self.world_size = world_size
         self._timeout = timedelta(seconds=timeout_s)
+        port, file = listen_at(host)
         self._store = TCPStore(
-            host, 0, None, is_master=True, timeout=self._timeout, wait_for_workers=False
+            host, port, None, True, self._timeout, wait_for_workers=False, master_listen_fd=file
         )
         self._host = host
         self._quiet_keys = self._store.num_keys()

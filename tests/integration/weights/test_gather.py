@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_grpo._compat import listen_at
 from lightning_grpo.weights.gather import gather_weights, make_buckets
 from lightning_grpo.weights.process_group import WeightGroup, address_towards
 from tests.fakes.ranks import start_ranks
@@ -117,3 +119,16 @@ def test_joining_ends_when_the_invitation_was_refused():
 def test_the_address_is_the_one_that_the_server_would_see():
     assert address_towards("http://127.0.0.1:30000") == "127.0.0.1"
     assert address_towards("http://localhost:30000") in ("127.0.0.1", "::1")
+
+
+def test_the_store_of_a_group_listens_at_the_address_that_servers_are_told_alone():
+    group = WeightGroup("narrow", "gloo", 2, "127.0.0.1", 30.0)
+    port = group.invitation()["master_port"]
+    listening = {
+        c.laddr.ip for c in psutil.Process().net_connections("inet") if c.laddr.port == port
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_a_store_listens_everywhere_where_its_address_is_another_machine_s():
+    assert listen_at("192.0.2.1") == (0, None)
