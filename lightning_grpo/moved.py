@@ -114,7 +114,6 @@ MOVED = {
     "servers.ports": "servers.process",
     "servers.ray": "servers.other_nodes",
     "servers.remote": "servers.other_nodes",
-    "servers.sizing": "servers.base",
     "servers.slurm": "servers.other_nodes",
     "servers.waiting": "servers.process",
     "session.gpu": "session.assembly",

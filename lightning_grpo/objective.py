@@ -18,13 +18,7 @@ from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import (
     Aggregation,
-    CappedCISPOLoss,
-    CISPOLoss,
-    DPPOLoss,
-    GRPOLoss,
-    GSPOLoss,
     PolicyLoss,
-    SAPOLoss,
     TokenMean,
 )
 from lightning_grpo.algorithm.metrics import Metrics, Sum, masked_mean, merge, mismatch_metrics
@@ -81,10 +75,6 @@ def minibatch_loss(
     return (aggregation.weights(batch) * masked).sum(), metrics
 
 
-# Losses that are proportional to the advantage, token by token (M2PO's mask is not).
-_ADVANTAGE_WEIGHTED = (GRPOLoss, GSPOLoss, CISPOLoss, CappedCISPOLoss, SAPOLoss, DPPOLoss)
-
-
 @dataclass(frozen=True)
 class Objective:
     """What is minimized.
@@ -114,8 +104,8 @@ class Objective:
     @property
     def skips_zero_advantages(self) -> bool:
         """Whether a trajectory with advantage zero has no gradient, so that no pass is needed."""
-        weighted = type(self.loss) in _ADVANTAGE_WEIGHTED
-        return weighted and self.kl is None and self.entropy_coefficient == 0.0
+        alone = self.kl is None and self.entropy_coefficient == 0.0
+        return alone and isinstance(self.loss, PolicyLoss) and self.loss.is_zero_at_zero_advantage
 
     def anchor(
         self,

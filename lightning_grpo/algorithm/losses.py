@@ -15,8 +15,6 @@ of the policy to the anchor, `batch.proximal_logprobs`: the behavior policy wher
 correction, else the trainer's own policy before the step. Losses are minimized, one per token.
 
 Policy losses that bound the step without a clip: SAPO's gate, DPPO's and M2PO's masks.
-
-As in `losses`, the ratio is that of the policy to `batch.proximal_logprobs`.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -140,9 +139,18 @@ class PolicyLoss(ABC):
 
     Attributes:
         aggregation: How its token losses become one number.
+        is_zero_at_zero_advantage: Whether a token without an advantage has no gradient, so that a
+            trajectory of them needs no pass. A class that computes its own loss must say so itself.
     """
 
     aggregation: Aggregation
+    is_zero_at_zero_advantage: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take nothing for granted of a class that overrides the loss."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls) and "is_zero_at_zero_advantage" not in vars(cls):
+            cls.is_zero_at_zero_advantage = False
 
     @abstractmethod
     def __call__(self, policy_logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -196,6 +204,8 @@ class GRPOLoss(PolicyLoss):
         aggregation: How token losses become one number.
     """
 
+    is_zero_at_zero_advantage = True
+
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float | None = None
@@ -235,6 +245,8 @@ class GSPOLoss(PolicyLoss):
         aggregation: How token losses become one number; GSPO is defined with the default.
     """
 
+    is_zero_at_zero_advantage = True
+
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     aggregation: Aggregation = field(default_factory=SequenceMean)
@@ -269,6 +281,8 @@ class CISPOLoss(PolicyLoss):
         aggregation: How token losses become one number.
     """
 
+    is_zero_at_zero_advantage = True
+
     clip_low: float = 1.0
     clip_high: float = 0.28
     aggregation: Aggregation = field(default_factory=TokenMean)
@@ -292,6 +306,8 @@ class CappedCISPOLoss(PolicyLoss):
         cap: The weight is at most this (not 1 + this).
         aggregation: How token losses become one number.
     """
+
+    is_zero_at_zero_advantage = True
 
     cap: float = 5.0
     aggregation: Aggregation = field(default_factory=TokenMean)
@@ -378,6 +394,8 @@ class SAPOLoss(PolicyLoss):
         aggregation: How token losses become one number.
     """
 
+    is_zero_at_zero_advantage = True
+
     tau_positive: float = 1.0
     tau_negative: float = 1.05
     aggregation: Aggregation = field(default_factory=SequenceMean)
@@ -403,6 +421,8 @@ class DPPOLoss(PolicyLoss):
         high: Largest rise for positive ones.
         aggregation: How token losses become one number.
     """
+
+    is_zero_at_zero_advantage = True
 
     low: float = 0.2
     high: float = 0.2

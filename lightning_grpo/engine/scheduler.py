@@ -4,7 +4,7 @@ Reading prompts: each one once, however many requests share it.
 
 Which request gets a slot when, and what becomes of those that are stopped.
 
-Everything here runs on one thread, between or within decode steps; see `loop`. A request is
+Everything here runs on one thread, between or within decode steps; see `EngineThread`. A request is
 *running* (in a slot), *waiting* (for a slot) or *held* (it came while generation was paused or
 while new weights wait for the running requests to end).
 

@@ -16,7 +16,7 @@ from lightning_grpo.errors import UnreadableError
 from lightning_grpo.types import Group, Outcome, Prompt, Trajectory
 
 FORMAT = "1"
-"""Version of the columns, kept in the file's metadata; readers refuse a newer one."""
+"""Version of the columns, kept in the file's metadata; readers take no other."""
 
 _FORMAT_KEY = b"lightning_grpo.trajectories"
 

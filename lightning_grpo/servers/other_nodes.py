@@ -34,9 +34,10 @@ from typing import Any
 from lightning_grpo.checks import MOST_SERVERS, require_count, require_seconds
 from lightning_grpo.errors import GRPOError, ServerError, ServerStartError
 from lightning_grpo.keys import new_key
-from lightning_grpo.servers.base import ServerHandle, ServerLoad, Servers
+from lightning_grpo.servers.base import ServerHandle, Servers
 from lightning_grpo.servers.process import OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers
+from lightning_grpo.servers.sizing import ServerLoad
 
 POLL_S = 0.2
 BEAT_S = 1.0
@@ -291,7 +292,10 @@ class NodeServers(Servers):
         """Each node's part of the load, as JSON has it."""
         if self.load is None:
             return None
-        return asdict(replace(self.load, in_flight=-(-self.load.in_flight // self.num_nodes)))
+        shares = {
+            name: -(-getattr(self.load, name) // self.num_nodes) for name in ("in_flight", "batch")
+        }
+        return asdict(replace(self.load, **shares))
 
     @property
     def fits_load(self) -> bool:  # type: ignore[override]

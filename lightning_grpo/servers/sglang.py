@@ -21,7 +21,6 @@ from typing import Any
 from lightning_grpo.checks import MOST_PORT, MOST_SERVERS, require_count, require_seconds
 from lightning_grpo.errors import ConfigError, ServerError
 from lightning_grpo.servers import serve_sglang
-from lightning_grpo.servers.base import SHARED_FRACTION, ServerSize, servers_per_gpu, size_servers
 from lightning_grpo.servers.process import (
     Launch,
     OwnedServers,
@@ -32,6 +31,7 @@ from lightning_grpo.servers.process import (
     present_devices,
     serving_devices,
 )
+from lightning_grpo.servers.sizing import SHARED_FRACTION, ServerSize, servers_per_gpu, size_servers
 
 SGLANG_VERSION = "0.5.19"
 """What `install-server` installs unless told otherwise; rollouts and updates were tested on it."""

@@ -1,7 +1,4 @@
-"""The event loop of rank 0, in a thread of its own.
-
-Tasks in the background of an object, whose failure reaches whoever waits on the object.
-"""
+"""Background tasks whose failure reaches whoever waits, and fair turns on an event loop."""
 
 from __future__ import annotations
 

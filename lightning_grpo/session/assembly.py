@@ -395,8 +395,8 @@ _WHY = {
     "minibatches_per_batch": "the Trainer's steps are counted by it",
     "passes_per_batch": "the Trainer's steps are counted by it",
 }
-_WHY_PROMPTS = "a position in the stream would be another prompt"
 """Settings of the data module that a checkpoint's positions and counts depend on."""
+_WHY_PROMPTS = "a position in the stream would be another prompt"
 
 
 def to_checkpoint(value: Any) -> Any:

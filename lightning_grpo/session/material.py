@@ -26,7 +26,8 @@ from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import check_sampling
-from lightning_grpo.servers.base import ServerLoad, Servers
+from lightning_grpo.servers.base import Servers
+from lightning_grpo.servers.sizing import ServerLoad
 from lightning_grpo.serving.fitness import SHAPE, Requirements
 from lightning_grpo.types import Group, Prompt, Sampling
 from lightning_grpo.validation import Evaluation

@@ -75,7 +75,7 @@ class TrainerProof:
     def check_policy(
         self, version: int, sent: SentScores, scores: Scores, kind: str, merged: bool
     ) -> float:
-        """Compare what was sent with the policy; see `weights.probe.check_policy`."""
+        """Compare what was sent with the policy; see `weights.proof.check_policy`."""
         self._measure({kind})
         sent = SentScores(sent.scores, sent.kind, self._rounding)
         return check_policy(version, sent, scores, kind, merged=merged)

@@ -84,6 +84,27 @@ def test_only_losses_that_are_proportional_to_the_advantage_skip_zeros():
     assert not Objective(lambda logprobs, batch: (logprobs, {})).skips_zero_advantages
 
 
+def test_a_subclass_skips_zeros_as_its_parent_unless_it_computes_another_loss():
+    class Wider(GRPOLoss):
+        """The same formula with other bounds."""
+
+    class WithBonus(GRPOLoss):
+        def __call__(self, policy_logprobs, batch):
+            loss, metrics = super().__call__(policy_logprobs, batch)
+            return loss - policy_logprobs, metrics
+
+    class Scaled(GRPOLoss):
+        is_zero_at_zero_advantage = True
+
+        def __call__(self, policy_logprobs, batch):
+            loss, metrics = super().__call__(policy_logprobs, batch)
+            return 2 * loss, metrics
+
+    assert Objective(Wider()).skips_zero_advantages
+    assert not Objective(WithBonus()).skips_zero_advantages
+    assert Objective(Scaled()).skips_zero_advantages
+
+
 def test_a_plain_function_is_a_loss_and_gets_the_mean_over_tokens(policy):
     def reinforce(logprobs, batch):
         return -batch.advantages * logprobs, {}

@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.servers.base import (
+from lightning_grpo.servers.sizing import (
     GIB,
     ServerLoad,
     graph_sizes,
