@@ -34,7 +34,7 @@ REFUSED = {
     "a long key": (body(extra_key="r" * 10**6), "`extra_key` must be at most"),
     "stops": (body(sampling_params={"stop": ["a"] * 10**5}), "`sampling_params.stop` must be"),
     "a long stop": (body(sampling_params={"stop": "a" * 10**5}), "`sampling_params.stop` must be"),
-    "stop ids": (body(sampling_params={"stop_token_ids": [1] * 10**5}), "at most 64 token ids"),
+    "stop ids": (body(sampling_params={"stop_token_ids": [1] * 10**5}), "at most 512 token ids"),
     "deep JSON": (DEEP, "nested too deeply"),
     "deep in a field": (body().replace(b"{}", b'{"regex": %s}' % DEEP), "nested too deeply"),
     "digits": (body().replace(b"{}", b'{"n": %s}' % (b"9" * 10_000)), "Integer value out of range"),
