@@ -5,8 +5,6 @@ Which Trainer settings work with rollouts, checked before anything is started.
 Each rule names the setting, what was given and the way out. The rules follow from two facts: one
 batch of the loader is one optimizer step, and weights are published after the last step of a
 rollout batch, so nothing may stop, save or validate in the middle of one.
-
-What was resolved, in words: the lines that the summary prints before the first step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """RolloutDataModule, and ReplayDataModule for recorded trajectories.
 
 RolloutDataModule: rollouts as Lightning's data source; the machinery lives in `session/`.
-
-ReplayDataModule: train from trajectories that a run has written, without servers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""GRPOModule, and the reference policy of a KL penalty.
-
-GRPOModule: the wiring of policy, loss and Lightning; formulas live in `algorithm/`.
-
-The frozen reference policy of a KL penalty: whole, sharded, in host memory, or a LoRA's base.
-"""
+"""GRPOModule, and the reference policy of a KL penalty."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""From a micro-batch to its loss.
-
-The loss of one micro-batch, whole: what the module and programs with Fabric call.
-
-From a minibatch to a loss with gradient: what GRPOModule and programs with Fabric share.
-"""
+"""From a micro-batch to its loss."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Held-out prompts: their settings, their scores, and how a validation runs.
-
-Held-out prompts as a validation dataloader; the trainer waits, the servers don't.
-
-avg@k, pass@k and maj@k over held-out prompts, as torchmetrics.
-"""
+"""Held-out prompts: their settings, their scores, and how a validation runs."""
 
 from __future__ import annotations
 

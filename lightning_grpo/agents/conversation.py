@@ -1,9 +1,4 @@
-"""The chat API that agents speak, and one episode recorded from its requests.
-
-Requests and replies of `/v1/chat/completions`, as the `openai` package sends and reads them.
-
-An agent's calls as one growing conversation: each request must continue what was recorded.
-"""
+"""The chat API that agents speak, and one episode recorded from its requests."""
 
 from __future__ import annotations
 

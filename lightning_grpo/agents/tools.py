@@ -1,9 +1,4 @@
-"""Tools: functions with schemas, and the calls that a completion makes.
-
-Tool calls in a completion, read in the format that the model's own tokenizer states.
-
-Functions as tools: their names, their schemas for the chat template, and calls by name.
-"""
+"""Tools: functions with schemas, and the calls that a completion makes."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """Turns of a conversation as token ids, and the record of an episode.
 
-The token ids of an episode as it grows: appended to, never made again from text.
-
-What the workflows of this folder share: rewards on the end of a conversation.
-
 Token ids of what comes between two completions, in the chat template's own words.
 
 The template is rendered for a made-up conversation that ends in the new messages; what follows the

@@ -1,11 +1,4 @@
-"""The workflows of several turns: feedback, tools, and agents with a client of their own.
-
-Retry with feedback: the policy answers, is told that it is wrong, and answers again.
-
-The policy calls tools until it answers without one.
-
-Trains an agent written with the `openai` package, by giving it another `base_url`.
-"""
+"""The workflows of several turns: feedback, tools, and agents with a client of their own."""
 
 from __future__ import annotations
 

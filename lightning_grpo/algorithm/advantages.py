@@ -7,8 +7,6 @@ return `[trajectories]` in fp32, as losses take them. With a baseline, a group w
 equal gets exactly 0: the smallest reward of the group is subtracted first, so no rounding of a mean
 can leave a rest. All is computed in fp64: in fp32 the square of a reward of 1e20 is infinite, and
 1e8 + 1 is 1e8.
-
-What a completion that ran into the length limit gets, and whether it counts in its group.
 """
 
 from __future__ import annotations

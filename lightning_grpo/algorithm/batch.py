@@ -1,9 +1,5 @@
 """The batch as tensors: the packed layout, a share of the tokens, and the records of it.
 
-Arithmetic on the packed layout: `[tokens]` with `cu_seqlens [sequences + 1]`.
-
-A rank's share of the tokens of a rollout batch, packed.
-
 The records of a batch: the scalars of all of it, and what a loss receives of its tokens.
 
 One layout: packed `[tokens]` with `cu_seqlens [sequences + 1]`. Entry t of every per-token tensor

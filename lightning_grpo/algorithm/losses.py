@@ -6,8 +6,6 @@ The sum of `weights * loss` over all tokens, micro-batches and ranks of a miniba
 a split into micro-batches changes nothing. Under a strategy that averages gradients over ranks the
 caller multiplies by the number of ranks.
 
-The ratio of the policy to its anchor, and what is logged about it.
-
 Policy losses that clip: GRPO and its dual clip, GSPO, CISPO.
 
 Each is a pure function on log-ratios and a small object that holds its settings. The ratio is that

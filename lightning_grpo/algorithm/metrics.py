@@ -5,8 +5,6 @@ Numbers that know how they reduce: over micro-batches by `merge`, over ranks by 
 The tensors stay where they were computed until `values` is called, so that logging never makes
 the device wait in the middle of a step.
 
-What a rollout batch says of itself before anything is trained on it.
-
 How far the trainer's logprobs are from those the servers reported, and why.
 
 On tokens of the weights that are being trained, any difference is a difference of the two programs

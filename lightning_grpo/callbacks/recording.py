@@ -1,13 +1,4 @@
-"""Callbacks that keep something: trajectories, the last checkpoint, a baseline.
-
-TrajectoryWriter: the trajectories that a run consumed, and its held-out answers, on disk.
-
-FinalCheckpoint: the last steps are kept, also where no checkpoint was due after them.
-
-A real validation before the first step: without it no curve shows what training changed.
-
-The callbacks that every run gets unless the trainer already has one of the kind.
-"""
+"""Callbacks that keep something: trajectories, the last checkpoint, a baseline."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""The screen of a run: times, a line per step, and a summary at both ends.
-
-StepTimer: where the time of each step goes, and how fast tokens are trained on.
-
-GRPOProgress: one readable line per rollout batch, and a bar below them on a terminal.
-
-RunSummary: what is about to run, and what came of it.
-"""
+"""The screen of a run: times, a line per step, and a summary at both ends."""
 
 from __future__ import annotations
 

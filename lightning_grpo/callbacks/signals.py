@@ -1,7 +1,5 @@
 """Signals in training: a flag, a stop that all ranks agree on, and exit codes.
 
-A flag that a signal sets, and an exit that works even while the main thread is blocked.
-
 SignalHandling: a signal sets a flag, and the ranks act on it together at a safe point.
 
 Lightning's own handlers act inside the signal: they broadcast (two ranks then wait for each other

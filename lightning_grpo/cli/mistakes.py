@@ -1,11 +1,5 @@
 """Mistakes: which setting is wrong, what it accepts, and what was meant.
 
-Refusals that come without a place: jsonargparse's text, and constructors' messages.
-
-Type annotations of settings: what they are, what they accept, and how to say it.
-
-Import paths and constructor signatures, as the configuration sees them.
-
 Which setting is wrong: the written settings held against constructor signatures.
 
 jsonargparse decides whether a configuration is valid; this runs only after it refused one, and

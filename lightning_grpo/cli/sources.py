@@ -1,7 +1,5 @@
 """Where each setting of a command line stands: files, options, and problems with a place.
 
-A mistake in the configuration, in at most three lines.
-
 Where each setting was written: YAML files with their lines, then the command line.
 
 jsonargparse forgets lines, so an error message is built from this second, light reading of the

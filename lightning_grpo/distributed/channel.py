@@ -1,17 +1,11 @@
 """The channel between ranks: collectives with deadlines, errors and stops for all.
 
-Metrics that know how they reduce, over all ranks.
-
-Saying something to the other ranks, and making sure that it was heard before leaving.
-
 RankChannel: ranks wait on messages, never inside a collective.
 
 A gloo collective that timed out can't be retried, and no signal interrupts one. So whatever only
 rank 0 does (a rollout batch, a weight sync, an evaluation) ends with `wait` on every rank: rank 0
 waits for the work in short polls and publishes READY, ERROR or STOP under a sequence number; the
 others poll for that. Only then does anybody enter a collective.
-
-Which signal a run acts on when more than one came.
 """
 
 from __future__ import annotations

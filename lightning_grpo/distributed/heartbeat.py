@@ -1,18 +1,10 @@
 """Heartbeats: which rank is alive, where it waits, and which one's fault it is.
 
-The store of the ranks: where it listens, and that nobody but they write what is read from it.
-
-Objects over a gloo group of our own, entered only when every rank is about to.
-
 What a rank says about itself, and what it has heard from the others.
 
 Everything that ranks tell each other outside of collectives is one small record per rank, written
 again and again under one key of a store. Nobody ever waits for a key: a reader looks at the last
 record and at how long ago it changed, by its own clock.
-
-The one thread that touches the store, and the one that ends a rank that can't end itself.
-
-Who is at fault: reads the ledger and names the rank that failed or fell silent.
 """
 
 from __future__ import annotations

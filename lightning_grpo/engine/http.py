@@ -1,9 +1,4 @@
-"""The engine's HTTP server.
-
-Who may come in to an HTTP server of ours: how many at once, and for how long unheard.
-
-SGLang's HTTP endpoints over the engine.
-"""
+"""The engine's HTTP server."""
 
 from __future__ import annotations
 

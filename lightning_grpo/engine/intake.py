@@ -1,9 +1,4 @@
-"""Requests are checked, bounded and tokenized before anything is made for them.
-
-The rules on generation requests that types alone can't say.
-
-From the body of `/generate` to the completions that it asks for.
-"""
+"""Requests are checked, bounded and tokenized before anything is made for them."""
 
 from __future__ import annotations
 

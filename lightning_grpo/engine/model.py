@@ -5,8 +5,6 @@ Keys and values of the running requests, one slot each, and of recent prompts.
 Slots are left-aligned: token `p` of a request lies at index `p` of its slot, so a prompt's keys and
 values are copied into as many slots as ask for them. Running requests always fill the first slots;
 when some finish, the last ones move into the gaps.
-
-The forward pass: transformers' own model over the engine's slots.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""What the engine answers.
-
-SGLang's reply objects of `/generate`.
-
-What the engine says of itself: `/model_info`, `/server_info` and `/v1/loads`.
-"""
+"""What the engine answers."""
 
 from __future__ import annotations
 

@@ -1,13 +1,9 @@
 """What the engine is asked: the protocol, errors and one request at work.
 
-What the engine refuses; each becomes one HTTP answer and touches nothing else.
-
 The requests of SGLang's native HTTP API, typed and checked.
 
 Unknown keys beside `sampling_params` are ignored, as SGLang does. An unknown sampling key is an
 error here (SGLang answers 500). What the engine lacks is refused rather than ignored.
-
-One completion while it is in the engine, and what is said of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """The scheduler: which rows decode next, on a thread of its own.
 
-Reading prompts: each one once, however many requests share it.
-
 Which request gets a slot when, and what becomes of those that are stopped.
 
 Everything here runs on one thread, between or within decode steps; see `EngineThread`. A request is

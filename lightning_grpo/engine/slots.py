@@ -1,11 +1,4 @@
-"""Rows and slots of a batch, and where a text stops.
-
-Stop strings: found in the text of the last few tokens.
-
-The running requests as tensors: one row each, in the order of their slots.
-
-The requests in slots: one token for each of them per step, and what that ends.
-"""
+"""Rows and slots of a batch, and where a text stops."""
 
 from __future__ import annotations
 

@@ -1,13 +1,9 @@
 """Weight updates of the engine, from a folder or a process group.
 
-New weights: checked as a whole, then copied over the old ones.
-
 Weights over a collective: the engine's side of SGLang's weight update groups, over gloo.
 
 The trainer is rank 0 and broadcasts. The group is made beside any other, as SGLang makes it: a
 TCP rendezvous at the trainer's address and the group's name as prefix of its keys.
-
-Weight updates from start to end: wait, receive or read, write between two steps, name.
 """
 
 from __future__ import annotations

@@ -1,11 +1,4 @@
-"""Runs on Ray: the plan, the nodes and the cluster.
-
-A Ray job as a plan: what each node must have, and what runs on it.
-
-One node's process, seen to by an actor: started, looked at, signalled, ended with the actor.
-
-A Ray job under way: nodes are placed, watched, and begun again when one is lost.
-"""
+"""Runs on Ray: the plan, the nodes and the cluster."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Jobs, and Slurm scripts for them.
-
-What every cluster is asked for: nodes that train, nodes that serve, and what runs on them.
-
-A Slurm job: trainer ranks on some nodes, servers on others, in one allocation.
-"""
+"""Jobs, and Slurm scripts for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Attention of packed sequences, and rotary embeddings for each of them.
 
-torch's attention over packed sequences, where this torch and this device have it.
-
 Causal attention on packed sequences, as an attention implementation of transformers.
 
 Each token sees its own sequence only. On GPUs in half precision torch's variable-length kernel

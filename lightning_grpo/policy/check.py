@@ -1,9 +1,4 @@
-"""What is checked of a policy before servers are waited for, and the memory that it takes.
-
-Whether a model can be trained here, found out before anybody waits for a server.
-
-How large a model is, and what training it takes of a GPU: estimates from the config alone.
-"""
+"""What is checked of a policy before servers are waited for, and the memory that it takes."""
 
 from __future__ import annotations
 

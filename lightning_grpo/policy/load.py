@@ -1,13 +1,9 @@
 """A policy from a folder or the hub, its weights after sharding, and its export.
 
-Loading a policy and its tokenizer, by hub id or from a folder.
-
 Values for a policy that was built on the meta device, sharded or not.
 
 `to_empty` leaves garbage in buffers that checkpoints don't hold (the rotary embedding's
 frequencies): the model would run and be wrong, so they are made again here.
-
-Writing a policy to a folder that transformers and SGLang load.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""LoRA adapters, and the weights that they come to.
-
-LoRA: a low-rank adapter of PEFT that is trained in the place of the model's own weights.
-
-A linear layer with an adapter whose update survives half precision; needs PEFT.
-"""
+"""LoRA adapters, and the weights that they come to."""
 
 from __future__ import annotations
 

@@ -1,14 +1,10 @@
 """PackedPolicy: packed tokens to logprobs, with its output head and its norms.
 
-The policy as the trainer sees it: packed tokens in, logprobs and entropies out.
-
 From hidden states to logprobs and entropies, without ever holding all logits at once.
 
 Rows are taken in chunks; the backward pass computes each chunk's logits again. Where all rows fit
 into one chunk the log-probabilities are kept, and nothing is computed twice. Logits are fp32 (or
 wider) also when hidden states and weights are bf16, or are made so by autocast.
-
-RMS norms in one kernel on GPUs, where transformers' own take one for each operation.
 """
 
 from __future__ import annotations

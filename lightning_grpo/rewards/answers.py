@@ -1,7 +1,5 @@
 r"""Answers read out of completions and compared: GSM8K's rule, mathematics by value, formats.
 
-The official rule of GSM8K: the number after the last `####`, compared exactly.
-
 Mathematics as people and models write it, in the one spelling that math-verify reads rightly.
 
 What it would read as something else (digits beside digits, superscripts, repeating decimals, mixed
@@ -12,8 +10,6 @@ Answers in `\boxed{}`, compared by value through math-verify (the extra `[math]`
 math-verify stops itself by an alarm signal, which only a process's main thread gets: there, where
 reward processes run, an expression that is never simplified is wrong after seconds. Elsewhere (in
 a thread, with `reward_processes: 0`) only the reward's own time limit is left.
-
-Rewards for the form of a completion; each also serves as an example of a reward.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""The ledger of prompts, and the counters that are logged.
-
-What the producer counts.
-
-One final outcome for each (pass, row), and when too many failed to go on.
-"""
+"""The ledger of prompts, and the counters that are logged."""
 
 from __future__ import annotations
 

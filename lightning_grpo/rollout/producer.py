@@ -1,17 +1,11 @@
 """The producer: groups are begun, awaited, filtered and handed over; evaluation, too.
 
-The prompts that are asked now or next, and the same as plain data in a checkpoint.
-
-Which groups are worth training on (dynamic sampling).
-
 The producer: lets groups in, runs them, and hands the trainer exactly one batch at a time.
 
 One task admits, one task runs each group, `take` waits. All of them live on one event loop and
 share plain fields between awaits. A prompt's way: admitted -> running (attempts) -> finished ->
 taken, or filtered, failed, expired; a dropped one goes back to the front of the stream. A task that
 raises ends the producer, and every `take` raises what it raised.
-
-Evaluation: every prompt, whole, past the staleness gate.
 """
 
 from __future__ import annotations

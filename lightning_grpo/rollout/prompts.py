@@ -1,9 +1,4 @@
-"""Prompts: rows of a dataset as chat messages and token ids, and where rows come from.
-
-Prompts: from a dataset to token ids, and the endless stream of seeded passes over them.
-
-Open a dataset as rows; only the kinds of source that need heavy libraries import them.
-"""
+"""Prompts: rows of a dataset as chat messages and token ids, and where rows come from."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""What a workflow is given, and how rewards are bound to their arguments.
-
-What the parts of the rollout expect of each other and of the user's code.
-
-Which arguments a reward function gets: the ones that it names.
-"""
+"""What a workflow is given, and how rewards are bound to their arguments."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Rewards computed in processes of their own.
 
-The side of a reward that runs in a process of its own; imports nothing heavy.
-
 Rewards in processes that can be killed: a stuck or crashed one costs its own call, no other.
 
 A function may live in the user's script, a notebook cell or be a lambda: cloudpickle ships it by

@@ -1,9 +1,4 @@
-"""The order in which prompts are drawn: curricula and mixtures.
-
-Which prompts are asked again, by how they went before.
-
-Several datasets as one stream of prompts, each asked as often as its weight says.
-"""
+"""The order in which prompts are drawn: curricula and mixtures."""
 
 from __future__ import annotations
 

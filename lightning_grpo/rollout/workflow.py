@@ -1,9 +1,4 @@
-"""RLVRWorkflow: one prompt, one completion, verifiable rewards.
-
-Workflows: one episode each, from a prompt to a trajectory.
-
-A workflow, and with it rewards, for each of several datasets.
-"""
+"""RLVRWorkflow: one prompt, one completion, verifiable rewards."""
 
 from __future__ import annotations
 

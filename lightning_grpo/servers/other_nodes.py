@@ -5,14 +5,6 @@ Requests and replies as files of a folder that several machines share.
 A file appears whole (it is renamed into place), is read once, and only by its owner: one of them
 holds the servers' key, and a node starts what it is asked to. Nobody needs to be reachable by
 network, and clocks need not agree: whether a node is alive is seen by its beats changing.
-
-What runs on a server node: starts, restarts and ends servers as the trainer asks.
-
-Servers on other nodes of the same job, reached through a folder that all nodes share.
-
-Servers on other nodes of a Ray cluster.
-
-Servers on other nodes of the same Slurm job.
 """
 
 from __future__ import annotations

@@ -1,17 +1,4 @@
-"""Server processes: environment, devices, ports, waiting for them, starting and stopping.
-
-The one place of this package's server code that reads environment variables.
-
-Which GPUs are here, and which of them serve.
-
-Free ports of this machine.
-
-Waiting for a server to answer, and saying why it did not.
-
-One server process under a supervisor: started, awaited, watched, ended.
-
-Servers that the run starts itself: all at once, restarted one by one, ended together.
-"""
+"""Server processes: environment, devices, ports, waiting for them, starting and stopping."""
 
 from __future__ import annotations
 

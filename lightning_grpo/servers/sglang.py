@@ -1,9 +1,4 @@
-"""SGLangServers, and the environment that has SGLang.
-
-The servers' own environment: made once, remembered, and found again.
-
-SGLang on this machine's GPUs, in an environment of its own.
-"""
+"""SGLangServers, and the environment that has SGLang."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""A completion that grows over interruptions and servers.
-
-One completion in the making: what its interrupted pieces gave so far, exactly.
-
-Stopping a server between two tokens, so that its weights can change.
-"""
+"""A completion that grows over interruptions and servers."""
 
 from __future__ import annotations
 

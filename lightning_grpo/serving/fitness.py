@@ -1,9 +1,4 @@
-"""Whether a server fits the run, by its dialect, its version and its settings.
-
-What each SGLang version can do and demands, as a table: one row per change, oldest first.
-
-Checks of a server before the run trusts it; each refusal says what to do.
-"""
+"""Whether a server fits the run, by its dialect, its version and its settings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """One server as the pool knows it: its state, its requests, and who gets the next one.
 
-One server as the pool sees it: which weights it holds, and whether it may be routed to.
-
 Which request goes to which server, and when.
 
 Evaluation goes first, then requests that were interrupted (they hold the oldest tokens), then

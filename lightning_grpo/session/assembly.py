@@ -1,15 +1,4 @@
-"""Rank 0 puts a live run together: pool, producer, publisher and their state.
-
-The GPU of this rank, and what follows from having one.
-
-The garbage collector's share of a run.
-
-Which transport, where the user named none.
-
-What runs on rank 0's event loop: servers, pool, publisher, reward processes, producer.
-
-A session's state as a checkpoint holds it, and which settings it holds for.
-"""
+"""Rank 0 puts a live run together: pool, producer, publisher and their state."""
 
 from __future__ import annotations
 

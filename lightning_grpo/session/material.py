@@ -1,9 +1,4 @@
-"""What a run is made of: its settings, prompts, tokenizer and servers.
-
-What a session needs to know; the data module fills it from its constructor.
-
-Everything of a run that needs no server: tokenizer, prompts, and whether they fit together.
-"""
+"""What a run is made of: its settings, prompts, tokenizer and servers."""
 
 from __future__ import annotations
 

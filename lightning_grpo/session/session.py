@@ -1,16 +1,10 @@
 """The session of a run: what every rank sees of it, and what rank 0 does for all.
 
-What a data module asks of its rollouts, live or recorded.
-
-The channel between the ranks of a run, whoever started them.
-
 RolloutSession: rank 0's rollouts as every rank sees them.
 
 Every method but `state_dict` and the properties is called on every rank, at the same point. Rank 0
 does the work on its event loop; the others wait for its word (`RankChannel`), never in a
 collective.
-
-A session, or nothing that is left of the attempt.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
 """FSDP2Strategy: sharding, and when gradients are synchronized.
 
-Whether a backward pass reduces gradients over ranks: for micro-batches of one step.
-
-`fully_shard` a language model block by block: the Fabric form of `FSDP2Strategy`.
-
 FSDP2Strategy: fully sharded data parallelism by torch's `fully_shard`, from Trainer(strategy=).
 
 Importing this module registers the strategy as `fsdp2` (`grpo_fsdp2` should Lightning come to own

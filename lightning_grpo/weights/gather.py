@@ -1,13 +1,4 @@
-"""The policy's tensors under the servers' names: gathered, rounded, in buckets.
-
-Names of parameters as the Hugging Face checkpoint has them, whatever wraps the model.
-
-Rounding that keeps small updates: what to the nearest loses, by chance is kept on average.
-
-Flat buckets: many tensors as one run of bytes, laid out as SGLang's `flattened_bucket`.
-
-From (sharded) parameters to whole tensors under their checkpoint names.
-"""
+"""The policy's tensors under the servers' names: gathered, rounded, in buckets."""
 
 from __future__ import annotations
 

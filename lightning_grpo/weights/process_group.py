@@ -1,16 +1,10 @@
 """Weights over a process group, and over CUDA IPC on a shared GPU.
 
-Blocking calls of collectives beside the event loop, in threads that can be left behind.
-
 A process group of the trainer and one server, made the way SGLang makes it.
 
 SGLang joins through `rendezvous("tcp://...")` and torch's private helper for groups. This side
 needs neither: the same store, the same prefixes and the backend itself, which leaves torch's global
 state alone, so that a broken group is dropped by dropping the object.
-
-Weights over a collective: a group for each server, flat buckets, the reply watched meanwhile.
-
-Weights on one GPU: the server maps the trainer's memory and copies from it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """The proof that servers hold what was sent, and that what was sent is what trains.
 
-The two sides of a proof: what a server scores, and what the trainer expects of it.
-
 Two comparisons that prove a weight sync: a few sequences scored by three parties.
 
 The *server* must hold what was sent: its scores are compared with those of the very tensors that

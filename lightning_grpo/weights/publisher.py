@@ -1,11 +1,5 @@
 """The publisher: new weights to all servers, in one order, with a report.
 
-Work on the servers' weights: one piece at a time, and none after the end.
-
-What a publish may take, and what it did.
-
-Servers that stand still for new weights.
-
 Brings new weights to every server and proves it: a state machine with deadlines.
 
 One publish: interrupt -> flush -> [begin] -> update -> [end] -> continue -> probe; the weights are

@@ -1,9 +1,4 @@
-"""How weights travel: what a transport is, and the one over disk.
-
-What moves weights to servers, and what it needs of a server.
-
-Weights by way of a folder: each version its own, complete, never changed once it is there.
-"""
+"""How weights travel: what a transport is, and the one over disk."""
 
 from __future__ import annotations
 
