@@ -80,7 +80,14 @@ class LoRA:
         with warnings.catch_warnings():
             # Of patterns that PEFT makes itself for what is refused below.
             warnings.filterwarnings("ignore", message="The following .*_pattern keys")
-            inject_adapter_in_model(config, model, _ADAPTER)
+            try:
+                inject_adapter_in_model(config, model, _ADAPTER)
+            except ValueError as error:  # PEFT's own rules for layers that transformers has fused
+                raise ConfigError(
+                    f"`lora.targets` must name layers of {type(model).__name__} that PEFT can "
+                    f"adapt, got {', '.join(self.targets or ('all',))}: {error} Name layers of the "
+                    "attention alone."
+                ) from error
         # PEFT takes the names of a mixture's layers, as they once were, for its fused experts.
         if any(isinstance(module, ParamWrapper) for module in model.modules()):
             raise ConfigError(
@@ -88,6 +95,7 @@ class LoRA:
                 f"would not get what adapts them), got {', '.join(self.targets or ())}. Name "
                 "layers of the attention alone."
             )
+        _check_plain(model)
 
     def _check_targets(self, model: PreTrainedModel, known: set[str]) -> None:
         name, listed = type(model).__name__, ", ".join(sorted(known))
@@ -112,6 +120,20 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     head = model.get_output_embeddings()
     kinds = (nn.Linear, Conv1D)
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m is not head}
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Refuse adapted layers whose forward is more than a product: it would be left out."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AdaptedLinear):
+            continue
+        base = layer.get_base_layer()
+        if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+            raise ConfigError(
+                f"`lora.targets` must leave out {name.rpartition('.')[2]} of "
+                f"{type(model).__name__} ({type(base).__name__}, which computes more than a "
+                "product). Name the other layers."
+            )
 
 
 def _has_fused_experts(model: PreTrainedModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+_PRINTED = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)':")
 _DECIDED = (
     "conversation",
     "messages",
@@ -47,15 +49,15 @@ _DECIDED = (
 def read_content(value: Any) -> str | list[dict[str, Any]]:
     """What a column asks: its text, or its chat messages with the keys that templates know.
 
-    Messages may come as a list, one alone, a dictionary of columns (as `datasets` keeps them), JSON
-    text, or NumPy and Arrow values; under `role` and `content`, or ShareGPT's `from` and `value`.
+    Messages may come as a list, one alone, a dictionary of columns (as `datasets` keeps them), text
+    in JSON or as Python prints it, or NumPy and Arrow values; under `role` and `content`, or ShareGPT's `from` and `value`.
 
     Raises:
         ConfigError: It is neither, and what it is instead.
     """
     found = _plain(value)
     if isinstance(found, str):
-        found = _from_json(found)
+        found = _from_text(found)
         if isinstance(found, str):
             return found
     if isinstance(found, dict):
@@ -83,17 +85,37 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _from_json(text: str) -> Any:
-    """Messages that were written as JSON; any other text as it is."""
+def _from_text(text: str) -> Any:
+    """Messages that were written as JSON or printed by Python; any other text as it is."""
     if not text.lstrip().startswith(("[", "{")):
         return text
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
-        return text
-    several = parsed if isinstance(parsed, list) else [parsed]
-    is_chat = several and all(isinstance(each, dict) and _is_message(each) for each in several)
-    return parsed if is_chat else text
+        parsed = _from_printed(text)
+    wrapped = list(parsed.values()) if isinstance(parsed, dict) else []
+    return parsed if any(_is_chat(each) for each in (parsed, [parsed], *wrapped)) else text
+
+
+def _from_printed(text: str) -> Any:
+    """What Python printed of messages, as a table keeps a column of lists."""
+    if not _PRINTED.match(text):
+        return None
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise ConfigError(
+            "it holds chat messages as they were printed, which can't be read back. Write them as "
+            "JSON, or read them with `transform`."
+        ) from None
+
+
+def _is_chat(found: Any) -> bool:
+    """Whether a list begins as a conversation does; the rest of it may still be wrong."""
+    if not isinstance(found, list) or not found:
+        return False
+    spoken = all(isinstance(each, dict) and ("role" in each or "from" in each) for each in found)
+    return spoken and _is_message(found[0])
 
 
 def _is_message(each: Mapping[str, Any]) -> bool:

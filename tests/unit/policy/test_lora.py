@@ -198,6 +198,8 @@ def test_merged_exported_and_adapted_are_one_model_in_other_architectures(
             ("gate_proj", "up_proj", "down_proj"),
             "leave out the experts of Qwen3MoeForCausalLM .* got gate_proj, up_proj, down_proj",
         ),
+        ("deepseek_v3", {}, ("gate_proj",), "that PEFT can adapt, got gate_proj: .* up_proj"),
+        ("phimoe", {}, ("router",), r"leave out router of .* \(PhimoeTopKRouter, which computes"),
     ],
 )
 def test_fused_experts_which_servers_would_not_get_are_refused(kind, settings, targets, message):

@@ -43,6 +43,8 @@ def asked(value, template=TOOL_TEMPLATE, **options):
         {"from": ["human", "gpt"], "value": ["hi", "Yes?"]},
         json.dumps([HI, YES]),
         " " + json.dumps([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Yes?"}]),
+        str([HI, YES]),
+        "\n" + str([{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Yes?"}]),
         np.array([HI, YES], dtype=object),
         np.array([{**HI, "content": np.array([{"type": "text", "text": "hi"}])}, YES]),
         pa.array([HI, YES]),
@@ -59,6 +61,11 @@ def test_messages_are_understood_in_whatever_shape_they_come(value):
     [
         (HI, [HI]),
         (json.dumps(HI), [HI]),
+        (str(HI), [HI]),
+        (
+            json.dumps([HI, {"role": "assistant", "tool_calls": [CALL]}, RESULT]),
+            [HI, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT],
+        ),
         ([{**HI, "name": "Ann", "id": 3}], [{**HI, "name": "Ann", "id": 3}]),
         ([{"from": "system", "value": "S"}], [{"role": "system", "content": "S"}]),
         ([{"from": "observation", "value": "7"}], [{"role": "tool", "content": "7"}]),
@@ -77,7 +84,13 @@ def test_a_message_keeps_what_it_says_and_loses_what_says_nothing(value, expecte
     assert read_content(value) == expected
 
 
-@pytest.mark.parametrize("text", ["hi", "[1, 2]", "{x}", '[{"a": 1}]', '{"role": "user"}', "[", ""])
+TEXTS = [
+    *("hi", "[1, 2]", "{x}", '[{"a": 1}]', '{"role": "user"}', "[", ""),
+    *('{"messages": "hi"}', '{"messages": [1]}', "{'a': 1}", '[{"role": "user", "content": '),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_text_that_is_no_conversation_in_json_stays_text(text):
     assert read_content(text) == text
     assert read_content(np.str_(text)) == text
@@ -94,6 +107,9 @@ def test_a_text_that_is_no_conversation_in_json_stays_text(text):
         (["hi"], "got list"),
         ([["user", "hi"]], "got list"),
         ({"messages": [HI]}, r"got a dictionary with the keys \['messages'\].*transform"),
+        (json.dumps({"messages": [HI]}), r"a dictionary with the keys \['messages'\].*transform"),
+        (json.dumps([HI, {"role": "user", "text": "x"}]), r"message 1 \(user\) has no content"),
+        (str(np.array([HI, YES])), "as they were printed, which can't be read back"),
         ([{"content": "hi"}], r"message 0 must have a `role` .* got the keys \['content'\]"),
         ([HI, {"speaker": "b", "text": "c"}], r"message 1 must have a `role`"),
         ([{"from": "narrator", "value": "hi"}], "message 0 is from 'narrator', which is none of"),
