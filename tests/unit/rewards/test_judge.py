@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import resource
 
 import anyio
 import pytest
@@ -117,9 +118,37 @@ def test_a_busy_judge_is_asked_again_and_not_for_ever():
     scores, bench = judged(503, "SCORE: 5")
     assert (scores, len(bench.requests)) == ([0.5], 2)
     with pytest.raises(JudgeError, match="status 429: busy"):
-        judged(429, attempts=2)
+        judged(429, busy_timeout_s=0.2)
     with pytest.raises(JudgeError, match="status 400: busy"):
         judged(400)
+
+
+def test_a_judge_that_limits_its_rate_is_waited_for_as_it_says_and_that_is_no_attempt():
+    async def later(request):
+        return web.Response(status=429, headers={"Retry-After": "0.01"})
+
+    scores, bench = judged(*[later] * 6, "SCORE: 5", attempts=1)
+    assert (scores, len(bench.requests)) == ([0.5], 7)
+    assert judged(502, "SCORE: 5")[0] == [0.5]
+    with pytest.raises(JudgeError, match="status 502"):
+        judged(502, attempts=1)
+
+
+def test_a_process_that_can_open_no_more_files_does_not_blame_the_judge():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def play():
+        async with Bench("SCORE: 5") as bench:
+            judge = Judge(bench.url, "model", busy_timeout_s=0.2)
+            await judge("2 + 2?", "4")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                await judge("2 + 2?", "4")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with pytest.raises(JudgeError, match="`ulimit -n`"):
+        anyio.run(play)
 
 
 def test_a_slow_or_endless_or_strange_reply_is_told():
