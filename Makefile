@@ -15,13 +15,14 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
 
-.PHONY: help install quickstart test lint format test-gpu test-ray test-sglang test-slow test-slurm base bench wheel clean
+.PHONY: help install quickstart test lint format test-gpu test-ray test-sglang test-slow test-slurm chaos base bench wheel clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the small model on this CPU"
 	@echo "make test         unit and integration tests"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make test-slow    what takes a process minutes: signals, ranks, memory, whole examples"
+	@echo "make chaos        something breaks every few seconds of a run: MINUTES=60 EVERY_S=30 SEED=1"
 	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
 	@echo "make base         make the quickstart's model and data again, from nothing"
 	@echo "make bench        this package against TRL;  make wheel: build the package"
@@ -44,6 +45,11 @@ format: $(VENV)/.dev
 
 test-slow test-slurm test-ray: $(VENV)/.test
 	$(BIN)/python -m pytest -m $(subst test-,,$@) $(PYTEST_ARGS)
+
+# Ten minutes by default; the seed is printed.
+chaos: $(VENV)/.test
+	CHAOS_MINUTES=$(or $(MINUTES),10) $(if $(EVERY_S),CHAOS_EVERY_S=$(EVERY_S)) $(if $(SEED),CHAOS_SEED=$(SEED)) \
+	  $(BIN)/python -m pytest -m slow -k breaks tests/integration/test_loop_killed.py $(PYTEST_ARGS)
 
 # The real SGLang on this CPU, in an environment of its own (3.3 GB, minutes the first time).
 test-sglang: $(VENV)/.test

@@ -252,6 +252,7 @@ class CurveWriter:
         self._folder, self._file = folder, folder / METRICS
         self._hparams: dict[str, Any] = {}
         self._columns: list[str] | None = None
+        self._aside: Path | None = None
         self._failed = False
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -293,12 +294,7 @@ class CurveWriter:
             _append(self._file, columns, self.metrics)
             return
         columns = sorted({*columns, *new})
-        partial = self._file.with_name(f".{METRICS}.tmp")
-        try:
-            _write_rows(partial, columns, itertools.chain(rows, self.metrics))
-            partial.replace(self._file)  # a run that is killed here keeps its curve
-        finally:
-            partial.unlink(missing_ok=True)
+        _write_rows(self._file, columns, itertools.chain(rows, self.metrics))
         self._columns = columns
 
     def _put_aside(self, columns: list[str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -306,8 +302,10 @@ class CurveWriter:
         first = self.metrics[0]
         again = [row for row in rows if _is_taken_again(row, first)]
         if again:
-            number = len(list(self._folder.glob("metrics-*.csv")))
-            _write_rows(self._folder / f"metrics-{number}.csv", columns, again)
+            if self._aside is None:  # else a disk was full when they were put there
+                number = len(list(self._folder.glob("metrics-*.csv")))
+                self._aside = self._folder / f"metrics-{number}.csv"
+            _write_rows(self._aside, columns, again)
         return [row for row in rows if not _is_taken_again(row, first)]
 
 
@@ -337,10 +335,16 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_rows(file: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    """The whole file or none: a run that is killed here keeps what was there."""
+    partial = file.with_name(f".{file.name}.tmp")
+    try:
+        with partial.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _append(file: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:

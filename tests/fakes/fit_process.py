@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,7 +54,13 @@ class Fit:
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        (folder / "tmp").mkdir(exist_ok=True)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder / "tmp"),
+        }
         with (folder / "out").open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lightning_grpo.cli.main", "fit", "--config", "tiny.yaml",
@@ -96,6 +105,43 @@ class Fit:
         self.wait_until(lambda: re.search(text, self.output) is not None, timeout_s)
         self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
 
+    def those(self, words: str) -> list[psutil.Process]:
+        """What runs now of all that it started, with these words in its command line."""
+        self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
+        found = []
+        for process in self.family:
+            try:
+                if words in " ".join(process.cmdline()) and process.status() != "zombie":
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def cut_connections(self) -> int:
+        """Shut down every connection that it has at this moment, as a broken network does."""
+        get_descriptor = 438  # the number of the system call `pidfd_getfd`
+        handle, num_cut = os.pidfd_open(self.process.pid), 0
+        for connection in psutil.Process(self.process.pid).net_connections("tcp"):
+            if connection.status != psutil.CONN_ESTABLISHED:
+                continue
+            copy = ctypes.CDLL(None).syscall(get_descriptor, handle, connection.fd, 0)
+            if copy >= 0:
+                with socket.socket(fileno=copy) as end, contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                    num_cut += 1
+        os.close(handle)
+        return num_cut
+
+    def fill_disk(self, full: bool) -> None:
+        """No file of it or of what it started can have more than 64 KiB; or all can again.
+
+        So what it prints is still written: a checkpoint and weights are not.
+        """
+        for process in [psutil.Process(self.process.pid), *self.those("")]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+                process.rlimit(psutil.RLIMIT_FSIZE, (1 << 16 if full else hard, hard))
+
     def kill_everything(self) -> None:
         """SIGKILL to the trainer and to all that it started, at once."""
         self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
@@ -117,6 +163,20 @@ class Fit:
         """What it started and left behind; a moment is granted to the engine's supervisor."""
         _, alive = psutil.wait_procs(self.family, timeout=timeout_s)
         return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def left_behind(folder: Path, timeout_s: float = 10.0) -> list[str]:
+    """What was started from a folder, or by what was, and still runs after a moment's grace."""
+    mark, end = str(folder / "tmp"), time.monotonic() + timeout_s
+    while True:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("TMPDIR") == mark and process.status() != "zombie":
+                    found.append(f"{process.pid} {' '.join(process.cmdline())}")
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(0.1)
 
 
 @contextmanager

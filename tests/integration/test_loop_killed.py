@@ -1,19 +1,33 @@
-"""`kill -9` of everything, again and again, at random moments of one run."""
+"""Runs in which something is killed, stopped, cut or filled, again and again, at random moments.
+
+`make chaos MINUTES=60` lasts an hour; `SEED=N` repeats the faults of a run (their moments depend on
+the machine), `EVERY_S=N` changes how often something happens.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import random
+import re
+import signal
+import subprocess
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_grpo.rollout.records import read_rows
-from tests.fakes.fit_process import started, write_config
+from tests.fakes.fit_process import Fit, left_behind, started, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+CHAOS_S = 60 * float(os.environ.get("CHAOS_MINUTES", "2"))
+EVERY_S = float(os.environ.get("CHAOS_EVERY_S", "8"))
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500 + 4 * CHAOS_S)]
 
 KILLS = 10
 BATCH, STEPS_PER_BATCH, ROWS = 4, 2, 50
@@ -84,3 +98,196 @@ def test_a_run_that_is_killed_ten_times_trains_on_each_prompt_of_each_pass_once(
     assert len(keys) == len(groups) == BATCH * state["version"]  # none twice
     assert trained_keys(state["producer"]["ledger"]) == len(keys)
     assert sorted(rewards) == list(range(1, steps + 1))
+
+
+def kill_the_trainer(fit: Fit, noise: random.Random) -> None:
+    """Its engine and the processes of its rewards have to notice."""
+    fit.those("")
+    fit.process.kill()
+
+
+def kill_everything(fit: Fit, noise: random.Random) -> None:
+    """Also those that would clean up after the others."""
+    fit.kill_everything()
+
+
+def ask_it_to_end(fit: Fit, noise: random.Random) -> None:
+    """As a cluster does; it saves."""
+    fit.those("")
+    fit.process.send_signal(noise.choice([signal.SIGTERM, signal.SIGINT]))
+
+
+def fill_the_disk(fit: Fit, noise: random.Random) -> None:
+    """For a checkpoint that can't be written it ends, with one message."""
+    fit.fill_disk(full=True)
+    time.sleep(noise.uniform(0.5, 4.0))
+    if fit.process.poll() is None:
+        fit.fill_disk(full=False)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        fit.process.wait(timeout=15.0)
+
+
+def kill_the_engine(fit: Fit, noise: random.Random) -> None:
+    for process in fit.those("lightning_grpo.engine"):
+        process.kill()
+
+
+def kill_a_child(fit: Fit, noise: random.Random) -> None:
+    """An engine, what watches it, or a process of the rewards."""
+    children = sorted(fit.those(""), key=lambda process: process.pid)
+    if children:
+        noise.choice(children).kill()
+
+
+def stop_the_engine(fit: Fit, noise: random.Random) -> None:
+    stop([p.pid for p in fit.those("lightning_grpo.engine")], noise.uniform(0.5, 12.0))
+
+
+def stop_everything(fit: Fit, noise: random.Random) -> None:
+    """As a laptop that sleeps."""
+    stop([fit.process.pid, *(p.pid for p in fit.those(""))], noise.uniform(0.5, 8.0))
+
+
+def stop_the_trainer(fit: Fit, noise: random.Random) -> None:
+    stop([fit.process.pid], noise.uniform(0.5, 8.0))
+
+
+def stop(pids: list[int], seconds: float) -> None:
+    for number, pause_s in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0.0)):
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        time.sleep(pause_s)
+
+
+def cut_the_network(fit: Fit, noise: random.Random) -> None:
+    """No connection of it lives for long."""
+    end = time.monotonic() + noise.uniform(0.0, 4.0)
+    while True:
+        fit.cut_connections()
+        if time.monotonic() > end or fit.process.poll() is not None:
+            return
+        time.sleep(0.02)
+
+
+ENDING = [kill_the_trainer, kill_everything, ask_it_to_end]
+"""Faults after which a run is started again."""
+FAULTS = [
+    *ENDING,
+    fill_the_disk,
+    kill_the_engine,
+    kill_a_child,
+    stop_the_engine,
+    stop_the_trainer,
+    stop_everything,
+    cut_the_network,
+]
+
+
+@contextlib.contextmanager
+def nothing_left_behind(folder: Path) -> Iterator[None]:
+    """Processes, shared memory, sockets, temporary files: as before.
+
+    Named semaphores (32 bytes) of processes that were killed together with their resource tracker
+    are nobody's to remove; the kernel doesn't.
+    """
+
+    def shared() -> set[str]:
+        segments = {p.name for p in Path("/dev/shm").glob("*") if p.stat().st_size > 32}
+        return segments | set(Path("/proc/sysvipc/shm").read_text().splitlines()[1:])
+
+    def is_somebody_s(name: str) -> bool:
+        return any(Path(f"/proc/{number}").exists() for number in re.findall(r"\d+", name))
+
+    before = shared()
+    yield
+    assert not left_behind(folder)
+    assert not [name for name in shared() - before if not is_somebody_s(name)]
+    assert not list((folder / "tmp").rglob("*"))
+    unfinished = [path for path in folder.rglob(".*") if path.name not in (".lock", ".gitignore")]
+    assert not unfinished
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_run_in_which_something_breaks_all_the_time_is_the_run_in_which_nothing_does(
+    tiny_model, tmp_path, capsys, deterministic
+):
+    seed = int(os.environ.get("CHAOS_SEED", random.randrange(10**6)))
+    noise, seen = random.Random(seed), Counter()
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    staleness = 0 if deterministic else 2
+    for folder in (broken, whole):
+        folder.mkdir()
+        limits = {"max_server_restarts": 1000}
+        sizes = SIZES | {"max_staleness": staleness, "limits": limits}
+        write_config(folder, tiny_model, **sizes)
+    options = [*SAVE_EVERY, *(["--trainer.deterministic=true"] if deterministic else [])]
+
+    def say(words: str) -> None:
+        with capsys.disabled():
+            print(f"\n{time.strftime('%H:%M:%S')} seed {seed}: {words}", end="", flush=True)
+
+    def newest() -> int:
+        names = [path.stem for path in (broken / "runs").rglob("*step=*.ckpt")]
+        return max((int(name.rpartition("=")[2]) for name in names), default=0)
+
+    with nothing_left_behind(broken):
+        bag, end = [], time.monotonic() + CHAOS_S
+        while time.monotonic() < end:
+            with started(broken, "--ckpt_path=last-or-none", *options) as fit:
+                fit.wait_for(r"step +\d+/", timeout_s=200)
+                while fit.process.poll() is None and time.monotonic() < end:
+                    time.sleep(noise.uniform(0.0, 2 * EVERY_S))
+                    if fit.process.poll() is None:
+                        bag = bag or noise.sample(FAULTS, len(FAULTS))  # each comes in its turn
+                        fault = bag.pop()
+                        say(f"{fault.__name__} after step {newest()}")
+                        seen[fault.__name__] += 1
+                        fault(fit, noise)
+                        if fault in ENDING:
+                            fit.process.wait(timeout=100)
+                        elif fault is not fill_the_disk:
+                            assert fit.process.poll() is None, fit.tail
+                if fit.process.poll() is None:
+                    fit.end(signal.SIGTERM)
+                assert not fit.survivors(), fit.tail
+                if fit.process.returncode not in (-signal.SIGKILL, 130, 143):
+                    say(f"it ended with {fit.process.returncode}: {fit.output[-800:]}")
+                    assert fault is fill_the_disk
+                    assert "Traceback" not in fit.output
+            assert not left_behind(broken)
+        steps = STEPS_PER_BATCH * (newest() // STEPS_PER_BATCH + 3)
+        last = [f"--trainer.max_steps={steps}", *options]
+        with started(broken, "--ckpt_path=last-or-none", *last) as fit:
+            assert fit.process.wait(timeout=300) == 0, fit.tail
+    state, rows, rewards = outcome(broken, steps)
+    say(f"{steps} steps, {dict(seen)}\n")
+    version, ledger = state["RolloutDataModule"]["version"], state["RolloutDataModule"]["producer"]
+    assert version == steps // STEPS_PER_BATCH
+    assert trained_keys(ledger["ledger"]) == BATCH * version
+    groups = {(row["version"], row["group"]) for row in rows}
+    keys = {(row["pass_index"], row["row"]) for row in rows}
+    assert len(keys) == len(groups)  # none twice
+    if "fill_the_disk" not in seen:
+        assert len(keys) == BATCH * version
+        assert sorted(rewards) == list(range(1, steps + 1))
+    if not deterministic:
+        return
+    with nothing_left_behind(whole), started(whole, *last) as fit:
+        assert fit.process.wait(timeout=300 + CHAOS_S) == 0, fit.tail
+    expected, expected_rows, expected_rewards = outcome(whole, steps)
+    for name, value in expected["state_dict"].items():
+        assert torch.equal(state["state_dict"][name], value), name
+    for row in rows:
+        assert row in expected_rows
+    assert rewards.items() <= expected_rewards.items()
+
+
+def outcome(folder: Path, steps: int) -> tuple[dict, list[dict], dict[int, float]]:
+    """The last checkpoint, all trajectories, and the curve."""
+    root = folder / "runs" / "tiny"
+    (path,) = [p for p in root.rglob(f"*step={steps}.ckpt") if not p.is_symlink()]
+    state = torch.load(path, weights_only=True)
+    return state, read_rows(path.parents[1]), curve(path.parents[1])

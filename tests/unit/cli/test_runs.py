@@ -106,6 +106,24 @@ def test_a_disk_that_fills_up_holds_the_curve_back_and_says_so_once(tmp_path, ca
     assert os.listdir(tmp_path) == ["metrics.csv"]
 
 
+def test_a_disk_that_is_full_when_a_run_goes_on_leaves_no_pieces_beside_the_curve(tmp_path):
+    log_rows(tmp_path, *((step, {"loss": step}) for step in (1, 2, 3)))
+    writer = CurveWriter(tmp_path)
+    writer.log_metrics({"loss": 20}, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        for _ in range(3):
+            writer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["metrics.csv"]
+    writer.save()
+    assert sorted(os.listdir(tmp_path)) == ["metrics-0.csv", "metrics.csv"]
+    assert [row["loss"] for row in rows_of(tmp_path / "metrics-0.csv")] == ["2", "3"]
+    assert [row["loss"] for row in rows_of(tmp_path / "metrics.csv")] == ["1", "20"]
+
+
 def test_tensorboard_s_files_end_with_one_line_and_not_the_run(tmp_path, caplog, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with board_tells_itself():
