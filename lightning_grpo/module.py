@@ -42,7 +42,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective
 from lightning_grpo.policy.attention import longest_steady
-from lightning_grpo.policy.check import check_architecture, check_two_passes
+from lightning_grpo.policy.check import check_architecture, check_reference, check_two_passes
 from lightning_grpo.policy.load import (
     checkpoint_activations,
     export_policy,
@@ -84,6 +84,7 @@ class ReferencePolicy:
     ) -> None:
         self._kl = kl
         self._path = (kl.reference if kl is not None else None) or model
+        self._model = model
         self._model_kwargs = model_kwargs
         self._is_base = has_adapter and kl is not None and kl.reference is None
         self._policy: PackedPolicy | None = None
@@ -95,7 +96,7 @@ class ReferencePolicy:
             ConfigError: Why not, and what to use instead.
         """
         if self._kl is not None and self._kl.reference is not None:
-            check_architecture(resolve_path(self._path), self._model_kwargs)
+            check_reference(resolve_path(self._path), resolve_path(self._model), self._model_kwargs)
 
     @contextmanager
     def on(
@@ -267,8 +268,7 @@ class GRPOModule(EvaluatedModule):
             )
         builds_own = type(self).build_policy is not GRPOModule.build_policy
         if not builds_own and self.policy is None:
-            adapt = self.lora.add_to if self.lora else None
-            check_architecture(self.model_path, self._model_kwargs, adapt)
+            check_architecture(self.model_path, self._model_kwargs, self._prepare)
         self._reference.check()
 
     def check_passes(self) -> None:
@@ -311,11 +311,15 @@ class GRPOModule(EvaluatedModule):
         """Lightning's hook: build the policy, once."""
         if self.policy is None:
             model = self.build_policy()
-            if self.lora is not None:
-                self.lora.add_to(model)
+            self._prepare(model)
             self.policy = PackedPolicy(model)
-            if self.gradient_checkpointing:
-                checkpoint_activations(self.policy.model)
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """What is done to the model once it is built."""
+        if self.lora is not None:
+            self.lora.add_to(model)
+        if self.gradient_checkpointing:
+            checkpoint_activations(model)
 
     def sharding_root(self) -> nn.Module:
         """What a sharded strategy shards: every parameter is used from inside its forward."""

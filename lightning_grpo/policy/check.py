@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.policy.load import load_policy
+from lightning_grpo.policy.load import load_policy, load_tokenizer
 from lightning_grpo.policy.packed import PackedPolicy
 
 _ROW_TOKENS = 16
+_RENAMED = 0.01
+"""Of a tokenizer's entries: a family's models rename a few of its reserved ones."""
 _GPU_ROUNDING = 0.1
 """Mean |dlogprob| of two passes that draw nothing: sums whose order is left to a GPU."""
 
@@ -49,6 +51,45 @@ def check_architecture(
             ) from error
         except (RuntimeError, NotImplementedError):
             pass  # what depends on values (the routes of some mixtures) shows when there are any
+
+
+def check_reference(reference: str, model: str, model_kwargs: dict[str, Any] | None = None) -> None:
+    """Refuse a reference of another model that can't score the policy's tokens.
+
+    Args:
+        reference: Hub id or folder of the reference.
+        model: Hub id or folder of the policy.
+        model_kwargs: For `from_pretrained`.
+
+    Raises:
+        ConfigError: It can't score packed sequences, or its token ids mean something else.
+    """
+    check_architecture(reference, model_kwargs)
+    ours = load_tokenizer(model).get_vocab()
+    rows, needed = (
+        load_policy(each, meta=True, model_kwargs=model_kwargs).config.vocab_size
+        for each in (reference, model)
+    )
+    beyond = [token for token, i in ours.items() if rows <= i < needed]
+    if beyond:
+        raise ConfigError(
+            f"`kl.reference` must have an embedding of all tokens of the policy, {reference!r} has "
+            f"one of {rows} rows, too few for {beyond[0]!r}. Way out: a reference of the same "
+            "family, or none, which is the model at the start."
+        )
+    try:
+        theirs = {i: token for token, i in load_tokenizer(reference).get_vocab().items()}
+    except ConfigError:  # weights alone: nobody can tell
+        return
+    other = {i: token for token, i in ours.items() if theirs.get(i, token) != token}
+    if len(other) > _RENAMED * len(ours):
+        token_id = min(other)
+        raise ConfigError(
+            f"`kl.reference` must have the policy's tokenizer, in that of {reference!r} "
+            f"{len(other)} ids mean something else: {token_id} is {theirs[token_id]!r} and not "
+            f"{other[token_id]!r}. Way out: a reference of the same family, or none, which is the "
+            "model at the start."
+        )
 
 
 @torch.no_grad()

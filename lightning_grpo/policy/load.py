@@ -206,11 +206,20 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the blocks' inputs for the backward pass; acts in training mode alone.
 
     transformers 5.2x renames `gradient_checkpointing_enable`; the old name warns there.
+
+    Raises:
+        ConfigError: The model's blocks can't be recomputed.
     """
     renamed = "activation_checkpointing_enable"
     name = renamed if hasattr(model, renamed) else "gradient_checkpointing_enable"
     enable = getattr(model, name)
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"`gradient_checkpointing` must be false for {type(model).__name__}, whose blocks "
+            f"can't be recomputed: {error} To save memory lower `max_tokens_per_microbatch`."
+        ) from error
 
 
 def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:

@@ -50,7 +50,8 @@ def read_content(value: Any) -> str | list[dict[str, Any]]:
     """What a column asks: its text, or its chat messages with the keys that templates know.
 
     Messages may come as a list, one alone, a dictionary of columns (as `datasets` keeps them), text
-    in JSON or as Python prints it, or NumPy and Arrow values; under `role` and `content`, or ShareGPT's `from` and `value`.
+    in JSON or as Python prints it, or NumPy and Arrow values; under `role` and `content`, or
+    ShareGPT's `from` and `value`.
 
     Raises:
         ConfigError: It is neither, and what it is instead.

@@ -214,6 +214,10 @@ def test_the_model_of_a_module_is_checked_and_so_is_a_reference_of_another_one(f
     with pytest.raises(ConfigError, match="NemotronForCausalLM doesn't pass on"):
         make_module(folder, kl=KLPenalty(0.1, reference=str(tmp_path))).check_model()
 
+    make_model_of("jetmoe").config.save_pretrained(tmp_path / "jetmoe")
+    with pytest.raises(ConfigError, match="`gradient_checkpointing` must be false for JetMoe"):
+        make_module(tmp_path / "jetmoe", gradient_checkpointing=True).check_model()
+
     class Own(GRPOModule):
         def build_policy(self):
             raise AssertionError("it was built")

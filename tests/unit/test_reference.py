@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import ReferencePolicy
 from tests.fakes.loops import make_module
 from tests.fakes.tiny_model import make_tiny_model
@@ -40,3 +43,36 @@ def test_another_model_may_be_the_reference(folder, tmp_path):
     with held.on(module.policy, CPU) as reference:  # on a CPU there is nowhere to go from
         same = zip(reference.parameters(), module.policy.parameters(), strict=True)
         assert not all(torch.equal(a, b) for a, b in same)
+
+
+def swapped(other):
+    """The tokenizer with other texts for the same ids."""
+    path = other / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    words, ids = zip(*whole["model"]["vocab"].items(), strict=True)
+    whole["model"]["vocab"] = dict(zip(words, reversed(ids), strict=True))
+    whole["model"]["merges"] = []
+    path.write_text(json.dumps(whole))
+
+
+def weights_alone(other):
+    for file in other.glob("tokenizer*"):
+        file.unlink()
+
+
+def test_a_reference_of_other_tokens_is_refused_before_servers_are_started(folder, tmp_path):
+    def check(name, change=lambda other: None, **settings):
+        other = make_tiny_model(tmp_path / name, num_layers=1, hidden_size=32, **settings)
+        change(other)
+        make_module(folder, kl=KLPenalty(0.1, reference=str(other))).check_model()
+
+    check("same", seed=5)
+    check("padded to more rows", vocab=640)
+    check("padded to fewer", vocab=320)
+    check("weights", weights_alone)
+    with pytest.raises(ConfigError, match=r"`kl.reference` .* of 300 rows, too few for"):
+        check("few", vocab=300)
+    with pytest.raises(
+        ConfigError, match=r"`kl.reference` must have the policy's tokenizer, .* is"
+    ):
+        check("swapped", swapped)
