@@ -54,16 +54,17 @@ _NUMERAL = (
     "fourths?|fifths?|hundred|thousand|million"
 )
 _SCALE = (
-    "hundred|thousand|million|billion|trillion|dozen|score|half|quarters?|thirds?|[kKMB]|mn|bn|"
+    "hundred|thousand|lakh|million|crore|billion|trillion|dozen|score|half|quarters?|thirds?|"
+    "[kKMB]|mn|bn|"
     "squared|cubed|factorial|pi|[xyzei\u03c0]"
 )
 _JOINS = "or|and|to|through|thru|until|plus|minus|times|point|over|divided by|versus|vs|but"
 _GOES_ON = re.compile(
     rf"[^\w().!]*{_DIGIT}"
-    rf"|\.{_DIGIT}|[eE][-+]?{_DIGIT}|\s*\({_DIGIT}+\)"
+    rf"|\s*\.\s*{_DIGIT}|\s*[eE][-+]?{_DIGIT}|_\{{?\w|\s*\({_DIGIT}+\)"
     rf"|\s*[x\u00d7]\s*{_DIGIT}"
     rf"|\s*\\(?:[dt]?frac|cdot|times|div|sqrt|pm|pi)"
-    rf"|[\s-]*(?:{_SCALE})(?![^\W\d])"
+    rf"|[\s-]*(?:(?:one|two|three)[\s-]+)?(?:{_SCALE})(?![^\W\d])"
     # One unit, perhaps squared, and a number right behind it.
     rf"|[^\w().!]*{_WORD}(?:\^?\{{?[23{_OTHER_DIGIT}]\}}?(?![\d.]))?+[^\w().!?,;]*{_DIGIT}"
     rf"|(?:\W*{_WORD}){{0,2}}?\W+(?:{_JOINS})\W+(?:{_WORD}\W+){{0,2}}?(?:{_DIGIT}|(?:{_NUMERAL})\b)"
@@ -251,12 +252,21 @@ _MIXED = re.compile(
 )
 _REPEATING = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\(?:overline|bar|dot) ?\{? ?(\d+) ?\}?(?![\d.])")
 _BASED = re.compile(r"(?<![\w.}^])\(? ?(\d[0-9A-Za-z]*) ?\)? ?_ ?\{? ?\(? ?(\d{1,2}) ?\)? ?\}?")
+_NAMED_BASE = re.compile(
+    r"_ ?\{ ?(?:\\(?:text|mathrm|textrm|mbox|rm) ?\{)? ?(?:base[ -]?\}? ?)?([a-z]+|\d{1,2}) ?\}? ?\}",
+    re.IGNORECASE,
+)
+_BASES = {
+    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
+}  # fmt: skip
 _DECIMAL = re.compile(r"(?<![\d.,])(\d*)\.(\d+)(?![\d.])")
 _UNREADABLE = (
     re.compile(r"(?<![\w^_.])\d(?:[\d.,]*\d)? +[\d.]"),  # digits beside digits
     re.compile(r"\d *(?:\\[lc]?dots|\.\.)"),  # a number that doesn't end
     re.compile(r"\d *: *0+(?!\d)"),  # a time of day
     re.compile(r"\\sqrt ?\(|\d ?'"),
+    re.compile(r"\d ?\)? ?_"),  # a base that isn't one
 )
 _HIGHEST_BASE = 36
 
@@ -265,7 +275,7 @@ def _numbers(text: str) -> str:
     text = _GROUPED.sub(lambda found: found[0].replace(" ", ""), text)
     text = _REPEATING.sub(_repeating, text)
     text = _MIXED.sub(_mixed, text)
-    text = _BASED.sub(_based, text)
+    text = _BASED.sub(_based, _NAMED_BASE.sub(_base_in_digits, text))
     if any(pattern.search(text) for pattern in _UNREADABLE):
         raise UnreadableError(text)
     return text
@@ -284,6 +294,11 @@ def _repeating(found: re.Match[str]) -> str:
     nines = (10 ** len(again) - 1) * 10 ** len(once)
     value = Fraction(int(before + once + again) - int(before + once), nines)
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _base_in_digits(found: re.Match[str]) -> str:
+    base = found[1] if found[1].isdecimal() else _BASES.get(found[1].lower())
+    return found[0] if base is None else f"_{{{base}}}"
 
 
 def _based(found: re.Match[str]) -> str:
