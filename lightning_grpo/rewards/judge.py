@@ -188,12 +188,16 @@ class Judge:
                     wait_s = _PAUSE_S * failed
                 await asyncio.sleep(wait_s)
 
-    async def _ask_once(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> str:
+    async def _post(
+        self, session: aiohttp.ClientSession, body: dict[str, Any]
+    ) -> tuple[int, str | None, bytes]:
+        """Status, `Retry-After` and body, of which no more is read than may be."""
         try:
             async with session.post(f"{self.url}/chat/completions", json=body) as reply:
                 raw = await reply.content.read(self.max_reply_bytes + 1)
                 while not reply.content.at_eof() and len(raw) <= self.max_reply_bytes:
                     raw += await reply.content.read(self.max_reply_bytes + 1 - len(raw))
+                return reply.status, reply.headers.get("Retry-After"), raw
         except TimeoutError:
             raise JudgeError(f"judge {self.url} took longer than {self.timeout_s:g} s") from None
         except aiohttp.ClientError as error:
@@ -201,15 +205,18 @@ class Judge:
             if own is not None:
                 raise _BusyError(str(own)) from error
             raise _UnreachableError(str(error) or type(error).__name__) from error
+
+    async def _ask_once(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> str:
+        status, retry_after, raw = await self._post(session, body)
         shown = raw[:_SHOWN].decode("utf-8", "replace")
-        failed = f"status {reply.status}: {shown}"
-        if reply.status in BUSY:
-            raise _BusyError(failed, seconds_to_wait(reply.headers.get("Retry-After")))
-        if reply.status == HTTPStatus.BAD_GATEWAY:
+        failed = f"status {status}: {shown}"
+        if status in BUSY:
+            raise _BusyError(failed, seconds_to_wait(retry_after))
+        if status == HTTPStatus.BAD_GATEWAY:
             raise _UnreachableError(failed)
         if len(raw) > self.max_reply_bytes:
             raise JudgeError(f"judge {self.url} replied more than {self.max_reply_bytes} bytes")
-        if reply.status != HTTPStatus.OK:
+        if status != HTTPStatus.OK:
             raise JudgeError(f"judge {self.url}: {failed}")
         return _text(raw, shown)
 
