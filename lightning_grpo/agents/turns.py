@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_grpo.errors import ConfigError, RolloutError
-from lightning_grpo.rollout.chat import Message, fitting, rendering
+from lightning_grpo.rollout.chat import Message, fitting, rendering, without_blank_answer
 from lightning_grpo.rollout.protocols import EpisodeContext, Tokenizer
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Trajectory
@@ -113,6 +113,7 @@ def first_ids(
         ConfigError: The template can't say all of it.
     """
     require_template(tokenizer)
+    messages = without_blank_answer(messages)
     how = rendering(messages, tools)
     said = fitting(tokenizer, messages, how)
     return list(tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **how))

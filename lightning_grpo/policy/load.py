@@ -40,6 +40,20 @@ _OLD_BUFFERS = re.compile(r"(inv_freq|masked_bias|position_ids|attn\.bias|attent
 """Buffers that older versions of transformers wrote and that follow from the config."""
 _NOISE = re.compile(r"dropout|pdrop|layerdrop|drop_path|jitter")
 
+_DECIDED = {
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"),
+        "weights are fp32, in which small updates count, and compute in bf16 is the Trainer's "
+        "`precision` or `fsdp2`",
+    ),
+    **dict.fromkeys(("device_map", "tp_plan"), "where weights are is the Trainer's `strategy`"),
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "quantized weights can't be trained"),
+    **dict.fromkeys(
+        ("state_dict", "output_loading_info", "ignore_mismatched_sizes"),
+        "weights are those of the folder, all of them",
+    ),
+}
+"""Options of `from_pretrained` that are no one else's to choose, and why."""
 _OTHER_THAN_TEXT = ("vision", "audio", "vq")
 
 _UNREADABLE = (
@@ -68,6 +82,11 @@ def load_policy(
         ConfigError: The folder or the hub id can't be loaded, or lacks weights.
     """
     register_packed_attention()
+    for name in model_kwargs or ():
+        if name in _DECIDED:
+            raise ConfigError(
+                f"`model_kwargs` must leave out `{name}`: {_DECIDED[name]}. Remove it there."
+            )
     # Said, since transformers would otherwise ask at the terminal whether to run a folder's code.
     options: dict[str, Any] = {
         "attn_implementation": PACKED,

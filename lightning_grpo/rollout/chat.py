@@ -264,6 +264,14 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         )
 
 
+def without_blank_answer(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages without an answer at their end that says nothing: it was not begun."""
+    told = [dict(message) for message in messages]
+    last = told[-1] if told else {}
+    blank = last.get("role") == "assistant" and not text_of(last.get("content")).strip()
+    return told[:-1] if blank and len(told) > 1 and not last.get("tool_calls") else told
+
+
 def rendering(messages: Sequence[Message], tools: Sequence[Any] | None = None) -> dict[str, Any]:
     """How to render messages so that the policy goes on from them.
 
@@ -347,6 +355,8 @@ def _left_out(
         if calls:
             message["tool_calls"] = calls
     text = str(tokenizer.apply_chat_template(marked, tokenize=False, **how))
+    if first:  # what is said later must stand behind it, too: some templates begin with the system
+        text = text[max(0, text.find(next(iter(marks), ""))) :]
     return next((words for mark, words in marks.items() if mark not in text), "")
 
 

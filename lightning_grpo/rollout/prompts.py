@@ -321,7 +321,7 @@ class Prompts:
             text = "".join(part for part in (self.system, content, self.suffix) if part)
             ids = tuple(chat.prompt_ids(tokenizer, text))
             return Prompt(ids, text, columns=columns, asked=text)
-        messages = self._messages(content)
+        messages = chat.without_blank_answer(self._messages(content))
         asked = f"{content}{self.suffix or ''}" if isinstance(content, str) else None
         if not tokenizer.chat_template:
             raise ConfigError(

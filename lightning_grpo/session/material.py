@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -139,13 +140,20 @@ class Material:
 
     @property
     def fingerprint(self) -> str:
-        """The prompts in a few characters: how many, and what some of them ask."""
+        """The prompts in a few characters: how many, and what some of them ask.
+
+        Of messages it is what they say: some templates add the day's date.
+        """
         sampled: list[Prompt | None] = []
         for each in self.prompts.values():
             rows = range(0, len(each), -(-len(each) // FINGERPRINT_ROWS))
             sampled += [_made(each, i) for i in rows]
-        ids = [prompt.input_ids for prompt in sampled if prompt is not None]
-        asked = hashlib.sha256(repr(ids).encode())
+        asks = [
+            (p.messages, dict(p.template_kwargs)) if p.messages else p.input_ids
+            for p in sampled
+            if p is not None
+        ]
+        asked = hashlib.sha256(json.dumps(asks, sort_keys=True, default=str).encode())
         return f"{self.num_prompts} prompts ({asked.hexdigest()[:8]})"
 
     @property

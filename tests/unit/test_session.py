@@ -122,6 +122,18 @@ def test_held_out_prompts_may_be_sampled_as_training_must_not(folder, tmp_path):
     assert asked >= longest + 200 > alike.load_of(settings).context_tokens
 
 
+def test_prompts_are_the_same_ones_on_another_day(folder, tmp_path):
+    dated = shutil.copytree(folder, tmp_path / "dated")
+    tokenizer = AutoTokenizer.from_pretrained(dated)
+    tokenizer.chat_template = "{{ strftime_now('%f') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(dated)
+    first, again = (open_material(settings_of(dated, tmp_path)) for _ in range(2))
+    assert first.prompts[""].prompt(0).text != again.prompts[""].prompt(0).text
+    assert first.fingerprint == again.fingerprint
+    other = open_material(settings_of(dated, tmp_path, prompts=make_prompts(suffix="?")))
+    assert first.fingerprint != other.fingerprint
+
+
 def test_a_row_that_turns_out_to_be_none_is_left_to_be_given_up(folder, tmp_path):
     class Choosy(RolloutDataModule):
         def make_prompt(self, row, tokenizer):

@@ -105,6 +105,15 @@ def test_a_template_that_leaves_out_what_is_said_next_is_refused_with_its_role(t
     assert next_ids(make_chat_tokenizer(), answer, told, calls)
 
 
+def test_what_a_template_would_say_before_the_answer_is_refused_as_the_next_turn():
+    first = "{%- for message in messages if message['role'] == 'system' -%}{{ message['content'] }}"
+    tokenizer = make_chat_tokenizer(first + "{%- endfor -%}" + leaving_out("system"))
+    told = [{"role": "system", "content": "Be brief."}]
+    assert first_ids(tokenizer, [*told, ASK])
+    with pytest.raises(ConfigError, match="leaves out what the role 'system' says"):
+        next_ids(tokenizer, completion(tokenizer, "x"), told)
+
+
 def test_a_template_that_says_a_result_only_behind_its_call_is_given_the_call():
     only_with_call = REFUSES_RESULTS.replace(
         "{{ raise_exception('a result without its call') }}", "{%- continue -%}"
@@ -123,6 +132,7 @@ def test_a_conversation_begins_with_all_that_is_said_or_not_at_all():
     tokenizer = make_chat_tokenizer()
     begun = tokenizer.decode(first_ids(tokenizer, [ASK, {**SAID, "content": "It is"}]))
     assert begun.endswith("<|im_start|>assistant\nIt is")
+    assert first_ids(tokenizer, [ASK, {**SAID, "content": ""}]) == first_ids(tokenizer, [ASK])
 
 
 def test_an_answer_that_was_begun_is_one_message_with_its_end():

@@ -61,6 +61,14 @@ def test_an_argument_that_the_model_does_not_take_is_a_config_error(tmp_path):
         load_policy(str(tmp_path), model_kwargs={"tourch_dtype": "float32"})
 
 
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype", "device_map", "load_in_8bit"])
+def test_an_argument_that_is_decided_elsewhere_is_refused_by_name(name, meta, tmp_path):
+    make_causal_model().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"`model_kwargs` must leave out `{name}`: "):
+        load_policy(str(tmp_path), meta=meta, model_kwargs={name: "auto"})
+
+
 def test_a_folder_without_tokenizer_is_a_config_error(tmp_path):
     make_causal_model().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="tokenizer"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -147,6 +148,15 @@ def test_an_answer_that_was_begun_is_continued(begun, suffix):
         "<|im_start|>system\nS<|im_end|>\n"
         f"<|im_start|>user\nhi{suffix or ''}<|im_end|>\n<|im_start|>assistant\n{begun}"
     )
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_an_answer_that_says_nothing_was_not_begun(blank):
+    # transformers would cut what stands between the mark of the role and the answer.
+    trimmed = TOOL_TEMPLATE.replace("message['content'] }}", "message['content'] | trim }}")
+    prompt = asked([HI, {"role": "assistant", "content": blank}], trimmed)
+    assert prompt == replace(asked([HI], trimmed), columns=prompt.columns)
+    assert prompt.text.endswith("<|im_start|>assistant\n")
 
 
 def test_a_suffix_stands_behind_what_the_user_said_last():
