@@ -21,12 +21,12 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
 from lightning_grpo.policy.check import ADAPTER_FRACTION, ModelSize, training_bytes
 from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.rollout.prompts import Prompts, by_name
+from lightning_grpo.rollout.prompts import Asked, Prompts, by_name
 from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import require_workflow
 from lightning_grpo.servers.base import Servers
-from lightning_grpo.servers.running import servers_of
+from lightning_grpo.servers.running import Address, servers_of
 from lightning_grpo.session import assembly as states
 from lightning_grpo.session.folder import FolderLock, hold_folder, hold_run_folder
 from lightning_grpo.session.material import SessionSettings
@@ -93,10 +93,10 @@ class RolloutDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        prompts: Prompts | dict[str, Prompts],
+        prompts: Asked | dict[str, Asked],
         workflow: RolloutWorkflow,
-        servers: Servers,
-        val_prompts: Prompts | dict[str, Prompts] | None = None,
+        servers: Servers | Address | list[Address],
+        val_prompts: Asked | dict[str, Asked] | None = None,
         batch_size: int = 16,
         group_size: int = 8,
         minibatches_per_batch: int = 1,
@@ -106,12 +106,13 @@ class RolloutDataModule(L.LightningDataModule):
         curriculum: Curriculum | None = None,
         evaluation: Evaluation = Evaluation(),
         limits: RolloutLimits = RolloutLimits(),
-        test_prompts: Prompts | dict[str, Prompts] | None = None,
+        test_prompts: Asked | dict[str, Asked] | None = None,
     ) -> None:
         super().__init__()
         self.prompts = by_name(prompts)
         self.workflow = require_workflow(workflow) if self._asks else workflow
-        self.servers = servers_of(servers) if self._asks else servers
+        found = servers_of(servers) if self._asks else servers
+        self.servers = cast("Servers", found)  # none in a replay
         self.val_prompts = by_name(val_prompts, "val_prompts")
         self.test_prompts = by_name(test_prompts, "test_prompts")
         self.batch_size = batch_size

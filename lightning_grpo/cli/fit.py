@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.cli.sources import ConfigProblem, collect
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.prompts import Source
 from lightning_grpo.shipped import resolve_config
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def _run(
     command: str, argv: Sequence[str], data_class: Callable[[], type[RolloutDataModule]], kind: str
 ) -> None:
     configs, options = split_configs(argv)
+    options = with_paths(configs, options)
     settings = collect(configs, options)
     # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
     import lightning_grpo.strategies.fsdp2  # noqa: F401
@@ -92,3 +94,23 @@ def _find(name: str) -> Path:
         return Path(resolve_config(name))
     except ConfigError as error:
         raise ConfigProblem("--config", str(error), "command line") from error
+
+
+def with_paths(configs: Sequence[tuple[str, Path]], options: Sequence[str]) -> list[str]:
+    """`--data.prompts rows.csv` over a config's dataset as its `path`: its `column` stays."""
+    data = collect(configs, []).plain().get("data") or {}
+    spelled = list(options)
+    for place, option in enumerate(options):
+        name, equals, text = option.partition("=")
+        key = name.removeprefix("--data.")
+        text = text if equals else next(iter(options[place + 1 :]), "")
+        below = data.get(key)
+        if key not in ("prompts", "val_prompts", "test_prompts") or not isinstance(below, dict):
+            continue
+        try:
+            Source(text)
+        except ValueError:
+            continue
+        if "path" in below:
+            spelled[place] = f"{name}.path{equals}{text if equals else ''}"
+    return spelled

@@ -24,11 +24,18 @@ from types import FrameType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import register_type
 from typing_extensions import is_protocol
 
 import lightning_grpo
 from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, one_line
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.prompts import Source, Table
+from lightning_grpo.servers.running import Address
+
+# What a config may write in the place of a class's import path.
+for _kind in (Source, Table, Address):
+    register_type(_kind, serializer=lambda given: given, fail_already_registered=False)
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
 _NOISE = re.compile(r"^(Errors|Subtypes|Given value|Does not validate|Parser key|Problem with)")
@@ -144,6 +151,9 @@ _NAMES = {
     list: "a list",
     dict: "a mapping",
     type(None): "null",
+    Source: "the name of a dataset",
+    Address: "the URL of a server",
+    Table: "rows",
 }
 
 
@@ -165,7 +175,7 @@ def is_component(member: Any) -> bool:
         isclass(member)
         and get_origin(member) is None
         and member.__module__ not in _PLAIN_MODULES
-        and not issubclass(member, (Enum, str, int, float))
+        and not issubclass(member, (Enum, str, int, float, Table))
     )
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_grpo.checks import require_number
 from lightning_grpo.errors import ConfigError, PromptError
@@ -25,6 +25,36 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 # What looks like a file: not asked for on the hub, which takes half a minute to give up.
 _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst")
+
+
+if TYPE_CHECKING:
+    Source = str
+    Table = list[dict[str, Any]] | dict[str, list[Any]]
+else:
+
+    class Table:
+        """Rows, or columns by name, that stand in a config: no parser may read their cells."""
+
+        def __new__(cls, rows: Any) -> Any:
+            """Refuse what is neither."""
+            is_rows = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+            if not (rows and is_rows) and not is_columns(rows):
+                raise ValueError("neither rows nor columns")
+            return rows
+
+    class Source(str):
+        """The name of a dataset, so that a config tells it from the import path of a class."""
+
+        __slots__ = ()
+
+        def __new__(cls, text: str) -> str:
+            """Refuse what may be anything."""
+            if not isinstance(text, str):
+                raise TypeError("not a name")
+            is_name = text.startswith("shipped:") or "/" in text or Path(text).suffix in _FILES
+            if not (is_name or Path(text).exists()):
+                raise ValueError("not the name of a dataset, a file or a folder")
+            return text
 
 
 def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
@@ -368,6 +398,10 @@ class Vocabulary:
 
     size: int
     beyond: tuple[str, ...] = ()
+
+
+Asked = Prompts | Source | Table
+"""One dataset, as a config may write it."""
 
 
 def by_name(prompts: Any, setting: str = "prompts") -> dict[str, Prompts]:

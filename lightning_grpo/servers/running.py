@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lightning_grpo.checks import MOST_PORT, require_seconds
@@ -17,6 +18,23 @@ from lightning_grpo.servers.process import (
     server_addresses,
     wait_until_healthy,
 )
+
+_ADDRESS = re.compile(r"[A-Za-z]+://|[\w.-]+:\d+/?$")
+
+if TYPE_CHECKING:
+    Address = str
+else:
+
+    class Address(str):
+        """The URL of a server, so that a config tells it from the import path of a class."""
+
+        __slots__ = ()
+
+        def __new__(cls, text: str) -> str:
+            """Refuse what may be anything."""
+            if not _ADDRESS.match(text):
+                raise ValueError("not the URL of a server")
+            return text
 
 
 class RunningServers(Servers):

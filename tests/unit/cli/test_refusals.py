@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import get_type_hints
 
+import pytest
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lightning_grpo.cli.fit import with_paths
 from lightning_grpo.cli.mistakes import locate
 from lightning_grpo.cli.sources import collect
+from lightning_grpo.datamodule import RolloutDataModule
 
 WRITTEN = collect(
     [],
@@ -38,3 +44,44 @@ def test_it_is_the_one_named_or_its_owner_or_the_one_whose_value_is_repeated(mes
 
 def test_without_a_setting_the_message_stands_alone():
     assert str(locate("The moon is full. Wait.", WRITTEN)) == "The moon is full\n  Wait."
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("prompts", "rows.csv"),
+        ("prompts", "openai/gsm8k"),
+        ("prompts", "shipped:quickstart/train.jsonl"),
+        ("prompts", [{"question": "3 x 4?", "answer": "#### 12"}]),
+        ("prompts", {"question": ["3 x 4?"], "answer": ["12"]}),
+        ("prompts", {"short": "rows.csv", "long": [{"prompt": "hi", "answer": "007"}]}),
+        ("val_prompts", "rows.csv"),
+        ("servers", "http://127.0.0.1:30000"),
+        ("servers", "host-1:30000"),
+        ("servers", ["http://127.0.0.1:30000", "http://127.0.0.1:30001"]),
+    ],
+)
+def test_a_config_takes_what_python_takes_in_the_place_of_prompts_and_servers(setting, value):
+    parser = ArgumentParser(exit_on_error=False)
+    annotation = get_type_hints(RolloutDataModule.__init__)[setting]
+    parser.add_argument("--value", type=annotation)
+    read = parser.parse_object({"value": value})
+    assert read.value == value
+    assert yaml.safe_load(parser.dump(read))["value"] == value
+
+
+def test_a_misspelt_class_is_no_address():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=get_type_hints(RolloutDataModule.__init__)["servers"])
+    with pytest.raises(ArgumentError):
+        parser.parse_object({"value": "lightning_grpo.SGLangServrs"})
+
+
+def test_a_dataset_named_on_the_command_line_keeps_the_configs_column(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("data: {prompts: {path: a.jsonl, column: question}}")
+    below = [("mine.yaml", config)]
+    assert with_paths(below, ["--data.prompts", "b.csv"]) == ["--data.prompts.path", "b.csv"]
+    assert with_paths(below, ["--data.prompts=b.csv"]) == ["--data.prompts.path=b.csv"]
+    assert with_paths(below, ["--data.prompts", "mine.Prompts"])[0] == "--data.prompts"
+    assert with_paths([], ["--data.prompts", "b.csv"])[0] == "--data.prompts"
