@@ -197,10 +197,7 @@ class Judge:
         except TimeoutError:
             raise JudgeError(f"judge {self.url} took longer than {self.timeout_s:g} s") from None
         except aiohttp.ClientError as error:
-            own = own_limit(error)
-            if own is not None:
-                raise _BusyError(str(own)) from error
-            raise _UnreachableError(str(error) or type(error).__name__) from error
+            raise _no_connection(error) from error
         shown = raw[:_SHOWN].decode("utf-8", "replace")
         failed = f"status {reply.status}: {shown}"
         if reply.status in BUSY:
@@ -229,6 +226,14 @@ class _BusyError(RuntimeError):
     def __init__(self, message: str, wait_s: float | None = None) -> None:
         super().__init__(message)
         self.wait_s = wait_s
+
+
+def _no_connection(error: aiohttp.ClientError) -> Exception:
+    """Whether the judge could not be reached, or this process can reach nobody."""
+    own = own_limit(error)
+    if own is not None:
+        return _BusyError(str(own))
+    return _UnreachableError(str(error) or type(error).__name__)
 
 
 def _text(raw: bytes, shown: str) -> str:
