@@ -46,7 +46,7 @@ format: $(VENV)/.dev
 test-slow test-slurm test-ray: $(VENV)/.test
 	$(BIN)/python -m pytest -m $(subst test-,,$@) $(PYTEST_ARGS)
 
-# Ten minutes by default; the seed is printed.
+# Ten minutes in each of two modes by default, and one undisturbed run; seeds are printed.
 chaos: $(VENV)/.test
 	CHAOS_MINUTES=$(or $(MINUTES),10) $(if $(EVERY_S),CHAOS_EVERY_S=$(EVERY_S)) $(if $(SEED),CHAOS_SEED=$(SEED)) \
 	  $(BIN)/python -m pytest -m slow -k breaks tests/integration/test_loop_killed.py $(PYTEST_ARGS)

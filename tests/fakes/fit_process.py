@@ -125,10 +125,16 @@ class Fit:
             if connection.status != psutil.CONN_ESTABLISHED:
                 continue
             copy = ctypes.CDLL(None).syscall(get_descriptor, handle, connection.fd, 0)
-            if copy >= 0:
-                with socket.socket(fileno=copy) as end, contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-                    num_cut += 1
+            if copy < 0:
+                continue
+            try:
+                end = socket.socket(fileno=copy)
+            except OSError:  # the number is another file's by now
+                os.close(copy)
+                continue
+            with end, contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+                num_cut += 1
         os.close(handle)
         return num_cut
 
