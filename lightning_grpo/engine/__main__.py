@@ -98,7 +98,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     try:
         options.api_key = read_key(options.api_key, "--api-key")
     except ConfigError as error:
-        parser.error(str(error))
+        parser.error(str(error).removesuffix("."))
     return options
 
 
@@ -181,7 +181,7 @@ def build(
     options: argparse.Namespace, loop: asyncio.AbstractEventLoop
 ) -> tuple[EngineThread, EngineServer]:
     """Load the model and wire the parts."""
-    if not (options.model and Path(options.model).exists()):
+    if not (options.model and Path(options.model).is_dir()):
         require_on_hub("--model", options.model, "model")
     check_servable(options.model)
     try:
