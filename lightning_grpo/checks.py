@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning_grpo.errors import ConfigError
 
@@ -20,6 +21,7 @@ MOST_SAMPLES = 65536
 """Of one prompt, or at once on one server."""
 MOST_SERVERS = 10_000
 MOST_PORT = 65535
+_HUB_TIMEOUT_S = 10.0
 
 
 def require_number(  # noqa: PLR0913 - a range in words
@@ -76,6 +78,44 @@ def require_seconds(name: str, value: object) -> None:
 def require_count(name: str, value: object, least: int = 1, most: float = MOST) -> None:
     """`value` must be a whole number of `least` to `most`."""
     require_number(name, value, least=least, most=most, whole=True)
+
+
+def require_on_hub(setting: str, name: str, kind: Literal["model", "dataset"]) -> None:
+    """`name`, which no folder has, must be one of the hub's, or kept from an earlier download.
+
+    Asked once and without patience: whoever loads it would ask for every file, five times each,
+    before a misspelt name is told.
+
+    Args:
+        setting: For the message.
+        name: What was given.
+        kind: Of the hub's repositories.
+
+    Raises:
+        ConfigError: The hub can't have it, does not have it, or can't be reached.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    kept = f"{kind}s--{name}".replace("/", "--")
+    if constants.HF_HUB_OFFLINE or (Path(constants.HF_HUB_CACHE) / kept).is_dir():
+        return  # whoever loads it says what is missing
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=_HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        reason = "the hub has none of this name that you may see"
+    except HFValidationError:
+        reason = "it can't be a hub id"
+    except HfHubHTTPError:
+        return
+    except Exception as error:  # noqa: BLE001 - of whichever HTTP library the hub's client has
+        reason = f"the hub ({constants.ENDPOINT}) can't be reached: {error or type(error).__name__}"
+    else:
+        return
+    raise ConfigError(
+        f"`{setting}` must be a folder that exists or a hub id, got {name!r}: there is no folder "
+        f"of that name, and {reason}. Way out: check the path and the spelling."
+    )
 
 
 def _shown(bound: float) -> str:

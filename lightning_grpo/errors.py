@@ -6,6 +6,17 @@ value and the way out.
 
 from __future__ import annotations
 
+import re
+
+# All but line ends and tabs: escapes move the cursor, rename windows and fill clipboards; marks of
+# direction show a line in another order than it has.
+_CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""A stranger's text for a terminal: what would command it stands there as `\x1b`."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class GRPOError(Exception):
     """Everything that this package raises on purpose."""

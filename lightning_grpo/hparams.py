@@ -32,6 +32,8 @@ _INSTALLED = [
     Path(folder).resolve()
     for folder in {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
 ]
+_PACKAGES = ("site-packages", "dist-packages")
+"""Also a user's own (`pip install --user`), the system's, and other environments' on the path."""
 _PRIMITIVES = (str, int, float, bool, type(None))
 
 
@@ -78,7 +80,9 @@ def _is_part_of_a_module(found: Any) -> bool:
         return found.__module__.startswith(_OWN)
     file = getattr(sys.modules.get(found.__module__), "__file__", None)
     places = Path(file).resolve().parents if file else ()
-    return bool(places) and not any(folder in places for folder in _INSTALLED)
+    return bool(places) and not any(
+        folder in _INSTALLED or folder.name in _PACKAGES for folder in places
+    )
 
 
 def _refused(path: str) -> CheckpointError:

@@ -33,6 +33,7 @@ from lightning_grpo.callbacks.views import (
     run_folder,
 )
 from lightning_grpo.contract import remaining_steps
+from lightning_grpo.errors import printable
 from lightning_grpo.hparams import arguments_of, loggable
 from lightning_grpo.types import Group, RolloutProgress
 
@@ -652,7 +653,7 @@ def _answers(before: Group, after: Group) -> Iterator[str]:
 
 
 def _short(text: str) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= _ANSWER_CHARACTERS else text[: _ANSWER_CHARACTERS - 4] + " ..."
 
 

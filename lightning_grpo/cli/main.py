@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
-from lightning_grpo.errors import ConfigError, GRPOError, StopRun
+from lightning_grpo.errors import ConfigError, GRPOError, StopRun, printable
 
 COMMANDS = {
     "fit": ("fit", "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]"),
@@ -196,7 +196,7 @@ def _version() -> str:
 
 def _say(line: str) -> None:
     """One line on standard error."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rich.text import Text
 from lightning_grpo.checks import require_seconds
 from lightning_grpo.cli.mistakes import ImportPathError, import_object
 from lightning_grpo.cli.sources import Parser, whole_number
-from lightning_grpo.errors import ConfigError, RewardError
+from lightning_grpo.errors import ConfigError, RewardError, printable
 from lightning_grpo.rollout.protocols import BoundReward
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.workflow import named_rewards
@@ -213,7 +213,7 @@ def show(
         console.print(f"{changed} of {len(pairs)} differ from the recorded reward")
     failed = next((score.error for score in scores if score.error), "")
     if failed:
-        console.print(Text(f"first failure: {failed}", style="red"), soft_wrap=True)
+        console.print(Text(printable(f"first failure: {failed}"), style="red"), soft_wrap=True)
 
 
 def _line(index: int, row: Row, score: Score) -> str:
@@ -223,7 +223,7 @@ def _line(index: int, row: Row, score: Score) -> str:
         value = f"{score.total:.4g}"
     else:
         value = ", ".join(f"{name} {number:.4g}" for name, number in score.values.items())
-    end = " ".join(row.completion[-4 * _SHOWN_CHARACTERS :].split())
+    end = printable(" ".join(row.completion[-4 * _SHOWN_CHARACTERS :].split()))
     cut = "..." if len(end) > _SHOWN_CHARACTERS else ""
     recorded = "" if row.recorded is None else f"  (recorded {row.recorded:.4g})"
     return f"{index:>5}  {value}{recorded}  {cut}{end[-_SHOWN_CHARACTERS:]}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from lightning_grpo.checks import require_on_hub
 from lightning_grpo.shipped import resolve_path
 
 _USAGE = """\
@@ -29,8 +31,14 @@ def run(argv: Sequence[str]) -> int:
         sys.stdout.write(_USAGE)
         sys.stdout.flush()
         argv = ["--help"]
+    elif not argv[0].startswith("-") and not _is_folder(resolve_path(argv[0])):
+        require_on_hub("MODEL", argv[0], "model")  # before torch is imported, which takes seconds
     command = engine_command(argv)
     os.execv(command[0], command)
+
+
+def _is_folder(path: str) -> bool:
+    return bool(path) and Path(path).is_dir()
 
 
 def engine_command(argv: Sequence[str]) -> list[str]:

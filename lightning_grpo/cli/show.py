@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lightning_grpo.cli.sources import Parser, whole_number
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.errors import CheckpointError, ConfigError, printable
 from lightning_grpo.rollout.records import read_rows
 
 Row = Mapping[str, Any]
@@ -99,13 +99,15 @@ def show(rows: Sequence[Row], console: Console) -> None:
         console.print("no trajectories")
     for row in rows:
         console.rule()
-        console.print(Text(headline(row), style="bold"))
+        console.print(Text(printable(headline(row)), style="bold"))
         console.print(Text("prompt", style="bold"))
-        console.print(Padding(Text(row["prompt"].strip()), (0, 0, 0, 2)))
+        console.print(Padding(Text(printable(row["prompt"].strip())), (0, 0, 0, 2)))
         ending = " (truncated)" if row["truncated"] else ""
         several = row.get("transcript")
         console.print(Text(f"{'turns' if several else 'completion'}{ending}", style="bold"))
-        console.print(Padding(Text((several or row["completion"]).strip()), (0, 0, 0, 2)))
+        console.print(
+            Padding(Text(printable((several or row["completion"]).strip())), (0, 0, 0, 2))
+        )
         console.print()
 
 

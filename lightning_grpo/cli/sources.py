@@ -278,6 +278,27 @@ def read_options(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return pairs
 
 
+def _refuse_secrets(key: str, written: Any) -> None:
+    """Refuse a key or a token on the command line, also inside of a value that holds several."""
+    value = written.value if isinstance(written, Setting) else written
+    holds_more = isinstance(value, dict | list)
+    # Of digits alone, a key is read as a number.
+    said = value if value is None or isinstance(value, bool) or holds_more else str(value)
+    if is_secret(key.rpartition(".")[2], said):
+        raise ConfigProblem(
+            key,
+            "must not stand on the command line, which every user of this machine can read: "
+            "give `env:NAME` or `file:PATH`, or write it in a config",
+            "command line",
+        )
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _refuse_secrets(f"{key}.{name}", child)
+    elif isinstance(value, list):
+        for child in value:
+            _refuse_secrets(key, child)
+
+
 def collect(configs: Sequence[tuple[str, Path]], arguments: Sequence[str]) -> Setting:
     """Everything that was written, later sources over earlier ones.
 
@@ -292,15 +313,8 @@ def collect(configs: Sequence[tuple[str, Path]], arguments: Sequence[str]) -> Se
         first = key.split(".")[0]
         if key in _SPECIAL or first == "print_config" or key.endswith(".help"):
             continue
-        named = key.rpartition(".")[2] == "api_key"
-        if named and text not in (None, "null") and is_secret("api_key", text):
-            raise ConfigProblem(
-                key,
-                "must not stand on the command line, which every user of this machine can read: "
-                "give `env:NAME` or `file:PATH`, or write it in a config",
-                "command line",
-            )
         setting = Setting(text if text is None else _scalar(text), "command line")
+        _refuse_secrets(key.removesuffix("+"), setting)
         if key.endswith("+"):
             key, setting = key[:-1], Setting([setting], "command line")
         for part in reversed(key.split(".")):

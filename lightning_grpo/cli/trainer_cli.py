@@ -74,6 +74,10 @@ class StrictParser(LightningArgumentParser):
         # jsonargparse makes parsers of this class for nested constructors, without our settings.
         super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
 
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """The config as text, without keys and tokens: `--print_config`, and what a run keeps."""
+        return super().dump(_without_secrets(cfg), *args, **kwargs)
+
 
 class GRPOCLI(LightningCLI):
     """One subcommand of LightningCLI; the others' parsers are not built.

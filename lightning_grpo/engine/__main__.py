@@ -15,13 +15,14 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
-from lightning_grpo.checks import MOST, MOST_PORT
+from lightning_grpo.checks import MOST, MOST_PORT, require_on_hub
 from lightning_grpo.engine.http import Door, EngineServer
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.model import (
@@ -97,7 +98,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     try:
         options.api_key = read_key(options.api_key, "--api-key")
     except ConfigError as error:
-        parser.error(str(error))
+        parser.error(str(error).removesuffix("."))
     return options
 
 
@@ -143,11 +144,13 @@ async def serve(options: argparse.Namespace) -> None:
     """Load, listen, say so, and wait for the end."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    # While it loads, the loop stands still: signals end the process as they end any other.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    engine, server = build(options, loop)
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
     if options.exit_with_stdin:
         _watch_stdin(loop, stop)
-    engine, server = build(options, loop)
     engine.start()
     runner = web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S)
     await runner.setup()
@@ -178,6 +181,8 @@ def build(
     options: argparse.Namespace, loop: asyncio.AbstractEventLoop
 ) -> tuple[EngineThread, EngineServer]:
     """Load the model and wire the parts."""
+    if not (options.model and Path(options.model).is_dir()):
+        require_on_hub("--model", options.model, "model")
     check_servable(options.model)
     try:
         model = load_model(options.model)

@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from lightning_grpo.checks import require_on_hub
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PACKED, register_packed_attention
 
@@ -136,7 +137,7 @@ def load_tokenizer(model: str, **tokenizer_kwargs: Any) -> PreTrainedTokenizerBa
 
 
 def check_source(model: str) -> None:
-    """Raise ConfigError for a path to a folder that isn't there or holds no model of its own."""
+    """Raise ConfigError for what is no folder with a model of its own, nor on the hub."""
     path = Path(model).expanduser()
     looks_like_path = model.startswith((".", "~", "/")) or model.count("/") > 1
     if path.is_dir():
@@ -157,6 +158,8 @@ def check_source(model: str) -> None:
             f"`model` must be a folder that exists, got {model!r}. "
             "Way out: check the path, or give a hub id such as Qwen/Qwen3-0.6B."
         )
+    else:
+        require_on_hub("model", model, "model")
 
 
 def check_config(config: Any, model: str, options: Mapping[str, Any] | None = None) -> None:

@@ -249,6 +249,8 @@ class Remote:
         object.__setattr__(self, "_handle", handle)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__array"):  # numpy would read memory of the tests' own process there
+            raise AttributeError(name)
         return _ask(self, "__getattribute__", name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_grpo.checks import require_number
+from lightning_grpo.checks import require_number, require_on_hub
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.rollout import chat
 from lightning_grpo.rollout.protocols import Tokenizer
@@ -74,6 +74,8 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         return _pick_split(datasets.load_from_disk(str(resolved)), split)
     if resolved.suffix in _FILES:
         raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
+    if not resolved.exists():
+        require_on_hub("path", str(path), "dataset")
     return _load_dataset(str(path), str(resolved), name, split)
 
 

@@ -142,3 +142,14 @@ def test_a_checkpoint_s_settings_do_not_name_what_is_run(path):
             hparams.from_plain(plain)
         with pytest.raises(CheckpointError, match="so it is not run"):
             hparams.factory(plain)
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_what_is_installed_elsewhere_is_no_code_of_one_s_own(folder, tmp_path, monkeypatch):
+    home = tmp_path / ".local" / folder  # as `pip install --user` and a system's packages
+    home.mkdir(parents=True)
+    (home / "installed_for_a_user.py").write_text("def run(command):\n    raise SystemExit\n")
+    monkeypatch.syspath_prepend(home)
+    plain = {"class_path": "installed_for_a_user.run", "init_args": {"command": "id"}}
+    with pytest.raises(CheckpointError, match="so it is not run"):
+        hparams.from_plain(plain)

@@ -84,10 +84,16 @@ def test_a_key_on_the_command_line_is_refused_without_being_repeated():
     for words in (
         ["--data.servers.init_args.api_key", "s3cret"],
         ["--data.servers.api_key=s3cret"],
+        ["--data.servers", "{class_path: RunningServers, init_args: {api_key: s3cret}}"],
+        ["--data.workflow.reward+", "[{init_args: {api_key: s3cret}}]"],
+        ["--model.model_kwargs.token", "s3cret"],
+        ["--data.servers.api_key", "12345"],
+        ["--model.model_kwargs", "{hf_token: s3cret}"],
     ):
         with pytest.raises(ConfigProblem, match="must not stand on the command line") as refusal:
             collect([], words)
         assert "s3cret" not in str(refusal.value)
+        assert "12345" not in str(refusal.value)
     collect([], ["--data.servers.api_key", "env:NAME", "--data.servers.api_key=null"])
 
 

@@ -41,6 +41,20 @@ BOMBS = {
 }
 
 
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "messages[-1].content|length > 1000",
+        "messages|length > 9",
+        "messages[-2].role == 'assistant'",
+    ],
+)
+def test_a_template_that_waits_for_a_longer_conversation_is_refused(condition):
+    template = LOOP + "{% if " + condition + " %}{{ 'x' * 10**9 }}{% endif %}"
+    with pytest.raises(ConfigError, match="a text without end"):
+        fitting(WithTemplate(template), MESSAGES, {})
+
+
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_template_without_end_is_refused_and_not_rendered(bomb):
     with pytest.raises(ConfigError, match=r"`model` must come with a chat template that can be"):

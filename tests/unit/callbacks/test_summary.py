@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -40,6 +42,13 @@ def test_the_problem_that_gained_most_is_answered_before_and_after():
         "before        [reward 0] answer 0",
         "after         [reward 1] answer 0",
     ]
+
+
+def test_an_answer_does_not_command_the_terminal():
+    group = make_group(1, (1.0,))
+    answer = replace(group.trajectories[0], text="\x1b[2J7")
+    after = TinyEvaluation(30, {}, {"": [replace(group, trajectories=(answer,))]})
+    assert list(held_out_lines([BEFORE, after]))[-1] == r"after         [reward 1] \x1b[2J7"
 
 
 def test_problems_are_matched_within_their_validation_set():

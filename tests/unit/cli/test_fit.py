@@ -436,3 +436,16 @@ def test_the_help_lists_losses_of_this_package_alone(capsys):
     assert ended.value.code == 0
     assert "lightning_grpo.M2POLoss" in said
     assert "torch.sparse" not in said
+
+
+def test_a_key_is_not_printed_with_the_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(
+        "data:\n  servers:\n    class_path: lightning_grpo.RunningServers\n"
+        "    init_args: {urls: ['http://a:1'], api_key: s3cret}\n"
+    )
+    with pytest.raises(SystemExit):
+        main("fit --config quickstart.yaml --config mine.yaml --print_config".split())
+    printed = capsys.readouterr().out
+    assert "http://a:1" in printed
+    assert "s3cret" not in printed

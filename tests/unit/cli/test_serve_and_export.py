@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from lightning_grpo.cli.export import build_module, check_paths, read_checkpoint
 from lightning_grpo.cli.main import main
 from lightning_grpo.cli.serve import engine_command
 from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.rollout.prompts import open_rows
 
 
 def test_serve_is_the_engines_own_command_line():
@@ -90,3 +92,18 @@ def test_shards_are_joined_with_what_lies_beside_them(tmp_path):
     assert state["hyper_parameters"] == {"model": "tiny"}
     assert torch.equal(state["state_dict"]["policy.weight"], torch.arange(4.0))
     assert [path.name for path in Path(tmp_path).iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "nowhere/model", "a/b/c", "a b", ""])
+def test_what_is_no_folder_is_told_before_anything_is_loaded(name, monkeypatch, capsys):
+    """The hub's own client would ask for each file five times."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # where nobody listens
+    assert main(["serve", name]) == 2
+    assert "there is no folder of that name, and" in capsys.readouterr().err
+
+
+def test_a_dataset_s_missing_folder_is_not_looked_for_under_another_name(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigError, match="it can't be a hub id"):
+        open_rows("./openai/gsm8k")

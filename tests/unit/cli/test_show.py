@@ -103,3 +103,12 @@ def test_a_folder_without_trajectories_is_refused(tmp_path, capsys):
     Path("empty").mkdir()
     assert main(["show", "empty"]) == 2
     assert "No trajectories at 'empty'" in capsys.readouterr().err
+
+
+def test_a_completion_does_not_command_the_terminal(folder):
+    row = dict(
+        read_rows(folder)[0], completion="a\x1b]52;c;eA==\x07 \x9b2J \u202ez", prompt="\x1bc"
+    )
+    text = shown([row])
+    assert r"a\x1b]52;c;eA==\x07 \x9b2J \u202ez" in text
+    assert "\x1b" not in text

@@ -181,3 +181,16 @@ def test_limits_that_nothing_could_run_under_are_refused():
 def test_a_program_that_replaces_a_built_in_function_does_not_skip_its_tests(name):
     replaced = f"import builtins\nbuiltins.{name} = lambda *a: None"
     assert run(replaced, "assert False").ending == "raised"
+
+
+def test_an_object_of_the_program_names_no_memory_of_the_tests_to_numpy():
+    program = (
+        "class A:\n    __array_interface__ = {'shape': (1,), 'typestr': '<f8', 'version': 3,\n"
+        "                           'data': (1 << 46, True)}\n"
+        "def f(): return A()\n"
+    )
+    tests = (
+        "try:\n    f().__array_interface__\nexcept AttributeError:\n    print('refused')\nelse:\n"
+    )
+    tests += "    raise AssertionError\n"
+    assert run_python(program, tests).ending == "done"
