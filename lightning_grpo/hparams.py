@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Mapping
@@ -146,11 +147,29 @@ def build(name: str, make: Callable[[Any], Any], argument: Any) -> Any:
         ConfigError: It refuses its own settings, a negative learning rate for instance.
     """
     try:
-        return make(argument)
+        made = make(argument)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"`{name}` could not be built: {type(error).__name__}: {error}. Change its arguments."
         ) from error
+    if isinstance(made, Optimizer):
+        _require_finite(name, made)
+    return made
+
+
+_FACTORS = ("lr", "weight_decay", "momentum", "dampening", "eps")
+"""Of optimizers; torch refuses NaN in most of them, and infinity in none."""
+
+
+def _require_finite(name: str, optimizer: Optimizer) -> None:
+    """One step with another number breaks the weights."""
+    for group in optimizer.param_groups:
+        for factor in _FACTORS:
+            value = group.get(factor)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(
+                    f"`{factor}` of `{name}` must be finite, got {value}. Change its arguments."
+                )
 
 
 def loggable(value: Any, depth: int = 6) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -89,6 +90,13 @@ def test_what_could_not_be_kept_must_be_passed_again():
 def test_an_import_path_that_is_gone_is_named(path):
     with pytest.raises(CheckpointError, match=f"`{path}` of the checkpoint's hyper-parameters"):
         hparams.from_plain({"class_path": path, "init_args": {}})
+
+
+@pytest.mark.parametrize("settings", [{"lr": math.inf}, {"lr": 0.1, "momentum": math.inf}])
+def test_an_optimizer_s_infinite_number_is_refused_before_it_breaks_the_weights(settings):
+    make = functools.partial(torch.optim.SGD, **settings)
+    with pytest.raises(ConfigError, match="of `optimizer` must be finite, got inf"):
+        hparams.build("optimizer", make, [torch.nn.Parameter(torch.ones(1))])
 
 
 def test_a_factory_that_refuses_its_settings_is_named():
