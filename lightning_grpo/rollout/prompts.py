@@ -230,7 +230,7 @@ class _ParquetRows(Sequence[Mapping[str, Any]]):
 
         try:
             self._table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowInvalid, OSError) as error:  # also of one that was cut off
             raise ConfigError(
                 f"`path` must name a Parquet file, got {str(path)!r}: {error}."
             ) from error
