@@ -148,10 +148,17 @@ class GRPOCLI(LightningCLI):
         _share_gpus(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
+        _require_local(str(config.trainer.default_root_dir))
         self._find_checkpoint(config)
         move_beside(config.trainer, self._kind)
-        named = config.ckpt_path in (None, "best", "hpc")
-        if not (named or config.ckpt_path.startswith("registry")):
+        if config.ckpt_path in ("best", "hpc"):
+            raise ConfigError(
+                f"`ckpt_path` must be a path, `{LAST}` or `{LAST_OR_NONE}`, got "
+                f"{config.ckpt_path!r}, which a Trainer knows of its own fit alone. `{LAST}` is "
+                "the newest checkpoint, also that of a stop; the best one is named at the end of "
+                "its run."
+            )
+        if not (config.ckpt_path is None or config.ckpt_path.startswith("registry")):
             require_checkpoint(config.ckpt_path)
             require_readable(config.ckpt_path)
 
@@ -278,6 +285,15 @@ def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: None if is_secret(k, v) else _without_secrets(v) for k, v in value.items()}
     return [_without_secrets(each) for each in value] if isinstance(value, list) else value
+
+
+def _require_local(folder: str) -> None:
+    """Refuse a run's folder that can't be one: servers and curves write to files of this machine."""
+    if not folder.strip() or "://" in folder:
+        raise ConfigError(
+            f"`trainer.default_root_dir` must be a folder of this machine, got {folder!r}. Leave "
+            "it out for `runs/NAME`, and copy elsewhere when the run has ended."
+        )
 
 
 def _checkpoint_folders(trainer: Any) -> list[Path]:

@@ -65,6 +65,11 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
     """
     if not isinstance(path, str | Path):
         return _in_memory(path, split)
+    if str(path).strip() in ("", "/", ".", ".."):
+        raise ConfigError(
+            f"`path` must name a file, a folder with a dataset or a dataset of the hub, got "
+            f"{str(path)!r}."
+        )
     resolved = Path(_resolve(str(path)))
     if resolved.is_file():
         return _read_file(resolved)
