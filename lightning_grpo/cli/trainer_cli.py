@@ -288,7 +288,7 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _require_local(folder: str) -> None:
-    """Refuse a run's folder that can't be one: servers and curves write to files of this machine."""
+    """Refuse what can't be a run's folder: servers and curves write to files of this machine."""
     if not folder.strip() or "://" in folder:
         raise ConfigError(
             f"`trainer.default_root_dir` must be a folder of this machine, got {folder!r}. Leave "
