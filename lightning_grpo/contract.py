@@ -100,12 +100,6 @@ def check_intervals(trainer: L.Trainer, steps_per_rollout: int, epoch_steps: int
 def _check_numbers(trainer: L.Trainer) -> None:
     """What Lightning takes as it is given, and divides by or compares with later."""
     settings: Any = trainer
-    if trainer.max_steps == 0 or trainer.max_epochs == 0:
-        name = "max_steps" if trainer.max_steps == 0 else "max_epochs"
-        raise ConfigError(
-            f"`trainer.{name}` must be >= 1, or -1 for no limit, got 0: nothing would be trained. "
-            "To score a model, use `validate`."
-        )
     interval = vars(trainer).get("val_check_interval")  # not there where a time is set
     sanity = None if trainer.num_sanity_val_steps == math.inf else trainer.num_sanity_val_steps
     for name, value, above, least, way_out in (

@@ -149,6 +149,12 @@ class GRPOCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
         _require_local(str(config.trainer.default_root_dir))
+        for name in ("max_steps", "max_epochs"):
+            if self._command == "fit" and getattr(config.trainer, name) == 0:
+                raise ConfigError(
+                    f"`trainer.{name}` must be >= 1, or -1 for no limit, got 0: nothing would be "
+                    "trained. To score a model use `validate`."
+                )
         self._find_checkpoint(config)
         move_beside(config.trainer, self._kind)
         if config.ckpt_path in ("best", "hpc"):
