@@ -39,7 +39,8 @@ def test_a_folder_while_requests_are_retracted(
     server: Server, reference: PreTrainedModel, other_reference: PreTrainedModel, other_folder: Path
 ) -> None:
     prompts = [[*PROMPT, i] for i in range(3)]
-    running = [server.launch(p, sampling=LONG).wait_for(40) for p in prompts]
+    launched = [server.launch(p, sampling=LONG) for p in prompts]
+    running = [request.wait_for(40) for request in launched]
     server.post("/pause_generation", mode="retract")
     assert server.request("/flush_cache")[0] == 400
     server.post(
@@ -58,7 +59,8 @@ def test_buckets_while_requests_are_retracted(
 ) -> None:
     trainer = Trainer(server)
     prompts = [[*PROMPT, i] for i in range(3)]
-    running = [server.launch(p, sampling=LONG).wait_for(30) for p in prompts]
+    launched = [server.launch(p, sampling=LONG) for p in prompts]
+    running = [request.wait_for(30) for request in launched]
     server.post("/pause_generation", mode="retract")
     answers = trainer.send_buckets(load_file(other_folder / "model.safetensors"), "v1", 100_000)
     assert all(status == 200 for status, _ in answers)
