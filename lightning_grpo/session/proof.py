@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.snapshot_scorer import SnapshotScorer
 from lightning_grpo.strategies.fsdp2 import reshard, unshard
@@ -57,9 +58,8 @@ class TrainerProof:
         """
         first = self._scorer is None
         if self._scorer is None:
-            assert isinstance(policy, PackedPolicy)
             keep = _fits_beside(snapshot)
-            self._scorer = SnapshotScorer(policy.model, keep_memory=keep)
+            self._scorer = SnapshotScorer(packed(policy).model, keep_memory=keep)
         self._scorer.hold(snapshot)
         scores = self._scorer.scores(self.probe.sequences)
         require_finite(scores)
@@ -95,21 +95,20 @@ def policy_scores(
     """Score sequences by the pass that trains; on every rank, since shards need all.
 
     Args:
-        policy: A `PackedPolicy`, sharded or not.
+        policy: A `PackedPolicy`, sharded or not, or what Fabric made of it: its pass is taken.
         sequences: Token ids.
 
     Returns:
         Logprobs `[sequences][tokens]`, of which entry 0 of a sequence says nothing, and the
         precision in which the policy computed.
     """
-    assert isinstance(policy, PackedPolicy)
     device = next(policy.parameters()).device
     computed: list[torch.dtype] = []
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
         computed.append(output.last_hidden_state.dtype)
 
-    hook = policy.model.get_decoder().register_forward_hook(look)
+    hook = packed(policy).model.get_decoder().register_forward_hook(look)
     unshard(policy)
     try:
         scores = [
@@ -120,6 +119,23 @@ def policy_scores(
         hook.remove()
         reshard(policy)  # the optimizer and callbacks look at the shards
     return scores, str(computed[0]).removeprefix("torch.")
+
+
+def packed(policy: nn.Module) -> PackedPolicy:
+    """The policy inside of what Fabric or DDP put around it.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    inner: Any = policy
+    while not isinstance(inner, PackedPolicy):
+        if not isinstance(inner, nn.Module) or not hasattr(inner, "module"):
+            raise ConfigError(
+                "`policy` must be a PackedPolicy, or what Fabric made of one, got a "
+                f"{type(policy).__name__}."
+            )
+        inner = inner.module
+    return inner
 
 
 def is_adapted(policy: nn.Module) -> bool:

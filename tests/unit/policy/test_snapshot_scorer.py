@@ -1,12 +1,15 @@
 import copy
 
+import lightning as L
 import pytest
 import torch
 
-from lightning_grpo.errors import WeightSyncError
+from lightning_grpo.errors import ConfigError, WeightSyncError
 from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.snapshot_scorer import SnapshotScorer
+from lightning_grpo.session.proof import packed
+from lightning_grpo.session.proof import policy_scores as scores_and_kind
 from lightning_grpo.weights.gather import gather_weights
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_lm import VOCAB, make_lm
@@ -148,3 +151,15 @@ def test_other_architectures_are_scored_and_their_rounding_is_measured(kind, set
     assert close(scorer.scores(SEQUENCES), policy_scores(policy))
     assert 0 < scorer.rounding(SEQUENCES, "float32") < 1e-5
     assert close(scorer.scores(SEQUENCES), policy_scores(policy))
+
+
+def test_the_proof_finds_the_policy_inside_of_what_fabric_made_of_it():
+    policy = PackedPolicy(make_lm(seed=3))
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    wrapped = fabric.setup(policy)
+    assert packed(wrapped) is policy
+    scores, kind = scores_and_kind(wrapped, [[3, 9, 4, 7]])
+    assert scores == scores_and_kind(policy, [[3, 9, 4, 7]])[0]
+    assert kind == "float32"
+    with pytest.raises(ConfigError, match="must be a PackedPolicy, or what Fabric made of one"):
+        packed(torch.nn.Linear(2, 2))
