@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_grpo import LoRA
-from lightning_grpo.policy.lora import AdaptedLinear
+from lightning_grpo.policy.adapted import AdaptedLinear
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.weights.gather import gather_weights
 

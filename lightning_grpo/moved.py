@@ -70,7 +70,6 @@ MOVED = {
     "launch.ray_node": "launch.ray",
     "launch.ray_plan": "launch.ray",
     "policy._varlen": "policy.attention",
-    "policy.adapted": "policy.lora",
     "policy.export": "policy.load",
     "policy.head": "policy.packed",
     "policy.materialize": "policy.load",

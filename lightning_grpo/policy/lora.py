@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft.tuners.lora.layer import Linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from typing_extensions import override
 
 from lightning_grpo.checks import require_number
 from lightning_grpo.errors import ConfigError
@@ -66,6 +63,8 @@ class LoRA:
         """
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora.layer import ParamWrapper
+
+        from lightning_grpo.policy.adapted import AdaptedLinear
 
         layers = _linear_layers(model)
         self._check_targets(model, {name.rpartition(".")[2] for name in layers})
@@ -124,6 +123,8 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def _check_plain(model: PreTrainedModel) -> None:
     """Refuse adapted layers whose forward is more than a product: it would be left out."""
+    from lightning_grpo.policy.adapted import AdaptedLinear
+
     for name, layer in model.named_modules():
         if not isinstance(layer, AdaptedLinear):
             continue
@@ -194,29 +195,3 @@ def export_adapter(model: PreTrainedModel, base: str, folder: str | Path) -> Pat
         save_file(tensors, written / "adapter_model.safetensors", metadata={"format": "pt"})
         configs[_ADAPTER].save_pretrained(str(written))
     return target
-
-
-class AdaptedLinear(Linear):
-    """x W + (x A) B * alpha / rank, rounded once.
-
-    PEFT's own layer adds the update to what the base layer has rounded already, so that in bf16 an
-    update below half a unit is lost at every token: the policy would hardly train at first, and
-    differ from servers that compute with merged weights. Here the update goes into the sum of the
-    matrix product, which is kept in fp32. One adapter, without dropout.
-    """
-
-    @override
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: `[..., in]`; gives `[..., out]`."""
-        (name,) = self.active_adapters
-        base, scale = self.get_base_layer(), self.scaling[name]
-        assert isinstance(base, nn.Linear | Conv1D)
-        if scale == 0.0:  # switched off
-            return base(x)
-        rows = x.flatten(0, -2)
-        update = self.lora_B[name](self.lora_A[name](rows)) * scale
-        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
-        summed = torch.addmm(update, rows, weight)
-        if base.bias is not None:
-            summed = summed + base.bias.to(summed.dtype)  # autocast leaves it as it is
-        return summed.unflatten(0, x.shape[:-1])

@@ -4,7 +4,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
-from lightning_grpo.policy.lora import AdaptedLinear
+from lightning_grpo.policy.adapted import AdaptedLinear
 from tests.fakes.devices import ON_A_GPU
 
 
