@@ -98,3 +98,13 @@ def test_the_init_of_a_folder_is_a_docstring_and_at_most_names_of_its_own_module
         )
         is_all = isinstance(statement, ast.Assign) and ast.unparse(statement.targets) == "__all__"
         assert names_own_module or is_all, ast.unparse(statement)
+
+
+def test_a_module_and_its_data_load_where_no_extra_is_installed():
+    code = "import sys\nfor extra in ('peft', 'ray', 'math_verify', 'openai', 'tensorboard'):\n"
+    code += "    sys.modules[extra] = None\n"
+    code += (
+        "import lightning_grpo.module, lightning_grpo.datamodule, lightning_grpo.cli.trainer_cli"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
