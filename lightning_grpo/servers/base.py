@@ -72,7 +72,7 @@ class Servers(ABC):
 
     @property
     def planned_devices(self) -> tuple[int, ...]:
-        """The GPUs, by their number on this machine, that `start` will use; empty if none."""
+        """The GPUs, as torch numbers them, that `start` will use; empty if none."""
         return ()
 
     @property

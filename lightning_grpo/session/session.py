@@ -305,6 +305,12 @@ class RolloutSession:
             policy: A `PackedPolicy`, sharded or not.
             trained: Whether a rollout batch was trained on since the last publish: a new version.
         """
+        with torch.inference_mode(False), torch.no_grad():
+            return self._publish(policy, trained)
+
+    def _publish(self, policy: nn.Module, trained: bool) -> PublishReport | None:
+        # Never under `validate`'s inference mode: FSDP keeps what it gathers, and could not train
+        # on it, nor gather again.
         self.wait_started()
         if not trained and self._synced:
             return None
