@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, RequestError, ServerError
 from lightning_grpo.rollout.chat import with_arguments
 from lightning_grpo.rollout.protocols import (
     Generator,
@@ -39,7 +39,7 @@ class Request:
     """What makes the requests of an attempt differ from those of other attempts.
 
     Attributes:
-        attempt: Which attempt at the prompt, from 1.
+        attempt: Which attempt at the prompt, from 1; one that lost its servers has the same again.
         version: Weights that no token may be older than.
         group_key: Keeps requests of one prompt on one server.
         priority: Goes first (evaluation).
@@ -299,6 +299,11 @@ class EpisodeRunner:
         except Exception as error:  # noqa: BLE001 - recorded here, raised by run()
             attempt.failure = attempt.failure or error
             tasks.cancel_scope.cancel()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an attempt lost its servers: the same seeds then give what it would have been."""
+    return isinstance(error, ServerError) and not isinstance(error, RequestError)
 
 
 def first_line(error: BaseException) -> str:
