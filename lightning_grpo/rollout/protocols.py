@@ -85,7 +85,8 @@ class EpisodeContext(Protocol):
 
         Args:
             input_ids: What to continue.
-            sampling: How to sample, or settings of that by name; None: as the workflow's `sampling` says.
+            sampling: How to sample, or its settings by name; None: as the workflow's `sampling`
+                says.
             trained: Whether the completion becomes a part of the trajectory. One that doesn't (a
                 judgement, a summary) may be sampled in any way; the others must all have one
                 temperature and nothing that biases the importance ratio.
