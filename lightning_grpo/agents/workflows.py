@@ -44,7 +44,7 @@ from lightning_grpo.rollout.protocols import (
 )
 from lightning_grpo.rollout.scoring import answer_of
 from lightning_grpo.rollout.workflow import sampling_of
-from lightning_grpo.types import Prompt, Sampling, Trajectory
+from lightning_grpo.types import AnySampling, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
 _TRY_AGAIN = "Your answer is not right. Please think again and give another answer."
@@ -76,7 +76,7 @@ class MultiTurnWorkflow(RewardedWorkflow):
         reward: Rewards,
         feedback: Callable[..., Any] | None = None,
         retry_text: str = _TRY_AGAIN,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 2,
         turn_discount: float = 1.0,
@@ -191,7 +191,7 @@ class ToolWorkflow(RewardedWorkflow):
         self,
         tools: list[Callable[..., Any]],
         reward: Rewards,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 4,
         max_calls: int = 8,
@@ -344,7 +344,7 @@ class AgentWorkflow(RewardedWorkflow):
         self,
         agent: Callable[..., Any],
         reward: Rewards | None = None,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
         timeout_s: float = 600.0,
         conversations: Conversations = "one",

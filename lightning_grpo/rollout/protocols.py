@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, 
 from typing import Any, Protocol
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.types import Completion, Prompt, Sampling, Trajectory
+from lightning_grpo.types import AnySampling, Completion, Prompt, Sampling, Trajectory
 
 Reward = Callable[..., Any]
 """`reward(prompt, completion, **columns) -> float | dict[str, float]`; sync or async."""
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
         """Turn text into token ids."""
         ...
 
-    def decode(self, token_ids: Any, **kwargs: Any) -> str:
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
         """Turn token ids into text."""
         ...
 
@@ -79,13 +79,14 @@ class EpisodeContext(Protocol):
     tokenizer: Tokenizer
 
     async def generate(
-        self, input_ids: list[int], sampling: Sampling | None = None, *, trained: bool = True
+        self, input_ids: Sequence[int], sampling: AnySampling | None = None, *, trained: bool = True
     ) -> Completion:
         """Sample one continuation; the seed, the group and the priority are the context's.
 
         Args:
             input_ids: What to continue.
-            sampling: How to sample; None: as the workflow's `sampling` says.
+            sampling: How to sample, or its settings by name; None: as the workflow's `sampling`
+                says.
             trained: Whether the completion becomes a part of the trajectory. One that doesn't (a
                 judgement, a summary) may be sampled in any way; the others must all have one
                 temperature and nothing that biases the importance ratio.

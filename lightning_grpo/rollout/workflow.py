@@ -20,7 +20,7 @@ from lightning_grpo.rollout.protocols import (
     legal_name,
 )
 from lightning_grpo.rollout.scoring import Score, is_trainable, try_reward
-from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
+from lightning_grpo.types import NO_VERSION, AnySampling, Completion, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
 _GREEDY_BELOW = 1e-6
@@ -33,14 +33,14 @@ class RLVRWorkflow(RolloutWorkflow):
     Args:
         reward: A function, or several, as a list or by the names that they are logged under. Each
             gets the arguments that it names.
-        sampling: How completions are sampled in training.
+        sampling: How completions are sampled in training; its settings by name will do.
         reward_weights: A weight for each function, or by name; None: all 1.
     """
 
     def __init__(
         self,
         reward: Rewards,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
     ) -> None:
         self.rewards = bind_rewards(reward)
