@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -59,42 +59,17 @@ class Counters:
             setattr(self, each.name, int(state[each.name]))
 
 
-def metrics(counters: Counters, status: Mapping[str, Any]) -> dict[str, float]:
-    """What is logged of the producer, under its names.
-
-    Args:
-        counters: The producer's.
-        status: Its `status()`.
-    """
-    return {
-        "rollout/pass": float(status["pass"]),
-        "rollout/in_flight": float(status["in_flight"]),
-        "rollout/queued": float(status["queued"]),
-        "rollout/filtered": float(counters.filtered),
-        "rollout/filled": float(counters.filled),
-        "rollout/failed": float(counters.failed),
-        "rollout/retried": float(counters.retried),
-        "rollout/expired": float(counters.expired),
-        "rollout/skipped": float(counters.skipped),
-        "staleness/dropped_groups": float(counters.dropped_groups),
-        "staleness/dropped_tokens": float(counters.dropped_tokens),
-    }
-
-
-def explain_wait(status: Mapping[str, Any]) -> str:
-    """One line on why a batch isn't ready.
-
-    Args:
-        status: The producer's `status()`.
-    """
-    errors = "; ".join(status["last_errors"]) or "none"
-    return (
-        f"no accepted group for {status['idle_s']:.0f} s at version {status['version']}: "
-        f"{status['running']} groups running, {status['queued']} finished, "
-        f"{status['unpublished_batches']} batch(es) whose weights are not out; "
-        f"last errors: {errors}"
-    )
-
+LOGGED = {
+    "rollout/filtered": "filtered",
+    "rollout/filled": "filled",
+    "rollout/failed": "failed",
+    "rollout/retried": "retried",
+    "rollout/expired": "expired",
+    "rollout/skipped": "skipped",
+    "staleness/dropped_groups": "dropped_groups",
+    "staleness/dropped_tokens": "dropped_tokens",
+}
+"""Metric -> the counter that it is of."""
 
 WINDOW_BATCHES = 10
 """The failure rate is taken over this many batches' groups."""

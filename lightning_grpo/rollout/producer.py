@@ -103,11 +103,6 @@ class Backlog:
         self.runs: dict[int, GroupRun] = {}
         self._again: deque[tuple[PromptKey, int]] = deque()  # put back, with their attempts
 
-    @property
-    def num_put_back(self) -> int:
-        """Prompts that are to be asked once more."""
-        return len(self._again)
-
     def next(self) -> tuple[PromptKey, int]:
         """The key of the next prompt and which attempt at it comes."""
         if self._again:
@@ -352,18 +347,13 @@ class RolloutProducer:
         """Cancel every episode."""
         return await self._background.__aexit__(*error)
 
-    async def take(self, num_groups: int | None = None) -> list[Group]:
+    async def take(self) -> list[Group]:
         """Wait for one rollout batch: exactly `batch_size` groups, oldest version first.
-
-        Args:
-            num_groups: If given, must be the batch size: the staleness rule counts in batches.
 
         Raises:
             FailureBudgetError: Too many groups failed.
             RolloutError: The producer ended, or there is nothing left to take.
         """
-        if num_groups not in (None, self.gate.batch_size):
-            raise ConfigError(f"take() gives {self.gate.batch_size} groups, not {num_groups}.")
         began = anyio.current_time()
         while True:
             changed = self._background.next_change
@@ -389,7 +379,7 @@ class RolloutProducer:
             for run in runs
         )
         wanted = size * self.runner.group_size
-        return RolloutProgress(done, wanted, tally.evaluated, tally.tokens)
+        return RolloutProgress(done, wanted, tally.evaluated, tally.tokens, self.explain_wait())
 
     def advance(self, version: int) -> None:
         """The servers have new weights: slots of the batches trained on become free.
@@ -421,19 +411,21 @@ class RolloutProducer:
             evaluate, self.runner, prompts, sampling, num_samples, attempts, num_episodes
         )
 
-    def status(self) -> dict[str, Any]:
-        """Where the producer stands, for one line that explains a wait."""
-        return {
-            "version": self.gate.version,
-            "running": self.gate.num_running,
-            "in_flight": self.gate.num_running * self.runner.group_size,
-            "queued": self.gate.num_finished,
-            "unpublished_batches": self.gate.num_pending_batches,
-            "ask_again": self._backlog.num_put_back,
-            "pass": self._backlog.stream.pass_index,
-            "idle_s": anyio.current_time() - self._accepted_at,
-            "last_errors": list(self._errors),
-        }
+    @property
+    def pass_index(self) -> int:
+        """Which pass over the prompts it is in."""
+        return self._backlog.stream.pass_index
+
+    def explain_wait(self) -> str:
+        """One line on why a batch isn't ready."""
+        gate, idle_s = self.gate, anyio.current_time() - self._accepted_at
+        errors = "; ".join(self._errors) or "none"
+        return (
+            f"no accepted group for {idle_s:.0f} s at version {gate.version}: "
+            f"{gate.num_running} groups running, {gate.num_finished} finished, "
+            f"{gate.num_pending_batches} batch(es) whose weights are not out; "
+            f"last errors: {errors}"
+        )
 
     def state_dict(self, num_trained: int = 0) -> dict[str, Any]:
         """Everything to go on from, as plain data; without an await, so it is one moment.

@@ -9,7 +9,7 @@ import selectors
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any, TypeVar
@@ -19,9 +19,7 @@ import anyio.abc
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lightning_grpo.errors import RolloutError
-from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.serving.background import ClosedError
-from lightning_grpo.types import Group, Prompt, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ MOST_READY = 128
 """To read from so many sockets takes milliseconds."""
 _LOOP_LOST = "the rollouts' event loop was ended from outside, or by a SystemExit in it."
 
-Build = Callable[[], AbstractAsyncContextManager[RolloutProducer]]
+Build = Callable[[], AbstractAsyncContextManager[object]]
 
 
 class SteadySelector(selectors.DefaultSelector):
@@ -56,8 +54,8 @@ def steady_loop() -> asyncio.AbstractEventLoop:
     return asyncio.SelectorEventLoop(SteadySelector())
 
 
-class RolloutService:
-    """Runs a producer and whatever it stands on in a thread of its own.
+class EventLoop:
+    """Holds a context open on an event loop in a thread of its own, and takes calls to it.
 
     Every call that waits is a future, and every future raises at once when the loop's main task
     ends, whatever ended it.
@@ -68,7 +66,7 @@ class RolloutService:
         self._portal: BlockingPortal | None = None
         self._thread: AbstractContextManager[BlockingPortal] | None = None
         self._main_task: Future[None] | None = None
-        self._producer: RolloutProducer | None = None
+        self._live = False
         self._failure: BaseException | None = None
         self._stop: anyio.Event | None = None
         self._ended: anyio.Event | None = None
@@ -76,28 +74,15 @@ class RolloutService:
         self._last_beat: float | None = None
 
     @property
-    def is_running(self) -> bool:
-        """Whether `start` was called and `close` was not."""
-        return self._portal is not None
-
-    @property
     def is_live(self) -> bool:
-        """Whether the producer runs: between `start` and `close`, unless it failed."""
-        return self._portal is not None and self._producer is not None
-
-    @property
-    def producer(self) -> RolloutProducer:
-        """The producer, for code that runs on the loop."""
-        if self._producer is None:
-            raise self._why_ended()
-        return self._producer
+        """Whether calls are taken: between `start` and `close`, unless what runs there failed."""
+        return self._portal is not None and self._live
 
     def start(self, build: Build) -> None:
         """Start the loop and enter `build()` on it; raises what entering raises.
 
         Args:
-            build: Makes the context that holds scorer, servers' client and producer, outermost
-                first; it is left on the loop, too.
+            build: Makes the context that holds what runs on the loop; it is left there as well.
         """
         if self._portal is not None:
             raise RolloutError("the rollouts are already running.")
@@ -111,16 +96,6 @@ class RolloutService:
             self.close()
             raise
 
-    def take(self, num_groups: int | None = None) -> Future[list[Group]]:
-        """The next rollout batch."""
-        return self.run(lambda: self.producer.take(num_groups))
-
-    def evaluate(
-        self, prompts: Iterable[Prompt], sampling: Sampling | None = None, num_samples: int = 1
-    ) -> Future[list[Group]]:
-        """Groups for held-out prompts."""
-        return self.run(lambda: self.producer.evaluate(prompts, sampling, num_samples))
-
     def run(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> Future[_T]:
         """Run a coroutine function on the loop."""
         running = self._submit(self._until_ended, function, *arguments)
@@ -130,25 +105,9 @@ class RolloutService:
 
     def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Run a quick function on the loop and wait: nothing else runs there meanwhile."""
-        if self._portal is not None and self._producer is None:
+        if self._portal is not None and not self._live:
             raise self._why_ended()
         return self._submit(function, *arguments).result()
-
-    def advance(self, version: int) -> None:
-        """The servers have new weights."""
-        self.call(self.producer.advance, version)
-
-    def status(self) -> dict[str, Any]:
-        """Where the producer stands."""
-        return self.call(self.producer.status)
-
-    def state_dict(self) -> dict[str, Any]:
-        """One moment of everything that goes into a checkpoint."""
-        return self.call(self.producer.state_dict)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.call(self.producer.load_state_dict, state)
 
     def lag_s(self) -> float:
         """The longest that the loop was late since the last call (`health/event_loop_lag_s`).
@@ -188,8 +147,8 @@ class RolloutService:
         # warning before the time limit to every process of the job, and it would end them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
-            async with build() as producer, anyio.create_task_group() as tasks:
-                self._producer = producer
+            async with build(), anyio.create_task_group() as tasks:
+                self._live = True
                 tasks.start_soon(self._beat)
                 task_status.started()
                 await self._stop.wait()
@@ -198,7 +157,7 @@ class RolloutService:
             self._failure = error
             raise
         finally:
-            self._producer = None
+            self._live = False
             self._ended.set()
 
     async def _beat(self) -> None:

@@ -24,7 +24,7 @@ from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import Policy, StalenessGate
-from lightning_grpo.rollout.ledger import Counters, Ledger, metrics
+from lightning_grpo.rollout.ledger import LOGGED, Ledger
 from lightning_grpo.rollout.limits import raise_file_limit, room_for_connections
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
@@ -210,7 +210,9 @@ class Live:
         since = {name: n - self._counted.get(name, 0) for name, n in counted.items()}
         period = max(now - self._counted_at, 1e-9)
         self._counted, self._counted_at = counted, now
-        logged = metrics(Counters(**since), self.producer.status())
+        logged = {name: float(since[counter]) for name, counter in LOGGED.items()}
+        logged["rollout/pass"] = float(self.producer.pass_index)
+        logged["rollout/queued"] = float(self.producer.gate.num_finished)
         logged["rollout/in_flight"] = float(self.pool.num_in_flight)
         logged["rollout/tokens_per_s"] = since["tokens"] / period
         logged["rollout/groups_per_s"] = since["taken"] / period

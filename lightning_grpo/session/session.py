@@ -25,7 +25,7 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, GRPOError, PromptError
 from lightning_grpo.loader import RolloutSource, Taken
 from lightning_grpo.rollout.producer import RolloutProducer
-from lightning_grpo.rollout.service import RolloutService
+from lightning_grpo.rollout.service import EventLoop
 from lightning_grpo.servers.process import main_address
 from lightning_grpo.session.assembly import (
     Beginning,
@@ -158,7 +158,7 @@ class _Lead:
     """What only rank 0 has."""
 
     material: Material
-    service: RolloutService = field(default_factory=RolloutService)
+    service: EventLoop = field(default_factory=EventLoop)
     starting: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     started: Future[None] | None = None
     beginning: Future[Beginning] = field(default_factory=Future)
