@@ -36,7 +36,7 @@ from lightning_grpo.rollout.limits import RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.protocols import EpisodeContext
-from lightning_grpo.rollout.service import RolloutService
+from lightning_grpo.rollout.service import EventLoop
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.running import RunningServers
 from lightning_grpo.serving.server import Member
@@ -107,7 +107,7 @@ class Client:
         )
         self.beat = Beat()
         self.version = -1
-        self.service = RolloutService()
+        self.service = EventLoop()
         self._live: Live | None = None
         self._heap = QuietHeap()
 
@@ -151,7 +151,8 @@ class Client:
 
     def next_batch(self) -> int:
         """Wait for one; how many completions it has."""
-        groups = self.service.run(self.service.producer.take).result(timeout=600)
+        assert self._live is not None
+        groups = self.service.run(self._live.producer.take).result(timeout=600)
         return sum(len(group.trajectories) for group in groups)
 
 
