@@ -32,13 +32,12 @@ from typing import Any
 
 import psutil
 
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
-from lightning_grpo.rollout.protocols import EpisodeContext
-from lightning_grpo.rollout.service import EventLoop
-from lightning_grpo.rollout.workflow import RLVRWorkflow
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.rollout.workflow import EpisodeContext, RLVRWorkflow
+from lightning_grpo.servers.base import RunningServers
+from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.serving.server import Member
 from lightning_grpo.session.assembly import Beginning, Live, QuietHeap, open_live
 from lightning_grpo.session.material import SessionSettings, open_material

@@ -31,9 +31,8 @@ from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards.sandbox import boundary
-from lightning_grpo.servers.base import Servers
-from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.process import present_devices
+from lightning_grpo.servers.base import Servers, present_devices
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Sampling
 

@@ -24,8 +24,7 @@ from typing import Any
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.launch.slurm import Job, require_at_least
 from lightning_grpo.servers import supervisor
-from lightning_grpo.servers.base import read_tail
-from lightning_grpo.servers.process import child_environment
+from lightning_grpo.servers.base import child_environment, read_tail
 
 _RAY_SERVERS = "lightning_grpo.RayServers"
 

@@ -1,18 +1,64 @@
-"""The order in which prompts are drawn: curricula and mixtures."""
+"""The order in which prompts are drawn: seeded passes, curricula and mixtures."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.rollout.prompts import PromptSet, PromptStream
+from lightning_grpo.rollout.prompts import PromptSet
 from lightning_grpo.types import Group, Prompt, PromptKey
+
+
+class PromptStream:
+    """One endless stream: seeded passes over the prompts, joined end to end.
+
+    Entry i is position `i % N` of pass `i // N`; each pass is a permutation given by (seed, pass)
+    alone, so any entry can be had at any time and the state is one number.
+
+    Args:
+        prompts: Anything with `len` and `prompt(row, pass_index)`.
+        shuffle: Whether passes are permuted.
+        seed: Of the permutations.
+    """
+
+    def __init__(self, prompts: PromptSet, shuffle: bool = True, seed: int = 0) -> None:
+        self.prompts = prompts
+        self.shuffle = shuffle
+        self.seed = seed
+        self._orders: dict[int, Sequence[int]] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Prompts of one pass."""
+        return len(self.prompts)
+
+    def key(self, index: int) -> PromptKey:
+        """The name of entry `index`, without making the prompt."""
+        pass_index, position = divmod(index, self.num_rows)
+        return pass_index, self._order(pass_index)[position]
+
+    def __getitem__(self, index: int) -> Prompt:
+        """Make the prompt of entry `index`."""
+        pass_index, row = self.key(index)
+        return self.prompts.prompt(row, pass_index)
+
+    def _order(self, pass_index: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(self.num_rows)
+        if pass_index not in self._orders:
+            order = list(range(self.num_rows))
+            random.Random(f"{self.seed}:{pass_index}").shuffle(order)
+            # Two passes meet at a seam; older ones are only asked for after a resume.
+            self._orders = {k: v for k, v in self._orders.items() if k == pass_index - 1}
+            self._orders[pass_index] = order
+        return self._orders[pass_index]
 
 
 def unsolved(success: float) -> float:

@@ -26,10 +26,9 @@ from typing import Any
 from lightning_grpo.checks import MOST_SERVERS, require_count, require_seconds
 from lightning_grpo.errors import GRPOError, ServerError, ServerStartError
 from lightning_grpo.keys import new_key
-from lightning_grpo.servers.base import ServerHandle, Servers
+from lightning_grpo.servers.base import ServerHandle, ServerLoad, Servers
 from lightning_grpo.servers.process import OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers
-from lightning_grpo.servers.sizing import ServerLoad
 
 POLL_S = 0.2
 BEAT_S = 1.0

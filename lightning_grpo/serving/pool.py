@@ -35,8 +35,14 @@ from lightning_grpo.errors import (
     ServerError,
     ServersLostError,
 )
-from lightning_grpo.serving.background import Turns, seen
-from lightning_grpo.serving.client import ServerClient, growing, new_session
+from lightning_grpo.serving.client import (
+    GenerateReply,
+    GenerateRequest,
+    ServerClient,
+    check_reply,
+    growing,
+    new_session,
+)
 from lightning_grpo.serving.completion import (
     Decode,
     Partial,
@@ -44,10 +50,10 @@ from lightning_grpo.serving.completion import (
     choose_interruption,
     stop_generation,
 )
+from lightning_grpo.serving.event_loop import Turns, seen
 from lightning_grpo.serving.fitness import Requirements, ServerFacts, check_ids, verify_server
 from lightning_grpo.serving.health import HealthPolicy, IsGone, Monitor, Restart, Restore
 from lightning_grpo.serving.server import Member, MemberState, Rank, Router, ServerLike
-from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, check_reply
 from lightning_grpo.types import Completion, Interruption, InterruptionChoice, Sampling
 
 

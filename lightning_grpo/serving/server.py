@@ -25,8 +25,8 @@ from typing import Protocol
 import anyio
 
 from lightning_grpo.errors import ReplyError
-from lightning_grpo.serving.background import in_turns
 from lightning_grpo.serving.client import LONGEST_WAIT_S, ServerClient, growing
+from lightning_grpo.serving.event_loop import in_turns
 from lightning_grpo.serving.fitness import ServerFacts
 from lightning_grpo.types import NO_VERSION
 

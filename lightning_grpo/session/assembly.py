@@ -24,13 +24,11 @@ from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import Policy, StalenessGate
-from lightning_grpo.rollout.ledger import LOGGED, Ledger
-from lightning_grpo.rollout.limits import raise_file_limit, room_for_connections
+from lightning_grpo.rollout.ledger import LOGGED, Ledger, raise_file_limit, room_for_connections
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.stream import PromptMixture
-from lightning_grpo.servers.base import ServerHandle, Servers
-from lightning_grpo.servers.process import present_devices
+from lightning_grpo.servers.base import ServerHandle, Servers, present_devices
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.session.material import Material, SessionSettings

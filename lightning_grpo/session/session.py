@@ -25,8 +25,8 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, GRPOError, PromptError
 from lightning_grpo.loader import RolloutSource, Taken
 from lightning_grpo.rollout.producer import RolloutProducer
-from lightning_grpo.rollout.service import EventLoop
-from lightning_grpo.servers.process import main_address
+from lightning_grpo.servers.base import main_address
+from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.session.assembly import (
     Beginning,
     Live,

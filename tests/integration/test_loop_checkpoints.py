@@ -19,7 +19,7 @@ from lightning_grpo.errors import CheckpointError, StopRun
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.records import recorded_version, trajectory_files
 from lightning_grpo.rollout.stream import Curriculum, undecided
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer

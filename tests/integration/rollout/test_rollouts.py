@@ -6,19 +6,18 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
-from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.rollout.service import EventLoop
 
 from lightning_grpo.errors import FailureBudgetError
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import StalenessGate
-from lightning_grpo.rollout.ledger import Ledger
+from lightning_grpo.rollout.ledger import Ledger, RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.types import Completion, Sampling
 from tests.fakes.generator import FakeGenerator
 from tests.fakes.tiny_model import make_tiny_tokenizer

@@ -17,7 +17,7 @@ from lightning_grpo.rollout.episodes import (
     for_evaluation,
 )
 from lightning_grpo.rollout.workflow import single_turn
-from lightning_grpo.serving.background import Background, ClosedError
+from lightning_grpo.serving.event_loop import Background, ClosedError
 from lightning_grpo.types import NO_VERSION, Prompt, Sampling, Trajectory
 from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
 from tests.fakes.generator import FakeGenerator, InlineScorer

@@ -18,9 +18,9 @@ from lightning_grpo.errors import (
     RolloutError,
     ServersLostError,
 )
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.producer import has_variance
-from lightning_grpo.rollout.prompts import PromptStream
+from lightning_grpo.rollout.stream import PromptStream
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.types import Prompt, Sampling
 from tests.fakes.generator import FakeGenerator

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from lightning_grpo.errors import ConfigError, PromptError
-from lightning_grpo.rollout.prompts import Prompts, PromptStream, Vocabulary
+from lightning_grpo.rollout.prompts import Prompts, Vocabulary
+from lightning_grpo.rollout.stream import PromptStream
 from lightning_grpo.types import Prompt
 from tests.fakes.tokenizer import CharTokenizer
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
-from lightning_grpo.rollout.service import MOST_READY, EventLoop, SteadySelector
+from lightning_grpo.serving.event_loop import MOST_READY, EventLoop, SteadySelector
 from tests.fakes.generator import FakeGenerator
 from tests.fakes.rollouts import make_producer
 
