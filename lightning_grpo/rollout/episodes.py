@@ -15,7 +15,9 @@ import anyio.lowlevel
 from lightning_grpo.checks import require_count
 from lightning_grpo.errors import (
     ConfigError,
+    RequestError,
     RolloutError,
+    ServerError,
     ServersLostError,
 )
 from lightning_grpo.rollout.chat import Tokenizer, with_arguments
@@ -52,7 +54,7 @@ class Request:
     """What makes the requests of an attempt differ from those of other attempts.
 
     Attributes:
-        attempt: Which attempt at the prompt, from 1.
+        attempt: Which attempt at the prompt, from 1; one that lost its servers has the same again.
         version: Weights that no token may be older than.
         group_key: Keeps requests of one prompt on one server.
         priority: Goes first (evaluation).
@@ -314,6 +316,11 @@ class EpisodeRunner:
             tasks.cancel_scope.cancel()
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an attempt lost its servers: the same seeds then give what it would have been."""
+    return isinstance(error, ServerError) and not isinstance(error, RequestError)
+
+
 def first_line(error: BaseException) -> str:
     """An error in one line, for a status."""
     lines: list[str] = str(error).strip().splitlines() or [""]
@@ -374,16 +381,17 @@ async def _evaluate_one(
     num_samples: int,
     max_attempts: int,
 ) -> Group:
+    draw = 1
     for attempt in range(1, max_attempts + 1):
         request = Request(
-            attempt, group_key=("evaluation", prompt.row), priority=True, sampling=sampling
+            draw, group_key=("evaluation", prompt.row), priority=True, sampling=sampling
         )
         try:
             trajectories = await runner.run(prompt, request, Attempt(), num_samples)
         except _ENDS_EVALUATION:
             raise
         except Exception as error:  # noqa: BLE001 - tried again, then raised by name
-            failure = error
+            failure, draw = error, draw + (not is_lost(error))
         else:
             oldest = min(trajectory.oldest_version for trajectory in trajectories)
             return Group(prompt, trajectories, oldest, attempt)

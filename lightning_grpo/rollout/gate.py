@@ -102,12 +102,16 @@ class StalenessGate:
             return False
         return self.num_outstanding < (self.max_staleness + 1) * self.batch_size
 
-    def admit(self) -> int:
-        """Let one group in; its ticket names it from here on."""
+    def reserve(self) -> int:
+        """The next ticket, for a group that is let in later and keeps its place all the same."""
+        self._next_ticket += 1
+        return self._next_ticket - 1
+
+    def admit(self, ticket: int | None = None) -> int:
+        """Let one group in; its ticket (a reserved one or the next) names it from here on."""
         if not self.may_admit():
             raise RolloutError("admit() without a free slot: ask may_admit() first.")
-        ticket = self._next_ticket
-        self._next_ticket += 1
+        ticket = self.reserve() if ticket is None else ticket
         self._admitted[ticket] = self.version
         return ticket
 
@@ -216,8 +220,7 @@ class StalenessGate:
 
     def restore_finished(self, admitted_version: int) -> int:
         """Put back a finished group of a checkpoint, at the version that it was admitted at."""
-        ticket = self._next_ticket
-        self._next_ticket += 1
+        ticket = self.reserve()
         self._admitted[ticket] = admitted_version
         self._finished.add(ticket)
         return ticket

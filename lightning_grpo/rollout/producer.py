@@ -30,7 +30,14 @@ from lightning_grpo.errors import (
     RolloutError,
     ServersLostError,
 )
-from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request, evaluate, first_line
+from lightning_grpo.rollout.episodes import (
+    Attempt,
+    EpisodeRunner,
+    Request,
+    evaluate,
+    first_line,
+    is_lost,
+)
 from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Counters, Ledger, RolloutLimits
 from lightning_grpo.rollout.stream import PromptMixture
@@ -56,6 +63,7 @@ class GroupRun:
         ticket: Its name at the gate.
         prompt: What is asked.
         attempts: Which attempt runs, from 1.
+        num_lost: How many of the attempts before lost their servers.
         started_at: When that attempt began, on the loop's clock.
         attempt: The attempt's episodes.
         scope: Cancels it.
@@ -66,6 +74,7 @@ class GroupRun:
     ticket: int
     prompt: Prompt
     attempts: int
+    num_lost: int = 0
     started_at: float = 0.0
     attempt: Attempt = field(default_factory=Attempt)
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -76,6 +85,11 @@ class GroupRun:
     def key(self) -> PromptKey:
         """The prompt's name."""
         return self.prompt.key
+
+    @property
+    def draw(self) -> int:
+        """Which attempt by its seeds: what was lost by no fault of its own is sampled again."""
+        return self.attempts - self.num_lost
 
 
 class Backlog:
@@ -97,49 +111,65 @@ class Backlog:
         self._wants = wants
         self._skip = skip
         self.runs: dict[int, GroupRun] = {}
-        self._again: deque[tuple[PromptKey, int]] = deque()  # put back, with their attempts
+        self._again: dict[int, tuple[PromptKey, int]] = {}  # put back: ticket -> key, attempts
 
-    def next(self) -> tuple[PromptKey, int]:
-        """The key of the next prompt and which attempt at it comes."""
+    def next(self) -> tuple[PromptKey, int, int | None]:
+        """The key of the next prompt, which attempt at it comes, and the ticket it has, if any."""
         if self._again:
-            return self._again.popleft()
+            ticket = min(self._again)
+            return *self._again.pop(ticket), ticket
         key = self.stream.peek()
         while not self._wants(key):
             self._skip(key)
             self.stream.advance(asked=False)
             key = self.stream.peek()
         self.stream.advance()
-        return key, 1
+        return key, 1, None
 
     def put_back(self, run: GroupRun) -> None:
         """Ask a prompt again, before any other."""
-        self._again.appendleft((run.key, run.attempts))
+        self._again[run.ticket] = (run.key, run.draw)
 
     def state_dict(self, handed_over: Sequence[GroupRun] = ()) -> dict[str, Any]:
-        """Finished groups whole; those that run are asked again after a resume.
+        """Finished groups whole; those that run are asked again after a resume, in their places.
 
         Args:
             handed_over: Groups that were taken but not trained on; they are finished again.
         """
+        again, finished = dict(self._again), []
+        running = {ticket: run for ticket, run in self.runs.items() if run.group is None}
+        again |= {ticket: (run.key, run.draw) for ticket, run in running.items()}
         runs = [*handed_over, *(self.runs[ticket] for ticket in sorted(self.runs))]
-        running = [(run.key, run.attempts) for run in runs if run.group is None]
+        for run in runs:
+            if run.group is not None:
+                place = sum(ticket < run.ticket for ticket in again)
+                finished.append(pack_group(run.group, run.wanted) | {"place": place})
         return {
             "stream": self.stream.state_dict(),
-            "ask_again": [[list(key), attempts] for key, attempts in [*running, *self._again]],
-            "finished": [pack_group(run.group, run.wanted) for run in runs if run.group],
+            "ask_again": [[list(again[t][0]), again[t][1]] for t in sorted(again)],
+            "finished": finished,
         }
 
     def load_state_dict(self, state: dict[str, Any], gate: StalenessGate) -> None:
-        """Go on from `state_dict`; the gate gives the finished groups new tickets."""
+        """Go on from `state_dict`; the gate gives all groups new tickets in the old order."""
         self.stream.load_state_dict(state["stream"])
-        self._again = deque(((p, row), attempts) for (p, row), attempts in state["ask_again"])
-        self.runs = {}
+        self.runs, self._again = {}, {}
+        ask_again = deque(state["ask_again"])
         for packed in state["finished"]:
+            # Its place: how many that are asked again come before it.
+            while ask_again and len(self._again) < packed.get("place", 0):
+                self._reserve(ask_again.popleft(), gate)
             group = unpack_group(packed, self.stream.by_key)
             ticket = gate.restore_finished(group.admitted_version)
             run = GroupRun(ticket, group.prompt, group.attempts, group=group)
             run.wanted = bool(packed["wanted"])
             self.runs[ticket] = run
+        for asked in ask_again:
+            self._reserve(asked, gate)
+
+    def _reserve(self, asked: list[Any], gate: StalenessGate) -> None:
+        (pass_index, row), attempts = asked
+        self._again[gate.reserve()] = ((pass_index, row), attempts)
 
 
 def pack_group(group: Group, wanted: bool = True) -> dict[str, Any]:
@@ -392,13 +422,13 @@ class RolloutProducer:
             await changed.wait()
 
     def _admit(self) -> None:
-        key, attempts = self._backlog.next()
+        key, attempts, ticket = self._backlog.next()
         try:
             prompt = self._backlog.stream.by_key(key)
         except PromptError as error:
             self._give_up(key, error)
             return
-        run = GroupRun(self.gate.admit(), prompt, attempts, anyio.current_time())
+        run = GroupRun(self.gate.admit(ticket), prompt, attempts, started_at=anyio.current_time())
         self._backlog.runs[run.ticket] = run
         self._emit("admit", key=run.key, version=self.gate.version, ticket=run.ticket)
         self._background.spawn(self._run, run)
@@ -419,7 +449,7 @@ class RolloutProducer:
     async def _try_once(self, run: GroupRun) -> None:
         version = self.gate.admitted_version(run.ticket)
         run.attempt = Attempt()
-        request = Request(run.attempts, version, group_key=run.key)
+        request = Request(run.draw, version, group_key=run.key)
         try:
             trajectories = await self.runner.run(run.prompt, request, run.attempt)
             group = Group(run.prompt, trajectories, version, run.attempts)
@@ -463,6 +493,7 @@ class RolloutProducer:
         self._errors.append(f"prompt {run.key}: {first_line(error)}")
         if run.attempts < self.limits.max_attempts:
             run.attempts += 1
+            run.num_lost += is_lost(error)
             run.started_at = anyio.current_time()
             self.counters.retried += 1
             self.gate.retry(run.ticket)

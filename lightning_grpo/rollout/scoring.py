@@ -338,6 +338,10 @@ class RewardFailedError(RewardError):
     """The function itself raised, or gave no number."""
 
 
+class _LostProcessError(RewardError):
+    """The process of a call ended."""
+
+
 class RewardScorer:
     """Calls rewards under a time limit; an async context manager.
 
@@ -427,26 +431,35 @@ class RewardScorer:
     async def _call_in_process(
         self, reward: Reward, arguments: Mapping[str, Any], timeout_s: float
     ) -> Answer:
+        shipped = self._shipped.get(id(reward))
+        named = shipped if shipped is not None else cloudpickle.dumps(reward)
+        pickled = _pickle(dict(arguments))
+        try:
+            return await self._call_pool(reward, named, pickled, timeout_s)
+        except _LostProcessError:  # whoever ended it: what ends it again is the call itself
+            return await self._call_pool(reward, named, pickled, timeout_s)
+
+    async def _call_pool(
+        self, reward: Reward, named: int | bytes, arguments: bytes, timeout_s: float
+    ) -> Answer:
         async with self._starting:
             if self._pool is None:
                 self._pool = await anyio.to_thread.run_sync(self._start_pool)
         pool = self._pool
-        shipped = self._shipped.get(id(reward))
-        named = shipped if shipped is not None else cloudpickle.dumps(reward)
         try:
-            return await pool.call(named, _pickle(dict(arguments)), timeout_s)
+            return await pool.call(named, arguments, timeout_s)
         except TimeoutError:
             raise self._timed_out(reward, timeout_s) from None
         except ProcessExpired as error:
             self.counts.crashed += 1
-            raise RewardError(
+            raise _LostProcessError(
                 f"the process of reward {reward_name(reward)!r} ended by itself "
                 f"(exit code {error.exitcode}; -9 is often the kernel, out of memory)"
             ) from None
         except RuntimeError as error:  # pebble's: the pool is broken
             await self._close(pool)
             self.counts.crashed += 1
-            raise RewardError(
+            raise _LostProcessError(
                 f"the processes that run rewards were lost and start anew ({error})"
             ) from error
 

@@ -151,8 +151,8 @@ class Fit:
     def kill_everything(self) -> None:
         """SIGKILL to the trainer and to all that it started, at once."""
         self.family |= set(psutil.Process(self.process.pid).children(recursive=True))
-        for process in (self.process, *self.family):
-            process.kill()
+        self.process.kill()
+        kill(*self.family)
         self.process.wait()
 
     def end(self, *signals: int, pause_s: float = 0.3) -> tuple[int, float]:
@@ -169,6 +169,13 @@ class Fit:
         """What it started and left behind; a moment is granted to the engine's supervisor."""
         _, alive = psutil.wait_procs(self.family, timeout=timeout_s)
         return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def kill(*processes: psutil.Process) -> None:
+    """SIGKILL to those that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def left_behind(folder: Path, timeout_s: float = 10.0) -> list[str]:
@@ -194,5 +201,4 @@ def started(folder: Path, *arguments: str) -> Iterator[Fit]:
         if fit.process.poll() is None:
             os.killpg(fit.process.pid, signal.SIGKILL)
             fit.process.wait()
-        for process in fit.survivors(timeout_s=5.0):
-            process.kill()
+        kill(*fit.survivors(timeout_s=5.0))

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from lightning_grpo.rollout.records import read_rows
-from tests.fakes.fit_process import Fit, left_behind, started, write_config
+from tests.fakes.fit_process import Fit, kill, left_behind, started, write_config
 
 CHAOS_S = 60 * float(os.environ.get("CHAOS_MINUTES", "2"))
 EVERY_S = float(os.environ.get("CHAOS_EVERY_S", "8"))
@@ -128,15 +128,14 @@ def fill_the_disk(fit: Fit, noise: random.Random) -> None:
 
 
 def kill_the_engine(fit: Fit, noise: random.Random) -> None:
-    for process in fit.those("lightning_grpo.engine"):
-        process.kill()
+    kill(*fit.those("lightning_grpo.engine"))
 
 
 def kill_a_child(fit: Fit, noise: random.Random) -> None:
     """An engine, what watches it, or a process of the rewards."""
     children = sorted(fit.those(""), key=lambda process: process.pid)
     if children:
-        noise.choice(children).kill()
+        kill(noise.choice(children))
 
 
 def stop_the_engine(fit: Fit, noise: random.Random) -> None:

@@ -122,7 +122,30 @@ def test_a_process_that_crashes_is_replaced():
     (error, after), counts = run(main, crash, exact)
     assert re.search("ended by itself .exit code 3|were lost and start anew", error)
     assert after == 1.0
-    assert counts.crashed == 1
+    assert counts.crashed == 2  # tried once more, in another process
+
+
+def test_a_call_whose_process_is_killed_gets_its_score_from_another(tmp_path):
+    def slow_at_first(completion):
+        begun = tmp_path / "begun"
+        if not begun.exists():
+            begun.write_text(str(os.getpid()))
+            time.sleep(60)
+        return float(len(completion))
+
+    async def main(scorer):
+        def kill():
+            while not (tmp_path / "begun").exists() or not (tmp_path / "begun").read_text():
+                time.sleep(0.01)
+            os.kill(int((tmp_path / "begun").read_text()), signal.SIGKILL)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(anyio.to_thread.run_sync, kill)
+            return await scorer.score(slow_at_first, {"completion": "four"})
+
+    score, counts = run(main, slow_at_first)
+    assert score == 4.0
+    assert (counts.scored, counts.crashed) == (1, 1)
 
 
 def test_a_process_that_is_killed_while_idle_is_replaced():

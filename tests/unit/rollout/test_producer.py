@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import random
 from collections import Counter
 
@@ -16,6 +15,7 @@ from lightning_grpo.errors import (
     ConfigError,
     FailureBudgetError,
     RolloutError,
+    ServerError,
     ServersLostError,
 )
 from lightning_grpo.rollout.ledger import RolloutLimits
@@ -209,6 +209,23 @@ def test_a_failed_attempt_is_tried_again_with_other_seeds():
     assert batches[0][0].attempts == 2
     assert producer.counters.retried == 1
     assert not generator.seeds_used_twice()
+
+
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_what_an_attempt_that_lost_its_servers_would_have_been_is_sampled_again(num_samples):
+    async def outcome(*lost):
+        generator = FakeGenerator(fail=lambda n: ServerError("gone") if n in lost else None)
+        async with make_producer(generator, batch_size=1, max_staleness=0) as producer:
+            if num_samples is None:
+                return await producer.take(), generator
+            prompts = [make_stream().by_key((0, row)) for row in (3, 4)]
+            return await producer.evaluate(prompts, None, num_samples), generator
+
+    undisturbed, _ = run_virtual(outcome)
+    found, generator = run_virtual(outcome, 0, 2)
+    assert len(generator.requests) > 2 * len(found)
+    assert [group.trajectories for group in found] == [g.trajectories for g in undisturbed]
+    assert found[0].attempts > 1
 
 
 def test_a_prompt_that_always_fails_is_named_and_replaced():
@@ -431,34 +448,50 @@ def test_a_run_that_is_cut_loses_no_prompt_and_trains_on_none_twice(
     backlog = producer._backlog
     (lane,) = backlog.stream._lanes
     started = {lane.stream.key(index) for index in range(lane.cursor)}
-    waiting = {run.key for run in backlog.runs.values()} | {key for key, _ in backlog._again}
+    waiting = {run.key for run in backlog.runs.values()}
+    waiting |= {key for key, _ in backlog._again.values()}
     ended = {key for key in started if producer.ledger.outcome(key)}
     assert started == ended | waiting
     assert not ended & waiting
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1, 2])
-@pytest.mark.parametrize("cut", [1, 3])
-def test_in_strict_order_a_run_that_is_cut_goes_on_as_if_it_were_not(max_staleness, cut):
+@settings(max_examples=60, deadline=None)
+@given(
+    cut=st.integers(0, 3),
+    pauses=st.lists(st.floats(0, 12), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+    max_staleness=st.integers(0, 2),
+)
+def test_in_strict_order_a_run_that_is_cut_goes_on_as_if_it_were_not(
+    cut, pauses, seed, max_staleness
+):
     options = {
         "batch_size": 3,
         "max_staleness": max_staleness,
         "policy": "strict",
         "keep_group": lambda group: group.prompt.row % 4 > 0,
+        "limits": RolloutLimits(max_in_flight=4),  # two groups: others still wait to be asked
     }
     _, whole = run_training(6, generator=FakeGenerator(durations(1)), **options)
 
-    async def first_half():
-        generator = FakeGenerator(durations(2))
-        async with make_producer(generator, **options) as producer:
-            batches = await train(producer, generator, cut)
-            await anyio.sleep(3.0)
-            return producer.state_dict(), batches
+    async def until_cut(state, num_batches, pause):
+        generator = FakeGenerator(durations(f"{seed}:{pause}"))
+        producer = make_producer(generator, **options)
+        if state is not None:
+            producer.load_state_dict(state)
+        generator.version = producer.gate.version
+        async with producer:
+            batches = await train(producer, generator, num_batches)
+            await anyio.sleep(pause)
+            return plain(producer.state_dict()), batches
 
-    state, before = run_virtual(first_half)
-    generator = FakeGenerator(durations(3))
+    state, before = None, []
+    for index, pause in enumerate(pauses):
+        state, batches = run_virtual(until_cut, state, 0 if index else cut, pause)
+        before += batches
+    generator = FakeGenerator(durations(seed))
     generator.version = cut
-    _, after = resume(pickle.loads(pickle.dumps(state)), generator, 6 - cut, **options)
+    _, after = resume(state, generator, 6 - cut, **options)
     assert [*before, *after] == whole
 
 
