@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_grpo.checks import require_count, require_number
 
@@ -72,6 +72,13 @@ class Sampling:
         require_count("min_new_tokens", self.min_new_tokens, least=0, most=MOST_TOKENS)
         for token in self.stop_token_ids:
             require_count("stop_token_ids", token, least=0)
+
+
+# To a config, settings by name are a `Sampling` already.
+if TYPE_CHECKING:
+    AnySampling = Sampling | Mapping[str, Any]
+else:
+    AnySampling = Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from lightning_grpo.errors import ConfigError, RewardError, RolloutError
 from lightning_grpo.rollout.chat import Message, Tokenizer
 from lightning_grpo.rollout.scoring import RESERVED, BoundReward, Rewards, answer_of, reward_name
 from lightning_grpo.rollout.workflow import EpisodeContext, sampling_of
-from lightning_grpo.types import Prompt, Sampling, Trajectory
+from lightning_grpo.types import AnySampling, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()
 _TRY_AGAIN = "Your answer is not right. Please think again and give another answer."
@@ -68,7 +68,7 @@ class MultiTurnWorkflow(RewardedWorkflow):
         reward: Rewards,
         feedback: Callable[..., Any] | None = None,
         retry_text: str = _TRY_AGAIN,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 2,
         turn_discount: float = 1.0,
@@ -183,7 +183,7 @@ class ToolWorkflow(RewardedWorkflow):
         self,
         tools: list[Callable[..., Any]],
         reward: Rewards,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 4,
         max_calls: int = 8,
@@ -336,7 +336,7 @@ class AgentWorkflow(RewardedWorkflow):
         self,
         agent: Callable[..., Any],
         reward: Rewards | None = None,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
         timeout_s: float = 600.0,
         conversations: Conversations = "one",

@@ -351,7 +351,9 @@ def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
     except ModuleNotFoundError as error:
         rule = f"`{path}` can't be imported: there is no module `{error.name}`"
         raise ImportPathError(rule, nearest(path.rpartition(".")[2], known)) from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         # The user's module ran: whatever it raised is named as the reason.
         fault = f"{type(error).__name__}: {error}"
         raise ImportPathError(f"`{path}` can't be imported: {module} raised {fault}") from error

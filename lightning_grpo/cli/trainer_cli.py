@@ -124,7 +124,9 @@ class GRPOCLI(LightningCLI):
         except ArgumentError as error:
             check_settings(self._settings, self._roots)
             raise condense(str(error), self._settings) from error
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if isinstance(error, SystemExit) and _asks_for_help(self._arguments):
                 raise
             # What the user's files raised while they were imported.
@@ -193,9 +195,9 @@ class GRPOCLI(LightningCLI):
         """Build what the config names; what a constructor raises becomes one located problem."""
         try:
             super().instantiate_classes()
-        except (ConfigError, MisconfigurationException):
+        except (ConfigError, MisconfigurationException, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             raise refused_build(error, self._settings) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

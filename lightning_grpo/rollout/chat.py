@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
         """Turn text into token ids."""
         ...
 
-    def decode(self, token_ids: Any, **kwargs: Any) -> str:
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
         """Turn token ids into text."""
         ...
 

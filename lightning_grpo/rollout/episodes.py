@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Coroutine, Hashable, Iterable
+from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,9 +28,11 @@ from lightning_grpo.rollout.workflow import (
     Scorer,
     check_sampling,
     check_trajectory,
+    sampling_of,
 )
 from lightning_grpo.types import (
     NO_VERSION,
+    AnySampling,
     Completion,
     Group,
     Prompt,
@@ -121,10 +123,10 @@ class Episode:
 
     # Not a coroutine itself: what is refused is refused where it stands in the user's code.
     def generate(
-        self, input_ids: list[int], sampling: Sampling | None = None, *, trained: bool = True
+        self, input_ids: Sequence[int], sampling: AnySampling | None = None, *, trained: bool = True
     ) -> Coroutine[Any, Any, Completion]:
         """Sample one continuation with a seed of its own."""
-        chosen = sampling or self._own or _DEFAULT_SAMPLING
+        chosen = sampling_of(sampling or self._own or _DEFAULT_SAMPLING)
         if trained and self._request.sampling is not None:
             chosen = for_evaluation(chosen, self._own, self._request.sampling)
         elif trained and not self._request.is_evaluation:

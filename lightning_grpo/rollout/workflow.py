@@ -22,7 +22,7 @@ from lightning_grpo.rollout.scoring import (
     legal_name,
     try_reward,
 )
-from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling, Trajectory
+from lightning_grpo.types import NO_VERSION, AnySampling, Completion, Prompt, Sampling, Trajectory
 
 
 class Generator(Protocol):
@@ -66,13 +66,14 @@ class EpisodeContext(Protocol):
     tokenizer: Tokenizer
 
     async def generate(
-        self, input_ids: list[int], sampling: Sampling | None = None, *, trained: bool = True
+        self, input_ids: Sequence[int], sampling: AnySampling | None = None, *, trained: bool = True
     ) -> Completion:
         """Sample one continuation; the seed, the group and the priority are the context's.
 
         Args:
             input_ids: What to continue.
-            sampling: How to sample; None: as the workflow's `sampling` says.
+            sampling: How to sample, or settings of that by name; None: as the workflow's
+                `sampling` says.
             trained: Whether the completion becomes a part of the trajectory. One that doesn't (a
                 judgement, a summary) may be sampled in any way; the others must all have one
                 temperature and nothing that biases the importance ratio.
@@ -163,14 +164,14 @@ class RLVRWorkflow(RolloutWorkflow):
     Args:
         reward: A function, or several, as a list or by the names that they are logged under. Each
             gets the arguments that it names.
-        sampling: How completions are sampled in training.
+        sampling: How completions are sampled in training; its settings by name will do.
         reward_weights: A weight for each function, or by name; None: all 1.
     """
 
     def __init__(
         self,
         reward: Rewards,
-        sampling: Sampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = _DEFAULT_SAMPLING,
         reward_weights: list[float] | dict[str, float] | None = None,
     ) -> None:
         self.rewards = bind_rewards(reward)

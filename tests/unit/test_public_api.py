@@ -87,6 +87,19 @@ def test_type_checkers_are_told_of_every_public_name_where_it_is_defined():
     assert defined == ["__dir__"]
 
 
+def check_types(program: Path) -> str:
+    repository = Path(lightning_grpo.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary", str(program)],
+        cwd=repository,
+        env={**os.environ, "MYPYPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_a_type_checker_knows_each_public_name_and_refuses_others(tmp_path):
     pytest.importorskip("mypy", reason="needs the extra [dev]")
@@ -95,19 +108,47 @@ def test_a_type_checker_knows_each_public_name_and_refuses_others(tmp_path):
     lines += [f"reveal_type(lightning_grpo.{name})" for name in names]
     snippet = tmp_path / "snippet.py"
     snippet.write_text("\n".join(lines))
-    repository = Path(lightning_grpo.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--no-error-summary", str(snippet)],
-        cwd=repository,
-        env={**os.environ, "MYPYPATH": str(repository)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert 'has no attribute "DoesNotExist"' in done.stdout
-    revealed = re.findall(r"Revealed type is \"(.*)\"$", done.stdout, re.M)
+    said = check_types(snippet)
+    assert 'has no attribute "DoesNotExist"' in said
+    revealed = re.findall(r"Revealed type is \"(.*)\"$", said, re.M)
     assert len(revealed) == len(names)
     assert "Any" not in revealed
+
+
+PROGRAM = """
+from lightning_grpo import (
+    Completion, EmbeddedServers, EpisodeContext, Prompt, RLVRWorkflow, RolloutDataModule,
+    RolloutWorkflow, Trajectory, load_tokenizer, next_ids)
+
+
+def right(completion: str, answer: str) -> float:
+    return float(completion == answer)
+
+
+async def short(completion: str) -> float:
+    return float(len(completion) < 9)
+
+
+class Own(RolloutWorkflow):
+    async def run(self, prompt: Prompt, context: EpisodeContext) -> Trajectory | None:
+        said: Completion = await context.generate(prompt.input_ids, {"max_new_tokens": 3})
+        next_ids(load_tokenizer("model"), said, [{"role": "user", "content": "Go on."}])
+        return None
+
+
+rows = [{"prompt": "What is 3 times 4?", "answer": "12"}]
+workflow = RLVRWorkflow({"right": right, "short": short}, {"max_new_tokens": 48})
+RolloutDataModule(rows, workflow, "http://localhost:30000")
+RolloutDataModule("prompts.csv", Own(), EmbeddedServers(), val_prompts={"a": rows, "b": "b.csv"})
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_takes_what_a_program_may_write(tmp_path):
+    pytest.importorskip("mypy", reason="needs the extra [dev]")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    assert check_types(program) == ""
 
 
 if __name__ == "__main__":

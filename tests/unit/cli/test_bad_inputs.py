@@ -41,6 +41,11 @@ class Leaves(L.Callback):
         raise SystemExit(0)
 
 
+class Ends(L.Callback):
+    def __init__(self):
+        raise GeneratorExit
+
+
 class Broken(L.Callback):
     def __init__(self, n: int = 1):
         self.n = [][n]
@@ -66,6 +71,8 @@ FILES: dict[str, bytes | str] = {
     "mine.py": MINE,
     "leaves.py": "import sys\nsys.exit(0)\n",
     "leaves_empty.py": "raise SystemExit\n",
+    "generates.py": "raise GeneratorExit\n",
+    "cancels.py": "class Mine(BaseException):\n    pass\nraise Mine('no')\n",
     "interrupts.py": "import os\nos.nowhere\n",
     "deep.py": "def f(n):\n    return f(n + 1)\nf(0)\n",
     "syntax.py": "def f(:\n",
@@ -188,6 +195,8 @@ COMMANDS = [
     f"{GOOD} --model mine",
     f"{GOOD} --model leaves.Module",
     f"{GOOD} --model leaves_empty.Module",
+    f"{GOOD} --model generates.Module",
+    f"{GOOD} --model cancels.Module",
     f"{GOOD} --model interrupts.Module",
     f"{GOOD} --model syntax.Module",
     f"{GOOD} --model zero.Module",
@@ -198,10 +207,12 @@ COMMANDS = [
     f"{GOOD} --trainer.callbacks+ leaves.Callback",
     f"{GOOD} --trainer.callbacks+ mine.Leaves",
     f"{GOOD} --trainer.callbacks+ mine.Broken",
+    f"{GOOD} --trainer.callbacks+ mine.Ends",
     f"{GOOD} --trainer.callbacks+ mine.NotACallback",
     f"{GOOD} --trainer.callbacks+ mine.Broken --trainer.callbacks.n x",
     f"{GOOD} --trainer.logger leaves.Logger",
     f"{GOOD} --data.workflow.init_args.reward leaves.f",
+    f"{GOOD} --data.workflow.init_args.reward generates.f",
     f"{GOOD} --data.workflow.init_args.reward mine.number",
     f"{GOOD} --data.workflow.init_args.reward mine.asks_for_more",
     f"{GOOD} --data.workflow.init_args.reward 3",
@@ -344,6 +355,7 @@ COMMANDS = [
     "score --reward nowhere.f --data rows.jsonl",
     "score --reward mine.asks_for_more --data rows.jsonl",
     "score --reward leaves.f --data rows.jsonl",
+    "score --reward generates.f --data rows.jsonl",
     "score --reward syntax.f --data rows.jsonl",
     "score --reward '' --data rows.jsonl",
     "replay --from",

@@ -70,6 +70,19 @@ def test_a_trajectory_has_the_temperature_that_its_tokens_were_sampled_at():
     assert {trajectory.temperature for trajectory in greedy} == {0.0}
 
 
+class InSettings(TwoTurns):
+    """Says by name how to sample."""
+
+    async def run(self, prompt, context):
+        said = await context.generate(prompt.input_ids, {"temperature": 0.7})
+        return single_turn(prompt, said, 0.5, {"r": 0.5})
+
+
+def test_a_call_may_name_its_settings_and_is_checked_as_any_other():
+    _, _, trajectories = run(InSettings())
+    assert {trajectory.temperature for trajectory in trajectories} == {0.7}
+
+
 class Echo(TwoTurns):
     """Says that it has two turns, and tells the policy something between them."""
 
