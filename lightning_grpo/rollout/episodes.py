@@ -51,23 +51,29 @@ def derive_seed(*path: int) -> int:
     return int.from_bytes(digest, "big") % 2**_SEED_BITS
 
 
-@dataclass(frozen=True)
-class Request:
-    """What makes the requests of an attempt differ from those of other attempts.
+@dataclass(eq=False)
+class Attempt:
+    """One attempt at a group, also while it runs and after it failed or was cancelled.
 
     Attributes:
-        attempt: Which attempt at the prompt, from 1; one that lost its servers has the same again.
+        draw: Which attempt by its seeds, from 1; one that lost its servers draws the same again.
         version: Weights that no token may be older than.
         group_key: Keeps requests of one prompt on one server.
         priority: Goes first (evaluation).
         sampling: Takes the place of the workflow's own (evaluation).
+        trajectories: Of the episodes that are done, by their number.
+        num_tokens: Tokens of its completed requests.
+        failure: Of the first episode that failed.
     """
 
-    attempt: int = 1
+    draw: int = 1
     version: int = NO_VERSION
     group_key: Hashable | None = None
     priority: bool = False
     sampling: Sampling | None = None
+    trajectories: dict[int, Trajectory] = field(default_factory=dict)
+    num_tokens: int = 0
+    failure: Exception | None = None
 
     @property
     def is_evaluation(self) -> bool:
@@ -107,15 +113,12 @@ class Episode:
     """The `EpisodeContext` of one episode; remembers what was sampled, and how."""
 
     def __init__(
-        self, runner: EpisodeRunner, prompt: Prompt, request: Request, seed_path: tuple[int, ...]
+        self, runner: EpisodeRunner, prompt: Prompt, attempt: Attempt, seed_path: tuple[int, ...]
     ) -> None:
         self.tokenizer = with_arguments(runner.tokenizer, prompt.template_kwargs)
-        self.num_tokens = 0
-        self._tally = runner.tally
-        self._generator = runner.generator
-        self._scorer = runner.scorer
+        self._runner = runner
         self._own: Sampling | None = getattr(runner.workflow, "sampling", None)
-        self._request = request
+        self._attempt = attempt
         self._seed_path = seed_path
         self._turn = 0
         self._temperature: float | None = None
@@ -127,15 +130,15 @@ class Episode:
     ) -> Coroutine[Any, Any, Completion]:
         """Sample one continuation with a seed of its own."""
         chosen = sampling_of(sampling or self._own or _DEFAULT_SAMPLING)
-        if trained and self._request.sampling is not None:
-            chosen = for_evaluation(chosen, self._own, self._request.sampling)
-        elif trained and not self._request.is_evaluation:
+        if trained and self._attempt.sampling is not None:
+            chosen = for_evaluation(chosen, self._own, self._attempt.sampling)
+        elif trained and not self._attempt.is_evaluation:
             self._require_trainable(chosen, traceback.extract_stack(limit=2)[0])
         return self._generate(list(input_ids), chosen, trained)
 
     async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:
         """Call a reward in a process that can be killed."""
-        return await self._scorer.score(reward, arguments)
+        return await self._runner.scorer.score(reward, arguments)
 
     def checked(self, trajectory: Trajectory | None) -> Trajectory:
         """The trajectory as it was really sampled, whatever the workflow said of that.
@@ -144,7 +147,7 @@ class Episode:
             RolloutError: It isn't one that can be trained on.
             ConfigError: It holds tokens that were not to be trained on.
         """
-        checked = check_trajectory(trajectory, self._request.version)
+        checked = check_trajectory(trajectory, self._attempt.version)
         held = [call for call in self._calls if call.is_in(checked)]
         sampled = {i for call in held if call.trained for i in range(*call.span)}
         aside = {i for call in held if not call.trained for i in range(*call.span)}
@@ -165,7 +168,7 @@ class Episode:
         if checked.num_turns > 1:
             first = checked.response_mask.index(True)
             transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
-        self._tally.evaluated += self._request.priority
+        self._runner.num_evaluated += self._attempt.priority
         return replace(checked, length_limit=limit, transcript=transcript)
 
     async def _generate(
@@ -173,15 +176,15 @@ class Episode:
     ) -> Completion:
         seed = derive_seed(*self._seed_path, self._turn)
         self._turn += 1
-        completion = await self._generator.generate(
+        completion = await self._runner.generator.generate(
             input_ids,
             sampling,
-            group_key=self._request.group_key,
-            priority=self._request.priority,
+            group_key=self._attempt.group_key,
+            priority=self._attempt.priority,
             seed=seed,
         )
-        self.num_tokens += len(completion.token_ids)
-        self._tally.tokens += len(completion.token_ids)
+        self._attempt.num_tokens += len(completion.token_ids)
+        self._runner.num_tokens += len(completion.token_ids)
         whole = (*input_ids, *completion.token_ids)
         self._calls.append(_Call(len(input_ids), whole, sampling, trained))
         return completion
@@ -230,33 +233,6 @@ def for_evaluation(asked: Sampling, own: Sampling | None, wanted: Sampling) -> S
 
 
 @dataclass
-class Attempt:
-    """One attempt at a group, also while it runs and after it failed or was cancelled."""
-
-    episodes: list[Episode] = field(default_factory=list)
-    trajectories: dict[int, Trajectory] = field(default_factory=dict)
-    failure: Exception | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of its completed requests."""
-        return sum(episode.num_tokens for episode in self.episodes)
-
-
-@dataclass
-class Tally:
-    """What was completed since the start of the run.
-
-    Attributes:
-        evaluated: Episodes of held-out prompts.
-        tokens: Of all requests.
-    """
-
-    evaluated: int = 0
-    tokens: int = 0
-
-
-@dataclass
 class EpisodeRunner:
     """What every episode shares.
 
@@ -267,6 +243,10 @@ class EpisodeRunner:
         tokenizer: Offered to the workflow.
         group_size: Episodes of one group.
         seed: The run's seed, from which each request's is derived.
+
+    Attributes:
+        num_evaluated: Completed episodes of held-out prompts, since the start of the run.
+        num_tokens: Tokens of all completed requests, since the start of the run.
     """
 
     workflow: RolloutWorkflow
@@ -275,26 +255,24 @@ class EpisodeRunner:
     tokenizer: Tokenizer
     group_size: int = 8
     seed: int = 0
-    tally: Tally = field(default_factory=Tally)
+    num_evaluated: int = 0
+    num_tokens: int = 0
 
     async def run(
-        self, prompt: Prompt, request: Request, attempt: Attempt, num_samples: int | None = None
+        self, prompt: Prompt, attempt: Attempt, num_samples: int | None = None
     ) -> tuple[Trajectory, ...]:
         """Run all episodes of a prompt at once; the first that fails ends the others.
 
         Args:
             prompt: What to ask.
-            request: How this attempt's requests are marked.
-            attempt: Filled on the way, so that a cancelled attempt can be accounted for.
+            attempt: How its requests are marked; filled on the way, so that a cancelled attempt
+                can be accounted for.
             num_samples: Takes the place of `group_size`.
 
         Raises:
             Exception: Whatever the first failing episode raised.
         """
         num_samples = num_samples or self.group_size
-        for sample in range(num_samples):
-            path = (self.seed, *prompt.key, request.attempt, sample)
-            attempt.episodes.append(Episode(self, prompt, request, path))
         async with anyio.create_task_group() as tasks:
             for sample in range(num_samples):
                 tasks.start_soon(self._run_one, prompt, attempt, sample, tasks)
@@ -309,8 +287,9 @@ class EpisodeRunner:
         sample: int,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
-        episode = attempt.episodes[sample]
         try:
+            path = (self.seed, *prompt.key, attempt.draw, sample)
+            episode = Episode(self, prompt, attempt, path)
             trajectory = await self.workflow.run(prompt, episode)
             attempt.trajectories[sample] = episode.checked(trajectory)
         except Exception as error:  # noqa: BLE001 - recorded here, raised by run()
@@ -385,11 +364,10 @@ async def _evaluate_one(
 ) -> Group:
     draw = 1
     for attempt in range(1, max_attempts + 1):
-        request = Request(
-            draw, group_key=("evaluation", prompt.row), priority=True, sampling=sampling
-        )
+        key = ("evaluation", prompt.row)
+        asked = Attempt(draw, group_key=key, priority=True, sampling=sampling)
         try:
-            trajectories = await runner.run(prompt, request, Attempt(), num_samples)
+            trajectories = await runner.run(prompt, asked, num_samples)
         except _ENDS_EVALUATION:
             raise
         except Exception as error:  # noqa: BLE001 - tried again, then raised by name

@@ -33,7 +33,6 @@ from lightning_grpo.errors import (
 from lightning_grpo.rollout.episodes import (
     Attempt,
     EpisodeRunner,
-    Request,
     evaluate,
     first_line,
     is_lost,
@@ -215,35 +214,6 @@ def has_variance(group: Group) -> bool:
     return max(rewards) > min(rewards)
 
 
-class GroupFilter:
-    """Turns groups down until the cost of one batch's replacements is used up.
-
-    Args:
-        keep_group: Whether a group is worth training on; None keeps all.
-        max_filtered: Groups that may be turned down for one batch.
-    """
-
-    def __init__(self, keep_group: Callable[[Group], bool] | None, max_filtered: int) -> None:
-        self.keep_group = keep_group
-        self.max_filtered = max_filtered
-        self.num_filtered = 0
-
-    def wants(self, group: Group) -> bool:
-        """What `keep_group` says."""
-        return self.keep_group is None or bool(self.keep_group(group))
-
-    def may_turn_down(self) -> bool:
-        """Whether one more replacement is within the cost; counts it if so."""
-        if self.num_filtered >= self.max_filtered:
-            return False
-        self.num_filtered += 1
-        return True
-
-    def start_batch(self) -> None:
-        """A batch was taken: the next one has its own cost."""
-        self.num_filtered = 0
-
-
 logger = logging.getLogger(__name__)
 
 _FATAL = (ConfigError, FailureBudgetError, ServersLostError)
@@ -278,7 +248,8 @@ class RolloutProducer:
         self.ledger = ledger
         self.limits = limits or RolloutLimits()
         self.counters = Counters()
-        self._filter = GroupFilter(keep_group, self.limits.max_filtered_batches * gate.batch_size)
+        self._keep_group = keep_group
+        self._num_filtered = 0  # for the batch that is being filled
         self._emit = on_event or _ignore
         all_groups = (gate.max_staleness + 1) * gate.batch_size
         in_flight = self.limits.max_in_flight or all_groups * runner.group_size
@@ -325,14 +296,16 @@ class RolloutProducer:
 
     def progress(self) -> RolloutProgress:
         """How far the next rollout batch is."""
-        size, tally = self.gate.batch_size, self.runner.tally
+        size = self.gate.batch_size
         runs = [self._backlog.runs[ticket] for ticket in sorted(self._backlog.runs)[:size]]
         done = sum(
             len(run.attempt.trajectories if run.group is None else run.group.trajectories)
             for run in runs
         )
         wanted = size * self.runner.group_size
-        return RolloutProgress(done, wanted, tally.evaluated, tally.tokens, self.explain_wait())
+        return RolloutProgress(
+            done, wanted, self.runner.num_evaluated, self.runner.num_tokens, self.explain_wait()
+        )
 
     def advance(self, version: int) -> None:
         """The servers have new weights: slots of the batches trained on become free.
@@ -395,7 +368,7 @@ class RolloutProducer:
         given_back = list(itertools.chain.from_iterable(handed_over[num_trained:]))
         return {
             "backlog": self._backlog.state_dict(given_back),
-            "num_filtered": self._filter.num_filtered,
+            "num_filtered": self._num_filtered,
             "gate": self.gate.state_dict(num_trained),
             "ledger": ledger.state_dict(),
             "counters": self.counters.state_dict(),
@@ -409,7 +382,7 @@ class RolloutProducer:
         self.gate.load_state_dict(state["gate"])
         self.ledger.load_state_dict(state["ledger"])
         self.counters.load_state_dict(state["counters"])
-        self._filter.num_filtered = int(state["num_filtered"])
+        self._num_filtered = int(state["num_filtered"])
         self._backlog.load_state_dict(state["backlog"], self.gate)
         self._background.notify()
 
@@ -448,12 +421,11 @@ class RolloutProducer:
 
     async def _try_once(self, run: GroupRun) -> None:
         version = self.gate.admitted_version(run.ticket)
-        run.attempt = Attempt()
-        request = Request(run.draw, version, group_key=run.key)
+        run.attempt = Attempt(run.draw, version, group_key=run.key)
         try:
-            trajectories = await self.runner.run(run.prompt, request, run.attempt)
+            trajectories = await self.runner.run(run.prompt, run.attempt)
             group = Group(run.prompt, trajectories, version, run.attempts)
-            run.wanted = self._filter.wants(group)
+            run.wanted = self._keep_group is None or bool(self._keep_group(group))
         except _FATAL:
             raise
         except Exception as error:  # noqa: BLE001 - counted, named, and tried again
@@ -474,10 +446,10 @@ class RolloutProducer:
         self._background.notify()
 
     def _turn_down(self, run: GroupRun) -> bool:
-        if run.wanted:
+        budget = self.limits.max_filtered_batches * self.gate.batch_size
+        if run.wanted or self._num_filtered >= budget:
             return False
-        if not self._filter.may_turn_down():
-            return False
+        self._num_filtered += 1
         self.counters.filtered += 1
         self._end(run, Outcome.FILTERED)
         return True
@@ -534,7 +506,7 @@ class RolloutProducer:
         self._handed_over.append(runs)
         groups = [run.group for run in runs if run.group is not None]
         self.counters.filled += sum(not run.wanted for run in runs)
-        self._filter.start_batch()
+        self._num_filtered = 0
         self.counters.took(groups, version)
         self._emit("take", version=version, keys=[run.key for run in runs])
         self._drop_overdue()

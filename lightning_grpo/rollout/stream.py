@@ -20,34 +20,28 @@ class PromptStream:
     """One endless stream: seeded passes over the prompts, joined end to end.
 
     Entry i is position `i % N` of pass `i // N`; each pass is a permutation given by (seed, pass)
-    alone, so any entry can be had at any time and the state is one number.
+    alone, so any entry can be had at any time and the state is two numbers.
 
     Args:
-        prompts: Anything with `len` and `prompt(row, pass_index)`.
-        shuffle: Whether passes are permuted.
-        seed: Of the permutations.
+        prompts: Its rows, and the settings of their order.
+
+    Attributes:
+        cursor: Entries that are behind, skipped ones included.
+        asked: Those of them that were asked.
     """
 
-    def __init__(self, prompts: PromptSet, shuffle: bool = True, seed: int = 0) -> None:
+    def __init__(self, prompts: PromptSet) -> None:
         self.prompts = prompts
-        self.shuffle = shuffle
-        self.seed = seed
+        self.shuffle, self.seed = prompts.prompts.shuffle, prompts.prompts.seed
+        self.weight = prompts.prompts.weight
+        self.num_rows = len(prompts)
+        self.cursor = self.asked = 0
         self._orders: dict[int, Sequence[int]] = {}
-
-    @property
-    def num_rows(self) -> int:
-        """Prompts of one pass."""
-        return len(self.prompts)
 
     def key(self, index: int) -> PromptKey:
         """The name of entry `index`, without making the prompt."""
         pass_index, position = divmod(index, self.num_rows)
         return pass_index, self._order(pass_index)[position]
-
-    def __getitem__(self, index: int) -> Prompt:
-        """Make the prompt of entry `index`."""
-        pass_index, row = self.key(index)
-        return self.prompts.prompt(row, pass_index)
 
     def _order(self, pass_index: int) -> Sequence[int]:
         if not self.shuffle:
@@ -121,23 +115,6 @@ class Curriculum:
         return draw < max(self.least, self.priority(success))
 
 
-@dataclass
-class _Lane:
-    """One dataset.
-
-    Attributes:
-        stream: Its endless passes.
-        weight: Its share, relative to the others'.
-        cursor: Entries of its stream that are behind, skipped ones included.
-        asked: Those of them that were asked.
-    """
-
-    stream: PromptStream
-    weight: float
-    cursor: int = 0
-    asked: int = 0
-
-
 class PromptMixture:
     """The endless stream of a run: entries of one or several datasets in turn.
 
@@ -162,13 +139,7 @@ class PromptMixture:
         self._seed = seed
         self.sets = dict(sets)
         self.sizes = [len(each) for each in sets.values()]
-        self._lanes = [
-            _Lane(
-                PromptStream(each, shuffle=each.prompts.shuffle, seed=each.prompts.seed),
-                each.prompts.weight,
-            )
-            for each in sets.values()
-        ]
+        self._streams = [PromptStream(each) for each in sets.values()]
         self._starts = [0, *itertools.accumulate(self.sizes)]
 
     @property
@@ -179,13 +150,13 @@ class PromptMixture:
     @property
     def pass_index(self) -> int:
         """The pass of the dataset that has had the fewest."""
-        return min(lane.cursor // lane.stream.num_rows for lane in self._lanes)
+        return min(stream.cursor // stream.num_rows for stream in self._streams)
 
     def peek(self) -> PromptKey:
         """The name of the next entry."""
-        lane = self._next_lane()
-        pass_index, row = self._lanes[lane].stream.key(self._lanes[lane].cursor)
-        return pass_index, self._starts[lane] + row
+        at = self._next_stream()
+        pass_index, row = self._streams[at].key(self._streams[at].cursor)
+        return pass_index, self._starts[at] + row
 
     def advance(self, *, asked: bool = True) -> None:
         """Go behind the next entry.
@@ -193,9 +164,9 @@ class PromptMixture:
         Args:
             asked: Whether it counts towards its dataset's share.
         """
-        lane = self._lanes[self._next_lane()]
-        lane.cursor += 1
-        lane.asked += asked
+        stream = self._streams[self._next_stream()]
+        stream.cursor += 1
+        stream.asked += asked
 
     def wants(self, key: PromptKey, success: float | None) -> bool:
         """Whether an entry is to be asked.
@@ -218,14 +189,14 @@ class PromptMixture:
                 f"prompt {key} is not one of the {self.num_rows} rows: the prompts are not those "
                 "that the checkpoint was made with."
             )
-        lane = bisect_right(self._starts, row) - 1
-        prompt = self._lanes[lane].stream.prompts.prompt(row - self._starts[lane], pass_index)
+        at = bisect_right(self._starts, row) - 1
+        prompt = self._streams[at].prompts.prompt(row - self._starts[at], pass_index)
         return replace(prompt, row=row)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        lanes = zip(self.sets, self._lanes, strict=True)
-        return {name: [lane.cursor, lane.asked] for name, lane in lanes}
+        streams = zip(self.sets, self._streams, strict=True)
+        return {name: [stream.cursor, stream.asked] for name, stream in streams}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`.
@@ -238,9 +209,9 @@ class PromptMixture:
                 f"the checkpoint was made with the datasets {list(state)}, this run has "
                 f"{list(self.sets)}. Resume with the prompts that the run was started with."
             )
-        for name, lane in zip(self.sets, self._lanes, strict=True):
-            lane.cursor, lane.asked = (int(number) for number in state[name])
+        for name, stream in zip(self.sets, self._streams, strict=True):
+            stream.cursor, stream.asked = (int(number) for number in state[name])
 
-    def _next_lane(self) -> int:
-        behind = [(lane.asked + 1) / lane.weight for lane in self._lanes]
+    def _next_stream(self) -> int:
+        behind = [(stream.asked + 1) / stream.weight for stream in self._streams]
         return behind.index(min(behind))

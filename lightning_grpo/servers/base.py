@@ -23,6 +23,7 @@ import aiohttp
 from lightning_grpo.checks import MOST_PORT, require_seconds
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.keys import API_KEY_VARIABLE, read_key
+from lightning_grpo.serving.server import ServerHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,43 +48,6 @@ class ServerLoad:
     kv_bytes_per_token: int = 0
     vocab_size: int = 0
     trainer_bytes: int = 0
-
-
-TAIL_LINES = 25
-
-TAIL_BYTES = 16 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class ServerHandle:
-    """A server that answers.
-
-    Attributes:
-        url: `http://host:port`.
-        pid: Its process, where it runs on this machine and the run started it.
-        log_path: Its output, where the run started it.
-        devices: The GPUs that it uses.
-    """
-
-    url: str
-    pid: int | None = None
-    log_path: Path | None = None
-    devices: tuple[int, ...] = ()
-
-    def log_tail(self) -> str:
-        """The end of its log; empty where there is none."""
-        return read_tail(self.log_path) if self.log_path is not None else ""
-
-    def describe(self) -> str:
-        """One line: address, process, GPUs, log."""
-        parts = [self.url]
-        if self.pid is not None:
-            parts.append(f"pid {self.pid}")
-        if self.devices:
-            parts.append("GPU " + ",".join(map(str, self.devices)))
-        if self.log_path is not None:
-            parts.append(f"log {self.log_path}")
-        return "  ".join(parts)
 
 
 class Servers(ABC):
@@ -144,18 +108,6 @@ class Servers(ABC):
     def describe(self) -> str:
         """One line a server: address, process, GPUs, log."""
         return "\n".join(handle.describe() for handle in self.handles)
-
-
-def read_tail(path: Path, num_lines: int = TAIL_LINES) -> str:
-    """The last lines of a file; empty if it can't be read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-num_lines:])
 
 
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
@@ -343,7 +295,7 @@ LISTENS = "/model_info"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """What a server said.
 
     Attributes:
@@ -357,12 +309,12 @@ class Answer:
 
 def answer(
     url: str, timeout_s: float = 5.0, api_key: str | None = None, path: str = HEALTH
-) -> Answer | None:
+) -> HttpAnswer | None:
     """What the server answers to a request for `path`; None: nothing in time, or no HTTP."""
     return asyncio.run(_ask(url + path, timeout_s, api_key))
 
 
-async def _ask(url: str, timeout_s: float, api_key: str | None) -> Answer | None:
+async def _ask(url: str, timeout_s: float, api_key: str | None) -> HttpAnswer | None:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     # Of the whole exchange: one that drips would outlast any limit between two bytes.
     timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -372,7 +324,7 @@ async def _ask(url: str, timeout_s: float, api_key: str | None) -> Answer | None
             session.get(url, allow_redirects=False) as response,
         ):
             asked = response.headers.get("Retry-After", "")
-            return Answer(response.status, float(asked) if asked.isdecimal() else 0.0)
+            return HttpAnswer(response.status, float(asked) if asked.isdecimal() else 0.0)
     except (aiohttp.ClientError, OSError, ValueError):  # a time-out is an OSError
         return None
 
@@ -406,7 +358,7 @@ def wait_until_healthy(
         ConfigError: It wants another API key.
     """
     deadline = time.monotonic() + timeout_s
-    said: Answer | None = None
+    said: HttpAnswer | None = None
     while True:
         left_s = deadline - time.monotonic()
         said = answer(url, min(5.0, max(left_s, POLL_S)), api_key, path) or said

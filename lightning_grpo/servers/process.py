@@ -18,14 +18,13 @@ from lightning_grpo.errors import ServerError, ServerStartError
 from lightning_grpo.keys import API_KEY_VARIABLE, new_key
 from lightning_grpo.servers import supervisor
 from lightning_grpo.servers.base import (
-    ServerHandle,
     Servers,
     child_environment,
     own_package_first,
-    read_tail,
     start_error,
     wait_until_healthy,
 )
+from lightning_grpo.serving.server import ServerHandle, read_tail
 
 PROCESS_POLL_S = 0.05
 

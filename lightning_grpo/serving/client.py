@@ -31,7 +31,7 @@ import aiohttp
 import msgspec
 
 from lightning_grpo.errors import BusyError, OwnLimitError, ReplyError, RequestError, ServerError
-from lightning_grpo.serving.event_loop import Turns
+from lightning_grpo.serving.event_loop import FairTurns
 from lightning_grpo.types import Sampling
 
 ROUNDING = 1e-3
@@ -327,12 +327,12 @@ class ServerClient:
         request_timeout_s: float | None = 600.0,
         control_timeout_s: float = 30.0,
         told: set[str] | None = None,
-        turns: Turns | None = None,
+        turns: FairTurns | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._session = session
         self.trouble = ""
-        self._turns = turns or Turns()
+        self._turns = turns or FairTurns()
         self._told = set() if told is None else told
         self._request_timeout_s = request_timeout_s
         self._control_timeout_s = control_timeout_s

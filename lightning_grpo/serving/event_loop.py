@@ -135,7 +135,7 @@ class Background:
                 self._scopes.discard(scope)
 
 
-class Turns:
+class FairTurns:
     """Lets those who come at once go on a few in each turn of the event loop, in order.
 
     What a thousand of them do next would hold the loop until all of it is done. How many go follows

@@ -28,9 +28,10 @@ from lightning_grpo.rollout.ledger import LOGGED, Ledger, raise_file_limit, room
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.stream import PromptMixture
-from lightning_grpo.servers.base import ServerHandle, Servers, present_devices
+from lightning_grpo.servers.base import Servers, present_devices
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
+from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.session.material import Material, SessionSettings
 from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher

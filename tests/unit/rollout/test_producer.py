@@ -446,8 +446,8 @@ def test_a_run_that_is_cut_loses_no_prompt_and_trains_on_none_twice(
     assert producer.ledger.counts["trained"] == producer.counters.taken == 18
     # Every prompt before the last one admitted has ended, runs, or waits to be taken.
     backlog = producer._backlog
-    (lane,) = backlog.stream._lanes
-    started = {lane.stream.key(index) for index in range(lane.cursor)}
+    (stream,) = backlog.stream._streams
+    started = {stream.key(index) for index in range(stream.cursor)}
     waiting = {run.key for run in backlog.runs.values()}
     waiting |= {key for key, _ in backlog._again.values()}
     ended = {key for key in started if producer.ledger.outcome(key)}
