@@ -146,7 +146,7 @@ class Client:
         for member in self._live.pool.members:
             member.mark_clean(self.version, "default")
         await self._live.pool.resume()
-        self._live.advance(self.version)
+        self._live.producer.advance(self.version)
 
     def next_batch(self) -> int:
         """Wait for one; how many completions it has."""

@@ -199,10 +199,6 @@ class Live:
         batch = await anyio.to_thread.run_sync(RolloutBatch.from_groups, groups, version, index)
         return Taken(index, version, batch, rollout_metrics(batch) | counted, groups)
 
-    def advance(self, version: int) -> None:
-        """The servers have the weights of `version`."""
-        self.producer.advance(version)
-
     def count(self) -> dict[str, float]:
         """`rollout/...`, `staleness/dropped_...`, `idle/...`: what happened since the last call."""
         now, counted = time.monotonic(), self.producer.counters.state_dict()
