@@ -32,13 +32,12 @@ from typing import Any
 
 import psutil
 
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
-from lightning_grpo.rollout.protocols import EpisodeContext
-from lightning_grpo.rollout.service import RolloutService
-from lightning_grpo.rollout.workflow import RLVRWorkflow
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.rollout.workflow import EpisodeContext, RLVRWorkflow
+from lightning_grpo.servers.base import RunningServers
+from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.serving.server import Member
 from lightning_grpo.session.assembly import Beginning, Live, QuietHeap, open_live
 from lightning_grpo.session.material import SessionSettings, open_material
@@ -107,7 +106,7 @@ class Client:
         )
         self.beat = Beat()
         self.version = -1
-        self.service = RolloutService()
+        self.service = EventLoop()
         self._live: Live | None = None
         self._heap = QuietHeap()
 
@@ -147,11 +146,12 @@ class Client:
         for member in self._live.pool.members:
             member.mark_clean(self.version, "default")
         await self._live.pool.resume()
-        self._live.advance(self.version)
+        self._live.producer.advance(self.version)
 
     def next_batch(self) -> int:
         """Wait for one; how many completions it has."""
-        groups = self.service.run(self.service.producer.take).result(timeout=600)
+        assert self._live is not None
+        groups = self.service.run(self._live.producer.take).result(timeout=600)
         return sum(len(group.trajectories) for group in groups)
 
 

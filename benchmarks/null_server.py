@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from lightning_grpo.rollout.limits import raise_file_limit
+from lightning_grpo.rollout.ledger import raise_file_limit
 
 VERSION = "0.5.19"
 LIMITS = {"version": VERSION, "max_running_requests": 1 << 20, "disable_radix_cache": True}

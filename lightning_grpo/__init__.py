@@ -98,23 +98,21 @@ _HOME = {
     ),
     "lightning_grpo.policy.lora": ("LoRA",),
     "lightning_grpo.policy.packed": ("PackedPolicy",),
-    "lightning_grpo.rollout.limits": ("RolloutLimits",),
+    "lightning_grpo.rollout.ledger": ("RolloutLimits",),
     "lightning_grpo.rollout.prompts": ("Prompts",),
-    "lightning_grpo.rollout.protocols": (
-        "EpisodeContext",
-        "RolloutWorkflow",
-    ),
     "lightning_grpo.rollout.stream": ("Curriculum",),
     "lightning_grpo.rollout.workflow": (
+        "EpisodeContext",
         "PerDatasetWorkflow",
         "RLVRWorkflow",
+        "RolloutWorkflow",
     ),
-    "lightning_grpo.servers.embedded": ("EmbeddedServers",),
+    "lightning_grpo.servers.base": ("RunningServers",),
     "lightning_grpo.servers.other_nodes": (
         "RayServers",
         "SlurmServers",
     ),
-    "lightning_grpo.servers.running": ("RunningServers",),
+    "lightning_grpo.servers.process": ("EmbeddedServers",),
     "lightning_grpo.servers.sglang": ("SGLangServers",),
     "lightning_grpo.strategies.checkpoints": ("AtomicCheckpointIO",),
     "lightning_grpo.strategies.fsdp2": (
@@ -198,17 +196,17 @@ if TYPE_CHECKING:
     from lightning_grpo.policy.load import load_tokenizer as load_tokenizer
     from lightning_grpo.policy.lora import LoRA as LoRA
     from lightning_grpo.policy.packed import PackedPolicy as PackedPolicy
-    from lightning_grpo.rollout.limits import RolloutLimits as RolloutLimits
+    from lightning_grpo.rollout.ledger import RolloutLimits as RolloutLimits
     from lightning_grpo.rollout.prompts import Prompts as Prompts
-    from lightning_grpo.rollout.protocols import EpisodeContext as EpisodeContext
-    from lightning_grpo.rollout.protocols import RolloutWorkflow as RolloutWorkflow
     from lightning_grpo.rollout.stream import Curriculum as Curriculum
+    from lightning_grpo.rollout.workflow import EpisodeContext as EpisodeContext
     from lightning_grpo.rollout.workflow import PerDatasetWorkflow as PerDatasetWorkflow
     from lightning_grpo.rollout.workflow import RLVRWorkflow as RLVRWorkflow
-    from lightning_grpo.servers.embedded import EmbeddedServers as EmbeddedServers
+    from lightning_grpo.rollout.workflow import RolloutWorkflow as RolloutWorkflow
+    from lightning_grpo.servers.base import RunningServers as RunningServers
     from lightning_grpo.servers.other_nodes import RayServers as RayServers
     from lightning_grpo.servers.other_nodes import SlurmServers as SlurmServers
-    from lightning_grpo.servers.running import RunningServers as RunningServers
+    from lightning_grpo.servers.process import EmbeddedServers as EmbeddedServers
     from lightning_grpo.servers.sglang import SGLangServers as SGLangServers
     from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
     from lightning_grpo.strategies.fsdp2 import FSDP2Strategy as FSDP2Strategy

@@ -32,7 +32,7 @@ from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards.sandbox import boundary
 from lightning_grpo.servers.base import Servers
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Sampling
 

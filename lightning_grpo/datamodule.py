@@ -20,13 +20,12 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
 from lightning_grpo.policy.check import ADAPTER_FRACTION, ModelSize, training_bytes
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.chat import Tokenizer
+from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Asked, Prompts, by_name
-from lightning_grpo.rollout.protocols import RolloutWorkflow, Tokenizer
 from lightning_grpo.rollout.stream import Curriculum
-from lightning_grpo.rollout.workflow import require_workflow
-from lightning_grpo.servers.base import Servers
-from lightning_grpo.servers.running import Address, servers_of
+from lightning_grpo.rollout.workflow import RolloutWorkflow, require_workflow
+from lightning_grpo.servers.base import Address, Servers, servers_of
 from lightning_grpo.session import assembly as states
 from lightning_grpo.session.folder import FolderLock, hold_folder, hold_run_folder
 from lightning_grpo.session.material import SessionSettings

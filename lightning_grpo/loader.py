@@ -18,7 +18,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -138,32 +138,50 @@ Prepare = Callable[[RolloutBatch], Prepared]
 
 
 @dataclass
-class Rollout:
-    """One rollout batch as one rank sees it.
+class Taken:
+    """One rollout batch before it is shared out, on every rank.
 
     Attributes:
         index: How many rollout batches came before it.
         version: The weights that train on it.
         batch: Scalars of the whole batch, the same on every rank.
-        advantages: One per trajectory of the batch, `[trajectories]`, or per token, `[tokens]`.
-        sequences: This rank's share of the tokens.
-        plans: Micro-batches of each minibatch, as rows of `sequences`.
-        denominators: Global denominators of each minibatch.
         metrics: What is known before training: rewards, lengths, staleness, the producer's counts.
         groups: The groups themselves; rank 0 only, else None.
-        proximal_logprobs: Filled by the module when the loss is anchored there, `[share tokens]`.
-        reference_logprobs: Filled by the module when a KL penalty asks, `[share tokens]`.
     """
 
     index: int
     version: int
     batch: RolloutBatch
-    advantages: Tensor
+    metrics: dict[str, float]
+    groups: list[Group] | None
+
+
+@dataclass
+class RankShare:
+    """What one rank receives of a rollout batch's tokens.
+
+    Attributes:
+        sequences: Its tokens.
+        plans: Micro-batches of each minibatch, as rows of `sequences`.
+        denominators: Global denominators of each minibatch.
+    """
+
     sequences: Sequences
     plans: list[MinibatchPlan]
     denominators: list[Denominators]
-    metrics: dict[str, float] = field(default_factory=dict)
-    groups: list[Group] | None = None
+
+
+@dataclass
+class Rollout(RankShare, Taken):
+    """One rollout batch as one rank trains on it.
+
+    Attributes:
+        advantages: One per trajectory of the batch, `[trajectories]`, or per token, `[tokens]`.
+        proximal_logprobs: Filled by the module when the loss is anchored there, `[share tokens]`.
+        reference_logprobs: Filled by the module when a KL penalty asks, `[share tokens]`.
+    """
+
+    advantages: Tensor
     proximal_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
 
@@ -242,17 +260,6 @@ class RolloutSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What `RolloutSource.take` returns on every rank."""
-
-    index: int
-    version: int
-    batch: RolloutBatch
-    metrics: dict[str, float]
-    groups: list[Group] | None
-
-
-@dataclass(frozen=True)
 class Shape:
     """How a rollout batch is cut.
 
@@ -307,21 +314,13 @@ class RolloutLoader:
         taken = self._source.take()
         waited = {"time/wait_rollout_s": time.perf_counter() - started}
         prepared = self._prepare(taken.batch)
+        taken.metrics = {**waited, **taken.metrics, **prepared.metrics}
         parts = None
         if taken.groups is not None:
             parts = split(taken, prepared, self._shape)
         share: RankShare = self._source.share(parts)
-        return Rollout(
-            index=taken.index,
-            version=taken.version,
-            batch=taken.batch,
-            advantages=trainable(prepared.advantages, taken.batch),
-            sequences=share.sequences,
-            plans=share.plans,
-            denominators=share.denominators,
-            metrics={**waited, **taken.metrics, **prepared.metrics},
-            groups=taken.groups,
-        )
+        advantages = trainable(prepared.advantages, taken.batch)
+        return Rollout(**vars(taken), **vars(share), advantages=advantages)
 
     # Lightning warns about loaders without state; ours lives in the data module's checkpoint entry.
     def state_dict(self) -> dict[str, Any]:
@@ -359,15 +358,6 @@ def minibatches(rollout: Rollout, shape: Shape) -> Iterator[Minibatch]:
         for index in range(shape.minibatches):
             step = pass_index * shape.minibatches + index
             yield Minibatch(rollout, index, pass_index, step == 0, step == shape.steps - 1)
-
-
-@dataclass(frozen=True)
-class RankShare:
-    """What one rank receives of a rollout batch's tokens."""
-
-    sequences: Sequences
-    plans: list[MinibatchPlan]
-    denominators: list[Denominators]
 
 
 def split(taken: Taken, prepared: Prepared, shape: Shape) -> list[RankShare]:

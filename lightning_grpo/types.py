@@ -197,12 +197,14 @@ class RolloutProgress:
         wanted: Trajectories of a rollout batch.
         evaluated: Completed trajectories of held-out prompts, since the start of the run.
         tokens: Tokens of all completed requests, since the start of the run.
+        why: Why the next rollout batch is not ready, in one line.
     """
 
     done: int
     wanted: int
     evaluated: int
     tokens: int
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

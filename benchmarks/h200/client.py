@@ -33,9 +33,9 @@ from benchmarks.h200.serving import (
     versions_of,
     write_report,
 )
-from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.pool import ServerPool
+from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.types import Sampling
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 128, 512, 5

@@ -33,10 +33,9 @@ from benchmarks.h200.serving import (
     write_report,
 )
 from lightning_grpo.policy.check import HALF, model_size
-from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.process import OwnedServers
+from lightning_grpo.servers.base import ServerLoad
+from lightning_grpo.servers.process import EmbeddedServers, OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers
-from lightning_grpo.servers.sizing import ServerLoad
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.shipped import resolve_path

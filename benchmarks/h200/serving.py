@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.servers.base import Servers
-from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.servers.base import RunningServers, Servers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.servers.sglang import SGLangServers
 from lightning_grpo.shipped import resolve_path
 

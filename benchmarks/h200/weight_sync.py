@@ -47,9 +47,9 @@ from benchmarks.h200.serving import (
 )
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.pool import ServerPool
+from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.session.assembly import QuietHeap
 from lightning_grpo.session.proof import TrainerProof, policy_scores
 from lightning_grpo.strategies.fsdp2 import parallelize, reshard

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from lightning_grpo.agents.tools import ParsedReply, reply_parser, strip_specials
 from lightning_grpo.agents.turns import EpisodeRecord, first_ids, next_ids
 from lightning_grpo.errors import ConfigError, RolloutError
-from lightning_grpo.rollout.chat import call_of, text_of
-from lightning_grpo.rollout.protocols import Tokenizer
+from lightning_grpo.rollout.chat import Tokenizer, call_of, text_of
 from lightning_grpo.types import Completion, Sampling
 
 MODEL = "policy"

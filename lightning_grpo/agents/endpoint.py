@@ -31,7 +31,7 @@ from lightning_grpo.agents.conversation import (
 )
 from lightning_grpo.engine.http import Door, room_for_connections
 from lightning_grpo.keys import bears
-from lightning_grpo.rollout.protocols import EpisodeContext
+from lightning_grpo.rollout.workflow import EpisodeContext
 from lightning_grpo.types import Sampling
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning_grpo.agents.tool_process import ToolCounts, ToolLimits, ToolProcesses, ToolResult
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.protocols import Tokenizer
-from lightning_grpo.rollout.protocols import reward_name as function_name
+from lightning_grpo.rollout.chat import Tokenizer
+from lightning_grpo.rollout.scoring import reward_name as function_name
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION = re.compile(r"\s*<function=([^>\n]*)>(.*)</function>\s*", re.DOTALL)

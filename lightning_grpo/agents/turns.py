@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_grpo.errors import ConfigError, RolloutError
-from lightning_grpo.rollout.chat import Message, fitting, rendering, without_blank_answer
-from lightning_grpo.rollout.protocols import EpisodeContext, Tokenizer
-from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.rollout.chat import Message, Tokenizer, fitting, rendering, without_blank_answer
+from lightning_grpo.rollout.workflow import EpisodeContext, RLVRWorkflow
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Trajectory
 
 

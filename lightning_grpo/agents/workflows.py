@@ -33,17 +33,9 @@ from lightning_grpo.agents.turns import (
 )
 from lightning_grpo.checks import MOST, require_count, require_number, require_seconds
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
-from lightning_grpo.rollout.chat import Message
-from lightning_grpo.rollout.protocols import (
-    RESERVED,
-    BoundReward,
-    EpisodeContext,
-    Rewards,
-    Tokenizer,
-    reward_name,
-)
-from lightning_grpo.rollout.scoring import answer_of
-from lightning_grpo.rollout.workflow import sampling_of
+from lightning_grpo.rollout.chat import Message, Tokenizer
+from lightning_grpo.rollout.scoring import RESERVED, BoundReward, Rewards, answer_of, reward_name
+from lightning_grpo.rollout.workflow import EpisodeContext, sampling_of
 from lightning_grpo.types import AnySampling, Prompt, Sampling, Trajectory
 
 _DEFAULT_SAMPLING = Sampling()

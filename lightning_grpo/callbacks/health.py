@@ -14,7 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.screen import waiting_fraction
-from lightning_grpo.callbacks.views import MinibatchView, logged_numbers
+from lightning_grpo.callbacks.views import MinibatchView, Rolling, logged_numbers
 from lightning_grpo.checks import require_seconds
 
 log = logging.getLogger(__name__)
@@ -186,19 +186,21 @@ class HealthMonitor(Callback):
         self._said = set(holding)
         return [fill(rule.sentence, window[-1]) for rule in new]
 
-    def starving(self, now_s: float) -> str | None:
-        """The line on a run that got no rollout batch for long; None when there is nothing new."""
+    def starving(self, now_s: float, data: Any = None) -> str | None:
+        """The line on a run that got no rollout batch for long; None when there is nothing new.
+
+        Args:
+            now_s: By the monotonic clock.
+            data: Where batches come from; asked why there is none.
+        """
         waited_s = now_s - self._last_batch_s
         if self._validating or waited_s < self._starving_after_s or "starving" in self._said:
             return None
         self._said.add("starving")
-        last = self._window[-1] if self._window else {}
-        counts = ", ".join(
-            f"{last[name]:.0f} {label}" for name, label in _STARVING_COUNTS.items() if name in last
-        )
-        counts = f" (after the last one: {counts})" if counts else ""
+        progress = data.progress() if isinstance(data, Rolling) else None
+        why = f" ({progress.why})" if progress is not None and progress.why else ""
         return (
-            f"no rollout batch for {waited_s:.0f} s{counts}. Look at the servers' logs, at "
+            f"no rollout batch for {waited_s:.0f} s{why}. Look at the servers' logs, at "
             "`reward_timeout_s`, and at `keep_group` if one is set."
         )
 
@@ -207,7 +209,10 @@ class HealthMonitor(Callback):
         self._last_batch_s = time.monotonic()
         if trainer.is_global_zero:
             self._stopped.clear()
-            self._watch = threading.Thread(target=self._keep_watch, name="health", daemon=True)
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self._watch = threading.Thread(
+                target=self._keep_watch, args=(data,), name="health", daemon=True
+            )
             self._watch.start()
 
     def on_train_batch_end(
@@ -245,9 +250,9 @@ class HealthMonitor(Callback):
         """Stop watching."""
         self._stop()
 
-    def _keep_watch(self) -> None:
+    def _keep_watch(self, data: Any) -> None:
         while not self._stopped.wait(self._starving_after_s / 10):
-            if sentence := self.starving(time.monotonic()):
+            if sentence := self.starving(time.monotonic(), data):
                 log.warning(sentence)
 
     def _stop(self) -> None:
@@ -255,14 +260,6 @@ class HealthMonitor(Callback):
         if self._watch is not None:
             self._watch.join()
             self._watch = None
-
-
-_STARVING_COUNTS = {
-    "rollout/in_flight": "requests in flight",
-    "rollout/queued": "groups queued",
-    "rollout/filtered": "filtered",
-    "rollout/failed": "failed",
-}
 
 
 class _Numbers(dict[str, float]):

@@ -184,7 +184,7 @@ def _check_fits(servers: Any, gpus: int) -> None:
 
 def _left_to_train(servers: Any, gpus: int) -> int:
     """How many GPUs of a node the servers leave, where they are on a node that trains."""
-    from lightning_grpo.servers.process import serving_devices, training_devices
+    from lightning_grpo.servers.base import serving_devices, training_devices
     from lightning_grpo.servers.sglang import SGLangServers
 
     if not isinstance(servers, SGLangServers):

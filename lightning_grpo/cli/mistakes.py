@@ -31,7 +31,7 @@ import lightning_grpo
 from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, one_line
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Source, Table
-from lightning_grpo.servers.running import Address
+from lightning_grpo.servers.base import Address
 
 # What a config may write in the place of a class's import path.
 for _kind in (Source, Table, Address):

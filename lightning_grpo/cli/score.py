@@ -19,8 +19,7 @@ from lightning_grpo.checks import require_seconds
 from lightning_grpo.cli.mistakes import ImportPathError, import_object
 from lightning_grpo.cli.sources import Parser, whole_number
 from lightning_grpo.errors import ConfigError, RewardError, printable
-from lightning_grpo.rollout.protocols import BoundReward
-from lightning_grpo.rollout.scoring import RewardScorer
+from lightning_grpo.rollout.scoring import BoundReward, RewardScorer
 from lightning_grpo.rollout.workflow import named_rewards
 from lightning_grpo.types import Prompt
 

@@ -46,7 +46,7 @@ from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, read_yam
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, GRPOError
 from lightning_grpo.keys import is_secret
-from lightning_grpo.servers.process import present_devices, serving_devices, training_devices
+from lightning_grpo.servers.base import present_devices, serving_devices, training_devices
 from lightning_grpo.strategies.checkpoints import (
     refuse_shards,
     require_checkpoint,

@@ -31,13 +31,13 @@ from lightning_grpo.distributed.heartbeat import (
     Failure,
     GlooExchange,
     Heart,
-    Judge,
     Kind,
-    Ledger,
-    Outcome,
     ProcessLike,
+    RankJudge,
+    RankLedger,
     RunningClock,
     Store,
+    WaitOutcome,
     Watchdog,
     is_echo,
     open_store,
@@ -66,7 +66,7 @@ class Messenger:
         rank_timeout_s: The limit of silence; last words wait no longer than that.
     """
 
-    def __init__(self, ledger: Ledger, heart: Heart | None, rank_timeout_s: float) -> None:
+    def __init__(self, ledger: RankLedger, heart: Heart | None, rank_timeout_s: float) -> None:
         self._ledger = ledger
         self._heart = heart
         self._watchdog: Watchdog | None = None
@@ -91,12 +91,12 @@ class Messenger:
         try:
             yield
         except StopRun as stop:
-            self._publish(Outcome(sequence, Kind.STOP, what, signal.Signals(stop.signal).name))
+            self._publish(WaitOutcome(sequence, Kind.STOP, what, signal.Signals(stop.signal).name))
             raise
         except BaseException as error:
-            self._publish(Outcome(sequence, Kind.ERROR, what, what_happened(error)))
+            self._publish(WaitOutcome(sequence, Kind.ERROR, what, what_happened(error)))
             raise
-        self._publish(Outcome(sequence, Kind.READY, what))
+        self._publish(WaitOutcome(sequence, Kind.READY, what))
 
     def tell(self, failure: Failure) -> None:
         """Put a failure into the record and wait until it is known."""
@@ -134,7 +134,7 @@ class Messenger:
         if self._heart is not None:
             self._heart.stop()
 
-    def _publish(self, outcome: Outcome) -> None:
+    def _publish(self, outcome: WaitOutcome) -> None:
         if self._heart is None:
             return
         tick = self._ledger.publish(outcome)
@@ -213,8 +213,8 @@ class RankChannel:
         self._closed = False
         clock = RunningClock(gap_s=max(rank_timeout_s / 2, 4 * poll_s))
         name = f"pid {os.getpid()} on {platform.node()}"
-        self._ledger = Ledger(rank, world_size, name, clock)
-        self._judge = Judge(self._ledger, rank_timeout_s)
+        self._ledger = RankLedger(rank, world_size, name, clock)
+        self._judge = RankJudge(self._ledger, rank_timeout_s)
         heart = None
         if store is not None:
             heart = Heart(self._ledger, store, rank_timeout_s, self._current_stop)

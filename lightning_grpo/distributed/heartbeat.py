@@ -196,7 +196,7 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class WaitOutcome:
     """The end of one wait, published by rank 0.
 
     Attributes:
@@ -248,7 +248,7 @@ class Pulse:
     seen: int = 0
     closed: bool = False
     failure: Failure | None = None
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[WaitOutcome, ...] = ()
 
     def encode(self) -> str:
         """The record as it lies in the store."""
@@ -263,7 +263,7 @@ class Pulse:
         return Pulse(
             **fields,
             failure=Failure(**failure) if failure else None,
-            outcomes=tuple(Outcome(**{**o, "kind": Kind(o["kind"])}) for o in outcomes),
+            outcomes=tuple(WaitOutcome(**{**o, "kind": Kind(o["kind"])}) for o in outcomes),
         )
 
 
@@ -308,7 +308,7 @@ class RunningClock:
             return self._elapsed
 
 
-class Ledger:
+class RankLedger:
     """This rank's own record and the last ones read of the others; shared between threads."""
 
     def __init__(self, rank: int, world_size: int, name: str, clock: RunningClock) -> None:
@@ -318,7 +318,7 @@ class Ledger:
         self.lost: str = ""
         self.changed = threading.Condition()
         self._mine = Pulse(name=name)
-        self._outcomes: dict[int, Outcome] = {}
+        self._outcomes: dict[int, WaitOutcome] = {}
         self._failure: Failure | None = None
         now = clock.now()
         watched = range(1, world_size) if rank == 0 else (0,)
@@ -340,7 +340,7 @@ class Ledger:
         """The first failure that was heard of from another rank."""
         return self._failure
 
-    def outcome(self, sequence: int) -> Outcome | None:
+    def outcome(self, sequence: int) -> WaitOutcome | None:
         """How that wait ended, once rank 0 has said so; earlier ones are forgotten."""
         with self.changed:
             self._outcomes = {s: o for s, o in self._outcomes.items() if s >= sequence}
@@ -361,7 +361,7 @@ class Ledger:
                 mine, progress=mine.progress + 1, what=what, allowance_s=allowance_s
             )
 
-    def publish(self, outcome: Outcome) -> int:
+    def publish(self, outcome: WaitOutcome) -> int:
         """Rank 0: add the end of a wait to the record; returns the tick that carries it."""
         with self.changed:
             tick = self._mine.tick + 1
@@ -442,7 +442,11 @@ class Heart:
     """
 
     def __init__(
-        self, ledger: Ledger, store: Store, rank_timeout_s: float, stop_source: Callable[[], str]
+        self,
+        ledger: RankLedger,
+        store: Store,
+        rank_timeout_s: float,
+        stop_source: Callable[[], str],
     ) -> None:
         self._ledger = ledger
         self._store = store
@@ -588,7 +592,7 @@ def is_echo(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _ECHO.search(str(error)) is not None
 
 
-class Judge:
+class RankJudge:
     """Decides whether another rank is lost.
 
     Args:
@@ -596,7 +600,7 @@ class Judge:
         rank_timeout_s: Silence after which a rank counts as lost.
     """
 
-    def __init__(self, ledger: Ledger, rank_timeout_s: float) -> None:
+    def __init__(self, ledger: RankLedger, rank_timeout_s: float) -> None:
         self.processes: dict[int, ProcessLike] = {}
         self._ledger = ledger
         self._rank_timeout_s = rank_timeout_s

@@ -24,8 +24,8 @@ from typing import Any
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.launch.slurm import Job, require_at_least
 from lightning_grpo.servers import supervisor
-from lightning_grpo.servers.base import read_tail
-from lightning_grpo.servers.process import child_environment
+from lightning_grpo.servers.base import child_environment
+from lightning_grpo.serving.server import read_tail
 
 _RAY_SERVERS = "lightning_grpo.RayServers"
 
@@ -204,7 +204,7 @@ _FAILED = 1
 
 
 @dataclass(frozen=True)
-class Outcome:
+class NodeOutcome:
     """How one start of the run ended.
 
     Attributes:
@@ -360,7 +360,7 @@ class RayRun:
         finally:
             self._ray.shutdown()
 
-    def _start(self, number: int) -> Outcome:
+    def _start(self, number: int) -> NodeOutcome:
         ray_util = importlib.import_module("ray.util")
         group = ray_util.placement_group(bundles(self.job), strategy="STRICT_SPREAD")
         try:
@@ -417,20 +417,20 @@ class RayRun:
             for actor, task in zip(actors, node_tasks(self.job, start), strict=True)
         ]
 
-    def _watch(self, nodes: Sequence[WatchedNode]) -> Outcome:
+    def _watch(self, nodes: Sequence[WatchedNode]) -> NodeOutcome:
         trainers = [node for node in nodes if node.task.trains]
         while True:
             self._look(nodes)
             failed = next((node for node in nodes if node.failure), None)
             if self._stop.signal:
                 self._end_in_order(nodes, trainers, self._stop.signal)
-                return Outcome(trainers[0].status or 128 + self._stop.signal)
+                return NodeOutcome(trainers[0].status or 128 + self._stop.signal)
             if failed is not None:
                 said = failed.failure
                 self._end_in_order(nodes, trainers, signal.SIGTERM)
-                return Outcome(failed.status or _FAILED, said)
+                return NodeOutcome(failed.status or _FAILED, said)
             if all(node.ended for node in trainers):
-                return Outcome(0)
+                return NodeOutcome(0)
             time.sleep(POLL_S)
 
     def _end_in_order(

@@ -118,7 +118,7 @@ class NotPackedError(ValueError):
 
 
 @dataclass(frozen=True)
-class Bucket:
+class LengthBucket:
     """Sequences that are padded together.
 
     Attributes:
@@ -177,7 +177,7 @@ class PackedLayout:
                 source = shared_prefixes(input_ids, cu_seqlens)
             self.unique, self.unique_of = torch.unique(source, return_inverse=True)
             self.positions = positions[self.unique]
-        self._padded: tuple[list[Bucket], Tensor] | None = None
+        self._padded: tuple[list[LengthBucket], Tensor] | None = None
 
     @classmethod
     def of_one(cls, num_tokens: int, device: torch.device) -> Self:
@@ -195,13 +195,13 @@ class PackedLayout:
         spans = [range(self._starts[i], self._starts[i] + self.lengths[i]) for i in rows]
         return torch.tensor([*chain(*spans)], device=self.cu_seqlens.device)
 
-    def padded(self) -> tuple[list[Bucket], Tensor]:
+    def padded(self) -> tuple[list[LengthBucket], Tensor]:
         """Buckets of unique tokens, and for each unique token its row in them laid end to end."""
         if self._padded is None:
             self._padded = self._build()
         return self._padded
 
-    def _build(self) -> tuple[list[Bucket], Tensor]:
+    def _build(self) -> tuple[list[LengthBucket], Tensor]:
         unique_of = self.unique_of.cpu()
         buckets, rows = [], torch.zeros(len(self.unique), dtype=torch.int64)
         offset = 0
@@ -214,7 +214,7 @@ class PackedLayout:
             real = steps < lengths
             rows[index[real]] = offset + torch.arange(index.numel()).view_as(index)[real]
             device = self.cu_seqlens.device
-            buckets.append(Bucket(index.flatten().to(device), len(members), length))
+            buckets.append(LengthBucket(index.flatten().to(device), len(members), length))
             offset += index.numel()
         return buckets, rows.to(self.cu_seqlens.device)
 
@@ -343,7 +343,7 @@ def _bucket_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bucket: Bucket,
+    bucket: LengthBucket,
     scale: float | None,
     window: int | None,
 ) -> Tensor:

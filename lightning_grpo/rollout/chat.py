@@ -1,4 +1,4 @@
-"""Chat messages: rows in other people's shapes, and what a chat template makes of messages."""
+"""Chat messages: read from a row, and rendered by a tokenizer's template."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.protocols import Tokenizer
 from lightning_grpo.templates import check_template
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that rollouts use."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Render messages, to text or to token ids."""
+        ...
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        """Turn text into token ids."""
+        ...
+
+    def decode(self, token_ids: Any, **kwargs: Any) -> Any:
+        """Turn token ids into text."""
+        ...
+
 
 Message = Mapping[str, Any]
 
@@ -25,7 +43,9 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+
 _PRINTED = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)':")
+
 _DECIDED = (
     "conversation",
     "messages",

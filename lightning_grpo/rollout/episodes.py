@@ -1,30 +1,47 @@
-"""Run the episodes of one prompt: contexts, seeds, and one attempt at a group."""
+"""Run the episodes of one prompt, for training or evaluation: contexts, seeds, attempts."""
 
 from __future__ import annotations
 
 import hashlib
 import traceback
-from collections.abc import Coroutine, Hashable, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 
-from lightning_grpo.errors import ConfigError, RequestError, ServerError
-from lightning_grpo.rollout.chat import with_arguments
-from lightning_grpo.rollout.protocols import (
+from lightning_grpo.checks import require_count
+from lightning_grpo.errors import (
+    ConfigError,
+    RequestError,
+    RolloutError,
+    ServerError,
+    ServersLostError,
+)
+from lightning_grpo.rollout.chat import Tokenizer, with_arguments
+from lightning_grpo.rollout.scoring import Reward, RewardValue
+from lightning_grpo.rollout.workflow import (
     Generator,
-    Reward,
-    RewardValue,
     RolloutWorkflow,
     Scorer,
-    Tokenizer,
+    check_sampling,
+    check_trajectory,
+    sampling_of,
 )
-from lightning_grpo.rollout.workflow import check_sampling, check_trajectory, sampling_of
-from lightning_grpo.types import NO_VERSION, AnySampling, Completion, Prompt, Sampling, Trajectory
+from lightning_grpo.types import (
+    NO_VERSION,
+    AnySampling,
+    Completion,
+    Group,
+    Prompt,
+    Sampling,
+    Trajectory,
+)
 
 _DEFAULT_SAMPLING = Sampling()
+
 _SEED_BITS = 31  # fits every server's signed 32-bit field
 
 
@@ -34,23 +51,29 @@ def derive_seed(*path: int) -> int:
     return int.from_bytes(digest, "big") % 2**_SEED_BITS
 
 
-@dataclass(frozen=True)
-class Request:
-    """What makes the requests of an attempt differ from those of other attempts.
+@dataclass(eq=False)
+class Attempt:
+    """One attempt at a group, also while it runs and after it failed or was cancelled.
 
     Attributes:
-        attempt: Which attempt at the prompt, from 1; one that lost its servers has the same again.
+        draw: Which attempt by its seeds, from 1; one that lost its servers draws the same again.
         version: Weights that no token may be older than.
         group_key: Keeps requests of one prompt on one server.
         priority: Goes first (evaluation).
         sampling: Takes the place of the workflow's own (evaluation).
+        trajectories: Of the episodes that are done, by their number.
+        num_tokens: Tokens of its completed requests.
+        failure: Of the first episode that failed.
     """
 
-    attempt: int = 1
+    draw: int = 1
     version: int = NO_VERSION
     group_key: Hashable | None = None
     priority: bool = False
     sampling: Sampling | None = None
+    trajectories: dict[int, Trajectory] = field(default_factory=dict)
+    num_tokens: int = 0
+    failure: Exception | None = None
 
     @property
     def is_evaluation(self) -> bool:
@@ -90,15 +113,12 @@ class Episode:
     """The `EpisodeContext` of one episode; remembers what was sampled, and how."""
 
     def __init__(
-        self, runner: EpisodeRunner, prompt: Prompt, request: Request, seed_path: tuple[int, ...]
+        self, runner: EpisodeRunner, prompt: Prompt, attempt: Attempt, seed_path: tuple[int, ...]
     ) -> None:
         self.tokenizer = with_arguments(runner.tokenizer, prompt.template_kwargs)
-        self.num_tokens = 0
-        self._tally = runner.tally
-        self._generator = runner.generator
-        self._scorer = runner.scorer
+        self._runner = runner
         self._own: Sampling | None = getattr(runner.workflow, "sampling", None)
-        self._request = request
+        self._attempt = attempt
         self._seed_path = seed_path
         self._turn = 0
         self._temperature: float | None = None
@@ -110,15 +130,15 @@ class Episode:
     ) -> Coroutine[Any, Any, Completion]:
         """Sample one continuation with a seed of its own."""
         chosen = sampling_of(sampling or self._own or _DEFAULT_SAMPLING)
-        if trained and self._request.sampling is not None:
-            chosen = for_evaluation(chosen, self._own, self._request.sampling)
-        elif trained and not self._request.is_evaluation:
+        if trained and self._attempt.sampling is not None:
+            chosen = for_evaluation(chosen, self._own, self._attempt.sampling)
+        elif trained and not self._attempt.is_evaluation:
             self._require_trainable(chosen, traceback.extract_stack(limit=2)[0])
         return self._generate(list(input_ids), chosen, trained)
 
     async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:
         """Call a reward in a process that can be killed."""
-        return await self._scorer.score(reward, arguments)
+        return await self._runner.scorer.score(reward, arguments)
 
     def checked(self, trajectory: Trajectory | None) -> Trajectory:
         """The trajectory as it was really sampled, whatever the workflow said of that.
@@ -127,7 +147,7 @@ class Episode:
             RolloutError: It isn't one that can be trained on.
             ConfigError: It holds tokens that were not to be trained on.
         """
-        checked = check_trajectory(trajectory, self._request.version)
+        checked = check_trajectory(trajectory, self._attempt.version)
         held = [call for call in self._calls if call.is_in(checked)]
         sampled = {i for call in held if call.trained for i in range(*call.span)}
         aside = {i for call in held if not call.trained for i in range(*call.span)}
@@ -148,7 +168,7 @@ class Episode:
         if checked.num_turns > 1:
             first = checked.response_mask.index(True)
             transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
-        self._tally.evaluated += self._request.priority
+        self._runner.num_evaluated += self._attempt.priority
         return replace(checked, length_limit=limit, transcript=transcript)
 
     async def _generate(
@@ -156,15 +176,15 @@ class Episode:
     ) -> Completion:
         seed = derive_seed(*self._seed_path, self._turn)
         self._turn += 1
-        completion = await self._generator.generate(
+        completion = await self._runner.generator.generate(
             input_ids,
             sampling,
-            group_key=self._request.group_key,
-            priority=self._request.priority,
+            group_key=self._attempt.group_key,
+            priority=self._attempt.priority,
             seed=seed,
         )
-        self.num_tokens += len(completion.token_ids)
-        self._tally.tokens += len(completion.token_ids)
+        self._attempt.num_tokens += len(completion.token_ids)
+        self._runner.num_tokens += len(completion.token_ids)
         whole = (*input_ids, *completion.token_ids)
         self._calls.append(_Call(len(input_ids), whole, sampling, trained))
         return completion
@@ -213,33 +233,6 @@ def for_evaluation(asked: Sampling, own: Sampling | None, wanted: Sampling) -> S
 
 
 @dataclass
-class Attempt:
-    """One attempt at a group, also while it runs and after it failed or was cancelled."""
-
-    episodes: list[Episode] = field(default_factory=list)
-    trajectories: dict[int, Trajectory] = field(default_factory=dict)
-    failure: Exception | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of its completed requests."""
-        return sum(episode.num_tokens for episode in self.episodes)
-
-
-@dataclass
-class Tally:
-    """What was completed since the start of the run.
-
-    Attributes:
-        evaluated: Episodes of held-out prompts.
-        tokens: Of all requests.
-    """
-
-    evaluated: int = 0
-    tokens: int = 0
-
-
-@dataclass
 class EpisodeRunner:
     """What every episode shares.
 
@@ -250,6 +243,10 @@ class EpisodeRunner:
         tokenizer: Offered to the workflow.
         group_size: Episodes of one group.
         seed: The run's seed, from which each request's is derived.
+
+    Attributes:
+        num_evaluated: Completed episodes of held-out prompts, since the start of the run.
+        num_tokens: Tokens of all completed requests, since the start of the run.
     """
 
     workflow: RolloutWorkflow
@@ -258,26 +255,24 @@ class EpisodeRunner:
     tokenizer: Tokenizer
     group_size: int = 8
     seed: int = 0
-    tally: Tally = field(default_factory=Tally)
+    num_evaluated: int = 0
+    num_tokens: int = 0
 
     async def run(
-        self, prompt: Prompt, request: Request, attempt: Attempt, num_samples: int | None = None
+        self, prompt: Prompt, attempt: Attempt, num_samples: int | None = None
     ) -> tuple[Trajectory, ...]:
         """Run all episodes of a prompt at once; the first that fails ends the others.
 
         Args:
             prompt: What to ask.
-            request: How this attempt's requests are marked.
-            attempt: Filled on the way, so that a cancelled attempt can be accounted for.
+            attempt: How its requests are marked; filled on the way, so that a cancelled attempt
+                can be accounted for.
             num_samples: Takes the place of `group_size`.
 
         Raises:
             Exception: Whatever the first failing episode raised.
         """
         num_samples = num_samples or self.group_size
-        for sample in range(num_samples):
-            path = (self.seed, *prompt.key, request.attempt, sample)
-            attempt.episodes.append(Episode(self, prompt, request, path))
         async with anyio.create_task_group() as tasks:
             for sample in range(num_samples):
                 tasks.start_soon(self._run_one, prompt, attempt, sample, tasks)
@@ -292,8 +287,9 @@ class EpisodeRunner:
         sample: int,
         tasks: anyio.abc.TaskGroup,
     ) -> None:
-        episode = attempt.episodes[sample]
         try:
+            path = (self.seed, *prompt.key, attempt.draw, sample)
+            episode = Episode(self, prompt, attempt, path)
             trajectory = await self.workflow.run(prompt, episode)
             attempt.trajectories[sample] = episode.checked(trajectory)
         except Exception as error:  # noqa: BLE001 - recorded here, raised by run()
@@ -310,3 +306,75 @@ def first_line(error: BaseException) -> str:
     """An error in one line, for a status."""
     lines: list[str] = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
+
+
+_ENDS_EVALUATION = (ConfigError, ServersLostError)
+
+
+async def evaluate(
+    runner: EpisodeRunner,
+    prompts: Iterable[Prompt],
+    sampling: Sampling | None = None,
+    num_samples: int = 1,
+    max_attempts: int = 3,
+    max_in_flight: int = 512,
+) -> list[Group]:
+    """Sample and score `num_samples` episodes of each prompt; groups in the order of the prompts.
+
+    Args:
+        runner: Runs the episodes; its requests go before those of training.
+        prompts: What to ask; made one at a time if that is how the iterable makes them.
+        sampling: Takes the place of the workflow's own; None leaves it.
+        num_samples: Episodes of each prompt.
+        max_attempts: How often a prompt is tried.
+        max_in_flight: Episodes that run at once.
+
+    Raises:
+        RolloutError: A prompt failed every attempt; names it. No score is made up.
+    """
+    require_count("num_samples", num_samples)
+    groups: dict[int, Group] = {}
+    failures: list[Exception] = []
+    slots = anyio.Semaphore(max(1, max_in_flight // num_samples))
+
+    async def run(index: int, prompt: Prompt) -> None:
+        try:
+            groups[index] = await _evaluate_one(runner, prompt, sampling, num_samples, max_attempts)
+        except Exception as error:  # noqa: BLE001 - recorded here, raised below as itself
+            failures.append(error)
+            tasks.cancel_scope.cancel()
+        finally:
+            slots.release()
+
+    async with anyio.create_task_group() as tasks:
+        for index, prompt in enumerate(prompts):
+            await slots.acquire()
+            tasks.start_soon(run, index, prompt)
+    if failures:
+        raise failures[0]
+    return [groups[index] for index in sorted(groups)]
+
+
+async def _evaluate_one(
+    runner: EpisodeRunner,
+    prompt: Prompt,
+    sampling: Sampling | None,
+    num_samples: int,
+    max_attempts: int,
+) -> Group:
+    draw = 1
+    for attempt in range(1, max_attempts + 1):
+        key = ("evaluation", prompt.row)
+        asked = Attempt(draw, group_key=key, priority=True, sampling=sampling)
+        try:
+            trajectories = await runner.run(prompt, asked, num_samples)
+        except _ENDS_EVALUATION:
+            raise
+        except Exception as error:  # noqa: BLE001 - tried again, then raised by name
+            failure, draw = error, draw + (not is_lost(error))
+        else:
+            oldest = min(trajectory.oldest_version for trajectory in trajectories)
+            return Group(prompt, trajectories, oldest, attempt)
+    raise RolloutError(
+        f"evaluation prompt {prompt.row} failed {max_attempts} times; last: {first_line(failure)}"
+    ) from failure

@@ -1,6 +1,4 @@
-"""The producer: groups are begun, awaited, filtered and handed over; evaluation, too.
-
-The producer: lets groups in, runs them, and hands the trainer exactly one batch at a time.
+"""Lets groups in, runs them, and hands the trainer exactly one batch at a time.
 
 One task admits, one task runs each group, `take` waits. All of them live on one event loop and
 share plain fields between awaits. A prompt's way: admitted -> running (attempts) -> finished ->
@@ -24,7 +22,6 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from lightning_grpo.checks import require_count
 from lightning_grpo.errors import (
     CheckpointError,
     ConfigError,
@@ -33,12 +30,17 @@ from lightning_grpo.errors import (
     RolloutError,
     ServersLostError,
 )
-from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request, first_line, is_lost
+from lightning_grpo.rollout.episodes import (
+    Attempt,
+    EpisodeRunner,
+    evaluate,
+    first_line,
+    is_lost,
+)
 from lightning_grpo.rollout.gate import StalenessGate
-from lightning_grpo.rollout.ledger import Counters, Ledger
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.ledger import Counters, Ledger, RolloutLimits
 from lightning_grpo.rollout.stream import PromptMixture
-from lightning_grpo.serving.background import Background
+from lightning_grpo.serving.event_loop import Background
 from lightning_grpo.types import (
     Group,
     Outcome,
@@ -109,11 +111,6 @@ class Backlog:
         self._skip = skip
         self.runs: dict[int, GroupRun] = {}
         self._again: dict[int, tuple[PromptKey, int]] = {}  # put back: ticket -> key, attempts
-
-    @property
-    def num_put_back(self) -> int:
-        """Prompts that are to be asked once more."""
-        return len(self._again)
 
     def next(self) -> tuple[PromptKey, int, int | None]:
         """The key of the next prompt, which attempt at it comes, and the ticket it has, if any."""
@@ -217,110 +214,7 @@ def has_variance(group: Group) -> bool:
     return max(rewards) > min(rewards)
 
 
-class GroupFilter:
-    """Turns groups down until the cost of one batch's replacements is used up.
-
-    Args:
-        keep_group: Whether a group is worth training on; None keeps all.
-        max_filtered: Groups that may be turned down for one batch.
-    """
-
-    def __init__(self, keep_group: Callable[[Group], bool] | None, max_filtered: int) -> None:
-        self.keep_group = keep_group
-        self.max_filtered = max_filtered
-        self.num_filtered = 0
-
-    def wants(self, group: Group) -> bool:
-        """What `keep_group` says."""
-        return self.keep_group is None or bool(self.keep_group(group))
-
-    def may_turn_down(self) -> bool:
-        """Whether one more replacement is within the cost; counts it if so."""
-        if self.num_filtered >= self.max_filtered:
-            return False
-        self.num_filtered += 1
-        return True
-
-    def start_batch(self) -> None:
-        """A batch was taken: the next one has its own cost."""
-        self.num_filtered = 0
-
-
-_ENDS_EVALUATION = (ConfigError, ServersLostError)
-
-
-async def evaluate(
-    runner: EpisodeRunner,
-    prompts: Iterable[Prompt],
-    sampling: Sampling | None = None,
-    num_samples: int = 1,
-    max_attempts: int = 3,
-    max_in_flight: int = 512,
-) -> list[Group]:
-    """Sample and score `num_samples` episodes of each prompt; groups in the order of the prompts.
-
-    Args:
-        runner: Runs the episodes; its requests go before those of training.
-        prompts: What to ask; made one at a time if that is how the iterable makes them.
-        sampling: Takes the place of the workflow's own; None leaves it.
-        num_samples: Episodes of each prompt.
-        max_attempts: How often a prompt is tried.
-        max_in_flight: Episodes that run at once.
-
-    Raises:
-        RolloutError: A prompt failed every attempt; names it. No score is made up.
-    """
-    require_count("num_samples", num_samples)
-    groups: dict[int, Group] = {}
-    failures: list[Exception] = []
-    slots = anyio.Semaphore(max(1, max_in_flight // num_samples))
-
-    async def run(index: int, prompt: Prompt) -> None:
-        try:
-            groups[index] = await _evaluate_one(runner, prompt, sampling, num_samples, max_attempts)
-        except Exception as error:  # noqa: BLE001 - recorded here, raised below as itself
-            failures.append(error)
-            tasks.cancel_scope.cancel()
-        finally:
-            slots.release()
-
-    async with anyio.create_task_group() as tasks:
-        for index, prompt in enumerate(prompts):
-            await slots.acquire()
-            tasks.start_soon(run, index, prompt)
-    if failures:
-        raise failures[0]
-    return [groups[index] for index in sorted(groups)]
-
-
-async def _evaluate_one(
-    runner: EpisodeRunner,
-    prompt: Prompt,
-    sampling: Sampling | None,
-    num_samples: int,
-    max_attempts: int,
-) -> Group:
-    draw = 1
-    for attempt in range(1, max_attempts + 1):
-        request = Request(
-            draw, group_key=("evaluation", prompt.row), priority=True, sampling=sampling
-        )
-        try:
-            trajectories = await runner.run(prompt, request, Attempt(), num_samples)
-        except _ENDS_EVALUATION:
-            raise
-        except Exception as error:  # noqa: BLE001 - tried again, then raised by name
-            failure, draw = error, draw + (not is_lost(error))
-        else:
-            oldest = min(trajectory.oldest_version for trajectory in trajectories)
-            return Group(prompt, trajectories, oldest, attempt)
-    raise RolloutError(
-        f"evaluation prompt {prompt.row} failed {max_attempts} times; last: {first_line(failure)}"
-    ) from failure
-
-
 logger = logging.getLogger(__name__)
-
 
 _FATAL = (ConfigError, FailureBudgetError, ServersLostError)
 
@@ -354,7 +248,8 @@ class RolloutProducer:
         self.ledger = ledger
         self.limits = limits or RolloutLimits()
         self.counters = Counters()
-        self._filter = GroupFilter(keep_group, self.limits.max_filtered_batches * gate.batch_size)
+        self._keep_group = keep_group
+        self._num_filtered = 0  # for the batch that is being filled
         self._emit = on_event or _ignore
         all_groups = (gate.max_staleness + 1) * gate.batch_size
         in_flight = self.limits.max_in_flight or all_groups * runner.group_size
@@ -376,18 +271,13 @@ class RolloutProducer:
         """Cancel every episode."""
         return await self._background.__aexit__(*error)
 
-    async def take(self, num_groups: int | None = None) -> list[Group]:
+    async def take(self) -> list[Group]:
         """Wait for one rollout batch: exactly `batch_size` groups, oldest version first.
-
-        Args:
-            num_groups: If given, must be the batch size: the staleness rule counts in batches.
 
         Raises:
             FailureBudgetError: Too many groups failed.
             RolloutError: The producer ended, or there is nothing left to take.
         """
-        if num_groups not in (None, self.gate.batch_size):
-            raise ConfigError(f"take() gives {self.gate.batch_size} groups, not {num_groups}.")
         began = anyio.current_time()
         while True:
             changed = self._background.next_change
@@ -406,14 +296,16 @@ class RolloutProducer:
 
     def progress(self) -> RolloutProgress:
         """How far the next rollout batch is."""
-        size, tally = self.gate.batch_size, self.runner.tally
+        size = self.gate.batch_size
         runs = [self._backlog.runs[ticket] for ticket in sorted(self._backlog.runs)[:size]]
         done = sum(
             len(run.attempt.trajectories if run.group is None else run.group.trajectories)
             for run in runs
         )
         wanted = size * self.runner.group_size
-        return RolloutProgress(done, wanted, tally.evaluated, tally.tokens)
+        return RolloutProgress(
+            done, wanted, self.runner.num_evaluated, self.runner.num_tokens, self.explain_wait()
+        )
 
     def advance(self, version: int) -> None:
         """The servers have new weights: slots of the batches trained on become free.
@@ -445,19 +337,21 @@ class RolloutProducer:
             evaluate, self.runner, prompts, sampling, num_samples, attempts, num_episodes
         )
 
-    def status(self) -> dict[str, Any]:
-        """Where the producer stands, for one line that explains a wait."""
-        return {
-            "version": self.gate.version,
-            "running": self.gate.num_running,
-            "in_flight": self.gate.num_running * self.runner.group_size,
-            "queued": self.gate.num_finished,
-            "unpublished_batches": self.gate.num_pending_batches,
-            "ask_again": self._backlog.num_put_back,
-            "pass": self._backlog.stream.pass_index,
-            "idle_s": anyio.current_time() - self._accepted_at,
-            "last_errors": list(self._errors),
-        }
+    @property
+    def pass_index(self) -> int:
+        """Which pass over the prompts it is in."""
+        return self._backlog.stream.pass_index
+
+    def explain_wait(self) -> str:
+        """One line on why a batch isn't ready."""
+        gate, idle_s = self.gate, anyio.current_time() - self._accepted_at
+        errors = "; ".join(self._errors) or "none"
+        return (
+            f"no accepted group for {idle_s:.0f} s at version {gate.version}: "
+            f"{gate.num_running} groups running, {gate.num_finished} finished, "
+            f"{gate.num_pending_batches} batch(es) whose weights are not out; "
+            f"last errors: {errors}"
+        )
 
     def state_dict(self, num_trained: int = 0) -> dict[str, Any]:
         """Everything to go on from, as plain data; without an await, so it is one moment.
@@ -474,7 +368,7 @@ class RolloutProducer:
         given_back = list(itertools.chain.from_iterable(handed_over[num_trained:]))
         return {
             "backlog": self._backlog.state_dict(given_back),
-            "num_filtered": self._filter.num_filtered,
+            "num_filtered": self._num_filtered,
             "gate": self.gate.state_dict(num_trained),
             "ledger": ledger.state_dict(),
             "counters": self.counters.state_dict(),
@@ -488,7 +382,7 @@ class RolloutProducer:
         self.gate.load_state_dict(state["gate"])
         self.ledger.load_state_dict(state["ledger"])
         self.counters.load_state_dict(state["counters"])
-        self._filter.num_filtered = int(state["num_filtered"])
+        self._num_filtered = int(state["num_filtered"])
         self._backlog.load_state_dict(state["backlog"], self.gate)
         self._background.notify()
 
@@ -527,12 +421,11 @@ class RolloutProducer:
 
     async def _try_once(self, run: GroupRun) -> None:
         version = self.gate.admitted_version(run.ticket)
-        run.attempt = Attempt()
-        request = Request(run.draw, version, group_key=run.key)
+        run.attempt = Attempt(run.draw, version, group_key=run.key)
         try:
-            trajectories = await self.runner.run(run.prompt, request, run.attempt)
+            trajectories = await self.runner.run(run.prompt, run.attempt)
             group = Group(run.prompt, trajectories, version, run.attempts)
-            run.wanted = self._filter.wants(group)
+            run.wanted = self._keep_group is None or bool(self._keep_group(group))
         except _FATAL:
             raise
         except Exception as error:  # noqa: BLE001 - counted, named, and tried again
@@ -553,10 +446,10 @@ class RolloutProducer:
         self._background.notify()
 
     def _turn_down(self, run: GroupRun) -> bool:
-        if run.wanted:
+        budget = self.limits.max_filtered_batches * self.gate.batch_size
+        if run.wanted or self._num_filtered >= budget:
             return False
-        if not self._filter.may_turn_down():
-            return False
+        self._num_filtered += 1
         self.counters.filtered += 1
         self._end(run, Outcome.FILTERED)
         return True
@@ -613,7 +506,7 @@ class RolloutProducer:
         self._handed_over.append(runs)
         groups = [run.group for run in runs if run.group is not None]
         self.counters.filled += sum(not run.wanted for run in runs)
-        self._filter.start_batch()
+        self._num_filtered = 0
         self.counters.took(groups, version)
         self._emit("take", version=version, keys=[run.key for run in runs])
         self._drop_overdue()

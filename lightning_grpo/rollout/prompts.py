@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import random
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_grpo.checks import require_number, require_on_hub
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.rollout import chat
-from lightning_grpo.rollout.protocols import Tokenizer
-from lightning_grpo.types import Prompt, PromptKey
+from lightning_grpo.rollout.chat import Tokenizer
+from lightning_grpo.types import Prompt
 
 Rows = Sequence[Mapping[str, Any]]
 
 _DEFAULT_SPLIT = "train"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
 
 # What looks like a file: not asked for on the hub, which takes half a minute to give up.
 _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst")
@@ -656,48 +656,3 @@ class PromptSet:
 def run_seed() -> int:
     """What `lightning.seed_everything` was given in this process or the one that started it."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))  # noqa: TID251 - where Lightning leaves it
-
-
-class PromptStream:
-    """One endless stream: seeded passes over the prompts, joined end to end.
-
-    Entry i is position `i % N` of pass `i // N`; each pass is a permutation given by (seed, pass)
-    alone, so any entry can be had at any time and the state is one number.
-
-    Args:
-        prompts: Anything with `len` and `prompt(row, pass_index)`.
-        shuffle: Whether passes are permuted.
-        seed: Of the permutations.
-    """
-
-    def __init__(self, prompts: PromptSet, shuffle: bool = True, seed: int = 0) -> None:
-        self.prompts = prompts
-        self.shuffle = shuffle
-        self.seed = seed
-        self._orders: dict[int, Sequence[int]] = {}
-
-    @property
-    def num_rows(self) -> int:
-        """Prompts of one pass."""
-        return len(self.prompts)
-
-    def key(self, index: int) -> PromptKey:
-        """The name of entry `index`, without making the prompt."""
-        pass_index, position = divmod(index, self.num_rows)
-        return pass_index, self._order(pass_index)[position]
-
-    def __getitem__(self, index: int) -> Prompt:
-        """Make the prompt of entry `index`."""
-        pass_index, row = self.key(index)
-        return self.prompts.prompt(row, pass_index)
-
-    def _order(self, pass_index: int) -> Sequence[int]:
-        if not self.shuffle:
-            return range(self.num_rows)
-        if pass_index not in self._orders:
-            order = list(range(self.num_rows))
-            random.Random(f"{self.seed}:{pass_index}").shuffle(order)
-            # Two passes meet at a seam; older ones are only asked for after a resume.
-            self._orders = {k: v for k, v in self._orders.items() if k == pass_index - 1}
-            self._orders[pass_index] = order
-        return self._orders[pass_index]

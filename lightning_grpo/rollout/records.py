@@ -102,12 +102,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for file in trajectory_files(path) for row in _read_table(file).to_pylist()]
 
 
-def read_groups(path: Path) -> Iterator[list[Group]]:
-    """The groups of each file (one rollout batch each), as they were consumed."""
-    for file in trajectory_files(path):
-        yield read_batch(file).groups
-
-
 @dataclass(frozen=True)
 class RecordedBatch:
     """One rollout batch as it was consumed.

@@ -1,6 +1,6 @@
-"""Rewards computed in processes of their own.
+"""Rewards: bound to their arguments, and computed in processes of their own.
 
-Rewards in processes that can be killed: a stuck or crashed one costs its own call, no other.
+A stuck or crashed one costs its own call, no other.
 
 A function may live in the user's script, a notebook cell or be a lambda: cloudpickle ships it by
 value. The functions known at the start travel once per process, not with each call.
@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import inspect
+import itertools
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -31,9 +34,152 @@ from loky.backend import get_context
 from pebble import ProcessExpired, ProcessPool
 
 from lightning_grpo.errors import ConfigError, RewardError
-from lightning_grpo.rollout.protocols import BoundReward, Reward, RewardValue, reward_name
-from lightning_grpo.serving.background import seen
+from lightning_grpo.serving.event_loop import seen
 from lightning_grpo.types import Prompt
+
+Reward = Callable[..., Any]
+"""`reward(prompt, completion, **columns) -> float | dict[str, float]`; sync or async."""
+
+RewardValue = float | dict[str, float]
+"""What a reward comes to: one number, or several under their names."""
+
+RESERVED = (
+    "prompt",
+    "messages",
+    "completion",
+    "completions",
+    "prompt_ids",
+    "completion_ids",
+)
+"""Arguments that are no column. `completions` is AReaL's name of `completion`."""
+
+TEXT_ASKED = "_text_asked"
+"""Offered besides: what `from_trl` decides by; None for a conversation."""
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class BoundReward:
+    """A reward function and the names that it asks for.
+
+    Args:
+        reward: Any callable; its parameters are reserved names or columns, each by its name.
+            `**kwargs` receives all columns.
+        name: What it is logged under; empty: its own name.
+    """
+
+    def __init__(self, reward: Reward, name: str = "") -> None:
+        if not callable(reward):
+            raise ConfigError(f"a reward must be callable, got {reward!r}.")
+        self.reward = reward
+        self.name = name or legal_name(reward_name(reward))
+        self._required: list[str] = []
+        self._names: set[str] = set()
+        self._takes_all = False
+        for parameter in self._signature().parameters.values():
+            self._add(parameter)
+
+    def _add(self, parameter: inspect.Parameter) -> None:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            self._takes_all = True
+        elif parameter.kind in _NAMED:
+            self._names.add(parameter.name)
+            if parameter.default is inspect.Parameter.empty:
+                self._required.append(parameter.name)
+        elif parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise ConfigError(
+                f"reward {self.name!r} has a positional-only argument {parameter.name!r}: "
+                "rewards are called by name. Remove the `/`."
+            )
+
+    def _signature(self) -> inspect.Signature:
+        try:
+            return inspect.signature(self.reward)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"reward {self.name!r} has no readable signature ({error}). "
+                "Wrap it in a function that names its arguments."
+            ) from error
+
+    def validate(self, columns: Collection[str]) -> None:
+        """Refuse an argument that nothing provides, and a column that hides a reserved name."""
+        hidden = sorted(set(columns) & set(RESERVED))
+        if hidden:
+            raise ConfigError(
+                f"column {hidden[0]!r} hides an argument of that name which rewards receive. "
+                "Rename it with `transform`."
+            )
+        missing = [name for name in self._required if name not in {*columns, *RESERVED}]
+        if missing:
+            raise ConfigError(
+                f"reward {self.name!r} asks for {missing[0]!r}, which is no column. "
+                f"Columns: {sorted(columns)}; always there: {sorted(RESERVED)}."
+            )
+
+    def arguments(
+        self, prompt: Prompt, completion: str, completion_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """The arguments to call the reward with."""
+        offered: Mapping[str, Any] = {
+            **prompt.columns,
+            "prompt": prompt.text,
+            "messages": [dict(message) for message in prompt.messages],
+            "completion": completion,
+            "completions": completion,
+            "prompt_ids": list(prompt.input_ids),
+            "completion_ids": list(completion_ids),
+            TEXT_ASKED: prompt.asked,
+        }
+        wanted = set(self._names)
+        if self._takes_all:
+            wanted |= set(prompt.columns)
+        return {name: offered[name] for name in offered if name in wanted}
+
+
+Rewards = list[Callable[..., Any]] | Callable[..., Any] | dict[str, Callable[..., Any]]
+"""A reward, several, or several by the names that they are logged under."""
+
+
+def bind_rewards(reward: Rewards) -> list[BoundReward]:
+    """Each function with a name of its own that every logger takes.
+
+    Raises:
+        ConfigError: There is none, or one that can't be called by name.
+    """
+    if isinstance(reward, Mapping):
+        named = [(str(name), function) for name, function in reward.items()]
+    else:
+        functions = reward if isinstance(reward, list | tuple) else [reward]
+        named = [("", function) for function in functions]
+    if not named:
+        kind = "dictionary" if isinstance(reward, Mapping) else "list"
+        raise ConfigError(f"`reward` must name at least one function, got an empty {kind}.")
+    bound = [BoundReward(function, legal_name(name) if name else "") for name, function in named]
+    taken: set[str] = set()
+    for each in bound:
+        each.name = free_name(each.name, taken)
+        taken.add(each.name)
+    return bound
+
+
+def legal_name(name: str) -> str:
+    """A name without what a logger refuses (MLflow takes letters, digits and `_ - .` only)."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "reward"
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or with the first number that makes it another."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
+
+
+def reward_name(reward: Reward) -> str:
+    """The name that a reward is logged under: the function's, or the class's of an object."""
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
+    named = inspect.isroutine(reward) or inspect.isclass(reward)
+    return str(reward.__name__ if named else type(reward).__name__)
+
 
 Answer = tuple[Literal["value", "error", "misuse"], Any]
 """A reward's value; or the text of why there is none; or of why there never will be one."""
@@ -45,24 +191,31 @@ _MISUSES: dict[tuple[type, ...], str] = {
     ),
     (Awaitable,): "it returned a coroutine. Declare the function `async def`.",
 }
+
 LARGEST = (2 - 2**-23) * 2.0**127
 """The largest number of fp32."""
 
 _PR_SET_PDEATHSIG = 1
+
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
 # Python's, other packages' and this one's lines are not where a user looks first.
 _NOT_THEIRS = (
     *{sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")},
     os.path.dirname(os.path.abspath(__file__)),
     "<frozen",
 )
+
 _CACHE_SIZE = 32
+
 _loaded: dict[bytes, Any] = {}
+
 _shipped: list[bytes] = []
 
 

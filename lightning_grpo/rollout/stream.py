@@ -1,18 +1,58 @@
-"""The order in which prompts are drawn: curricula and mixtures."""
+"""The order in which prompts are drawn: seeded passes, curricula and mixtures."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.rollout.prompts import PromptSet, PromptStream
+from lightning_grpo.rollout.prompts import PromptSet
 from lightning_grpo.types import Group, Prompt, PromptKey
+
+
+class PromptStream:
+    """One endless stream: seeded passes over the prompts, joined end to end.
+
+    Entry i is position `i % N` of pass `i // N`; each pass is a permutation given by (seed, pass)
+    alone, so any entry can be had at any time and the state is two numbers.
+
+    Args:
+        prompts: Its rows, and the settings of their order.
+
+    Attributes:
+        cursor: Entries that are behind, skipped ones included.
+        asked: Those of them that were asked.
+    """
+
+    def __init__(self, prompts: PromptSet) -> None:
+        self.prompts = prompts
+        self.shuffle, self.seed = prompts.prompts.shuffle, prompts.prompts.seed
+        self.weight = prompts.prompts.weight
+        self.num_rows = len(prompts)
+        self.cursor = self.asked = 0
+        self._orders: dict[int, Sequence[int]] = {}
+
+    def key(self, index: int) -> PromptKey:
+        """The name of entry `index`, without making the prompt."""
+        pass_index, position = divmod(index, self.num_rows)
+        return pass_index, self._order(pass_index)[position]
+
+    def _order(self, pass_index: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(self.num_rows)
+        if pass_index not in self._orders:
+            order = list(range(self.num_rows))
+            random.Random(f"{self.seed}:{pass_index}").shuffle(order)
+            # Two passes meet at a seam; older ones are only asked for after a resume.
+            self._orders = {k: v for k, v in self._orders.items() if k == pass_index - 1}
+            self._orders[pass_index] = order
+        return self._orders[pass_index]
 
 
 def unsolved(success: float) -> float:
@@ -75,23 +115,6 @@ class Curriculum:
         return draw < max(self.least, self.priority(success))
 
 
-@dataclass
-class _Lane:
-    """One dataset.
-
-    Attributes:
-        stream: Its endless passes.
-        weight: Its share, relative to the others'.
-        cursor: Entries of its stream that are behind, skipped ones included.
-        asked: Those of them that were asked.
-    """
-
-    stream: PromptStream
-    weight: float
-    cursor: int = 0
-    asked: int = 0
-
-
 class PromptMixture:
     """The endless stream of a run: entries of one or several datasets in turn.
 
@@ -116,13 +139,7 @@ class PromptMixture:
         self._seed = seed
         self.sets = dict(sets)
         self.sizes = [len(each) for each in sets.values()]
-        self._lanes = [
-            _Lane(
-                PromptStream(each, shuffle=each.prompts.shuffle, seed=each.prompts.seed),
-                each.prompts.weight,
-            )
-            for each in sets.values()
-        ]
+        self._streams = [PromptStream(each) for each in sets.values()]
         self._starts = [0, *itertools.accumulate(self.sizes)]
 
     @property
@@ -133,13 +150,13 @@ class PromptMixture:
     @property
     def pass_index(self) -> int:
         """The pass of the dataset that has had the fewest."""
-        return min(lane.cursor // lane.stream.num_rows for lane in self._lanes)
+        return min(stream.cursor // stream.num_rows for stream in self._streams)
 
     def peek(self) -> PromptKey:
         """The name of the next entry."""
-        lane = self._next_lane()
-        pass_index, row = self._lanes[lane].stream.key(self._lanes[lane].cursor)
-        return pass_index, self._starts[lane] + row
+        at = self._next_stream()
+        pass_index, row = self._streams[at].key(self._streams[at].cursor)
+        return pass_index, self._starts[at] + row
 
     def advance(self, *, asked: bool = True) -> None:
         """Go behind the next entry.
@@ -147,9 +164,9 @@ class PromptMixture:
         Args:
             asked: Whether it counts towards its dataset's share.
         """
-        lane = self._lanes[self._next_lane()]
-        lane.cursor += 1
-        lane.asked += asked
+        stream = self._streams[self._next_stream()]
+        stream.cursor += 1
+        stream.asked += asked
 
     def wants(self, key: PromptKey, success: float | None) -> bool:
         """Whether an entry is to be asked.
@@ -172,14 +189,14 @@ class PromptMixture:
                 f"prompt {key} is not one of the {self.num_rows} rows: the prompts are not those "
                 "that the checkpoint was made with."
             )
-        lane = bisect_right(self._starts, row) - 1
-        prompt = self._lanes[lane].stream.prompts.prompt(row - self._starts[lane], pass_index)
+        at = bisect_right(self._starts, row) - 1
+        prompt = self._streams[at].prompts.prompt(row - self._starts[at], pass_index)
         return replace(prompt, row=row)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        lanes = zip(self.sets, self._lanes, strict=True)
-        return {name: [lane.cursor, lane.asked] for name, lane in lanes}
+        streams = zip(self.sets, self._streams, strict=True)
+        return {name: [stream.cursor, stream.asked] for name, stream in streams}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`.
@@ -192,9 +209,9 @@ class PromptMixture:
                 f"the checkpoint was made with the datasets {list(state)}, this run has "
                 f"{list(self.sets)}. Resume with the prompts that the run was started with."
             )
-        for name, lane in zip(self.sets, self._lanes, strict=True):
-            lane.cursor, lane.asked = (int(number) for number in state[name])
+        for name, stream in zip(self.sets, self._streams, strict=True):
+            stream.cursor, stream.asked = (int(number) for number in state[name])
 
-    def _next_lane(self) -> int:
-        behind = [(lane.asked + 1) / lane.weight for lane in self._lanes]
+    def _next_stream(self) -> int:
+        behind = [(stream.asked + 1) / stream.weight for stream in self._streams]
         return behind.index(min(behind))

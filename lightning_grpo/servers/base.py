@@ -1,48 +1,54 @@
-"""Where inference servers come from, and what the run knows of each."""
+"""What servers are to a run, those that run already, and what starting any of them takes."""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from lightning_grpo.errors import ServerError
-from lightning_grpo.servers.sizing import ServerLoad
+import aiohttp
 
-TAIL_LINES = 25
-TAIL_BYTES = 16 << 10
+from lightning_grpo.checks import MOST_PORT, require_seconds
+from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
+from lightning_grpo.keys import API_KEY_VARIABLE, read_key
+from lightning_grpo.serving.server import ServerHandle
 
 
 @dataclass(frozen=True, slots=True)
-class ServerHandle:
-    """A server that answers.
+class ServerLoad:
+    """What a run will ask of all its servers together.
 
     Attributes:
-        url: `http://host:port`.
-        pid: Its process, where it runs on this machine and the run started it.
-        log_path: Its output, where the run started it.
-        devices: The GPUs that it uses.
+        in_flight: Requests at once, at most.
+        batch: Of one rollout batch; 0: not known. More are not decoded side by side, so that the
+            oldest batch is done first and batches don't all end together.
+        context_tokens: Longest sequence, prompt and completion together; None: the model's own.
+        weight_bytes: Of the model as servers hold it; 0: not known.
+        kv_bytes_per_token: Of keys and values, as servers hold them; 0: not known.
+        vocab_size: Logits of each token.
+        trainer_bytes: What the trainer needs of a GPU that it shares with a server.
     """
 
-    url: str
-    pid: int | None = None
-    log_path: Path | None = None
-    devices: tuple[int, ...] = ()
-
-    def log_tail(self) -> str:
-        """The end of its log; empty where there is none."""
-        return read_tail(self.log_path) if self.log_path is not None else ""
-
-    def describe(self) -> str:
-        """One line: address, process, GPUs, log."""
-        parts = [self.url]
-        if self.pid is not None:
-            parts.append(f"pid {self.pid}")
-        if self.devices:
-            parts.append("GPU " + ",".join(map(str, self.devices)))
-        if self.log_path is not None:
-            parts.append(f"log {self.log_path}")
-        return "  ".join(parts)
+    in_flight: int
+    batch: int = 0
+    context_tokens: int | None = None
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+    vocab_size: int = 0
+    trainer_bytes: int = 0
 
 
 class Servers(ABC):
@@ -105,13 +111,387 @@ class Servers(ABC):
         return "\n".join(handle.describe() for handle in self.handles)
 
 
-def read_tail(path: Path, num_lines: int = TAIL_LINES) -> str:
-    """The last lines of a file; empty if it can't be read."""
+ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
+
+
+def server_addresses() -> list[str]:
+    """Addresses that a launcher left for the trainer: `host:port,host:port`."""
+    return [a.strip() for a in os.environ.get(ADDRESSES_VARIABLE, "").split(",") if a.strip()]
+
+
+def main_address() -> str:
+    """Where rank 0 of a process group that somebody else started listens."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `extra` on top."""
+    return {**os.environ, **extra}
+
+
+def own_package_first() -> dict[str, str]:
+    """`PYTHONPATH` that makes a child import the same copy of this package."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != root]
+    return {"PYTHONPATH": os.pathsep.join([root, *paths])}
+
+
+def config_folder() -> Path:
+    """Where this user's settings of the package lie."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "lightning_grpo"
+
+
+def data_folder() -> Path:
+    """Where what this package installs for this user lies."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "lightning_grpo"
+
+
+def device_names() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers or ids.
+
+    Entry `i` is what torch, and every setting of this package, calls GPU `i`.
+    """
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return [str(device) for device in machine_devices()]
+    names = [name.strip() for name in value.split(",")]
+    # The driver, too, reads up to the first name that is none: `-1` hides all.
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
+
+
+def present_devices() -> list[int]:
+    """The GPUs that this process may use, numbered as torch numbers them."""
+    return list(range(len(device_names())))
+
+
+def machine_devices() -> list[int]:
+    """All GPUs of the machine, by their numbers there.
+
+    Asked of the driver's own tool, since torch is not needed to serve.
+    """
     try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-num_lines:])
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) for line in listed.stdout.split()]
+
+
+def device_bytes(name: str) -> int:
+    """Memory of a GPU, by its number on the machine or its id; 0 where nobody tells."""
+    try:
+        said = subprocess.run(
+            [
+                *("nvidia-smi", f"--id={name}", "--query-gpu=memory.total"),
+                "--format=csv,noheader,nounits",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        return int(said.stdout.split()[0]) << 20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return 0
+
+
+def serving_devices(present: list[int]) -> list[int]:
+    """Half of the GPUs, rounded up, serve, the last ones; one GPU is shared with the trainer."""
+    return present[len(present) // 2 :] if len(present) > 1 else present
+
+
+def training_devices(present: list[int], serving: list[int]) -> list[int]:
+    """The GPUs that are left to train; one GPU is shared."""
+    if len(present) == 1:
+        return present
+    return [device for device in present if device not in serving]
+
+
+def free_ports(count: int, port_range: tuple[int, int], seed: int | None = None) -> list[int]:
+    """Ports in `[first, last)` that nothing listens on, tried in random order.
+
+    Two runs that start at the same moment on one machine so rarely pick the same.
+
+    Raises:
+        ConfigError: There are not enough.
+    """
+    candidates = list(range(*port_range))
+    random.Random(seed).shuffle(candidates)
+    found: list[int] = []
+    for port in candidates:
+        if len(found) == count:
+            break
+        if is_free(port):
+            found.append(port)
+    if len(found) < count:
+        raise ConfigError(
+            f"`port_range` must hold {count} free ports, {port_range[0]} to {port_range[1]} has"
+            f" {len(found)}. Give another range."
+        )
+    return found
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on the port, on every address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+POLL_S = 0.1
+
+KEYS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+
+CAUSES: tuple[tuple[str, str], ...] = (
+    (r"Address already in use", "the port is in use; end whatever listens there"),
+    (
+        r"No module named '?([\w.]+)",
+        "the Python package {0} is missing in the server's environment",
+    ),
+    (r"CUDA out of memory|OutOfMemoryError", "the GPU's memory is full: lower `memory_fraction`"),
+    (r"MemoryError|Cannot allocate memory", "the machine's memory is full"),
+    (
+        r"Repository Not Found|not a valid model identifier|No such file or directory: '([^']*)'"
+        r"|[Nn]o file named|does not exist|[Nn]ot a (?:local )?folder"
+        r"|Repo id must|HFValidationError",
+        "the model path is wrong or incomplete",
+    ),
+    (r"[Pp]ermission denied", "a file may not be read or written"),
+)
+
+
+def likely_cause(log: str, returncode: int | None) -> str:
+    """One phrase on why a start failed; empty when the log tells nothing known."""
+    if returncode == -signal.SIGKILL or "Killed" in log:
+        return "it was killed, most often for want of memory"
+    for pattern, cause in CAUSES:
+        if match := re.search(pattern, log):
+            return cause.format(*match.groups())
+    return ""
+
+
+def start_error(what: str, log: str, returncode: int | None = None) -> ServerStartError:
+    """The error of a failed start: what happened, the likely cause, the end of the log."""
+    cause = likely_cause(log, returncode)
+    message = f"{what}." + (f" Likely cause: {cause}." if cause else "")
+    return ServerStartError(message + (f"\nThe end of its log:\n{log}" if log else ""))
+
+
+HEALTH = "/health"
+"""Wants a token of the server: once it comes, the server is warm."""
+
+LISTENS = "/model_info"
+"""Wants nothing: answered also by a server that a run which crashed left paused."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """What a server said.
+
+    Attributes:
+        status: Of HTTP.
+        wait_s: How long it asks to be left alone; 0 where it does not.
+    """
+
+    status: int
+    wait_s: float = 0.0
+
+
+def answer(
+    url: str, timeout_s: float = 5.0, api_key: str | None = None, path: str = HEALTH
+) -> HttpAnswer | None:
+    """What the server answers to a request for `path`; None: nothing in time, or no HTTP."""
+    return asyncio.run(_ask(url + path, timeout_s, api_key))
+
+
+async def _ask(url: str, timeout_s: float, api_key: str | None) -> HttpAnswer | None:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    # Of the whole exchange: one that drips would outlast any limit between two bytes.
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    try:
+        async with (
+            aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            asked = response.headers.get("Retry-After", "")
+            return HttpAnswer(response.status, float(asked) if asked.isdecimal() else 0.0)
+    except (aiohttp.ClientError, OSError, ValueError):  # a time-out is an OSError
+        return None
+
+
+def answers(
+    url: str, timeout_s: float = 5.0, api_key: str | None = None, path: str = HEALTH
+) -> bool:
+    """Whether the server answers a request for `path` well."""
+    said = answer(url, timeout_s, api_key, path)
+    return said is not None and said.status == HTTPStatus.OK
+
+
+def wait_until_healthy(
+    url: str,
+    timeout_s: float,
+    api_key: str | None = None,
+    check: Callable[[], None] = lambda: None,
+    path: str = HEALTH,
+) -> None:
+    """Waits until the server answers.
+
+    Args:
+        url: `http://host:port`.
+        timeout_s: How long.
+        api_key: Sent as a bearer token.
+        check: Raises when waiting is pointless (the process has ended).
+        path: What is asked for.
+
+    Raises:
+        ServerStartError: It does not answer in time.
+        ConfigError: It wants another API key.
+    """
+    deadline = time.monotonic() + timeout_s
+    said: HttpAnswer | None = None
+    while True:
+        left_s = deadline - time.monotonic()
+        said = answer(url, min(5.0, max(left_s, POLL_S)), api_key, path) or said
+        if said is not None and said.status == HTTPStatus.OK:
+            return
+        check()
+        if said is not None and said.status in KEYS:
+            wants = "another API key than the one given" if api_key else "an API key"
+            raise ConfigError(
+                f"{url} wants {wants} (it answered {said.status}). "
+                f"Set {API_KEY_VARIABLE} to it, or `api_key` to `env:NAME` or `file:PATH`."
+            )
+        if left_s <= 0:
+            last = "" if said is None else f" It answered {said.status}."
+            raise ServerStartError(
+                f"Nothing healthy answers at {url} after {timeout_s:g} s.{last}"
+                " Start a server there, or correct `urls`."
+            )
+        time.sleep(max(POLL_S, min(left_s, 0.0 if said is None else said.wait_s)))
+
+
+_ADDRESS = re.compile(r"[A-Za-z]+://|[\w.-]+:\d+/?$")
+
+
+if TYPE_CHECKING:
+    Address = str
+else:
+
+    class Address(str):
+        """The URL of a server, so that a config tells it from the import path of a class."""
+
+        __slots__ = ()
+
+        def __new__(cls, text: str) -> str:
+            """Refuse what may be anything."""
+            if not _ADDRESS.match(text):
+                raise ValueError("not the URL of a server")
+            return text
+
+
+class RunningServers(Servers):
+    """Uses servers that run already; they are neither started, restarted nor stopped.
+
+    Args:
+        urls: `http://host:port` (or `host:port`) of each; None: what the environment variable
+            `AREAL_LLM_SERVER_ADDRS` lists.
+        connect_timeout_s: How long a server may take to answer.
+        api_key: Of the servers, if they want one: `env:NAME` or `file:PATH`, which others must not
+            be able to read; None: the environment variable `LIGHTNING_GRPO_API_KEY`, if it is set.
+            A key itself is taken, too, and left out of whatever the run writes.
+    """
+
+    def __init__(
+        self,
+        urls: list[str] | None = None,
+        connect_timeout_s: float = 60.0,
+        api_key: str | None = None,
+    ) -> None:
+        if urls is not None and not urls:
+            raise ConfigError("`urls` must name at least one server, got an empty list.")
+        require_seconds("connect_timeout_s", connect_timeout_s)
+        self.urls = urls
+        self.connect_timeout_s = connect_timeout_s
+        self.api_key = read_key(api_key)
+        self._handles: list[ServerHandle] = []
+
+    @property
+    def handles(self) -> list[ServerHandle]:
+        """The servers, as `start` found or made them."""
+        return list(self._handles)
+
+    def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
+        """Waits until every server answers."""
+        urls = [normal_url(url) for url in self.urls or server_addresses()]
+        if not urls:
+            raise ConfigError(
+                f"`servers.urls` names no server and {ADDRESSES_VARIABLE} is not set. Give the"
+                " URLs, or let the run start servers: EmbeddedServers (CPU) or SGLangServers (GPU)."
+            )
+        repeated = {url for url in urls if urls.count(url) > 1}
+        if repeated:
+            raise ConfigError(f"`urls` names {', '.join(sorted(repeated))} more than once.")
+        for url in urls:
+            wait_until_healthy(url, self.connect_timeout_s, self.api_key, path=LISTENS)
+        # On a machine with one GPU there is no doubt where a server is.
+        present = machine_devices() if any(map(is_local, urls)) else []
+        only = tuple(present) if len(present) == 1 else ()
+        self._handles = [ServerHandle(url, devices=only if is_local(url) else ()) for url in urls]
+        return list(self._handles)
+
+    def stop(self) -> None:
+        """Leaves the servers running."""
+        self._handles = []
+
+
+def servers_of(given: Any) -> Servers:
+    """Servers as given; of URLs, those that run there.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if isinstance(given, Servers):
+        return given
+    urls = [given] if isinstance(given, str) else given
+    if isinstance(urls, list | tuple) and urls and all(isinstance(url, str) for url in urls):
+        return RunningServers([normal_url(url) for url in urls])
+    name = given.__name__ if isinstance(given, type) else None
+    said = f"the class {name}. Call it: `{name}()`" if name else f"{given!r:.60}"
+    raise ConfigError(
+        "`servers` must be servers (EmbeddedServers(), SGLangServers(), RunningServers(urls)) or "
+        f"the URL of one that runs, got {said}."
+    )
+
+
+def is_local(url: str) -> bool:
+    """Whether the server is on this machine, by its address."""
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def normal_url(address: str) -> str:
+    """`http://host:port` of an address with or without scheme and slash.
+
+    Raises:
+        ConfigError: There is no port.
+    """
+    url = address.strip().rstrip("/")
+    if "://" not in url:
+        url = f"http://{url}"
+    scheme, _, rest = url.partition("://")
+    if scheme not in ("http", "https"):
+        raise ConfigError(f"`urls` must begin with http:// or https://, got {address!r}.")
+    port = rest.rpartition(":")[2]
+    if scheme == "http" and not (port.isdecimal() and 0 < int(port) <= MOST_PORT):
+        raise ConfigError(f"`urls` must carry a port (http://host:30000), got {address!r}.")
+    return url

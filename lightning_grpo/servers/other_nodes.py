@@ -26,10 +26,10 @@ from typing import Any
 from lightning_grpo.checks import MOST_SERVERS, require_count, require_seconds
 from lightning_grpo.errors import GRPOError, ServerError, ServerStartError
 from lightning_grpo.keys import new_key
-from lightning_grpo.servers.base import ServerHandle, Servers
+from lightning_grpo.servers.base import ServerLoad, Servers
 from lightning_grpo.servers.process import OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers
-from lightning_grpo.servers.sizing import ServerLoad
+from lightning_grpo.serving.server import ServerHandle
 
 POLL_S = 0.2
 BEAT_S = 1.0
@@ -41,7 +41,7 @@ END = "end"
 
 
 @dataclass(frozen=True)
-class Request:
+class NodeRequest:
     """Something that a node is asked to do."""
 
     number: str
@@ -74,15 +74,15 @@ class NodeMailbox:
         """Whether the job script has said that nobody will ask any more."""
         return (self._folder / END).exists()
 
-    def requests(self) -> Iterator[Request]:
+    def requests(self) -> Iterator[NodeRequest]:
         """What was asked since the last call, in order."""
         for file in sorted(self._folder.glob(f"ask-{self._node}-*.json")):
             content = _read(file)
             if content is not None and file.name not in self._seen:
                 self._seen.add(file.name)
-                yield Request(file.stem.partition("ask-")[2], **content)
+                yield NodeRequest(file.stem.partition("ask-")[2], **content)
 
-    def reply(self, request: Request, content: dict[str, Any]) -> None:
+    def reply(self, request: NodeRequest, content: dict[str, Any]) -> None:
         """Answer it."""
         _write(self._folder / f"reply-{request.number}.json", content)
 
@@ -200,7 +200,7 @@ class ServerNode:
             finally:
                 self._stop()
 
-    def _answer(self, request: Request) -> None:
+    def _answer(self, request: NodeRequest) -> None:
         try:
             handles = self._do(request.what, request.arguments)
         except Exception as error:  # noqa: BLE001 - the trainer is told, whatever it was

@@ -1,6 +1,4 @@
-"""The client of one server.
-
-One inference server over HTTP: typed calls, and errors that name the server.
+"""One inference server over SGLang's HTTP API: typed calls, and errors that name the server.
 
 Every call of the package to a server goes through here. A 4xx answer is a `RequestError` with the
 server's own message; a connection error, a time-out or a 5xx answer is a `ServerError` that names
@@ -22,6 +20,7 @@ import logging
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,23 +31,227 @@ import aiohttp
 import msgspec
 
 from lightning_grpo.errors import BusyError, OwnLimitError, ReplyError, RequestError, ServerError
-from lightning_grpo.serving import wire
-from lightning_grpo.serving.background import Turns
+from lightning_grpo.serving.event_loop import FairTurns
+from lightning_grpo.types import Sampling
+
+ROUNDING = 1e-3
+"""A logprob may be above 0 by so much."""
+
+LEAST_LOGPROB = -1e3
+"""No token is sampled at less: its probability is 0 in any precision."""
+
+FINISHED = ("stop", "length", "abort")
+"""Why a generation may end."""
+
+
+class GenerateRequest(msgspec.Struct, omit_defaults=True):
+    """One `/generate` call: token ids in.
+
+    `return_logprob` has no default here, because the server's own default is false and a field
+    left at its default is not sent.
+    """
+
+    input_ids: list[int]
+    sampling_params: dict[str, Any]
+    return_logprob: bool
+    rid: str = ""
+    extra_key: str = ""
+    logprob_start_len: int = -1
+
+
+class GenerateRequests(msgspec.Struct):
+    """Several `GenerateRequest`s as one call: the same fields, a list of each."""
+
+    input_ids: list[list[int]]
+    sampling_params: list[dict[str, Any]]
+    return_logprob: list[bool]
+    rid: list[str]
+    extra_key: list[str]
+
+
+class FinishReason(msgspec.Struct):
+    """Why a generation ended: `stop`, `length` or `abort`."""
+
+    type: str
+    message: str | None = None
+
+
+class Span(msgspec.Struct):
+    """Output tokens `[start, end)` were sampled by the weights called `version`."""
+
+    version: str
+    start: int
+    end: int
+
+
+LogprobEntry = tuple[float | None, int, Any]
+"""(logprob, token id, text or null) as the server lists them."""
+
+
+class MetaInfo(msgspec.Struct):
+    """The part of a `/generate` reply that is not tokens."""
+
+    id: str | None = None
+    prompt_tokens: int | None = None
+    finish_reason: FinishReason | None = None
+    weight_version: str | None = None
+    weight_versions: list[Span] | None = None
+    output_token_logprobs: list[LogprobEntry] | None = None
+    input_token_logprobs: list[LogprobEntry] | None = None
+
+
+class GenerateReply(msgspec.Struct):
+    """Token ids out, with logprobs and versions in `meta_info`."""
+
+    meta_info: MetaInfo
+    output_ids: list[int] = []
+
+
+class UpdateReply(msgspec.Struct):
+    """The answer to a weight operation; `success` false does not prove that nothing changed."""
+
+    success: bool = True
+    message: str = ""
+
+
+class ModelInfo(msgspec.Struct):
+    """The part of `/model_info` that is used."""
+
+    model_path: str = ""
+    tokenizer_path: str | None = None
+    weight_version: str | None = None
+    vocab_size: int | None = None
+    architectures: list[str] | None = None
+
+
+class Tokens(msgspec.Struct):
+    """The answer of `/tokenize`."""
+
+    tokens: list[int]
+
+
+class ServerInfo(msgspec.Struct):
+    """The part of `/server_info` that is used (of some 500 fields)."""
+
+    version: str = ""
+    context_length: int | None = None
+    max_req_input_len: int | None = None
+    max_running_requests: int | None = None
+    enable_deterministic_inference: bool | None = None
+    disable_radix_cache: bool | None = None
+    enable_memory_saver: bool | None = None
+    tp_size: int = 1
+    vocab_size: int | None = None
+    dtype: str = "unknown"
+    device: str = "cuda"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def precision(self) -> str:
+        """The coarsest that it computes in: `float32`, `bfloat16`, `fp8`, ..."""
+        cache = self.kv_cache_dtype if self.kv_cache_dtype.startswith("fp") else None
+        return self.quantization or cache or self.dtype
+
+
+def sampling_params(
+    sampling: Sampling, *, max_new_tokens: int, min_new_tokens: int, seed: int | None
+) -> dict[str, Any]:
+    """SGLang's names for a `Sampling`, with the budget that is left of it."""
+    params: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
+    if min_new_tokens > 0:
+        params["min_new_tokens"] = min_new_tokens
+    if sampling.stop:
+        params["stop"] = list(sampling.stop)
+    if sampling.stop_token_ids:
+        params["stop_token_ids"] = list(sampling.stop_token_ids)
+    if seed is not None:
+        params["sampling_seed"] = seed
+    return params
+
+
+def check_reply(
+    reply: GenerateReply, request: GenerateRequest, vocab_size: int | None, url: str
+) -> None:
+    """Refuses a reply that can't be the answer to a request; logprobs and versions are not read.
+
+    Args:
+        reply: What came.
+        request: What was asked.
+        vocab_size: Of the model; None: not checked.
+        url: Of the server.
+
+    Raises:
+        ReplyError: Which rule it breaks, and by what.
+    """
+    meta, ids = reply.meta_info, reply.output_ids
+    reason = meta.finish_reason and meta.finish_reason.type
+    asked = request.sampling_params["max_new_tokens"]
+    wrong = None
+    if reason not in FINISHED:
+        wrong = f"the finish reason {reason!r}, which is none of {', '.join(FINISHED)}"
+    elif len(ids) > asked:
+        wrong = f"{len(ids)} tokens where {asked} were asked for"
+    elif ids and (min(ids) < 0 or (vocab_size is not None and max(ids) >= vocab_size)):
+        outside = min(ids) if min(ids) < 0 else max(ids)
+        wrong = f"the token id {outside}, which is not in the model's vocabulary of {vocab_size}"
+    elif not ids and reason == "stop":
+        wrong = "a completion that has ended without a token"
+    elif meta.id not in (None, request.rid):
+        wrong = f"the answer to another request ({meta.id!r} instead of {request.rid!r})"
+    elif meta.prompt_tokens not in (None, len(request.input_ids)):
+        wrong = f"an answer to {meta.prompt_tokens} of the prompt's {len(request.input_ids)} tokens"
+    if wrong is not None:
+        raise ReplyError(f"{url} sent {wrong}")
+
+
+def checked_logprobs(
+    logprobs: Sequence[float | None], url: str, least: float = -sys.float_info.max
+) -> list[float]:
+    """The logprobs of tokens, each the logarithm of a probability.
+
+    Args:
+        logprobs: As a server sent them.
+        url: Of the server.
+        least: What none may be below.
+
+    Raises:
+        ReplyError: One is none.
+    """
+    checked = [x for x in logprobs if x is not None and least <= x <= ROUNDING]
+    if len(checked) < len(logprobs):
+        pairs = zip(logprobs, checked, strict=False)
+        at = next((i for i, (one, kept) in enumerate(pairs) if one != kept), len(checked))
+        sent = f"{logprobs[at]} as the logprob of token {at} of {len(logprobs)}"
+        raise ReplyError(f"{url} sent {sent}")
+    return checked
+
 
 logger = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
+
 MESSAGE_LIMIT = 500
+
 ATTEMPTS = 3
 """Of a call that may be sent twice."""
+
 LONGEST_WAIT_S = 60.0
 """A server that asks for more is asked again after this."""
+
 BUSY_LIMIT_S = 120.0
 """A control call that a server puts off for longer has failed."""
+
 UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 """What decoding raises: for JSON of another form, too deep, or not in UTF-8."""
+
 BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+
 OWN_LIMITS = {
     errno.EMFILE: "this process may open no more than {soft} files (`ulimit -n`): requests wait for"
     " one to be closed. Raise it before the start, or lower `limits.max_in_flight`",
@@ -124,12 +327,12 @@ class ServerClient:
         request_timeout_s: float | None = 600.0,
         control_timeout_s: float = 30.0,
         told: set[str] | None = None,
-        turns: Turns | None = None,
+        turns: FairTurns | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._session = session
         self.trouble = ""
-        self._turns = turns or Turns()
+        self._turns = turns or FairTurns()
         self._told = set() if told is None else told
         self._request_timeout_s = request_timeout_s
         self._control_timeout_s = control_timeout_s
@@ -164,13 +367,13 @@ class ServerClient:
             return False
         return True
 
-    async def model_info(self) -> wire.ModelInfo:
+    async def model_info(self) -> ModelInfo:
         """Path and weight version of the loaded model."""
-        return await self._control("GET", "/model_info", None, wire.ModelInfo)
+        return await self._control("GET", "/model_info", None, ModelInfo)
 
-    async def server_info(self) -> wire.ServerInfo:
+    async def server_info(self) -> ServerInfo:
         """Version and limits of the server."""
-        return await self._control("GET", "/server_info", None, wire.ServerInfo)
+        return await self._control("GET", "/server_info", None, ServerInfo)
 
     async def has_endpoint(self, path: str) -> bool:
         """Whether the server knows a path; asked in a way that does nothing."""
@@ -187,24 +390,22 @@ class ServerClient:
             RequestError: It has none (started without, or too old to be asked).
         """
         body = {"prompt": text, "add_special_tokens": False}
-        return (await self._control("POST", "/tokenize", body, wire.Tokens)).tokens
+        return (await self._control("POST", "/tokenize", body, Tokens)).tokens
 
-    async def generate(self, request: wire.GenerateRequest) -> wire.GenerateReply:
+    async def generate(self, request: GenerateRequest) -> GenerateReply:
         """Samples one completion; an aborted one returns what it has.
 
         Raises:
             BusyError: The server wants it later.
         """
         data = await self._generate(request, _num_tokens(request))
-        return self._decode(data, wire.GenerateReply)
+        return self._decode(data, GenerateReply)
 
-    async def generate_together(
-        self, requests: Sequence[wire.GenerateRequest]
-    ) -> list[wire.GenerateReply]:
+    async def generate_together(self, requests: Sequence[GenerateRequest]) -> list[GenerateReply]:
         """Samples several completions in one exchange, which lasts as long as the longest."""
         if len(requests) == 1:
             return [await self.generate(requests[0])]
-        body = wire.GenerateRequests(
+        body = GenerateRequests(
             input_ids=[request.input_ids for request in requests],
             sampling_params=[request.sampling_params for request in requests],
             return_logprob=[request.return_logprob for request in requests],
@@ -212,7 +413,7 @@ class ServerClient:
             extra_key=[request.extra_key for request in requests],
         )
         data = await self._generate(body, sum(map(_num_tokens, requests)))
-        replies = self._decode(data, list[wire.GenerateReply])
+        replies = self._decode(data, list[GenerateReply])
         if len(replies) != len(requests):
             raise ReplyError(f"{self.url} answered {len(replies)} of {len(requests)} requests")
         return replies
@@ -231,7 +432,7 @@ class ServerClient:
 
         Entry 0 is 0.0: nothing comes before the first token.
         """
-        request = wire.GenerateRequest(
+        request = GenerateRequest(
             input_ids=list(input_ids),
             sampling_params={"max_new_tokens": 0, "temperature": 1.0},
             return_logprob=True,
@@ -241,13 +442,13 @@ class ServerClient:
         timeout_s, most = timeout_s or self._request_timeout_s, bytes_of(len(input_ids))
         call = Call("POST", "/generate", request, timeout_s, most)
         body = await self._call(call, attempts=ATTEMPTS)
-        entries = self._decode(body, wire.GenerateReply).meta_info.input_token_logprobs or []
+        entries = self._decode(body, GenerateReply).meta_info.input_token_logprobs or []
         if [token for _, token, _ in entries] != request.input_ids:
             raise ReplyError(
                 f"{self.url} scored {len(entries)} of {len(input_ids)} tokens, or others"
                 " (logprob_start_len=0 asks for all)"
             )
-        return [0.0, *wire.checked_logprobs([logprob for logprob, *_ in entries[1:]], self.url)]
+        return [0.0, *checked_logprobs([logprob for logprob, *_ in entries[1:]], self.url)]
 
     async def abort(self, rid: str | None = None) -> None:
         """Aborts one request, or all where no name is given. Unknown names are no error."""
@@ -288,7 +489,7 @@ class ServerClient:
 
     async def update(
         self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0
-    ) -> wire.UpdateReply:
+    ) -> UpdateReply:
         """A weight operation: sent once, its refusal (400 or success false) returned as data.
 
         Raises:
@@ -296,7 +497,7 @@ class ServerClient:
         """
         call = Call("POST", path, body or {}, timeout_s, refusal_is_data=True)
         data = await self._call(call)
-        return self._decode(data, wire.UpdateReply)
+        return self._decode(data, UpdateReply)
 
     async def _control(
         self,
@@ -394,7 +595,7 @@ def bytes_of(num_tokens: int) -> int:
     return (1 << 20) + 512 * num_tokens
 
 
-def _num_tokens(request: wire.GenerateRequest) -> int:
+def _num_tokens(request: GenerateRequest) -> int:
     return int(request.sampling_params["max_new_tokens"])
 
 

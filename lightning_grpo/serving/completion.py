@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 import anyio
 
 from lightning_grpo.errors import ConfigError, ReplyError, ServerError
-from lightning_grpo.serving import wire
+from lightning_grpo.serving.client import (
+    LEAST_LOGPROB,
+    GenerateReply,
+    GenerateRequest,
+    LogprobEntry,
+    MetaInfo,
+    Span,
+    checked_logprobs,
+    sampling_params,
+)
 from lightning_grpo.serving.server import Member
 from lightning_grpo.types import Completion, Interruption, InterruptionChoice, Sampling
 
@@ -55,15 +64,15 @@ class Partial:
         """Whether it holds tokens or was interrupted: then it goes before fresh requests."""
         return bool(self._ids) or self._num_interruptions > 0
 
-    def request(self, rid: str, extra_key: str) -> wire.GenerateRequest:
+    def request(self, rid: str, extra_key: str) -> GenerateRequest:
         """The next piece: prompt and tokens so far, with the budget that is left."""
-        params = wire.sampling_params(
+        params = sampling_params(
             self._sampling,
             max_new_tokens=self._sampling.max_new_tokens - len(self._ids),
             min_new_tokens=max(0, self._sampling.min_new_tokens - len(self._ids)),
             seed=self._seed,
         )
-        return wire.GenerateRequest(
+        return GenerateRequest(
             input_ids=self._prompt + self._ids,
             sampling_params=params,
             return_logprob=True,
@@ -71,7 +80,7 @@ class Partial:
             extra_key=extra_key,
         )
 
-    def add(self, reply: wire.GenerateReply, member: Member, pinned_version: int) -> None:
+    def add(self, reply: GenerateReply, member: Member, pinned_version: int) -> None:
         """Takes one reply in.
 
         Raises:
@@ -123,7 +132,7 @@ class Partial:
 
     @staticmethod
     def _matched(
-        ids: list[int], entries: list[wire.LogprobEntry], reason: str, url: str
+        ids: list[int], entries: list[LogprobEntry], reason: str, url: str
     ) -> tuple[list[int], list[float]]:
         """Ids with their logprobs; an aborted reply is cut where the two stop agreeing."""
         given, entry_ids, _ = zip(*entries, strict=True) if entries else ((), (), ())
@@ -134,7 +143,7 @@ class Partial:
             raise ReplyError(
                 f"{url} sent {len(ids)} token ids with {len(entries)} logprobs that are not theirs"
             )
-        return ids[:both], wire.checked_logprobs(given[:both], url, wire.LEAST_LOGPROB)
+        return ids[:both], checked_logprobs(given[:both], url, LEAST_LOGPROB)
 
     def _end_at_stop_string(self, spell: Decode) -> None:
         """Ends where an uninterrupted request would have: a server sees only its own piece.
@@ -165,7 +174,7 @@ class Partial:
 
 
 def token_versions(
-    meta: wire.MetaInfo, num_tokens: int, member: Member, pinned_version: int
+    meta: MetaInfo, num_tokens: int, member: Member, pinned_version: int
 ) -> list[int]:
     """The version of the weights that sampled each token.
 
@@ -192,7 +201,7 @@ def token_versions(
     return [pinned_version] * num_tokens
 
 
-def _versions_of(spans: Sequence[wire.Span], num_tokens: int, member: Member) -> list[int]:
+def _versions_of(spans: Sequence[Span], num_tokens: int, member: Member) -> list[int]:
     """Of spans that lie end to end over all tokens, in the order of the versions."""
     versions: list[int] = []
     for span in spans:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError
-from lightning_grpo.serving import wire
-from lightning_grpo.serving.client import ServerClient
+from lightning_grpo.serving.client import ModelInfo, ServerClient, ServerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +130,8 @@ class ServerFacts:
     """What a server said of itself."""
 
     dialect: Dialect
-    info: wire.ServerInfo
-    model: wire.ModelInfo
+    info: ServerInfo
+    model: ModelInfo
 
     @property
     def label(self) -> str:
@@ -169,7 +168,7 @@ async def verify_server(client: ServerClient, requirements: Requirements) -> Ser
     return ServerFacts(dialect, info, model)
 
 
-async def _check_endpoints(client: ServerClient, info: wire.ServerInfo, dialect: Dialect) -> None:
+async def _check_endpoints(client: ServerClient, info: ServerInfo, dialect: Dialect) -> None:
     needed = ENDPOINTS + (SESSION_ENDPOINTS if dialect.update_session else ())
     missing = [path for path in needed if not await client.has_endpoint(path)]
     if missing:
@@ -180,7 +179,7 @@ async def _check_endpoints(client: ServerClient, info: wire.ServerInfo, dialect:
         )
 
 
-def _check_owner(url: str, model: wire.ModelInfo, run_id: str) -> None:
+def _check_owner(url: str, model: ModelInfo, run_id: str) -> None:
     label = model.weight_version or DEFAULT_LABEL
     if label != DEFAULT_LABEL and not label.startswith(f"{run_id}:"):
         raise ConfigError(
@@ -189,7 +188,7 @@ def _check_owner(url: str, model: wire.ModelInfo, run_id: str) -> None:
         )
 
 
-def _check_length(url: str, info: wire.ServerInfo, max_tokens: int | None) -> None:
+def _check_length(url: str, info: ServerInfo, max_tokens: int | None) -> None:
     # SGLang names a context only where it was told one; its longest input is always known, and
     # after an interruption prompt and partial completion are one input.
     limits = {"context_length": info.context_length, "max_req_input_len": info.max_req_input_len}
@@ -219,9 +218,7 @@ def check_ids(input_ids: Sequence[int], vocab_size: int | None) -> None:
         )
 
 
-def _check_vocabulary(
-    url: str, info: wire.ServerInfo, model: wire.ModelInfo, vocab_size: int | None
-) -> None:
+def _check_vocabulary(url: str, info: ServerInfo, model: ModelInfo, vocab_size: int | None) -> None:
     served = model.vocab_size or info.vocab_size or local_config(model.model_path).get("vocab_size")
     if vocab_size is not None and served is not None and served != vocab_size:
         raise ConfigError(
@@ -230,7 +227,7 @@ def _check_vocabulary(
         )
 
 
-def _check_architecture(url: str, model: wire.ModelInfo, requirements: Requirements) -> None:
+def _check_architecture(url: str, model: ModelInfo, requirements: Requirements) -> None:
     served = local_config(model.model_path)
     differing = [
         f"{name} {served[name]} instead of {size}"
@@ -248,7 +245,7 @@ def _check_architecture(url: str, model: wire.ModelInfo, requirements: Requireme
 
 
 async def _check_tokenizer(
-    client: ServerClient, model: wire.ModelInfo, sample: tuple[str, tuple[int, ...]] | None
+    client: ServerClient, model: ModelInfo, sample: tuple[str, tuple[int, ...]] | None
 ) -> None:
     """Only ids travel, but the server's tokenizer decides which of them end a completion."""
     if sample is None:

@@ -30,7 +30,7 @@ from lightning_grpo.errors import (
     WeightSyncError,
 )
 from lightning_grpo.serving.client import growing
-from lightning_grpo.serving.server import Held, Member, MemberState, ServerLike
+from lightning_grpo.serving.server import Held, Member, MemberState, ServerHandle
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class HealthPolicy:
     call_back_s: float = 10.0
 
 
-Restart = Callable[[str], Awaitable[ServerLike]]
+Restart = Callable[[str], Awaitable[ServerHandle]]
 Restore = Callable[[Member], Awaitable[None]]
 IsGone = Callable[[str], Awaitable[bool]]
 
@@ -98,7 +98,7 @@ class Monitor:
         policy: HealthPolicy,
         restart: Restart | None,
         *,
-        revive: Callable[[Member, ServerLike], Awaitable[None]],
+        revive: Callable[[Member, ServerHandle], Awaitable[None]],
         updating: Callable[[], bool],
         changed: Callable[[], None],
         lost: Callable[[Exception], None],

@@ -35,8 +35,14 @@ from lightning_grpo.errors import (
     ServerError,
     ServersLostError,
 )
-from lightning_grpo.serving.background import Turns, seen
-from lightning_grpo.serving.client import ServerClient, growing, new_session
+from lightning_grpo.serving.client import (
+    GenerateReply,
+    GenerateRequest,
+    ServerClient,
+    check_reply,
+    growing,
+    new_session,
+)
 from lightning_grpo.serving.completion import (
     Decode,
     Partial,
@@ -44,10 +50,10 @@ from lightning_grpo.serving.completion import (
     choose_interruption,
     stop_generation,
 )
+from lightning_grpo.serving.event_loop import FairTurns, seen
 from lightning_grpo.serving.fitness import Requirements, ServerFacts, check_ids, verify_server
 from lightning_grpo.serving.health import HealthPolicy, IsGone, Monitor, Restart, Restore
-from lightning_grpo.serving.server import Member, MemberState, Rank, Router, ServerLike
-from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, check_reply
+from lightning_grpo.serving.server import Member, MemberState, Rank, Router, ServerHandle
 from lightning_grpo.types import Completion, Interruption, InterruptionChoice, Sampling
 
 
@@ -192,7 +198,7 @@ class ServerPool:
 
     def __init__(  # noqa: PLR0913 - what a pool is put together from
         self,
-        handles: Sequence[ServerLike],
+        handles: Sequence[ServerHandle],
         requirements: Requirements,
         decode: Decode,
         *,
@@ -219,7 +225,7 @@ class ServerPool:
         self._pace = Pace(self._limits)
         self._starving_since: float | None = None
         self._told: set[str] = set()
-        self._turns = Turns()
+        self._turns = FairTurns()
         self._router = Router(self._members, self._limits.max_in_flight)
         self._monitor = Monitor(
             self._members,
@@ -495,14 +501,14 @@ class ServerPool:
         if now - self._starving_since > patience_s:
             self._fail(ConfigError(f"{error}. No request could be sent for {patience_s:g} s."))
 
-    async def _connect(self, handle: ServerLike) -> tuple[ServerClient, ServerFacts]:
+    async def _connect(self, handle: ServerHandle) -> tuple[ServerClient, ServerFacts]:
         assert self._session is not None, "the pool was not started"
         client = ServerClient(
             handle.url, self._session, request_timeout_s=None, told=self._told, turns=self._turns
         )
         return client, await verify_server(client, self._requirements)
 
-    async def _revive(self, member: Member, handle: ServerLike) -> None:
+    async def _revive(self, member: Member, handle: ServerHandle) -> None:
         """Connects a server that answers (again), and brings it to the current weights."""
         version, asked_before = member.version, handle is member.handle
         member.handle = handle  # also if it does not connect: it is found by its new address

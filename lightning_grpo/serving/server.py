@@ -20,13 +20,13 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Protocol
+from pathlib import Path
 
 import anyio
 
 from lightning_grpo.errors import ReplyError
-from lightning_grpo.serving.background import in_turns
 from lightning_grpo.serving.client import LONGEST_WAIT_S, ServerClient, growing
+from lightning_grpo.serving.event_loop import in_turns
 from lightning_grpo.serving.fitness import ServerFacts
 from lightning_grpo.types import NO_VERSION
 
@@ -34,19 +34,52 @@ CLOCK_S = 0.01
 """A timer may be early by so much."""
 
 
-class ServerLike(Protocol):
-    """What the pool needs to know of a server that somebody else started."""
+TAIL_LINES = 25
+TAIL_BYTES = 16 << 10
 
-    @property
-    def url(self) -> str:
-        """`http://host:port`."""
 
-    @property
-    def pid(self) -> int | None:
-        """The server's process where it runs on this machine."""
+@dataclass(frozen=True, slots=True)
+class ServerHandle:
+    """A server that answers.
+
+    Attributes:
+        url: `http://host:port`.
+        pid: Its process, where it runs on this machine and the run started it.
+        log_path: Its output, where the run started it.
+        devices: The GPUs that it uses.
+    """
+
+    url: str
+    pid: int | None = None
+    log_path: Path | None = None
+    devices: tuple[int, ...] = ()
 
     def log_tail(self) -> str:
         """The end of its log; empty where there is none."""
+        return read_tail(self.log_path) if self.log_path is not None else ""
+
+    def describe(self) -> str:
+        """One line: address, process, GPUs, log."""
+        parts = [self.url]
+        if self.pid is not None:
+            parts.append(f"pid {self.pid}")
+        if self.devices:
+            parts.append("GPU " + ",".join(map(str, self.devices)))
+        if self.log_path is not None:
+            parts.append(f"log {self.log_path}")
+        return "  ".join(parts)
+
+
+def read_tail(path: Path, num_lines: int = TAIL_LINES) -> str:
+    """The last lines of a file; empty if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - TAIL_BYTES))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-num_lines:])
 
 
 class MemberState(StrEnum):
@@ -99,7 +132,7 @@ class Member:
     """
 
     def __init__(
-        self, slot: int, handle: ServerLike, client: ServerClient, facts: ServerFacts, bound: int
+        self, slot: int, handle: ServerHandle, client: ServerClient, facts: ServerFacts, bound: int
     ) -> None:
         self.slot = slot
         self.bound = bound
@@ -114,7 +147,7 @@ class Member:
         self._held: set[Held] = set()
         self.replace(handle, client, facts)
 
-    def replace(self, handle: ServerLike, client: ServerClient, facts: ServerFacts) -> None:
+    def replace(self, handle: ServerHandle, client: ServerClient, facts: ServerFacts) -> None:
         """Puts a (re)started server into the slot; it is dirty until its weights are known."""
         self.handle = handle
         self.client = client

@@ -24,14 +24,14 @@ from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import Policy, StalenessGate
-from lightning_grpo.rollout.ledger import Counters, Ledger, metrics
-from lightning_grpo.rollout.limits import raise_file_limit, room_for_connections
+from lightning_grpo.rollout.ledger import LOGGED, Ledger, raise_file_limit, room_for_connections
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.stream import PromptMixture
-from lightning_grpo.servers.base import ServerHandle, Servers
+from lightning_grpo.servers.base import Servers
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
+from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.session.material import Material, SessionSettings
 from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
@@ -196,17 +196,15 @@ class Live:
         batch = await anyio.to_thread.run_sync(RolloutBatch.from_groups, groups, version, index)
         return Taken(index, version, batch, rollout_metrics(batch) | counted, groups)
 
-    def advance(self, version: int) -> None:
-        """The servers have the weights of `version`."""
-        self.producer.advance(version)
-
     def count(self) -> dict[str, float]:
         """`rollout/...`, `staleness/dropped_...`, `idle/...`: what happened since the last call."""
         now, counted = time.monotonic(), self.producer.counters.state_dict()
         since = {name: n - self._counted.get(name, 0) for name, n in counted.items()}
         period = max(now - self._counted_at, 1e-9)
         self._counted, self._counted_at = counted, now
-        logged = metrics(Counters(**since), self.producer.status())
+        logged = {name: float(since[counter]) for name, counter in LOGGED.items()}
+        logged["rollout/pass"] = float(self.producer.pass_index)
+        logged["rollout/queued"] = float(self.producer.gate.num_finished)
         logged["rollout/in_flight"] = float(self.pool.num_in_flight)
         logged["rollout/tokens_per_s"] = since["tokens"] / period
         logged["rollout/groups_per_s"] = since["taken"] / period

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,10 @@ class ReplaySession:
         if recorded is not None:
             version = recorded.version
             batch = RolloutBatch.from_groups(recorded.groups, version, version)
-            scalars = (version, batch, rollout_metrics(batch))
-        self.version, batch, metrics = self.channel.broadcast(scalars)
-        groups = recorded.groups if recorded is not None else None
-        return Taken(self.version, self.version, batch, metrics, groups)
+            scalars = Taken(version, version, batch, rollout_metrics(batch), None)
+        taken: Taken = self.channel.broadcast(scalars)
+        self.version = taken.version
+        return replace(taken, groups=recorded.groups if recorded is not None else None)
 
     def share(self, parts: list[Any] | None) -> Any:
         """Rank r's element of what rank 0 passes."""

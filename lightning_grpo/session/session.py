@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import lightning as L
@@ -25,8 +25,8 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, GRPOError, PromptError
 from lightning_grpo.loader import RolloutSource, Taken
 from lightning_grpo.rollout.producer import RolloutProducer
-from lightning_grpo.rollout.service import RolloutService
-from lightning_grpo.servers.process import main_address
+from lightning_grpo.servers.base import main_address
+from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.session.assembly import (
     Beginning,
     Live,
@@ -158,7 +158,7 @@ class _Lead:
     """What only rank 0 has."""
 
     material: Material
-    service: RolloutService = field(default_factory=RolloutService)
+    service: EventLoop = field(default_factory=EventLoop)
     starting: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     started: Future[None] | None = None
     beginning: Future[Beginning] = field(default_factory=Future)
@@ -286,11 +286,8 @@ class RolloutSession:
         lead = self._lead
         future = lead.service.run(self._live.take, self.version) if lead else None
         taken = self.channel.wait(future, what="rollouts")
-        scalars = None
-        if taken is not None:
-            scalars = (taken.index, taken.batch, taken.metrics)
-        index, batch, metrics = self.channel.broadcast(scalars)
-        return Taken(index, self.version, batch, metrics, taken.groups if taken else None)
+        scalars: Taken = self.channel.broadcast(taken and replace(taken, groups=None))
+        return taken or scalars
 
     def share(self, parts: list[Any] | None) -> Any:
         """Rank r's element of what rank 0 passes."""
@@ -399,7 +396,7 @@ class RolloutSession:
         self.version = version
         self._synced = True
         if self._lead is not None:
-            self._lead.service.call(self._live.advance, version)
+            self._lead.service.call(self._live.producer.advance, version)
 
     # -- evaluation -----------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ from lightning_grpo.weights.transport import (
 )
 
 
-class Turns:
+class UpdateTurns:
     """A lock that can be closed: whoever has it then gets a moment, whoever waits is refused."""
 
     def __init__(self) -> None:
@@ -281,7 +281,7 @@ class WeightPublisher:
         self._settings = settings or SyncSettings()
         self._interruption = interruption
         self._proof = ServerProof(probe) if probe is not None and self._settings.verify else None
-        self._turns = Turns()
+        self._turns = UpdateTurns()
         self._current: tuple[int, Sent] | None = None
         self._prepared = False
         self._restoring: set[Target] = set()

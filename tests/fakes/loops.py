@@ -11,11 +11,10 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow
-from lightning_grpo.servers.base import Servers
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.servers.base import RunningServers, Servers
 from lightning_grpo.types import Sampling
 from lightning_grpo.validation import Evaluation
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from lightning_grpo.rollout.records import write_groups
+from lightning_grpo.rollout.records import read_batch, trajectory_files, write_groups
 from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
+
+
+def read_groups(path: Path) -> list[list[Group]]:
+    """The groups of each file (one rollout batch each), as they were consumed."""
+    return [read_batch(file).groups for file in trajectory_files(path)]
 
 
 def random_group(

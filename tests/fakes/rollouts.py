@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import StalenessGate
-from lightning_grpo.rollout.ledger import Ledger
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.ledger import Ledger, RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.stream import PromptMixture

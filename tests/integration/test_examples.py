@@ -111,7 +111,7 @@ import json, sys
 from gsm8k import gsm8k_reward_fn, process_gsm8k_rl_dataset
 from lightning_grpo import Prompts, RLVRWorkflow
 from lightning_grpo.policy.load import load_tokenizer
-from lightning_grpo.rollout.protocols import BoundReward
+from lightning_grpo.rollout.scoring import BoundReward
 from lightning_grpo.shipped import resolve_path
 
 rows = Prompts(sys.argv[1], column="messages", transform=process_gsm8k_rl_dataset)

@@ -13,8 +13,8 @@ from aiohttp import web
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.rollout.ledger import RolloutLimits
+from lightning_grpo.servers.base import RunningServers
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.transport import DiskTransport
 from tests.fakes.engine_process import EngineProcess

@@ -19,7 +19,7 @@ from lightning_grpo.errors import CheckpointError, StopRun
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.records import recorded_version, trajectory_files
 from lightning_grpo.rollout.stream import Curriculum, undecided
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
@@ -255,4 +255,4 @@ def test_a_stop_that_can_t_save_ends_all_that_the_run_has_started(tiny_model, se
     with pytest.raises(StopRun, match=r"stopped at step 2, and .* No space left") as stop:
         make_trainer(tmp_path, max_steps=9, plugins=[FullDisk()]).fit(make_module(tiny_model), data)
     assert (stop.value.code, stop.value.saved_to) == (143, "")
-    assert not data.session._lead.service.is_running
+    assert not data.session._lead.service.is_live

@@ -21,8 +21,8 @@ from lightning_grpo.errors import (
     WeightSyncError,
 )
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.rollout.ledger import RolloutLimits
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.wire import wire_to

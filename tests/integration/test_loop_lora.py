@@ -16,7 +16,7 @@ from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.gather import gather_weights
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer

@@ -13,7 +13,7 @@ from lightning.pytorch.tuner import Tuner
 
 from lightning_grpo.algorithm.losses import GRPOLoss
 from lightning_grpo.errors import ConfigError, ServerStartError
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.types import Sampling
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.loops import (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from lightning_grpo.servers.base import ServerHandle
+from lightning_grpo.serving.server import ServerHandle
 from tests.fakes.proxy import ForwardingProxy
 
 

@@ -15,7 +15,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.producer import has_variance
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.servers.base import RunningServers
 from lightning_grpo.types import Sampling
 from lightning_grpo.validation import Evaluation
 from tests.fakes.loops import NeverServers, make_data, make_prompts

@@ -14,13 +14,13 @@ from lightning_grpo.distributed import RankChannel
 from lightning_grpo.distributed.heartbeat import (
     Failure,
     Heart,
-    Judge,
     Kind,
-    Ledger,
-    Outcome,
     Pulse,
+    RankJudge,
+    RankLedger,
     RunningClock,
     SignedStore,
+    WaitOutcome,
     is_echo,
     this_machine,
 )
@@ -42,9 +42,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def ledger(rank: int = 1, world_size: int = 2) -> tuple[Ledger, Time]:
+def ledger(rank: int = 1, world_size: int = 2) -> tuple[RankLedger, Time]:
     time = Time()
-    return Ledger(rank, world_size, "pid 1 on here", RunningClock(5.0, time)), time
+    return RankLedger(rank, world_size, "pid 1 on here", RunningClock(5.0, time)), time
 
 
 def done(value: object = None, error: Exception | None = None) -> Future:
@@ -109,13 +109,13 @@ def test_a_wait_past_its_deadline_says_what_took_too_long():
 
 def test_a_pulse_survives_the_store():
     pulse = Pulse(3, 4, "pid", "x", 5.0, "SIGTERM", 6, True, Failure(1, "tb\n"))
-    pulse = Pulse(outcomes=(Outcome(1, Kind.STOP, "w", "SIGTERM", 9),), failure=pulse.failure)
+    pulse = Pulse(outcomes=(WaitOutcome(1, Kind.STOP, "w", "SIGTERM", 9),), failure=pulse.failure)
     assert Pulse.decode(pulse.encode().encode()) == pulse
 
 
 def test_a_rank_that_beats_is_not_silent_and_one_that_stops_is_named():
     book, time = ledger()
-    judge = Judge(book, rank_timeout_s=10.0)
+    judge = RankJudge(book, rank_timeout_s=10.0)
     for tick in range(1, 30):
         pass_time(book.clock, time, 5)
         book.hear({0: Pulse(tick, what="training", name="pid 7 on there")})
@@ -130,7 +130,7 @@ def test_a_rank_that_beats_is_not_silent_and_one_that_stops_is_named():
 
 def test_the_time_this_process_stood_still_is_not_held_against_others():
     book, time = ledger()
-    judge = Judge(book, rank_timeout_s=10.0)
+    judge = RankJudge(book, rank_timeout_s=10.0)
     book.hear({0: Pulse(1)})
     time.now += 3600.0  # SIGSTOP, or the lid of a laptop
     assert judge.verdict() is None
@@ -138,7 +138,7 @@ def test_the_time_this_process_stood_still_is_not_held_against_others():
 
 def test_a_main_thread_may_be_busy_for_as_long_as_it_declared():
     book, time = ledger()
-    judge = Judge(book, rank_timeout_s=10.0)
+    judge = RankJudge(book, rank_timeout_s=10.0)
     book.hear({0: Pulse(1, 1, what="export", allowance_s=20.0)})
     since = book.clock.now()
     pass_time(book.clock, time, 29)
@@ -151,7 +151,7 @@ def test_a_main_thread_may_be_busy_for_as_long_as_it_declared():
 
 def test_a_rank_that_left_in_good_order_is_not_missed():
     book, time = ledger(rank=0, world_size=3)
-    judge = Judge(book, rank_timeout_s=10.0)
+    judge = RankJudge(book, rank_timeout_s=10.0)
     book.hear({1: Pulse(1, closed=True), 2: Pulse(1)})
     pass_time(book.clock, time, 11)
     failure = judge.verdict()
@@ -162,7 +162,7 @@ def test_a_rank_that_left_in_good_order_is_not_missed():
 
 def test_outcomes_are_kept_until_every_rank_has_read_them():
     book, _ = ledger(rank=0, world_size=3)
-    tick = book.publish(Outcome(1, Kind.READY, "a batch"))
+    tick = book.publish(WaitOutcome(1, Kind.READY, "a batch"))
     assert book.next_beat().tick == tick
     book.hear({1: Pulse(1, seen=tick), 2: Pulse(1, seen=tick - 1)})
     assert [o.sequence for o in book.next_beat().outcomes] == [1]
@@ -193,7 +193,7 @@ class Ended:
 )
 def test_a_child_that_ended_badly_is_noticed_at_once(code, expected):
     book, _ = ledger(rank=0)
-    judge = Judge(book, rank_timeout_s=10.0)
+    judge = RankJudge(book, rank_timeout_s=10.0)
     judge.processes[1] = Ended(code)
     failure = judge.verdict()
     assert (failure is None) if expected is None else (expected in failure.text)

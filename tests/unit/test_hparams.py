@@ -18,7 +18,7 @@ from lightning_grpo.hparams import loggable
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import RLVRWorkflow
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.servers.base import RunningServers
 from lightning_grpo.types import Sampling
 from tests.fakes.user_objects import ScaledLoss, make_adam, own_loss
 

@@ -10,7 +10,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.hparams import to_plain
 from lightning_grpo.keys import API_KEY_VARIABLE, is_secret, read_key
 from lightning_grpo.rewards.judge import Judge
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.servers.base import RunningServers
 
 
 def test_a_key_is_taken_from_the_environment_a_file_or_as_it_is(tmp_path, monkeypatch):

@@ -96,7 +96,8 @@ def shares(groups: list[Group], shape: Shape, trained: torch.Tensor | None = Non
         trained = torch.ones(len(batch), dtype=torch.bool)
     prepared = Prepared(advantages, trained)
     parts = split(Taken(0, 0, batch, {}, groups), prepared, shape)
-    return [Rollout(0, 0, batch, advantages, p.sequences, p.plans, p.denominators) for p in parts]
+    taken = vars(Taken(0, 0, batch, {}, None))
+    return [Rollout(**taken, **vars(part), advantages=advantages) for part in parts]
 
 
 def losses_and_gradients(
@@ -187,7 +188,8 @@ def test_what_is_not_in_the_loss_counts_nowhere(aggregation):
     advantages[in_loss] = expected.advantages
     prepared = Prepared(advantages, in_loss, in_loss)
     (part,) = split(Taken(0, 0, batch, {}, groups), prepared, shape)
-    masked = Rollout(0, 0, batch, advantages, part.sequences, part.plans, part.denominators)
+    taken = vars(Taken(0, 0, batch, {}, None))
+    masked = Rollout(**taken, **vars(part), advantages=advantages)
     ((loss, gradient),) = losses_and_gradients([masked], shape, objective, torch.float64)
     ((its_loss, its_gradient),) = losses_and_gradients([expected], shape, objective, torch.float64)
     assert torch.allclose(loss, its_loss, atol=1e-12)

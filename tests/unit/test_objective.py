@@ -24,7 +24,7 @@ def make_rollout(max_tokens: int = 9) -> Rollout:
     trained = torch.ones(len(batch), dtype=torch.bool)
     prepared = Prepared(batch.rewards, trained)
     (share,) = split(Taken(0, 0, batch, {}, groups), prepared, Shape(1, 1, max_tokens))
-    return Rollout(0, 0, batch, batch.rewards, share.sequences, share.plans, share.denominators)
+    return Rollout(**vars(Taken(0, 0, batch, {}, None)), **vars(share), advantages=batch.rewards)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, PromptError, ServerStartError
 from lightning_grpo.rollout.prompts import Prompts
-from lightning_grpo.rollout.protocols import RolloutWorkflow
-from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow
+from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow, RolloutWorkflow
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.session.assembly import _open_pool, from_checkpoint, to_checkpoint

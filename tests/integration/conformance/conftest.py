@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.process import OwnedServers
+from lightning_grpo.servers.process import EmbeddedServers, OwnedServers
 from tests.sglang.engines import REAL, real_servers
 from tests.sglang.server import Server
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
+from lightning_grpo.serving.client import sampling_params
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.pool import ServerPool
-from lightning_grpo.serving.wire import sampling_params
 from lightning_grpo.types import Sampling
 from tests.fakes.tiny_model import make_tiny_tokenizer
 from tests.sglang.scoring import check_sampled, full_logprobs, greedy_ids, sampled

@@ -11,8 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.process import OwnedServers
+from lightning_grpo.servers.process import EmbeddedServers, OwnedServers
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import ServerPool

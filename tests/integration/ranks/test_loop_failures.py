@@ -13,8 +13,8 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.rollout.ledger import RolloutLimits
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.weights.transport import DiskTransport
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer, odd_reward
 from tests.fakes.ranks import RankResult, start_ranks

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.rollout.limits import RolloutLimits
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.rollout.ledger import RolloutLimits
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.serving.health import process_alive
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from tests.fakes.loops import make_data, make_module, make_prompts, make_trainer, odd_reward

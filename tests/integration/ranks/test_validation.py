@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.validation import Evaluation
 from tests.fakes.loops import make_data, make_module, make_prompts, make_trainer
 from tests.fakes.ranks import run_ranks

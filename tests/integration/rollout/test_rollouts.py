@@ -1,4 +1,4 @@
-"""The service, the producer, real reward processes and a real tokenizer together."""
+"""The event loop, the producer, real reward processes and a real tokenizer together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from lightning_grpo.errors import FailureBudgetError
 from lightning_grpo.rewards import gsm8k
 from lightning_grpo.rollout.episodes import EpisodeRunner
 from lightning_grpo.rollout.gate import StalenessGate
-from lightning_grpo.rollout.ledger import Ledger
-from lightning_grpo.rollout.limits import RolloutLimits
+from lightning_grpo.rollout.ledger import Ledger, RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.scoring import RewardScorer
-from lightning_grpo.rollout.service import RolloutService
 from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.rollout.workflow import RLVRWorkflow
+from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.types import Completion, Sampling
 from tests.fakes.generator import FakeGenerator
 from tests.fakes.tiny_model import make_tiny_tokenizer
@@ -45,7 +44,7 @@ class Calculator(FakeGenerator):
         )
 
 
-def open_service(reward, limits=None):
+def open_producer(reward, limits=None):
     tokenizer = make_tiny_tokenizer()
     limits = limits or RolloutLimits(reward_processes=1)
     prompts = Prompts(ROWS, column="question").load(tokenizer, max_prompt_tokens=400)
@@ -63,31 +62,32 @@ def open_service(reward, limits=None):
             stream = PromptMixture({"": prompts})
             gate, ledger = StalenessGate(4, 1), Ledger(stream.sizes, 4, limits.max_failed_fraction)
             async with RolloutProducer(stream, runner, gate, ledger, limits) as producer:
-                yield producer
+                made.append(producer)
+                yield
 
-    service = RolloutService()
-    service.start(build)
-    return service, prompts, generator
+    loop, made = EventLoop(), []
+    loop.start(build)
+    return loop, made[0], prompts, generator
 
 
 def test_prompts_become_scored_groups_and_evaluation_runs_beside():
-    service, prompts, generator = open_service(gsm8k)
+    loop, producer, prompts, generator = open_producer(gsm8k)
     try:
         for version in range(1, 4):
-            groups = service.take(4).result(timeout=30)
+            groups = loop.run(producer.take).result(timeout=30)
             rewards = [t.reward for group in groups for t in group.trajectories]
             assert len(rewards) == 16
             assert set(rewards) == {0.0, 1.0}
             for group in groups:
                 ids = group.prompt.input_ids
                 assert all(t.input_ids[: len(ids)] == ids for t in group.trajectories)
-            evaluation = service.evaluate(prompts, Sampling(temperature=0.0), 2)
+            evaluation = loop.run(producer.evaluate, prompts, Sampling(temperature=0.0), 2)
             assert len(evaluation.result(timeout=30)) == 20
             generator.version = version
-            service.advance(version)
-        assert service.state_dict()["ledger"]["counts"] == {"trained": 12}
+            loop.call(producer.advance, version)
+        assert loop.call(producer.state_dict)["ledger"]["counts"] == {"trained": 12}
     finally:
-        service.close()
+        loop.close()
 
 
 def sometimes_stuck(completion, answer):
@@ -96,19 +96,19 @@ def sometimes_stuck(completion, answer):
     return 1.0
 
 
-def train_until_it_ends(service, generator):
+def train_until_it_ends(loop, producer, generator):
     for version in range(1, 100):
-        groups = service.take().result(timeout=60)
+        groups = loop.run(producer.take).result(timeout=60)
         assert {t.reward for group in groups for t in group.trajectories} == {1.0}
         generator.version = version
-        service.advance(version)
+        loop.call(producer.advance, version)
 
 
 def test_rewards_that_hang_end_the_run_and_say_so_and_never_count_as_zero():
     limits = RolloutLimits(reward_processes=2, reward_timeout_s=0.2, max_attempts=1)
-    service, _, generator = open_service(sometimes_stuck, limits)
+    loop, producer, _, generator = open_producer(sometimes_stuck, limits)
     try:
         with pytest.raises(FailureBudgetError, match="`reward_timeout_s`"):
-            train_until_it_ends(service, generator)
+            train_until_it_ends(loop, producer, generator)
     finally:
-        service.close()
+        loop.close()

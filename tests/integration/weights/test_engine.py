@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.errors import ServersLostError
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import ServerPool

@@ -6,6 +6,7 @@ import pytest
 
 from lightning_grpo.callbacks.health import GROUPS, RULES, HealthMonitor, fill
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.types import RolloutProgress
 from tests.fakes.tiny_run import TinyData, TinyModule
 
 HEALTHY = {
@@ -98,12 +99,16 @@ def test_the_mismatch_is_held_against_the_start_of_the_run():
     assert "0.2" in sentence
 
 
+class Waiting(TinyData):
+    def progress(self):
+        return RolloutProgress(0, 4, 0, 0, "last errors: RewardError: no judge")
+
+
 def test_a_starving_run_is_said_once_until_a_batch_arrives():
     monitor = HealthMonitor(starving_after_s=60)
-    monitor.observe({"rollout/in_flight": 12.0, "rollout/failed": 3.0})
-    assert monitor.starving(now_s=59.0) is None
-    assert monitor.starving(now_s=61.0) == (
-        "no rollout batch for 61 s (after the last one: 12 requests in flight, 3 failed). Look at "
+    assert monitor.starving(now_s=59.0, data=Waiting()) is None
+    assert monitor.starving(now_s=61.0, data=Waiting()) == (
+        "no rollout batch for 61 s (last errors: RewardError: no judge). Look at "
         "the servers' logs, at `reward_timeout_s`, and at `keep_group` if one is set."
     )
     assert monitor.starving(now_s=90.0) is None
@@ -139,11 +144,12 @@ def test_a_run_that_starves_says_so_while_it_waits(make_trainer, caplog):
 
     import threading
 
-    spoken = threading.Event()
+    spoken, said = threading.Event(), []
 
     class Listener(logging.Handler):
         def emit(self, record):
             if "no rollout batch" in record.getMessage():
+                said.append(record.getMessage())
                 spoken.set()
 
     logger = logging.getLogger("lightning_grpo.callbacks.health")
@@ -152,7 +158,7 @@ def test_a_run_that_starves_says_so_while_it_waits(make_trainer, caplog):
     try:
         monitor = HealthMonitor(starving_after_s=0.05)
         trainer = make_trainer(callbacks=[monitor], enable_progress_bar=False)
-        trainer.fit(SlowModule(), datamodule=TinyData(num_rollouts=1))
+        trainer.fit(SlowModule(), datamodule=Waiting(num_rollouts=1))
     finally:
         logger.removeHandler(listener)
-    assert spoken.is_set()
+    assert "(last errors: RewardError: no judge)" in said[0]

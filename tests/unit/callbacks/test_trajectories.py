@@ -5,7 +5,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.recording import TrajectoryWriter
 from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.rollout.records import read_groups, read_rows
+from lightning_grpo.rollout.records import read_rows
+from tests.fakes.recordings import read_groups
 from tests.fakes.tiny_run import TinyData, TinyEvaluation, TinyModule, make_group
 
 
@@ -20,7 +21,7 @@ def test_each_rollout_batch_is_one_file_named_by_its_last_step(make_trainer, tmp
 def test_what_was_consumed_can_be_read_back(make_trainer, tmp_path):
     trainer = make_trainer(callbacks=[TrajectoryWriter()], enable_progress_bar=False)
     trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
-    assert list(read_groups(tmp_path)) == [[make_group(0), make_group(1)]]
+    assert read_groups(tmp_path) == [[make_group(0), make_group(1)]]
 
 
 def test_only_every_nth_rollout_batch_is_written_when_asked(make_trainer, tmp_path):

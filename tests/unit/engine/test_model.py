@@ -9,8 +9,8 @@ from transformers.utils import logging as transformers_logging
 from lightning_grpo.contract import check_engine
 from lightning_grpo.engine.model import ModelRunner, SlotCache, check_servable, load_model
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.running import RunningServers
+from lightning_grpo.servers.base import RunningServers
+from lightning_grpo.servers.process import EmbeddedServers
 from tests.fakes.causal_models import make_model_of, make_sequences, plain_logprobs
 
 

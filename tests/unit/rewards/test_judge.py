@@ -11,8 +11,7 @@ from aiohttp import web
 
 from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.rewards.judge import Judge, JudgeError
-from lightning_grpo.rollout.protocols import BoundReward
-from lightning_grpo.rollout.scoring import RewardScorer
+from lightning_grpo.rollout.scoring import BoundReward, RewardScorer
 from lightning_grpo.types import Prompt
 
 

@@ -9,7 +9,7 @@ import pytest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards import from_trl
 from lightning_grpo.rollout.prompts import Prompts
-from lightning_grpo.rollout.protocols import BoundReward
+from lightning_grpo.rollout.scoring import BoundReward
 from lightning_grpo.types import Prompt
 from tests.fakes.tokenizer import CharTokenizer
 

@@ -12,12 +12,11 @@ from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.rollout.episodes import (
     Attempt,
     EpisodeRunner,
-    Request,
     derive_seed,
     for_evaluation,
 )
 from lightning_grpo.rollout.workflow import single_turn
-from lightning_grpo.serving.background import Background, ClosedError
+from lightning_grpo.serving.event_loop import Background, ClosedError
 from lightning_grpo.types import NO_VERSION, Prompt, Sampling, Trajectory
 from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
 from tests.fakes.generator import FakeGenerator, InlineScorer
@@ -38,11 +37,11 @@ class TwoTurns:
         return single_turn(prompt, second, reward, {"r": reward})
 
 
-def run(workflow, request=None, generator=None, size=3):
+def run(workflow, attempt=None, generator=None, size=3):
     generator = generator or FakeGenerator()
     runner = EpisodeRunner(workflow, generator, InlineScorer(), CharTokenizer(), size, seed=9)
-    attempt = Attempt()
-    trajectories = run_virtual(runner.run, PROMPT, request or Request(), attempt)
+    attempt = attempt or Attempt()
+    trajectories = run_virtual(runner.run, PROMPT, attempt)
     return generator, attempt, trajectories
 
 
@@ -58,7 +57,7 @@ def test_every_turn_of_every_episode_has_a_seed_of_its_own():
     assert len({request["seed"] for request in generator.requests}) == 6
     again, _, _ = run(TwoTurns())
     assert [r["seed"] for r in again.requests] == [r["seed"] for r in generator.requests]
-    later, _, _ = run(TwoTurns(), Request(attempt=2))
+    later, _, _ = run(TwoTurns(), Attempt(draw=2))
     assert not {r["seed"] for r in later.requests} & {r["seed"] for r in generator.requests}
 
 
@@ -66,7 +65,7 @@ def test_a_trajectory_has_the_temperature_that_its_tokens_were_sampled_at():
     _, attempt, trajectories = run(TwoTurns())
     assert {trajectory.temperature for trajectory in trajectories} == {0.7}
     assert attempt.num_tokens == 3 * 2 * 3
-    _, _, greedy = run(TwoTurns(), Request(sampling=Sampling(temperature=0.0)))
+    _, _, greedy = run(TwoTurns(), Attempt(sampling=Sampling(temperature=0.0)))
     assert {trajectory.temperature for trajectory in greedy} == {0.0}
 
 
@@ -140,8 +139,8 @@ def test_a_call_that_cannot_be_trained_on_as_it_is_sampled_is_refused_where_it_s
     place = rf"`context.generate` in .*test_episodes.py, line {line} \(run\): {rule}"
     with pytest.raises(ConfigError, match=place):
         run(Asks(*asked))
-    for request in (Request(priority=True), Request(sampling=Sampling(temperature=0.0))):
-        run(Asks(*asked), request)  # nothing is trained on it
+    for attempt in (Attempt(priority=True), Attempt(sampling=Sampling(temperature=0.0))):
+        run(Asks(*asked), attempt)  # nothing is trained on it
 
 
 class JudgesItself(Asks):
@@ -181,7 +180,7 @@ def test_a_call_beside_the_trajectory_may_come_to_the_same_tokens():
 
 
 def test_evaluation_leaves_calls_beside_the_trajectory_as_they_are():
-    generator, _, _ = run(JudgesItself(None), Request(sampling=Sampling(temperature=0.6)))
+    generator, _, _ = run(JudgesItself(None), Attempt(sampling=Sampling(temperature=0.6)))
     assert {r["sampling"].temperature for r in generator.requests} == {0.6, 0.0}
 
 
@@ -207,7 +206,7 @@ def test_a_prompts_template_arguments_are_those_of_its_episodes():
         workflow = SaysWhatItReads(None)
         runner = EpisodeRunner(workflow, FakeGenerator(), InlineScorer(), tokenizer, 1)
         prompt = replace(PROMPT, template_kwargs=kwargs)
-        run_virtual(runner.run, prompt, Request(), Attempt())
+        run_virtual(runner.run, prompt, Attempt())
         assert ("short" in tokenizer.decode(workflow.read["input_ids"])) == said
 
 
@@ -237,7 +236,7 @@ def test_evaluation_samples_in_its_own_way_and_ends_where_a_call_asks_for_it(ask
 
 
 def test_a_trajectory_knows_how_long_its_last_completion_could_have_been():
-    _, _, trajectories = run(TwoTurns(), Request(sampling=Sampling(max_new_tokens=9)))
+    _, _, trajectories = run(TwoTurns(), Attempt(sampling=Sampling(max_new_tokens=9)))
     assert {trajectory.length_limit for trajectory in trajectories} == {9}
 
 

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.limits import (
+from lightning_grpo.rollout.ledger import (
     FILES_PER_SERVER,
     SPARE_FILES,
     RolloutLimits,

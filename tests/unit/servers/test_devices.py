@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.servers.process import serving_devices, training_devices
+from lightning_grpo.servers.base import serving_devices, training_devices
 
 
 @pytest.mark.parametrize(

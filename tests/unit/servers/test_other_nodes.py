@@ -1,7 +1,7 @@
 """Servers on other nodes."""
 
+from lightning_grpo.servers.base import ServerLoad
 from lightning_grpo.servers.other_nodes import SlurmServers
-from lightning_grpo.servers.sizing import ServerLoad
 
 
 def test_each_node_is_sized_for_its_share_of_what_is_in_flight_and_decoded():

@@ -17,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from lightning_grpo.errors import ServerError
 from lightning_grpo.keys import API_KEY_VARIABLE
 from lightning_grpo.servers import serve_sglang
-from lightning_grpo.servers.embedded import EmbeddedServers
 from lightning_grpo.servers.other_nodes import NodeMailbox, TrainerMailbox, build_servers
+from lightning_grpo.servers.process import EmbeddedServers
 from tests.fakes.tiny_model import make_tiny_model
 
 UPDATES = (

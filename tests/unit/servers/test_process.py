@@ -6,7 +6,8 @@ import psutil
 import pytest
 
 from lightning_grpo.errors import ServerStartError
-from lightning_grpo.servers.process import Launch, OwnedServers, likely_cause
+from lightning_grpo.servers.base import likely_cause
+from lightning_grpo.servers.process import Launch, OwnedServers
 from lightning_grpo.serving.health import process_alive
 
 SERVER = """

@@ -11,7 +11,7 @@ import pytest
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
-from lightning_grpo.servers.embedded import EmbeddedServers
+from lightning_grpo.servers.base import answers
 from lightning_grpo.servers.other_nodes import (
     END,
     NodeMailbox,
@@ -21,7 +21,7 @@ from lightning_grpo.servers.other_nodes import (
     build_servers,
     describe_servers,
 )
-from lightning_grpo.servers.process import answers
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.servers.sglang import SGLangServers
 from tests.fakes.tiny_model import make_tiny_model
 

@@ -5,8 +5,7 @@ import threading
 import pytest
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
-from lightning_grpo.servers.process import ADDRESSES_VARIABLE
-from lightning_grpo.servers.running import RunningServers, normal_url
+from lightning_grpo.servers.base import ADDRESSES_VARIABLE, RunningServers, normal_url
 from tests.fakes.server import FakeServer, Fault
 
 

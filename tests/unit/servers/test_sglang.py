@@ -5,8 +5,8 @@ import pytest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import API_KEY_VARIABLE
 from lightning_grpo.servers import serve_sglang
-from lightning_grpo.servers.embedded import EmbeddedServers
-from lightning_grpo.servers.process import free_ports, is_free, serving_devices
+from lightning_grpo.servers.base import free_ports, is_free, serving_devices
+from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.servers.sglang import ServerPython, SGLangServers, remember_python
 
 

@@ -3,13 +3,8 @@ import itertools
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.servers.sizing import (
-    GIB,
-    ServerLoad,
-    graph_sizes,
-    servers_per_gpu,
-    size_servers,
-)
+from lightning_grpo.servers.base import ServerLoad
+from lightning_grpo.servers.sglang import GIB, graph_sizes, servers_per_gpu, size_servers
 
 H200 = 143_771 << 20
 SMALL = {"weight_bytes": 270_000_000, "kv_bytes_per_token": 23_040, "vocab_size": 49_152}

@@ -5,7 +5,7 @@ import asyncio
 import anyio
 import pytest
 
-from lightning_grpo.serving.background import Background, ClosedError, Turns, in_turns
+from lightning_grpo.serving.event_loop import Background, ClosedError, Turns, in_turns
 
 pytestmark = pytest.mark.anyio
 

@@ -16,14 +16,15 @@ from lightning_grpo.errors import (
     RequestError,
     ServerError,
 )
-from lightning_grpo.serving import wire
 from lightning_grpo.serving.client import (
     LONGEST_WAIT_S,
+    GenerateRequest,
     ServerClient,
     bytes_of,
     error_message,
     new_session,
     own_limit,
+    sampling_params,
     seconds_to_wait,
 )
 from lightning_grpo.types import Sampling
@@ -45,10 +46,8 @@ async def client_of(server, api_key=None, **options):
 
 
 def request(ids=(1, 2), max_new_tokens=3):
-    params = wire.sampling_params(
-        Sampling(), max_new_tokens=max_new_tokens, min_new_tokens=0, seed=None
-    )
-    return wire.GenerateRequest(list(ids), params, True, rid="r")
+    params = sampling_params(Sampling(), max_new_tokens=max_new_tokens, min_new_tokens=0, seed=None)
+    return GenerateRequest(list(ids), params, True, rid="r")
 
 
 async def test_a_reply_is_typed():

@@ -18,11 +18,10 @@ from lightning_grpo.errors import (
     ServersLostError,
     WeightSyncError,
 )
-from lightning_grpo.servers.base import ServerHandle
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
-from lightning_grpo.serving.server import MemberState
+from lightning_grpo.serving.server import MemberState, ServerHandle
 from lightning_grpo.types import Sampling
 from tests.fakes.server import FakeServer, Fault, log_softmax, make_table
 

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from lightning_grpo.errors import ServerError
+from lightning_grpo.serving.client import GenerateReply, GenerateRequest, MetaInfo
 from lightning_grpo.serving.pool import Together
-from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, MetaInfo
 
 pytestmark = pytest.mark.anyio
 

@@ -1,4 +1,4 @@
-"""The one event loop, in one thread: the trainer's few calls into it, and its end."""
+"""The event loop in its thread, background tasks whose failure reaches who waits, fair turns."""
 
 from __future__ import annotations
 
@@ -9,29 +9,202 @@ import selectors
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import anyio
 import anyio.abc
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lightning_grpo.errors import RolloutError
-from lightning_grpo.rollout.producer import RolloutProducer
-from lightning_grpo.serving.background import ClosedError
-from lightning_grpo.types import Group, Prompt, Sampling
+
+_T = TypeVar("_T")
+
+
+class ClosedError(RolloutError):
+    """The object was left, in order or because of an error beside it."""
+
+
+class Background:
+    """A task group that fails in `check` and `wait`, not in the task that entered it.
+
+    Those who wait are no children of the group: they come from other threads, one call each. So
+    the first error is kept, every task is cancelled (each has a scope of its own: the group's would
+    cancel the task that entered it too), and every waiter raises that error at once.
+    """
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self._changed = anyio.Event()
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._scopes: set[anyio.CancelScope] = set()
+        self._num_guests = 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether tasks can be spawned."""
+        return self._tasks is not None
+
+    async def __aenter__(self) -> Self:
+        self._tasks = await anyio.create_task_group().__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        self.fail(ClosedError("the rollouts were closed."))
+        tasks, self._tasks = self._tasks, None
+        if tasks is None:
+            return None
+        try:
+            if isinstance(error, Exception):
+                # No task raises, so the group adds nothing: the error leaves without a wrapper.
+                await tasks.__aexit__(None, None, None)
+                return None
+            return await tasks.__aexit__(kind, error, trace)
+        finally:
+            with anyio.CancelScope(shield=True):
+                while self._num_guests:
+                    await self._changed.wait()
+
+    def spawn(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run a coroutine function in the background."""
+        if self._tasks is None:
+            raise RolloutError("the rollouts are not running.")
+        self._tasks.start_soon(self._guard, function, *arguments)
+
+    async def run(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
+        """Run a coroutine function for a caller who is no child of the group, and end with it.
+
+        The group is not left before the function has unwound.
+        """
+        self.check()
+        results: list[_T] = []
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            self._num_guests += 1
+            try:
+                results.append(await function(*arguments))
+            finally:
+                self._num_guests -= 1
+                self._scopes.discard(scope)
+                self.notify()
+        if not results:
+            self.check()
+        return results[0]
+
+    def check(self) -> None:
+        """Raise what ended the background, if it has ended."""
+        if self.failure is not None:
+            raise self.failure
+
+    def notify(self) -> None:
+        """Something changed that somebody may wait for."""
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    @property
+    def next_change(self) -> anyio.Event:
+        """Set at the next `notify`; to be read before what is waited for is looked at."""
+        return self._changed
+
+    def fail(self, error: BaseException) -> None:
+        """End every task; the first error given stays."""
+        self.failure = self.failure or error
+        for scope in self._scopes:
+            scope.cancel()
+        self.notify()
+
+    async def _guard(self, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        if self.failure is not None:
+            return
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                await function(*arguments)
+            except Exception as error:  # noqa: BLE001 - kept for everybody who waits
+                self.fail(error)
+            finally:
+                self._scopes.discard(scope)
+
+
+class FairTurns:
+    """Lets those who come at once go on a few in each turn of the event loop, in order.
+
+    What a thousand of them do next would hold the loop until all of it is done. How many go follows
+    from how long their turns take.
+
+    Args:
+        turn_s: How long a turn may be.
+    """
+
+    def __init__(self, turn_s: float = 0.02) -> None:
+        self._turn_s = turn_s
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._most, self._gone, self._began = 8, 0, 0.0
+
+    async def take(self) -> None:
+        """Wait for one's turn; at once where few come."""
+        if self._gone < self._most and not self._waiting:
+            self._go()
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    def _go(self) -> None:
+        if not self._gone:
+            self._began = time.monotonic()
+            asyncio.get_running_loop().call_soon(self._next)
+        self._gone += 1
+
+    def _next(self) -> None:
+        if self._waiting:
+            slow = time.monotonic() - self._began > self._turn_s
+            self._most = max(1, self._most // 2) if slow else min(16, self._most + 1)
+        self._gone = 0
+        while self._waiting and self._gone < self._most:
+            future = self._waiting.popleft()
+            if not future.done():
+                self._go()
+                future.set_result(None)
+
+
+def in_turns(functions: Sequence[Callable[[], object]], at_once: int = 16) -> None:
+    """Call quick functions one after another, few in each turn of the event loop.
+
+    What a thousand of them set off at once would hold the loop until all of it is done.
+    """
+    for function in functions[:at_once]:
+        function()
+    if len(functions) > at_once:
+        asyncio.get_running_loop().call_soon(in_turns, functions[at_once:], at_once)
+
+
+def seen(future: asyncio.Future[Any]) -> None:
+    """For `add_done_callback` where whoever waits may leave, or asyncio complains of the error."""
+    if not future.cancelled():
+        future.exception()
+
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
+
 _BEAT_S = 0.1
+
 MOST_READY = 128
 """To read from so many sockets takes milliseconds."""
+
 _LOOP_LOST = "the rollouts' event loop was ended from outside, or by a SystemExit in it."
 
-Build = Callable[[], AbstractAsyncContextManager[RolloutProducer]]
+Build = Callable[[], AbstractAsyncContextManager[object]]
 
 
 class SteadySelector(selectors.DefaultSelector):
@@ -56,8 +229,8 @@ def steady_loop() -> asyncio.AbstractEventLoop:
     return asyncio.SelectorEventLoop(SteadySelector())
 
 
-class RolloutService:
-    """Runs a producer and whatever it stands on in a thread of its own.
+class EventLoop:
+    """Holds a context open on an event loop in a thread of its own, and takes calls to it.
 
     Every call that waits is a future, and every future raises at once when the loop's main task
     ends, whatever ended it.
@@ -68,7 +241,7 @@ class RolloutService:
         self._portal: BlockingPortal | None = None
         self._thread: AbstractContextManager[BlockingPortal] | None = None
         self._main_task: Future[None] | None = None
-        self._producer: RolloutProducer | None = None
+        self._live = False
         self._failure: BaseException | None = None
         self._stop: anyio.Event | None = None
         self._ended: anyio.Event | None = None
@@ -76,28 +249,15 @@ class RolloutService:
         self._last_beat: float | None = None
 
     @property
-    def is_running(self) -> bool:
-        """Whether `start` was called and `close` was not."""
-        return self._portal is not None
-
-    @property
     def is_live(self) -> bool:
-        """Whether the producer runs: between `start` and `close`, unless it failed."""
-        return self._portal is not None and self._producer is not None
-
-    @property
-    def producer(self) -> RolloutProducer:
-        """The producer, for code that runs on the loop."""
-        if self._producer is None:
-            raise self._why_ended()
-        return self._producer
+        """Whether calls are taken: between `start` and `close`, unless what runs there failed."""
+        return self._portal is not None and self._live
 
     def start(self, build: Build) -> None:
         """Start the loop and enter `build()` on it; raises what entering raises.
 
         Args:
-            build: Makes the context that holds scorer, servers' client and producer, outermost
-                first; it is left on the loop, too.
+            build: Makes the context that holds what runs on the loop; it is left there as well.
         """
         if self._portal is not None:
             raise RolloutError("the rollouts are already running.")
@@ -111,16 +271,6 @@ class RolloutService:
             self.close()
             raise
 
-    def take(self, num_groups: int | None = None) -> Future[list[Group]]:
-        """The next rollout batch."""
-        return self.run(lambda: self.producer.take(num_groups))
-
-    def evaluate(
-        self, prompts: Iterable[Prompt], sampling: Sampling | None = None, num_samples: int = 1
-    ) -> Future[list[Group]]:
-        """Groups for held-out prompts."""
-        return self.run(lambda: self.producer.evaluate(prompts, sampling, num_samples))
-
     def run(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> Future[_T]:
         """Run a coroutine function on the loop."""
         running = self._submit(self._until_ended, function, *arguments)
@@ -130,25 +280,9 @@ class RolloutService:
 
     def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Run a quick function on the loop and wait: nothing else runs there meanwhile."""
-        if self._portal is not None and self._producer is None:
+        if self._portal is not None and not self._live:
             raise self._why_ended()
         return self._submit(function, *arguments).result()
-
-    def advance(self, version: int) -> None:
-        """The servers have new weights."""
-        self.call(self.producer.advance, version)
-
-    def status(self) -> dict[str, Any]:
-        """Where the producer stands."""
-        return self.call(self.producer.status)
-
-    def state_dict(self) -> dict[str, Any]:
-        """One moment of everything that goes into a checkpoint."""
-        return self.call(self.producer.state_dict)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.call(self.producer.load_state_dict, state)
 
     def lag_s(self) -> float:
         """The longest that the loop was late since the last call (`health/event_loop_lag_s`).
@@ -188,8 +322,8 @@ class RolloutService:
         # warning before the time limit to every process of the job, and it would end them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         try:
-            async with build() as producer, anyio.create_task_group() as tasks:
-                self._producer = producer
+            async with build(), anyio.create_task_group() as tasks:
+                self._live = True
                 tasks.start_soon(self._beat)
                 task_status.started()
                 await self._stop.wait()
@@ -198,7 +332,7 @@ class RolloutService:
             self._failure = error
             raise
         finally:
-            self._producer = None
+            self._live = False
             self._ended.set()
 
     async def _beat(self) -> None:
