@@ -403,7 +403,15 @@ def describe_module(module: GRPOModule, data: RolloutDataModule) -> dict[str, st
         "correction": str(module.correction or "none"),
         "kl": str(module.kl or "none"),
         "dtypes": describe_dtypes(module.trainer, module.sharding_root(), served),
+        "passes": _describe_passes(module),
     }
+
+
+def _describe_passes(module: GRPOModule) -> str:
+    said = f"micro-batches of at most {module.max_tokens_per_microbatch:,} tokens"
+    if module.gradient_checkpointing:
+        said += ", activations computed again in the backward pass"
+    return said + (", blocks and head compiled in the first two steps" * module.compiles)
 
 
 def describe_dtypes(trainer: L.Trainer, policy: nn.Module, served: Mapping[str, str]) -> str:

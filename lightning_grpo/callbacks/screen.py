@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import psutil
+import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
@@ -40,6 +41,7 @@ from lightning_grpo.types import Group, RolloutProgress
 if TYPE_CHECKING:
     from lightning_grpo.datamodule import RolloutDataModule
     from lightning_grpo.loader import Minibatch
+    from lightning_grpo.policy.packed import PackedPolicy
 
 
 class StepTimer(Callback):
@@ -52,6 +54,7 @@ class StepTimer(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find this process."""
         self._process = psutil.Process()
+        self._peak = matrix_peak(pl_module.device) if stage == "fit" else None
         self._period_started: float | None = None
         self._validation_s = self._validation_started = 0.0
 
@@ -103,10 +106,36 @@ class StepTimer(Callback):
             logged["idle/trainer_fraction"] = min(1.0, waited / period)
         tokens = int(batch.rollout.denominators[batch.index].tokens)
         logged["throughput/tokens_per_s"] = tokens / period
+        if self._peak is not None:
+            logged["throughput/mfu"] = self._flops(pl_module, batch) / period / self._peak
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         logged |= data.health()
         pl_module.log_dict(logged)
         self._period_started, self._validation_s = now, 0.0
+
+    def _flops(self, module: L.LightningModule, batch: Minibatch) -> float:
+        rollout = batch.rollout
+        rows = [row for part in rollout.plans[batch.index] for row in part]
+        share = rollout.sequences.select(rows)
+        policy: PackedPolicy = module.sharding_root()  # type: ignore[operator]
+        return policy.flops(share.lengths.tolist(), int(share.loss_mask.sum()))
+
+
+def matrix_peak(device: torch.device) -> float | None:
+    """FLOP/s of a product of two bf16 matrices of 8,192 rows on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    rows, times = 8192, 10
+    left, right = (torch.randn(rows, rows, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        left @ right
+    end.record()
+    end.synchronize()
+    return times * 2 * rows**3 / (begin.elapsed_time(end) / 1e3)
 
 
 _MEAN_OVER = 5

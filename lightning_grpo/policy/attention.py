@@ -261,12 +261,21 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(bucket) for bucket in buckets]
 
 
-def register_packed_attention() -> None:
-    """Makes `attn_implementation="packed"` known to transformers; more than once does no harm.
+def register_packed_attention(*, compiled: bool = False) -> str:
+    """Make the packed attention known to transformers, and return its name there.
 
     No mask function is registered: then transformers builds no mask.
+
+    Args:
+        compiled: Whether a model's blocks are compiled: the compiler then looks away, for
+            attention's kernels are not its own, and where sequences begin is no reason to compile
+            again.
     """
-    AttentionInterface.register(PACKED, packed_attention_forward)
+    name, forward = PACKED, packed_attention_forward
+    if compiled:
+        name, forward = f"{PACKED}_opaque", torch.compiler.disable(packed_attention_forward)
+    AttentionInterface.register(name, forward)
+    return name
 
 
 def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers calls

@@ -3,12 +3,14 @@
 From hidden states to logprobs and entropies, without ever holding all logits at once.
 
 Rows are taken in chunks; the backward pass computes each chunk's logits again. Where all rows fit
-into one chunk the log-probabilities are kept, and nothing is computed twice. Logits are fp32 (or
+into one chunk the logits are kept, and no product is computed twice. Logits are fp32 (or
 wider) also when hidden states and weights are bf16, or are made so by autocast.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from itertools import pairwise
 from types import MethodType
 from typing import Any, cast
@@ -19,10 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
+from lightning_grpo._compat import no_split_modules
 from lightning_grpo.checks import require_count
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import (
-    PACKED,
     NotPackedError,
     PackedLayout,
     RowFactors,
@@ -54,6 +56,7 @@ def head_logprobs(
     temperature: Tensor,
     with_entropy: bool,
     max_logits: int = MAX_CHUNK_LOGITS,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Logprobs of `targets` under softmax(hidden weight^T / temperature), and its entropy.
 
@@ -64,6 +67,7 @@ def head_logprobs(
         temperature: fp32 `[rows]`.
         with_entropy: Whether to compute the entropy too (with gradient).
         max_logits: Largest number of logits held at once.
+        compiled: Whether what is done to the logits is compiled: each is then read once or twice.
 
     Returns:
         fp32 `[rows]`, and the same or None.
@@ -73,7 +77,9 @@ def head_logprobs(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with _without_autocast(device):
-        logprobs, entropy = _Head.apply(hidden, weight, targets, temperature, with_entropy, rows)
+        logprobs, entropy = _Head.apply(
+            hidden, weight, targets, temperature, with_entropy, rows, compiled
+        )
     return logprobs, entropy if with_entropy else None
 
 
@@ -82,42 +88,54 @@ def _without_autocast(device: str) -> torch.autocast:
     return torch.autocast(device, enabled=False)
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype == torch.bfloat16:
         # Products of bf16 are exact in fp32, so this is the fp32 head at the speed of bf16.
-        logits = torch.mm(hidden, weight.t(), out_dtype=dtype)
-    else:
-        logits = hidden.to(dtype) @ weight.to(dtype).t()
-    return torch.log_softmax(logits.div_(temperature.unsqueeze(1)), dim=-1)
+        return torch.mm(hidden, weight.t(), out_dtype=dtype)
+    return hidden.to(dtype) @ weight.to(dtype).t()
 
 
-def _entropy(log_softmax: Tensor) -> Tensor:
-    return -(log_softmax.exp() * log_softmax).sum(-1)
+def _target_logprobs(
+    logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: the target's logprob, the entropy, and the log of the sum of exponentials."""
+    scaled = logits / temperature.unsqueeze(1)
+    log_softmax = torch.log_softmax(scaled, dim=-1)
+    logprobs = log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
+    log_sum = scaled.gather(1, targets.unsqueeze(1)).squeeze(1) - logprobs
+    if not with_entropy:
+        return logprobs, torch.zeros_like(logprobs), log_sum
+    return logprobs, -(log_softmax.exp() * log_softmax).sum(-1), log_sum
 
 
 def _grad_logits(
-    log_softmax: Tensor,
-    targets: Tensor,
+    logits: Tensor,
     temperature: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
     grad_logprobs: Tensor,
-    entropy_and_grad: tuple[Tensor, Tensor] | None,
+    grad_entropy: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    probabilities = log_softmax.exp()
+    """The gradient of all logits but the targets'."""
+    temperature = temperature.unsqueeze(1)
+    log_softmax = logits / temperature - log_sum.unsqueeze(1)
     scale = grad_logprobs.unsqueeze(1)
-    if entropy_and_grad is None:
-        grad = probabilities.mul_(-scale)
-    else:
+    if grad_entropy is not None:
         # dH / dz_j = -p_j (log p_j + H)
-        entropy, grad_entropy = (t.unsqueeze(1) for t in entropy_and_grad)
-        grad = probabilities.mul_(-scale - grad_entropy * (log_softmax + entropy))
-    grad.scatter_add_(1, targets.unsqueeze(1), scale)
-    return grad.div_(temperature.unsqueeze(1))
+        scale = scale + grad_entropy.unsqueeze(1) * (log_softmax + entropy.unsqueeze(1))
+    return (log_softmax.exp() * (-scale / temperature)).to(dtype)
+
+
+@functools.cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function)
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - an autograd function takes no keywords
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -125,50 +143,66 @@ class _Head(torch.autograd.Function):
         temperature: Tensor,
         with_entropy: bool,
         rows: int,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        entropy = torch.zeros_like(logprobs)
+        entropy, log_sum = torch.zeros_like(logprobs), torch.empty_like(logprobs)
         temperature = temperature.to(dtype)
-        log_softmax = None
+        look = _compiled(_target_logprobs) if compiled else _target_logprobs
+        logits = None
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            log_softmax = _log_softmax(hidden[part], weight, temperature[part])
-            logprobs[part] = log_softmax.gather(1, targets[part].unsqueeze(1)).squeeze(1)
-            if with_entropy:
-                entropy[part] = _entropy(log_softmax)
-        ctx.rows, ctx.with_entropy = rows, with_entropy
-        kept = log_softmax if len(hidden) <= rows else None
-        ctx.save_for_backward(hidden, weight, targets, temperature, entropy, kept)
+            logits = _logits(hidden[part], weight)
+            logprobs[part], entropy[part], log_sum[part] = look(
+                logits, temperature[part], targets[part], with_entropy
+            )
+        ctx.rows, ctx.compiled = rows, compiled
+        ctx.set_materialize_grads(False)  # most often nobody asks for the entropy's
+        kept = logits if len(hidden) <= rows else None
+        ctx.save_for_backward(
+            hidden, weight, targets, temperature, logprobs, entropy, log_sum, kept
+        )
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-        hidden, weight, targets, temperature, entropy, kept = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Any, ...]:
+        hidden, weight, targets, temperature, logprobs, entropy, log_sum, kept = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=temperature.dtype) if need_weight else None
+        scale = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs
+        spread = _compiled(_grad_logits) if ctx.compiled else _grad_logits
+        of_targets = scale * (1 - logprobs.exp())
+        if grad_entropy is not None:
+            of_targets -= grad_entropy * logprobs.exp() * (logprobs + entropy)
+        of_targets = (of_targets / temperature).to(weight.dtype)
         with _without_autocast(hidden.device.type):
             for start in range(0, len(hidden), ctx.rows):
                 part = slice(start, start + ctx.rows)
-                log_softmax = kept
-                if log_softmax is None:
-                    log_softmax = _log_softmax(hidden[part], weight, temperature[part])
-                grad = _grad_logits(
-                    log_softmax,
-                    targets[part],
+                logits = kept
+                if logits is None:
+                    logits = _logits(hidden[part], weight)
+                grad = spread(
+                    logits,
                     temperature[part],
-                    grad_logprobs[part],
-                    (entropy[part], grad_entropy[part]) if ctx.with_entropy else None,
-                ).to(weight.dtype)
+                    log_sum[part],
+                    entropy[part],
+                    scale[part],
+                    None if grad_entropy is None else grad_entropy[part],
+                    weight.dtype,
+                )
+                grad.scatter_(1, targets[part].unsqueeze(1), of_targets[part].unsqueeze(1))
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad @ weight).to(hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += grad.t() @ hidden[part].to(grad.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 class RMSNorm(nn.Module):
@@ -229,6 +263,7 @@ class PackedPolicy(nn.Module):
         model: The model; its attention implementation is set to the packed one.
         max_logits: Largest number of logits held at once; None: 2^26 on CPUs, 2^28 (1 GiB) on GPUs.
         share_prefixes: Computes a prompt once for sequences in a row that begin with it.
+        compiled: Whether the decoder's blocks, and on GPUs the head, are compiled by torch.compile.
     """
 
     def __init__(
@@ -236,19 +271,23 @@ class PackedPolicy(nn.Module):
         model: PreTrainedModel,
         max_logits: int | None = None,
         share_prefixes: bool = True,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if max_logits is not None:
             require_count("max_logits", max_logits, most=1 << 36)
         _check(model)
-        register_packed_attention()
-        model.set_attn_implementation(PACKED)
-        fuse_norms(model)
+        model.set_attn_implementation(register_packed_attention(compiled=compiled))
+        if not compiled:  # the compiler fuses them with what stands beside them
+            fuse_norms(model)
         model.config.use_cache = False
         self.model = model
         self._factors = RowFactors(model)
         self.max_logits = max_logits
         self.share_prefixes = share_prefixes
+        self.compiled = compiled
+        if compiled:
+            compile_blocks(model)
 
     def forward(
         self,
@@ -305,10 +344,35 @@ class PackedPolicy(nn.Module):
             _per_row(temperature, predicted, hidden),
             with_entropy,
             self.max_logits or largest_chunk(hidden.device),
+            self.compiled and hidden.is_cuda,
         )
         empty = logprobs.new_zeros(len(input_ids))
         logprobs = empty.index_copy(0, predicted, logprobs)
         return logprobs, None if entropy is None else empty.index_copy(0, predicted, entropy)
+
+    def flops(self, lengths: Sequence[int], predicted: int) -> float:
+        """Floating-point operations of a forward and a backward pass, as model FLOPs are counted.
+
+        What is computed twice, or saved by sharing prompts, doesn't count; a frozen weight has no
+        gradient of its own. Mixtures of experts count as if every expert saw every token.
+
+        Args:
+            lengths: Tokens of each sequence.
+            predicted: Tokens whose logprobs are wanted.
+        """
+        config, head = (
+            self.model.config.get_text_config(),
+            self.model.get_output_embeddings().weight,
+        )
+        outside = {id(head), id(self.model.get_input_embeddings().weight)}
+        trunk = [p for p in self.model.parameters() if id(p) not in outside]
+        of_trunk = sum(p.numel() * (6 if p.requires_grad else 4) for p in trunk)
+        of_head = head.numel() * (6 if head.requires_grad else 4)
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        # Two products of [length, length], halved by the causal mask; backward has twice that.
+        attention = 6 * width * config.num_hidden_layers * sum(n * n for n in lengths)
+        return float(of_trunk * sum(lengths) + of_head * predicted + attention)
 
     def hidden_states(self, input_ids: Tensor, layout: PackedLayout) -> Tensor:
         """Compute what the head sees of each unique token, `[unique, hidden]`.
@@ -347,6 +411,19 @@ class PackedPolicy(nn.Module):
             ) from error
         hidden: Tensor = output.last_hidden_state.squeeze(0)
         return hidden
+
+
+def compile_blocks(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Have each block of the decoder compiled when it is first run, for any number of tokens.
+
+    Args:
+        model: Changed in place; state dicts and names stay.
+        backend: Of torch.compile.
+    """
+    kinds = set(no_split_modules(model))
+    for module in model.modules():
+        if type(module).__name__ in kinds:
+            module.compile(dynamic=True, backend=backend)
 
 
 def predicted_positions(layout: PackedLayout, positions_mask: Tensor | None = None) -> Tensor:

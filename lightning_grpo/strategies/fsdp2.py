@@ -124,7 +124,7 @@ def parallelize(
     blocks: list[str] | None = None,
     param_dtype: str = "auto",
     reduce_dtype: str = "float32",
-    reshard_after_forward: bool = True,
+    reshard_after_forward: bool | None = None,
     cpu_offload: bool = False,
 ) -> nn.Module:
     """Shard every decoder block, then the root, over the ranks of a mesh.
@@ -140,8 +140,9 @@ def parallelize(
         param_dtype: Of parameters in forward and backward; auto is bfloat16 on accelerators and
             float32 on CPUs.
         reduce_dtype: Of the gradients' reduction over ranks.
-        reshard_after_forward: Free a block's full parameters between forward and backward. The
-            root (embeddings and head) keeps its own in any case: backward begins with them.
+        reshard_after_forward: Free a block's full parameters between forward and backward; None:
+            where there are several ranks. The root (embeddings and head) keeps its own in any
+            case: backward begins with them.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
 
     Returns:
@@ -156,6 +157,8 @@ def parallelize(
     compute = _dtype("param_dtype", param_dtype, mesh.device_type)
     reduce = _dtype("reduce_dtype", reduce_dtype, mesh.device_type)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    if reshard_after_forward is None:
+        reshard_after_forward = mesh.size() > 1
     for block in _find_blocks(module, blocks):
         fully_shard(
             block,
@@ -273,7 +276,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             CPUs.
         reduce_dtype: Of the gradients' reduction over ranks.
         reshard_after_forward: Free a block's full parameters between forward and backward; if not,
-            they stay gathered until the step's last backward (faster, and more memory).
+            they stay gathered until the step's last backward (faster, and more memory). None: free
+            them where there are several ranks.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
         save_distributed_checkpoint: Each rank writes its shards into a folder; otherwise rank 0
             writes one file. Either can be resumed on another number of ranks.
@@ -288,7 +292,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         blocks: list[str] | None = None,
         param_dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
-        reshard_after_forward: bool = True,
+        reshard_after_forward: bool | None = None,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         timeout: timedelta = timedelta(minutes=30),
@@ -306,8 +310,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._blocks = blocks
         self._param_dtype = param_dtype
         self.reduce_dtype = reduce_dtype
-        self.reshard_after_forward = reshard_after_forward
+        self._reshard_after_forward = reshard_after_forward
         self.cpu_offload = cpu_offload
+
+    @property
+    def reshard_after_forward(self) -> bool:
+        """Free a block's full parameters between forward and backward."""
+        if self._reshard_after_forward is None:
+            return self.world_size > 1
+        return self._reshard_after_forward
 
     @property
     def compute_dtype(self) -> str:

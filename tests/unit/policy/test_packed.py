@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from tests.fakes.causal_models import (
     pack,
     plain_logprobs,
 )
+from tests.fakes.tiny_lm import make_lm
 
 LENGTHS = (7, 12, 30, 3, 2, 9)
 
@@ -251,3 +253,18 @@ def test_a_scale_of_the_logits_that_a_config_computes_is_refused_too():
     model.config = Scaled(**model.config.to_dict())
     with pytest.raises(ConfigError, match="logits_scaling"):
         PackedPolicy(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_its_flops_are_those_of_the_matrix_products_and_of_half_of_the_attention(tied):
+    policy = PackedPolicy(make_lm(tied))
+    ids, bounds = pack(make_sequences([6, 9]))
+    wanted = torch.ones(15, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        policy(ids, bounds, positions_mask=wanted)[0].sum().backward()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    config = policy.model.config
+    width = config.num_attention_heads * config.head_dim
+    attention = 6 * config.num_hidden_layers * width * (6 * 6 + 9 * 9)
+    norms = 6 * 15 * sum(p.numel() for p in policy.parameters() if p.ndim == 1)
+    assert policy.flops([6, 9], 13) == products + attention + norms

@@ -1,0 +1,62 @@
+"""A policy whose blocks and head are compiled: the same numbers, and compiled once."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lightning_grpo.policy.packed import PackedPolicy, compile_blocks
+from tests.fakes.tiny_lm import VOCAB, make_lm
+
+
+def packed(lengths):
+    ids = torch.randint(0, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+    return ids, torch.tensor([0, *lengths]).cumsum(0)
+
+
+pytestmark = [  # the compiler's own
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_no_other_lengths_or_number_of_sequences_make_it_compile_again():
+    policy = PackedPolicy(make_lm(), compiled=True, share_prefixes=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(policy.model, backend=counter)
+    for lengths in ([5, 9], [7, 7], [30]):  # one sequence alone has attention of its own
+        policy(*packed(lengths))[0].sum().backward()
+    compiled = counter.frame_count
+    assert compiled > 0
+    for lengths in ([3, 4, 11], [2, 3, 4, 5], [21], [6, 1, 9, 12, 8, 3]):
+        policy(*packed(lengths))[0].sum().backward()
+    assert counter.frame_count == compiled
+
+
+def test_values_and_gradients_are_those_of_the_policy_that_is_not_compiled():
+    model = make_lm()
+    plain = PackedPolicy(copy.deepcopy(model))
+    policy = PackedPolicy(model, compiled=True)
+    compile_blocks(model, backend="aot_eager")
+    policy.max_logits = plain.max_logits = 4 * VOCAB
+    for each in (plain, policy):
+        logprobs, entropy = each(*packed([5, 9, 4]), 0.7, with_entropy=True)
+        (logprobs.sin() + entropy.cos()).sum().backward()
+    for expected, found in zip(plain.parameters(), policy.parameters(), strict=True):
+        assert torch.allclose(found.grad, expected.grad, atol=1e-6)
+
+
+def test_a_compiled_policy_keeps_its_names_and_can_be_copied():
+    policy = PackedPolicy(make_lm(), compiled=True)
+    assert list(policy.state_dict()) == list(PackedPolicy(make_lm()).state_dict())
+    assert copy.deepcopy(policy).compiled
