@@ -108,6 +108,7 @@ class StepTimer(Callback):
         logged["throughput/tokens_per_s"] = tokens / period
         if self._peak is not None:
             logged["throughput/mfu"] = self._flops(pl_module, batch) / period / self._peak
+            logged["health/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         logged |= data.health()
         pl_module.log_dict(logged)

@@ -1,0 +1,143 @@
+"""The training step that a user gets: `lightning-grpo replay` on made-up trajectories, no server.
+
+The Qwen2.5-1.5B shape with random weights, 64 sequences a step in groups of 8 that share a prompt
+of 128 tokens, log-normal lengths of 600 tokens on average (about 40k tokens a step). A variant is
+a set of options of the command line; each is run alone, `--steps` steps. `share` is the median of
+`throughput/mfu` after the third step: model FLOPs of the whole step over the matrix peak, which is
+measured in the same process.
+
+The rule: at least 0.60 at 45 GiB or less.
+
+    python -m benchmarks.h200.step --out step.json
+    python -m benchmarks.h200.step --only compiled --out step.json
+    python -m benchmarks.h200.step --smoke --out step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from benchmarks.h200.main_job import lightning_grpo
+from benchmarks.h200.serving import hardware, make_model, write_report
+from lightning_grpo.rollout.records import write_groups
+from lightning_grpo.shipped import resolve_path
+from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
+
+GROUPS, GROUP, PROMPT_TOKENS, MEAN_TOKENS, SIGMA, LONGEST = 8, 8, 128, 600, 0.6, 2048
+WARM = 3
+TOKENS = "--model.max_tokens_per_microbatch"
+COMPILED = ["--model.compile", "true"]
+VARIANTS: dict[str, list[str]] = {
+    "eager, 8k": [TOKENS, "8192"],
+    "compiled, 8k": [TOKENS, "8192", *COMPILED],
+    "compiled, 12k": [TOKENS, "12288", *COMPILED],
+    "compiled, 16k": [TOKENS, "16384", *COMPILED],
+    "eager, 16k": [TOKENS, "16384"],
+}
+
+
+def length(draw: random.Random, mean: int) -> int:
+    """Of one sequence, prompt included."""
+    drawn = draw.lognormvariate(0.0, SIGMA) * mean / 2.718281828 ** (SIGMA**2 / 2)
+    return int(min(max(drawn, PROMPT_TOKENS + 16), LONGEST))
+
+
+def made_up(draw: random.Random, row: int, version: int, vocab: int, mean: int) -> Group:
+    """A group of random tokens with random rewards."""
+    ids = tuple(draw.randrange(5, vocab) for _ in range(PROMPT_TOKENS))
+    trajectories = []
+    for _ in range(GROUP):
+        new = length(draw, mean) - PROMPT_TOKENS
+        mask = (False,) * PROMPT_TOKENS + (True,) * new
+        reward = float(draw.random() < 0.5)
+        trajectories.append(
+            Trajectory(
+                input_ids=(*ids, *(draw.randrange(5, vocab) for _ in range(new))),
+                response_mask=mask,
+                logprobs=tuple(-12.0 if m else 0.0 for m in mask),
+                versions=tuple(version if m else NO_VERSION for m in mask),
+                reward=reward,
+                rewards={"score": reward},
+                text="...",
+                truncated=False,
+                temperature=1.0,
+            )
+        )
+    prompt = Prompt(ids, f"prompt {row}", row=row)
+    return Group(prompt, tuple(trajectories), admitted_version=version)
+
+
+def record(folder: Path, steps: int, vocab: int, mean: int) -> None:
+    """As many rollout batches as steps."""
+    draw = random.Random(0)
+    for step in range(steps):
+        made = [made_up(draw, row, step, vocab, mean) for row in range(GROUPS)]
+        write_groups(folder / f"step_{step:06d}.parquet", made, step=step, version=step)
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Medians after the first steps, and what all steps took."""
+    (file,) = folder.rglob("metrics.csv")
+    with file.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get("time/step_s")]
+    seconds = [float(row["time/step_s"]) for row in rows]
+    found: dict[str, Any] = {
+        "step_s": round(statistics.median(seconds[WARM:]), 4),
+        "all_steps_s": [round(each, 3) for each in seconds],
+    }
+    for name, column in (("share", "throughput/mfu"), ("peak_gib", "health/gpu_peak_gb")):
+        values = [float(row[column]) for row in rows[WARM:] if row.get(column)]
+        if values:
+            found[name] = round(statistics.median(values), 4)
+    return found
+
+
+def main() -> None:
+    """Each variant in turn; one that fails says why."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "bench-model")
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a sequence")
+    parser.add_argument("--smoke", action="store_true", help="small, on this CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("more", nargs="*", help="further options of replay, after --")
+    args = parser.parse_args()
+    model = Path(resolve_path("shipped:quickstart")) if args.smoke else make_model(args.model)
+    if args.smoke:
+        args.steps = 5
+        args.more += ["--trainer.accelerator", "cpu", "--model.optimizer.init_args.fused", "false"]
+    work = Path(tempfile.mkdtemp())
+    record(work / "recorded", args.steps, AutoConfig.from_pretrained(model).vocab_size, args.mean)
+    report: dict[str, Any] = {"hardware": hardware(), "variants": {}}
+    for name in args.only:
+        folder = work / name.replace(" ", "-").replace(",", "")
+        folder.mkdir()
+        words = ["replay", "--from", str(work / "recorded"), "--config", "gsm8k.yaml"]
+        words += ["--model.model", str(model), "--trainer.default_root_dir", str(folder)]
+        words += ["--trainer.max_steps", str(args.steps), "--trainer.devices", "1"]
+        words += ["--trainer.callbacks", "[]", *VARIANTS[name], *args.more]
+        began = time.monotonic()
+        done = subprocess.run(
+            lightning_grpo(folder, *words), cwd=folder, capture_output=True, text=True, check=False
+        )
+        row = {"seconds": round(time.monotonic() - began, 1)}
+        row |= measured(folder) if done.returncode == 0 else {"error": done.stderr[-1500:]}
+        report["variants"][name] = row
+        print(done.stdout[-1500:], name, json.dumps(row), sep="\n", flush=True)
+        write_report(args.out, report)
+
+
+if __name__ == "__main__":
+    main()
