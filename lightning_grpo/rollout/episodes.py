@@ -234,7 +234,11 @@ def for_evaluation(asked: Sampling, own: Sampling | None, wanted: Sampling) -> S
 
 @dataclass
 class EpisodeRunner:
-    """What every episode shares.
+    """Runs all episodes of a prompt at once.
+
+    Consumes a prompt and an attempt. Waits for the workflow, which waits for completions and
+    rewards. Produces one checked trajectory for each episode, or raises what the first failed one
+    raised. The producer's task of the group goes on, or `evaluate`.
 
     Args:
         workflow: Runs one episode.

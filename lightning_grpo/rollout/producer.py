@@ -1,5 +1,9 @@
 """Lets groups in, runs them, and hands the trainer exactly one batch at a time.
 
+    prompts -> stream -> RolloutProducer -> EpisodeRunner -> workflow -> ServerPool, RewardScorer
+                           | gate, ledger                       ... and back, as a finished group
+    session <- take -------+------ advance <- published weights
+
 One task admits, one task runs each group, `take` waits. All of them live on one event loop and
 share plain fields between awaits. A prompt's way: admitted -> running (attempts) -> finished ->
 taken, or filtered, failed, expired; a dropped one goes back to the front of the stream. A task that
@@ -221,6 +225,10 @@ _FATAL = (ConfigError, FailureBudgetError, ServersLostError)
 
 class RolloutProducer:
     """Keeps as many groups running as the gate allows; an async context manager.
+
+    Consumes the stream's prompts. Waits for a slot of the gate, then for the group's episodes.
+    Produces finished groups, `batch_size` of them for each `take`. Whoever waits in `take` goes on
+    once the gate has a batch; the next groups, once `advance` frees slots.
 
     Args:
         stream: Where prompts come from.

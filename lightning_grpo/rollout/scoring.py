@@ -345,6 +345,10 @@ class _LostProcessError(RewardError):
 class RewardScorer:
     """Calls rewards under a time limit; an async context manager.
 
+    Consumes a reward and its arguments. Waits for a free process, then for the call, or its limit.
+    Produces a finite number, or several by name; never one for a call that failed. The workflow
+    goes on.
+
     Args:
         rewards: Functions that are shipped when a process starts; others travel with each call.
         processes: How many; 0 calls in-line, without a limit, for a debugger.

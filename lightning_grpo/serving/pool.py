@@ -46,15 +46,13 @@ from lightning_grpo.serving.client import (
 from lightning_grpo.serving.completion import (
     Decode,
     Partial,
-    check_memory_release,
-    choose_interruption,
     stop_generation,
 )
 from lightning_grpo.serving.event_loop import FairTurns, seen
 from lightning_grpo.serving.fitness import Requirements, ServerFacts, check_ids, verify_server
 from lightning_grpo.serving.health import HealthPolicy, IsGone, Monitor, Restart, Restore
 from lightning_grpo.serving.server import Member, MemberState, Rank, Router, ServerHandle
-from lightning_grpo.types import Completion, Interruption, InterruptionChoice, Sampling
+from lightning_grpo.types import Completion, Interruption, Sampling
 
 
 class Together:
@@ -185,6 +183,10 @@ class Pace:
 class ServerPool:
     """Generates on several servers; lives on one event loop between `start` and `close`.
 
+    Consumes token ids. Waits for a server with room, for its reply, and through interruptions and
+    restarts. Produces a whole completion, each token with its logprob and version. The workflow
+    that asked goes on; between `interrupt` and `resume` nobody does.
+
     Args:
         handles: The servers, started and healthy.
         requirements: Run id, vocabulary and length that every server must fit.
@@ -220,7 +222,6 @@ class ServerPool:
         self._together = Together() if self._limits.together else None
         self._rids = itertools.count()
         self._restore: Restore | None = None
-        self._failure: Exception | None = None
         self._changed = anyio.Event()
         self._pace = Pace(self._limits)
         self._starving_since: float | None = None
@@ -247,7 +248,7 @@ class ServerPool:
     @property
     def failure(self) -> Exception | None:
         """The error that ended the pool, if one did: the run can't go on."""
-        return self._failure
+        return self._router.error
 
     @property
     def num_in_flight(self) -> int:
@@ -291,7 +292,7 @@ class ServerPool:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
             self._watching = None
-        self._router.fail(self._failure or ServerError("The server pool was closed."))
+        self._router.fail(ServerError("The server pool was closed."))
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -368,14 +369,6 @@ class ServerPool:
                 await asyncio.sleep(pause_s)
         return partial.completion(self._decode, self._spell)
 
-    def choose_interruption(self, wanted: InterruptionChoice) -> Interruption:
-        """The way of interruption to use; refuses one that a server does not support exactly."""
-        return choose_interruption(wanted, self._members)
-
-    def check_memory_release(self) -> None:
-        """Refuses servers that can't give their GPU memory back."""
-        check_memory_release(self._members)
-
     async def interrupt(self, timeout_s: float = 30.0, mode: Interruption = "abort") -> None:
         """Stops handing out servers and pauses them.
 
@@ -423,8 +416,8 @@ class ServerPool:
         # Whoever is patient with servers waits for them here, too.
         with anyio.fail_after(max(timeout_s, 2 * self._monitor.patience_s)):
             while not any(m.state is MemberState.CLEAN for m in self._members):
-                if self._failure is not None:
-                    raise self._failure
+                if self._router.error is not None:
+                    raise self._router.error
                 if not any(self._monitor.may_return(m) for m in self._members):
                     raise ServersLostError(f"No server is usable:\n{self.describe()}")
                 await self._changed.wait()
@@ -537,10 +530,8 @@ class ServerPool:
         self._router.dispatch()
 
     def _fail(self, error: Exception) -> None:
-        if self._failure is None:
-            self._failure = error
-            self._router.fail(error)
-            self._notify()
+        self._router.fail(error)
+        self._notify()
 
     async def _watch(self) -> None:
         try:

@@ -432,6 +432,9 @@ class Router:
         members: The pool's servers; their states change under the router, which is told by
             `dispatch`.
         most: Requests that all servers together may hold; None: no limit.
+
+    Attributes:
+        error: Why no request can be served any more.
     """
 
     def __init__(self, members: Sequence[Member], most: int | None = None) -> None:
@@ -444,7 +447,7 @@ class Router:
         self._waiters: list[Waiter] = []
         self._ticket = itertools.count()
         self._homes: OrderedDict[Hashable, int] = OrderedDict()
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self.closed = False
 
     @property
@@ -460,8 +463,8 @@ class Router:
             rank: Its place in the order of service.
             avoid: A server that has failed the request: taken only if there is no other.
         """
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiters, (rank, next(self._ticket), group_key, avoid, future))
         self.dispatch()
@@ -496,8 +499,8 @@ class Router:
         self.dispatch()
 
     def fail(self, error: Exception) -> None:
-        """Every request that waits or will come raises `error`."""
-        self._error = error
+        """Every request that waits or will come raises the first error given."""
+        self.error = error = self.error or error
         waiters, self._waiters = self._waiters, []
         for *_, future in waiters:
             if not future.done():

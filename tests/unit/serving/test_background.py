@@ -5,7 +5,7 @@ import asyncio
 import anyio
 import pytest
 
-from lightning_grpo.serving.event_loop import Background, ClosedError, Turns, in_turns
+from lightning_grpo.serving.event_loop import Background, ClosedError, FairTurns, in_turns
 
 pytestmark = pytest.mark.anyio
 
@@ -33,14 +33,14 @@ async def test_functions_are_called_in_order_a_few_in_each_turn():
 
 
 async def test_one_who_comes_alone_does_not_wait():
-    turns = Turns()
+    turns = FairTurns()
     for _ in range(50):
         await asyncio.wait_for(turns.take(), 1)
         await asyncio.sleep(0)
 
 
 async def test_those_who_come_at_once_go_in_order_and_few_in_each_turn():
-    turns, gone, in_turn, most = Turns(), [], [0], [0]
+    turns, gone, in_turn, most = FairTurns(), [], [0], [0]
 
     async def go(number):
         await turns.take()
@@ -58,7 +58,7 @@ async def test_those_who_come_at_once_go_in_order_and_few_in_each_turn():
 
 
 async def test_one_who_leaves_while_it_waits_holds_nobody_up():
-    turns = Turns()
+    turns = FairTurns()
     tasks = [asyncio.create_task(turns.take()) for _ in range(60)]
     await asyncio.sleep(0)
     for task in tasks[10:50]:

@@ -18,6 +18,7 @@ from lightning_grpo.errors import (
     ServersLostError,
     WeightSyncError,
 )
+from lightning_grpo.serving.completion import choose_interruption
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
@@ -585,17 +586,17 @@ async def test_a_url_where_nothing_listens_is_named():
 )
 async def test_a_way_of_interruption_that_would_be_wrong_is_refused(server, mode, message):
     async with pool_of(FakeServer(**server)) as pool:
-        assert pool.choose_interruption("abort") == "abort"
-        assert pool.choose_interruption("auto") == "abort"
+        assert choose_interruption("abort", pool.members) == "abort"
+        assert choose_interruption("auto", pool.members) == "abort"
         with pytest.raises(ConfigError, match=message):
-            pool.choose_interruption(mode)
+            choose_interruption(mode, pool.members)
 
 
 async def test_requests_are_retracted_where_every_server_does_it_exactly():
     servers = [FakeServer(version="0.5.19") for _ in range(2)]
     async with pool_of(*servers) as pool:
-        assert pool.choose_interruption("auto") == "retract"
-        assert pool.choose_interruption("abort") == "abort"
+        assert choose_interruption("auto", pool.members) == "retract"
+        assert choose_interruption("abort", pool.members) == "abort"
 
 
 async def test_a_reply_that_comes_while_weights_change_counts_once_they_are_proved():
