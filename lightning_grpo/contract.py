@@ -31,7 +31,7 @@ from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards.sandbox import boundary
-from lightning_grpo.servers.base import Servers, present_devices
+from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Sampling
@@ -242,9 +242,7 @@ def check_devices(trainer: L.Trainer, servers: Servers | None) -> None:
         servers: None in a replay.
     """
     if servers is not None and isinstance(trainer.accelerator, CUDAAccelerator):
-        present = present_devices()
-        training = [present[i] for i in trainer.device_ids if i < len(present)]
-        check_gpus(training, servers.planned_devices)
+        check_gpus(trainer.device_ids, servers.planned_devices)
 
 
 def check_engine(servers: Servers | None, model: str) -> None:
@@ -262,7 +260,7 @@ def check_gpus(training: Sequence[int], serving: Sequence[int]) -> None:
     """Refuse GPUs that both train and serve, unless all do: then they are shared.
 
     Args:
-        training: GPUs of the Trainer, by their number on the machine.
+        training: GPUs of the Trainer, numbered as torch numbers them.
         serving: GPUs of the servers.
     """
     overlap = sorted(set(training) & set(serving))

@@ -89,3 +89,13 @@ def _left_after_grace(find):
     while (left := find()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return left
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """One rank, without a socket."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

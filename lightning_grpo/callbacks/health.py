@@ -76,7 +76,9 @@ def _mismatched(metrics: Mapping[str, float]) -> bool:
     now = metrics.get("mismatch/abs_logprob_diff")
     if baseline is None or now is None:
         return False
-    return now > max(_MISMATCH_FACTOR * baseline, _MISMATCH_FLOOR)
+    # What the last sync's proof saw is rounding, too, and follows the policy as it changes.
+    rounding = max(baseline, metrics.get("mismatch/probe", 0.0))
+    return now > max(_MISMATCH_FACTOR * rounding, _MISMATCH_FLOOR)
 
 
 RULES: tuple[Rule, ...] = (

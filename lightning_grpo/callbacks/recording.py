@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,12 +107,19 @@ class FinalCheckpoint(Callback):
             return
         if any(last_saved_step(callback) == trainer.global_step for callback in kept):
             return
-        folder = trainer.strategy.broadcast(kept[0].dirpath or trainer.default_root_dir)
-        path = str(Path(folder) / f"final-step={trainer.global_step}.ckpt")
+        folder = Path(kept[0].dirpath or trainer.default_root_dir)
+        path = trainer.strategy.broadcast(_free_path(folder, f"final-step={trainer.global_step}"))
         trainer.save_checkpoint(path, weights_only=False)
         if kept[0].monitor is None:
             # Without a metric the newest is the one to go on with.
             kept[0].best_model_path = path
+
+
+def _free_path(folder: Path, name: str) -> str:
+    """A checkpoint's path that is nobody's yet: runs without a logger share a folder."""
+    versions = (f"-v{number}" if number else "" for number in itertools.count())
+    paths = (folder / f"{name}{version}.ckpt" for version in versions)
+    return str(next(path for path in paths if not path.exists()))
 
 
 class StepZeroValidation(Callback):

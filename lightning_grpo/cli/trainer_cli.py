@@ -337,7 +337,7 @@ def _share_gpus(config: Any) -> None:
             f"{present}. Name fewer."
         )
     config.trainer.devices = training
-    rank_zero_info(f"GPUs {serving} serve, {[present[i] for i in training]} train")
+    rank_zero_info(f"GPUs {serving} serve, {training} train")
 
 
 def _explained(message: str) -> str:

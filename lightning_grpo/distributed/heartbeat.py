@@ -425,6 +425,7 @@ EXIT_RANK_LOST = 75
 
 _RESTING_S = 0.5
 _WAITING_S = 0.01
+_LAST_CALL_S = 10.0
 
 
 class Heart:
@@ -480,7 +481,9 @@ class Heart:
         """Beat no more; a thread that hangs in a store call is left behind (it is a daemon)."""
         self._end.set()
         self._wake.set()
-        self._thread.join(timeout=1.0)
+        # Long, for busy machines: one whose call returns while Python ends is an abort of the whole
+        # process ("terminate called without an active exception"), whatever its exit status was.
+        self._thread.join(timeout=_LAST_CALL_S)
 
     def _run(self) -> None:
         ledger = self._ledger

@@ -52,8 +52,16 @@ def from_trl(function: Callable[..., Any]) -> Callable[..., Any]:
     called = getattr(type(function), "__call__", None)  # noqa: B004 - of an object
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
     wrapped: Any = async_reward if is_async else reward
+    wrapped.__name__ = _name(function)
     wrapped.__signature__ = inspect.Signature([*always, *wanted, *rest])
     return wrapped
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """The function's, or the class's of an object: what a reward is logged under."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _as_trl(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from lightning_grpo.types import Prompt
 
 Rows = Sequence[Mapping[str, Any]]
 
+_DEFAULT_SPLIT = "train"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -72,11 +74,12 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         )
     resolved = Path(_resolve(str(path)))
     if resolved.is_file():
+        _require_split(split, resolved.name)
         return _read_file(resolved)
     if (resolved / "state.json").is_file() or (resolved / "dataset_dict.json").is_file():
         import datasets
 
-        return _pick_split(datasets.load_from_disk(str(resolved)), split)
+        return _pick_split(datasets.load_from_disk(str(resolved)), split, resolved.name)
     if resolved.suffix in _FILES:
         raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
     if not resolved.exists():
@@ -104,6 +107,7 @@ def _in_memory(source: Any, split: str) -> Rows:
     """Rows of a dataset, a list, a dictionary of columns, or a table of pandas, polars or Arrow."""
     found: Any = source
     if is_columns(found):
+        _require_split(split)
         return _ColumnRows(found)
     found = _pick_split(found, split)
     if hasattr(found, "iloc") and hasattr(found, "columns"):  # pandas
@@ -218,13 +222,26 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not JSON: {error}.") from error
 
 
-def _pick_split(source: Any, split: str) -> Rows:
+def _pick_split(source: Any, split: str, name: str = "") -> Rows:
     """The rows of a split, where the source has splits (a dictionary of them)."""
     if not isinstance(source, Mapping):
+        _require_split(split, f"{name} {getattr(source, 'split', '')}")
         return source
     if split not in source:
         raise ConfigError(f"`split` must be one of {sorted(source)}, got {split!r}.")
     return source[split]
+
+
+def _require_split(split: str, told: str = "") -> None:
+    """Refuse a split of what has none, unless its name says that it is the one.
+
+    So `test.jsonl` may stand in the place of a hub's dataset whose split is `test`.
+    """
+    if split != _DEFAULT_SPLIT and split not in re.findall(r"[^\W_]+", told):
+        raise ConfigError(
+            f"`split` must be left out, or be `{_DEFAULT_SPLIT}`, where `path` has no splits (all "
+            f"of its rows are asked), got {split!r}. Give what holds that split alone, or `limit`."
+        )
 
 
 class _ParquetRows(Sequence[Mapping[str, Any]]):
@@ -262,7 +279,7 @@ class Prompts:
             folder, `shipped:NAME`, or what is in memory: a `datasets.Dataset`, a list of rows,
             columns by name, a DataFrame.
         name: Configuration of the dataset, where it has several.
-        split: Which split.
+        split: Which split, of what has several.
         column: The column to ask: text, or a list of chat messages (ShareGPT's keys and JSON text
             are understood). An answer of the assistant at their end is continued.
         system: System message put first.
@@ -282,7 +299,7 @@ class Prompts:
         self,
         path: str | Sequence[Mapping[str, Any]] | Any,
         name: str | None = None,
-        split: str = "train",
+        split: str = _DEFAULT_SPLIT,
         column: str = "prompt",
         system: str | None = None,
         suffix: str | None = None,

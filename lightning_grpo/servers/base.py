@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import re
@@ -77,7 +78,7 @@ class Servers(ABC):
 
     @property
     def planned_devices(self) -> tuple[int, ...]:
-        """The GPUs, by their number on this machine, that `start` will use; empty if none."""
+        """The GPUs, as torch numbers them, that `start` will use; empty if none."""
         return ()
 
     @property
@@ -147,23 +148,26 @@ def data_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "share") / "lightning_grpo"
 
 
-def visible_devices() -> list[int] | None:
-    """The GPUs that `CUDA_VISIBLE_DEVICES` leaves; None where it is not set or names them by id."""
+def device_names() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them: numbers or ids.
+
+    Entry `i` is what torch, and every setting of this package, calls GPU `i`.
+    """
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None:
-        return None
-    names = [name.strip() for name in value.split(",") if name.strip()]
-    return [int(name) for name in names] if all(n.isdigit() for n in names) else None
+        return [str(device) for device in machine_devices()]
+    names = [name.strip() for name in value.split(",")]
+    # The driver, too, reads up to the first name that is none: `-1` hides all.
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
 
 
 def present_devices() -> list[int]:
-    """The GPUs that this process may use, by their number on the machine."""
-    visible = visible_devices()
-    return machine_devices() if visible is None else visible
+    """The GPUs that this process may use, numbered as torch numbers them."""
+    return list(range(len(device_names())))
 
 
 def machine_devices() -> list[int]:
-    """All GPUs of the machine.
+    """All GPUs of the machine, by their numbers there.
 
     Asked of the driver's own tool, since torch is not needed to serve.
     """
@@ -180,12 +184,12 @@ def machine_devices() -> list[int]:
     return [int(line) for line in listed.stdout.split()]
 
 
-def device_bytes(device: int) -> int:
-    """Memory of a GPU, by its number on the machine; 0 where nobody tells."""
+def device_bytes(name: str) -> int:
+    """Memory of a GPU, by its number on the machine or its id; 0 where nobody tells."""
     try:
         said = subprocess.run(
             [
-                *("nvidia-smi", f"--id={device}", "--query-gpu=memory.total"),
+                *("nvidia-smi", f"--id={name}", "--query-gpu=memory.total"),
                 "--format=csv,noheader,nounits",
             ],
             capture_output=True,
@@ -204,13 +208,10 @@ def serving_devices(present: list[int]) -> list[int]:
 
 
 def training_devices(present: list[int], serving: list[int]) -> list[int]:
-    """Positions, among the GPUs that are here, of those left to train: what `Trainer` counts in.
-
-    One GPU is shared.
-    """
+    """The GPUs that are left to train; one GPU is shared."""
     if len(present) == 1:
-        return [0]
-    return [position for position, device in enumerate(present) if device not in serving]
+        return present
+    return [device for device in present if device not in serving]
 
 
 def free_ports(count: int, port_range: tuple[int, int], seed: int | None = None) -> list[int]:

@@ -21,6 +21,7 @@ from lightning_grpo.servers.base import (
     config_folder,
     data_folder,
     device_bytes,
+    device_names,
     free_ports,
     present_devices,
     serving_devices,
@@ -456,7 +457,8 @@ class SGLangServers(OwnedServers):
         num_servers: How many; None: one for each `tp` of `devices`, and several on each where a
             small model leaves a GPU waiting for its server (`tp` 1).
         tp: GPUs of one server (tensor parallel).
-        devices: GPUs that serve; None: half of the machine's, rounded up; a single GPU is shared.
+        devices: GPUs that serve, numbered as `Trainer(devices=...)` numbers them: among those that
+            CUDA_VISIBLE_DEVICES leaves. None: half of them, rounded up; a single GPU is shared.
         memory_fraction: Of a GPU's memory for weights and cache; None: what the run's requests
             need, as far as a trainer on the same GPU leaves room.
         python: Interpreter that has SGLang; "auto": what `lightning-grpo install-server` made,
@@ -523,6 +525,7 @@ class SGLangServers(OwnedServers):
                 fraction = SHARED_FRACTION
         flags = {"host": self.host} | chosen | self.flags
         environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
+        names = device_names()
         return [
             Launch(
                 [
@@ -532,7 +535,7 @@ class SGLangServers(OwnedServers):
                     *(word for name, value in flags.items() for word in flag(name, value)),
                 ],
                 folder / f"sglang-{slot}.log",
-                {"CUDA_VISIBLE_DEVICES": ",".join(map(str, group)), **environment},
+                {"CUDA_VISIBLE_DEVICES": ",".join(names[i] for i in group), **environment},
                 f"http://{self.host}:{port}",
                 group,
             )
@@ -543,7 +546,8 @@ class SGLangServers(OwnedServers):
         """How the servers suit the run's load; None where nobody said what it is."""
         if self.load is None:
             return None
-        gpu_bytes = min(device_bytes(device) for group in groups for device in group)
+        names = device_names()
+        gpu_bytes = min(device_bytes(names[device]) for group in groups for device in group)
         return size_servers(
             self.load,
             len(groups),
@@ -573,12 +577,17 @@ class SGLangServers(OwnedServers):
         present = present_devices()
         ours = present if self.dedicated else serving_devices(present)
         devices = self.devices if self.devices is not None else ours
-        if not devices:
+        if not devices or not present:
             raise ConfigError(
                 "`servers.devices`: SGLangServers needs a GPU and there is none here. Use"
                 " EmbeddedServers on a CPU,"
                 " RunningServers for servers elsewhere, or `flags: {device: cpu}` with an"
                 " environment made by `lightning-grpo install-server --cpu`."
+            )
+        if beyond := sorted(set(devices) - set(present)):
+            raise ConfigError(
+                f"`servers.devices` must be GPUs 0 to {len(present) - 1}, numbered among those that"
+                f" CUDA_VISIBLE_DEVICES leaves, as `trainer.devices` are, got {beyond}."
             )
         per_gpu = 1
         if self.num_servers is None and self.tp == 1 and self.load is not None:

@@ -28,7 +28,7 @@ from lightning_grpo.rollout.ledger import LOGGED, Ledger, raise_file_limit, room
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.stream import PromptMixture
-from lightning_grpo.servers.base import Servers, present_devices
+from lightning_grpo.servers.base import Servers
 from lightning_grpo.serving.completion import check_memory_release, choose_interruption
 from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
@@ -50,11 +50,8 @@ def this_gpu() -> torch.device | None:
 
 
 def current_gpu() -> int | None:
-    """This rank's GPU by its number on the machine."""
-    if not torch.cuda.is_available():
-        return None
-    present, position = present_devices(), torch.cuda.current_device()
-    return present[position] if position < len(present) else None
+    """This rank's GPU, as torch numbers them."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 def release_shared_memory() -> None:
@@ -232,7 +229,7 @@ class Beginning:
         restored: State of the producer to go on from.
         remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
         sync: How weights travel.
-        trainer_gpu: Rank 0's, by its number on the machine; None: it has none.
+        trainer_gpu: Rank 0's, as torch numbers them; None: it has none.
     """
 
     run_id: str

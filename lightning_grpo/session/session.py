@@ -309,6 +309,12 @@ class RolloutSession(Session):
 
     @override
     def publish(self, policy: nn.Module, *, trained: bool) -> PublishReport | None:
+        with torch.inference_mode(False), torch.no_grad():
+            return self._publish(policy, trained)
+
+    def _publish(self, policy: nn.Module, trained: bool) -> PublishReport | None:
+        # Never under `validate`'s inference mode: FSDP keeps what it gathers, and could not train
+        # on it, nor gather again.
         self.wait_started()
         if not trained and self._synced:
             return None

@@ -183,6 +183,3 @@ def _main(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not the folder of this file: its names would hide real modules
     _main(Path(sys.argv[1]), int(sys.argv[2]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # torch's tear-down at exit aborts now and then: "terminate called without ..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -247,6 +248,29 @@ def test_a_record_that_can_not_be_read_is_skipped_and_told_once(junk, caplog):
     wait_for(lambda: book.peers[1].pulse.tick == 8)
     heart.stop()
     assert caplog.text.count("the record of rank 1 in the ranks' store was not written by it") == 1
+
+
+def test_the_last_call_of_a_slow_store_is_waited_for():
+    class SlowStore(DictStore):
+        def __init__(self):
+            super().__init__()
+            self.entered, self.may_return = threading.Event(), threading.Event()
+
+        def set(self, key, value):
+            self.entered.set()
+            assert self.may_return.wait(30.0)
+
+    book, _ = ledger(rank=0)
+    store = SlowStore()
+    store.values["pulse/1"] = b""
+    heart = Heart(book, store, rank_timeout_s=0.05, stop_source=str)
+    heart.start()
+    assert store.entered.wait(30.0)
+    slow = threading.Timer(2.0, store.may_return.set)
+    slow.start()
+    heart.stop()
+    assert not heart._thread.is_alive()
+    slow.join()
 
 
 def test_an_old_record_that_is_put_back_is_no_news():

@@ -224,7 +224,7 @@ def fail_in_collective() -> None:
 
 def test_a_rank_in_a_collective_ends_when_another_one_reports_a_failure():
     with start_ranks(fail_in_collective, 2) as ranks:
-        zero, one = ranks.join(timeout_s=20)
+        zero, one = ranks.join()
     assert zero.returncode == EXIT_RANK_LOST
     assert "rank 1 failed" in zero.output
     assert "KeyError: 'bad batch'" in zero.output

@@ -38,5 +38,14 @@ def test_a_step_that_is_saved_already_is_not_saved_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_another_run_has_saved_in_the_same_folder_stays(tmp_path):
+    for _ in range(2):
+        fit(tmp_path, ModelCheckpoint(every_n_train_steps=3))
+    saved = fit(tmp_path, ModelCheckpoint(every_n_train_steps=3))
+    finals = [name for name in saved if name.startswith("final")]
+    assert finals == ["final-step=5-v1.ckpt", "final-step=5-v2.ckpt", "final-step=5.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_trainer_without_checkpoints_stays_without(tmp_path):
     assert fit(tmp_path, enable_checkpointing=False) == []

@@ -82,6 +82,14 @@ def test_a_metric_that_is_not_logged_accuses_nobody():
     assert [monitor.observe({"reward/mean": 0.0}) for _ in range(8)] == [[]] * 8
 
 
+def test_the_mismatch_is_held_against_what_the_last_proof_saw_too():
+    monitor = monitor_for("mismatch")
+    assert monitor.observe({"mismatch/abs_logprob_diff": 0.0045}) == []
+    proved = {"mismatch/abs_logprob_diff": 0.018, "mismatch/probe": 0.041}
+    assert monitor.observe(proved) == []
+    assert monitor.observe({**proved, "mismatch/abs_logprob_diff": 0.13}) != []
+
+
 def test_the_mismatch_is_held_against_the_start_of_the_run():
     monitor = monitor_for("mismatch")
     assert monitor.observe({"mismatch/abs_logprob_diff": 0.2}) == []

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import anyio
 import cloudpickle
 import pytest
@@ -88,6 +90,18 @@ def test_an_object_with_an_async_call_stays_async():
 
     arguments = BoundReward(from_trl(Judge())).arguments(PROMPT, "4", [9])
     assert anyio.run(lambda: from_trl(Judge())(**arguments)) == 0.5
+
+
+def test_an_object_and_a_partial_have_the_names_that_they_would_have_alone():
+    class Judge:
+        def __call__(self, completions):
+            return [0.5]
+
+    def longer(completions, than):
+        return [float(len(completions[0]) > than)]
+
+    for function in (Judge(), functools.partial(longer, than=3)):
+        assert BoundReward(from_trl(function)).name == BoundReward(function).name
 
 
 def test_token_ids_can_be_asked_for():

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.rollout.prompts import Prompts, Vocabulary
@@ -139,6 +140,30 @@ def test_json_lines_json_and_parquet_hold_the_same_rows(tmp_path):
         assert [dict(prompt.columns) for prompt in loaded] == rows
 
 
+@pytest.mark.parametrize("split", ["test", "train[:1]", ""])
+@pytest.mark.parametrize("kind", ["file", "folder", "rows", "columns", "table", "dataset"])
+def test_a_split_of_what_has_none_is_refused(tmp_path, kind, split):
+    tqdm.monitor_interval = 0  # the monitor of progress bars is a thread that stays
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "folder")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]))
+    sources = {"file": tmp_path / "rows.jsonl", "folder": tmp_path / "folder", "rows": ROWS}
+    sources |= {"columns": {"question": ["a", "b"]}, "table": pandas.DataFrame(ROWS)}
+    source = {**sources, "dataset": dataset}[kind]
+    assert len(load(source))
+    with pytest.raises(ConfigError, match="`split` must be left out"):
+        load(source, split=split)
+
+
+def test_a_source_that_says_that_it_is_the_split_is_taken_for_it(tmp_path):
+    (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(ROWS[0]))
+    assert len(load(tmp_path / "gsm8k_test.jsonl", split="test")) == 1
+    with pytest.raises(ConfigError, match="`split` must be left out"):
+        load(tmp_path / "gsm8k_test.jsonl", split="val")
+    dataset = datasets.Dataset.from_list(ROWS, split="test")
+    assert len(load(dataset, split="test")) == len(ROWS)
+
+
 def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "x"}\n{"question": \n')
     with pytest.raises(ConfigError, match=r"a\.jsonl:2 is not JSON"):
@@ -151,9 +176,6 @@ def test_a_file_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path):
 
 
 def test_a_folder_saved_by_datasets_and_a_dataset_itself(tmp_path):
-    import datasets
-    from tqdm import tqdm
-
     tqdm.monitor_interval = 0  # the monitor of progress bars is a thread that stays
     dataset = datasets.Dataset.from_list(ROWS)
     dataset.save_to_disk(tmp_path / "one")

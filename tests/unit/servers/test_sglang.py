@@ -24,6 +24,11 @@ from lightning_grpo.servers.sglang import (
 )
 
 
+@pytest.fixture(autouse=True)
+def eight_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+
+
 def launches(tmp_path, **options):
     return SGLangServers(python=sys.executable, **options).launches("model", tmp_path)
 
@@ -60,18 +65,43 @@ def test_each_group_of_gpus_gets_a_server(tmp_path):
 
 def test_the_environment_says_which_gpus_there_are(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert [launch.devices for launch in launches(tmp_path)] == [(5,), (6,)]
+    assert [launch.devices for launch in launches(tmp_path)] == [(1,), (2,)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     (launch,) = launches(tmp_path)
-    assert launch.devices == (3,)
+    assert launch.devices == (0,)
     assert "--mem-fraction-static 0.4" in " ".join(launch.command)
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "told"),
+    [
+        ("1", 0, "1"),
+        ("2,3", 1, "3"),
+        ("GPU-32d382d1-ea10,GPU-58313fff-b6b0", 1, "GPU-58313fff-b6b0"),
+        ("MIG-1c2", 0, "MIG-1c2"),
+        ("3,2,-1,0", 1, "2"),
+    ],
+)
+def test_gpus_are_numbered_among_the_visible_as_torch_does(
+    tmp_path, monkeypatch, visible, device, told
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (launch,) = launches(tmp_path, devices=[device])
+    assert launch.environment["CUDA_VISIBLE_DEVICES"] == told
+    assert launch.devices == (device,)
+
+
+def test_a_gpu_that_is_not_visible_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with pytest.raises(ConfigError, match=r"GPUs 0 to 1, .* got \[2\]"):
+        launches(tmp_path, num_servers=1, devices=[2])
 
 
 def test_where_nobody_trains_every_gpu_serves_and_none_is_shared(tmp_path, monkeypatch):
     servers = SGLangServers(python=sys.executable)
     servers.dedicated = True
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert [each.devices for each in servers.launches("model", tmp_path)] == [(4,), (5,), (6,)]
+    assert [each.devices for each in servers.launches("model", tmp_path)] == [(0,), (1,), (2,)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     (launch,) = servers.launches("model", tmp_path)
     assert "--mem-fraction-static" not in launch.command
