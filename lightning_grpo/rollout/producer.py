@@ -28,13 +28,11 @@ import msgspec
 
 from lightning_grpo.errors import (
     CheckpointError,
-    ConfigError,
-    FailureBudgetError,
     PromptError,
     RolloutError,
-    ServersLostError,
 )
 from lightning_grpo.rollout.episodes import (
+    FATAL,
     Attempt,
     EpisodeRunner,
     evaluate,
@@ -219,8 +217,6 @@ def has_variance(group: Group) -> bool:
 
 
 logger = logging.getLogger(__name__)
-
-_FATAL = (ConfigError, FailureBudgetError, ServersLostError)
 
 
 class RolloutProducer:
@@ -434,7 +430,7 @@ class RolloutProducer:
             trajectories = await self.runner.run(run.prompt, run.attempt)
             group = Group(run.prompt, trajectories, version, run.attempts)
             run.wanted = self._keep_group is None or bool(self._keep_group(group))
-        except _FATAL:
+        except FATAL:
             raise
         except Exception as error:  # noqa: BLE001 - counted, named, and tried again
             if not run.scope.cancel_called:

@@ -19,7 +19,6 @@ FORMAT = "1"
 """Version of the columns, kept in the file's metadata; readers take no other."""
 
 _FORMAT_KEY = b"lightning_grpo.trajectories"
-
 SCHEMA = pa.schema(
     [
         # where it comes from

@@ -196,7 +196,6 @@ LARGEST = (2 - 2**-23) * 2.0**127
 """The largest number of fp32."""
 
 _PR_SET_PDEATHSIG = 1
-
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -213,9 +212,7 @@ _NOT_THEIRS = (
 )
 
 _CACHE_SIZE = 32
-
 _loaded: dict[bytes, Any] = {}
-
 _shipped: list[bytes] = []
 
 

@@ -62,7 +62,6 @@ MAX_RUNNING = 4096
 """More requests in one decoding step than any server was measured with."""
 
 PREFILL_TOKENS = 8192
-
 SMALL_PREFILL_GRAPHS = 512
 """Prefills up to so many tokens, a proof's among them, are replayed as graphs."""
 
@@ -227,9 +226,7 @@ SGLANG_VERSION = "0.5.19"
 """What `install-server` installs unless told otherwise; rollouts and updates were tested on it."""
 
 FILE_NAME = "server-python.json"
-
 MANY = 3
-
 NOT_ON_CPU = frozenset(
     """
     build cuda-python cuda-tile flash-attn-4 flashinfer-python humming-kernels kernels

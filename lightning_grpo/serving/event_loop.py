@@ -44,11 +44,6 @@ class Background:
         self._scopes: set[anyio.CancelScope] = set()
         self._num_guests = 0
 
-    @property
-    def is_running(self) -> bool:
-        """Whether tasks can be spawned."""
-        return self._tasks is not None
-
     async def __aenter__(self) -> Self:
         self._tasks = await anyio.create_task_group().__aenter__()
         return self
@@ -198,12 +193,10 @@ logger = logging.getLogger(__name__)
 
 
 _BEAT_S = 0.1
-
 MOST_READY = 128
 """To read from so many sockets takes milliseconds."""
 
 _LOOP_LOST = "the rollouts' event loop was ended from outside, or by a SystemExit in it."
-
 Build = Callable[[], AbstractAsyncContextManager[object]]
 
 

@@ -45,7 +45,6 @@ ENDPOINTS = (
 )
 """What interruption and versioned weights take, on every version."""
 SESSION_ENDPOINTS = ("/begin_weight_update", "/end_weight_update")
-
 DIALECTS: tuple[Dialect, ...] = (
     Dialect((0, 5, 17), reports_spans=False, update_session=False),
     Dialect((0, 5, 19), reports_spans=True, update_session=False),

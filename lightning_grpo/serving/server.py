@@ -387,10 +387,6 @@ class Member:
         """The request has ended, well or not."""
         self._held.discard(held)
 
-    def holds(self, held: Held) -> bool:
-        """Whether the request has not ended."""
-        return held in self._held
-
     def call_back(self, late: Held) -> None:
         """All requests of a late one's exchange are being called back."""
         for held in self._held:

@@ -11,7 +11,7 @@ import pytest
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
-from lightning_grpo.servers.base import ServerLoad, answers
+from lightning_grpo.servers.base import ServerLoad, answer
 from lightning_grpo.servers.other_nodes import (
     END,
     NodeMailbox,
@@ -25,6 +25,11 @@ from lightning_grpo.servers.other_nodes import (
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.servers.sglang import SGLangServers
 from tests.fakes.tiny_model import make_tiny_model
+
+
+def answers(url):
+    said = answer(url)
+    return said is not None and said.status == 200
 
 
 def test_each_node_is_sized_for_its_share_of_what_is_in_flight_and_decoded():
