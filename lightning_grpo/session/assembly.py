@@ -29,8 +29,7 @@ from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.servers.base import Servers
-from lightning_grpo.serving.completion import check_memory_release, choose_interruption
-from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.health import HealthPolicy, check_memory_release, choose_interruption
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.session.material import Material, SessionSettings

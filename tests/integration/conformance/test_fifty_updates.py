@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.serving.completion import choose_interruption
 from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.health import choose_interruption
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.types import Completion, Interruption
 from lightning_grpo.weights.process_group import ProcessGroupTransport

@@ -19,9 +19,8 @@ from lightning_grpo.errors import (
     WeightSyncError,
 )
 from lightning_grpo.serving.client import GenerateReply, GenerateRequest, MetaInfo
-from lightning_grpo.serving.completion import choose_interruption
 from lightning_grpo.serving.fitness import Requirements
-from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.health import HealthPolicy, choose_interruption
 from lightning_grpo.serving.pool import PoolLimits, ServerPool, Together
 from lightning_grpo.serving.server import MemberState, ServerHandle
 from lightning_grpo.types import Sampling

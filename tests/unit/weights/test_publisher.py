@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from lightning_grpo.errors import ConfigError, ServersLostError, WeightSyncError
-from lightning_grpo.serving.completion import check_memory_release
 from lightning_grpo.serving.fitness import Requirements
-from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.health import HealthPolicy, check_memory_release
 from lightning_grpo.serving.pool import ServerPool
 from lightning_grpo.serving.server import MemberState
 from lightning_grpo.types import Sampling
