@@ -18,6 +18,9 @@ from lightning_grpo.errors import ConfigError, FailureBudgetError, RolloutError
 from lightning_grpo.types import Group, Outcome, PromptKey
 
 logger = logging.getLogger(__name__)
+
+# -- limits ----------------------------------------------------------------------------------------
+
 SPARE_FILES = 96
 """What a run opens after its start beside connections: logs, checkpoints, rewards' processes."""
 
@@ -133,6 +136,9 @@ def room_for_connections(wanted: int, num_servers: int, most_files: int) -> int:
             "%s: %d are sent at once. %s, or lower `limits.max_in_flight`.", needed, room, way_out
         )
     return room
+
+
+# -- counters and ledger ---------------------------------------------------------------------------
 
 
 @dataclass

@@ -53,6 +53,8 @@ from lightning_grpo.types import (
     Trajectory,
 )
 
+logger = logging.getLogger(__name__)
+
 _decoder = msgspec.msgpack.Decoder(tuple[Trajectory, ...])
 
 
@@ -214,9 +216,6 @@ def has_variance(group: Group) -> bool:
     """Whether the rewards of a group differ: without it every advantage of the group is 0."""
     rewards = [trajectory.reward for trajectory in group.trajectories]
     return max(rewards) > min(rewards)
-
-
-logger = logging.getLogger(__name__)
 
 
 class RolloutProducer:

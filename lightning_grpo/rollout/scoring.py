@@ -37,6 +37,8 @@ from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.serving.event_loop import seen
 from lightning_grpo.types import Prompt
 
+# -- what a reward is called with ------------------------------------------------------------------
+
 Reward = Callable[..., Any]
 """`reward(prompt, completion, **columns) -> float | dict[str, float]`; sync or async."""
 
@@ -181,6 +183,8 @@ def reward_name(reward: Reward) -> str:
     return str(reward.__name__ if named else type(reward).__name__)
 
 
+# -- in the processes ------------------------------------------------------------------------------
+
 Answer = tuple[Literal["value", "error", "misuse"], Any]
 """A reward's value; or the text of why there is none; or of why there never will be one."""
 
@@ -305,6 +309,9 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
+
+
+# -- the scorer ------------------------------------------------------------------------------------
 
 
 @dataclass

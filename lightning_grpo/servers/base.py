@@ -111,6 +111,8 @@ class Servers(ABC):
         return "\n".join(handle.describe() for handle in self.handles)
 
 
+# -- what is inherited, and what is here -----------------------------------------------------------
+
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
 
 
@@ -237,6 +239,8 @@ def is_free(port: int) -> bool:
     return True
 
 
+# -- waiting for a server --------------------------------------------------------------------------
+
 POLL_S = 0.1
 KEYS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 CAUSES: tuple[tuple[str, str], ...] = (
@@ -358,6 +362,8 @@ def wait_until_healthy(
             )
         time.sleep(max(POLL_S, min(left_s, 0.0 if said is None else said.wait_s)))
 
+
+# -- servers that run already ----------------------------------------------------------------------
 
 _ADDRESS = re.compile(r"[A-Za-z]+://|[\w.-]+:\d+/?$")
 

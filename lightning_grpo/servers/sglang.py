@@ -28,6 +28,8 @@ from lightning_grpo.servers.base import (
 )
 from lightning_grpo.servers.process import Launch, OwnedServers
 
+# -- sizes -----------------------------------------------------------------------------------------
+
 MIB, GIB = 1 << 20, 1 << 30
 
 SHARED_FRACTION = 0.4
@@ -221,6 +223,8 @@ def _refuse(
         f"`servers` must fit the GPU: a server needs {needs}, the GPU has {has}. {way_out}"
     )
 
+
+# -- the environment -------------------------------------------------------------------------------
 
 SGLANG_VERSION = "0.5.19"
 """What `install-server` installs unless told otherwise; rollouts and updates were tested on it."""
@@ -417,6 +421,8 @@ def _run(command: list[str]) -> str:
         raise ServerError(f"{' '.join(command[:6])} ... failed:\n{end}")
     return done.stdout
 
+
+# -- the servers -----------------------------------------------------------------------------------
 
 OWN_FLAGS = (
     *("model-path", "port", "tp-size", "mem-fraction-static"),

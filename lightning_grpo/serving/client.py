@@ -34,6 +34,10 @@ from lightning_grpo.errors import BusyError, OwnLimitError, ReplyError, RequestE
 from lightning_grpo.serving.event_loop import FairTurns
 from lightning_grpo.types import Sampling
 
+logger = logging.getLogger(__name__)
+
+# -- requests and replies --------------------------------------------------------------------------
+
 ROUNDING = 1e-3
 """A logprob may be above 0 by so much."""
 
@@ -231,7 +235,8 @@ def checked_logprobs(
     return checked
 
 
-logger = logging.getLogger(__name__)
+# -- calls -----------------------------------------------------------------------------------------
+
 T = TypeVar("T")
 MESSAGE_LIMIT = 500
 ATTEMPTS = 3

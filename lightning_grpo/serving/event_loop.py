@@ -22,6 +22,8 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lightning_grpo.errors import RolloutError
 
+logger = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
 
@@ -130,6 +132,9 @@ class Background:
                 self._scopes.discard(scope)
 
 
+# -- turns -----------------------------------------------------------------------------------------
+
+
 class FairTurns:
     """Lets those who come at once go on a few in each turn of the event loop, in order.
 
@@ -189,8 +194,7 @@ def seen(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-logger = logging.getLogger(__name__)
-
+# -- the loop in its thread ------------------------------------------------------------------------
 
 _BEAT_S = 0.1
 MOST_READY = 128

@@ -15,7 +15,6 @@ from lightning_grpo.serving.client import ModelInfo, ServerClient, ServerInfo
 
 logger = logging.getLogger(__name__)
 
-
 Version = tuple[int, int, int]
 
 

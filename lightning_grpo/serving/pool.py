@@ -62,6 +62,8 @@ from lightning_grpo.serving.health import (
 from lightning_grpo.serving.server import Decode, Member, MemberState, Partial, ServerHandle
 from lightning_grpo.types import Completion, Interruption, Sampling
 
+logger = logging.getLogger(__name__)
+
 AFFINITY_SLACK = 8
 """How many more requests than the least loaded a group's own server may hold."""
 
@@ -277,8 +279,6 @@ class Exchange:
             if not self._num_waiting:
                 self.task.cancel()  # the server then ends what nobody waits for
 
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_BOUND = 256
 

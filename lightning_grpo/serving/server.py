@@ -41,6 +41,9 @@ TAIL_LINES = 25
 TAIL_BYTES = 16 << 10
 
 
+# -- servers ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class ServerHandle:
     """A server that answers.
@@ -405,6 +408,8 @@ class Member:
         self._settled.set()
         self._settled = anyio.Event()
 
+
+# -- completions -----------------------------------------------------------------------------------
 
 Decode = Callable[[Sequence[int]], str]
 
