@@ -309,7 +309,12 @@ class RolloutLoader:
             yield from minibatches(self.next_rollout(), self._shape)
 
     def next_rollout(self) -> Rollout:
-        """Take one rollout batch and cut this rank's share of it."""
+        """Take one rollout batch and cut this rank's share of it.
+
+        Consumes a `Taken`; waits for it, then for this rank's share of the tokens. Produces the
+        rollout with advantages and micro-batches planned. The Trainer goes on, with the first of
+        its minibatches.
+        """
         started = time.perf_counter()
         taken = self._source.take()
         waited = {"time/wait_rollout_s": time.perf_counter() - started}

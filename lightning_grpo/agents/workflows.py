@@ -38,7 +38,6 @@ from lightning_grpo.rollout.scoring import RESERVED, BoundReward, Rewards, answe
 from lightning_grpo.rollout.workflow import EpisodeContext, sampling_of
 from lightning_grpo.types import AnySampling, Prompt, Sampling, Trajectory
 
-_DEFAULT_SAMPLING = Sampling()
 _TRY_AGAIN = "Your answer is not right. Please think again and give another answer."
 
 
@@ -68,7 +67,7 @@ class MultiTurnWorkflow(RewardedWorkflow):
         reward: Rewards,
         feedback: Callable[..., Any] | None = None,
         retry_text: str = _TRY_AGAIN,
-        sampling: AnySampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = Sampling(),
         reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 2,
         turn_discount: float = 1.0,
@@ -183,7 +182,7 @@ class ToolWorkflow(RewardedWorkflow):
         self,
         tools: list[Callable[..., Any]],
         reward: Rewards,
-        sampling: AnySampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = Sampling(),
         reward_weights: list[float] | dict[str, float] | None = None,
         max_turns: int = 4,
         max_calls: int = 8,
@@ -336,7 +335,7 @@ class AgentWorkflow(RewardedWorkflow):
         self,
         agent: Callable[..., Any],
         reward: Rewards | None = None,
-        sampling: AnySampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = Sampling(),
         reward_weights: list[float] | dict[str, float] | None = None,
         timeout_s: float = 600.0,
         conversations: Conversations = "one",

@@ -31,7 +31,6 @@ class Tokenizer(Protocol):
 
 
 Message = Mapping[str, Any]
-
 _ROLES = {
     "user": "user",
     "human": "user",
@@ -45,7 +44,6 @@ _ROLES = {
 }
 
 _PRINTED = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)':")
-
 _DECIDED = (
     "conversation",
     "messages",

@@ -15,6 +15,7 @@ import anyio.lowlevel
 from lightning_grpo.checks import require_count
 from lightning_grpo.errors import (
     ConfigError,
+    FailureBudgetError,
     RequestError,
     RolloutError,
     ServerError,
@@ -39,8 +40,6 @@ from lightning_grpo.types import (
     Sampling,
     Trajectory,
 )
-
-_DEFAULT_SAMPLING = Sampling()
 
 _SEED_BITS = 31  # fits every server's signed 32-bit field
 
@@ -129,7 +128,7 @@ class Episode:
         self, input_ids: Sequence[int], sampling: AnySampling | None = None, *, trained: bool = True
     ) -> Coroutine[Any, Any, Completion]:
         """Sample one continuation with a seed of its own."""
-        chosen = sampling_of(sampling or self._own or _DEFAULT_SAMPLING)
+        chosen = sampling_of(sampling or self._own or Sampling())
         if trained and self._attempt.sampling is not None:
             chosen = for_evaluation(chosen, self._own, self._attempt.sampling)
         elif trained and not self._attempt.is_evaluation:
@@ -234,7 +233,11 @@ def for_evaluation(asked: Sampling, own: Sampling | None, wanted: Sampling) -> S
 
 @dataclass
 class EpisodeRunner:
-    """What every episode shares.
+    """Runs all episodes of a prompt at once.
+
+    Consumes a prompt and an attempt. Waits for the workflow, which waits for completions and
+    rewards. Produces one checked trajectory for each episode, or raises what the first failed one
+    raised. The producer's task of the group goes on, or `evaluate`.
 
     Args:
         workflow: Runs one episode.
@@ -308,7 +311,8 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-_ENDS_EVALUATION = (ConfigError, ServersLostError)
+FATAL = (ConfigError, FailureBudgetError, ServersLostError)
+"""What no further attempt can cure: it ends the producer, or the evaluation."""
 
 
 async def evaluate(
@@ -368,7 +372,7 @@ async def _evaluate_one(
         asked = Attempt(draw, group_key=key, priority=True, sampling=sampling)
         try:
             trajectories = await runner.run(prompt, asked, num_samples)
-        except _ENDS_EVALUATION:
+        except FATAL:
             raise
         except Exception as error:  # noqa: BLE001 - tried again, then raised by name
             failure, draw = error, draw + (not is_lost(error))

@@ -33,6 +33,10 @@ Policy = Literal["wait", "drop", "strict"]
 class StalenessGate:
     """Admits groups and selects batches so that no group is older than `max_staleness` versions.
 
+    Consumes what happens to groups (`admit`, `finish`, `retry`, `release`) and new versions
+    (`advance`). Never waits: the producer asks it whenever something changed. Produces leave to
+    start (`may_admit`) and the tickets of a batch (`take`).
+
     Args:
         batch_size: Groups of one rollout batch.
         max_staleness: Versions that a batch's oldest token may be behind; 0 is exactly on-policy.

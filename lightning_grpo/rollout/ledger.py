@@ -19,6 +19,8 @@ from lightning_grpo.types import Group, Outcome, PromptKey
 
 logger = logging.getLogger(__name__)
 
+# -- limits ----------------------------------------------------------------------------------------
+
 SPARE_FILES = 96
 """What a run opens after its start beside connections: logs, checkpoints, rewards' processes."""
 
@@ -29,7 +31,6 @@ MOST_FILES = 1 << 20
 """Nobody needs more, and a hard limit may be infinite."""
 
 MOST_PROCESSES = 4096
-
 _AT_LEAST = {"max_attempts": 1, "max_filtered_batches": 0, "max_server_restarts": 0}
 
 
@@ -137,6 +138,9 @@ def room_for_connections(wanted: int, num_servers: int, most_files: int) -> int:
     return room
 
 
+# -- counters and ledger ---------------------------------------------------------------------------
+
+
 @dataclass
 class Counters:
     """Totals since the start of the run; they go on after a resume.
@@ -202,9 +206,7 @@ MAX_FIRST_FAILURES = 8
 """A run whose first groups all fail (a batch of them, at most this many) ends at once."""
 
 _Pass = tuple[int, int]  # (dataset, pass over it)
-
 _CODES = {outcome: code for code, outcome in enumerate(Outcome, start=1)}
-
 _OUTCOMES = {code: outcome for outcome, code in _CODES.items()}
 
 

@@ -1,5 +1,9 @@
 """Lets groups in, runs them, and hands the trainer exactly one batch at a time.
 
+    prompts -> stream -> RolloutProducer -> EpisodeRunner -> workflow -> ServerPool, RewardScorer
+                           | gate, ledger                       ... and back, as a finished group
+    session <- take -------+------ advance <- published weights
+
 One task admits, one task runs each group, `take` waits. All of them live on one event loop and
 share plain fields between awaits. A prompt's way: admitted -> running (attempts) -> finished ->
 taken, or filtered, failed, expired; a dropped one goes back to the front of the stream. A task that
@@ -24,13 +28,11 @@ import msgspec
 
 from lightning_grpo.errors import (
     CheckpointError,
-    ConfigError,
-    FailureBudgetError,
     PromptError,
     RolloutError,
-    ServersLostError,
 )
 from lightning_grpo.rollout.episodes import (
+    FATAL,
     Attempt,
     EpisodeRunner,
     evaluate,
@@ -50,6 +52,8 @@ from lightning_grpo.types import (
     Sampling,
     Trajectory,
 )
+
+logger = logging.getLogger(__name__)
 
 _decoder = msgspec.msgpack.Decoder(tuple[Trajectory, ...])
 
@@ -214,13 +218,12 @@ def has_variance(group: Group) -> bool:
     return max(rewards) > min(rewards)
 
 
-logger = logging.getLogger(__name__)
-
-_FATAL = (ConfigError, FailureBudgetError, ServersLostError)
-
-
 class RolloutProducer:
     """Keeps as many groups running as the gate allows; an async context manager.
+
+    Consumes the stream's prompts. Waits for a slot of the gate, then for the group's episodes.
+    Produces finished groups, `batch_size` of them for each `take`. Whoever waits in `take` goes on
+    once the gate has a batch; the next groups, once `advance` frees slots.
 
     Args:
         stream: Where prompts come from.
@@ -426,7 +429,7 @@ class RolloutProducer:
             trajectories = await self.runner.run(run.prompt, run.attempt)
             group = Group(run.prompt, trajectories, version, run.attempts)
             run.wanted = self._keep_group is None or bool(self._keep_group(group))
-        except _FATAL:
+        except FATAL:
             raise
         except Exception as error:  # noqa: BLE001 - counted, named, and tried again
             if not run.scope.cancel_called:

@@ -20,7 +20,6 @@ from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.types import Prompt
 
 Rows = Sequence[Mapping[str, Any]]
-
 _DEFAULT_SPLIT = "train"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -143,8 +142,6 @@ class _ColumnRows(Sequence[Mapping[str, Any]]):
         return self._length
 
     def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[each] for each in range(self._length)[row]]
         return {name: column[row] for name, column in self._columns.items()}
 
 
@@ -261,13 +258,10 @@ class _ParquetRows(Sequence[Mapping[str, Any]]):
         return int(self._table.num_rows)
 
     def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return self._table.take(list(range(len(self)))[row]).to_pylist()
         return self._table.slice(row, 1).to_pylist()[0]
 
 
 MakePrompt = Callable[[Mapping[str, Any]], Prompt]
-
 _NATURAL_NAMES = ("prompt", "messages")
 
 

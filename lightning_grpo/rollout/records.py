@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ FORMAT = "1"
 """Version of the columns, kept in the file's metadata; readers take no other."""
 
 _FORMAT_KEY = b"lightning_grpo.trajectories"
-
 SCHEMA = pa.schema(
     [
         # where it comes from
@@ -56,6 +55,10 @@ SCHEMA = pa.schema(
     metadata={_FORMAT_KEY: FORMAT.encode()},
 )
 """One row is one trajectory; a group's rows follow each other."""
+
+_FIELDS = [each.name for each in fields(Trajectory)]
+_COLUMN = {"input_ids": "tokens", "text": "completion"}
+"""Columns that are not named as the trajectory's fields are."""
 
 
 def write_groups(
@@ -176,21 +179,8 @@ def _rows(
         "columns": _to_json(dict(prompt.columns)),
     }
     for trajectory in group.trajectories:
-        yield {
-            **shared,
-            "completion": trajectory.text,
-            "reward": trajectory.reward,
-            "rewards": list(trajectory.rewards.items()),
-            "truncated": trajectory.truncated,
-            "tokens": trajectory.input_ids,
-            "response_mask": trajectory.response_mask,
-            "logprobs": trajectory.logprobs,
-            "versions": trajectory.versions,
-            "temperature": trajectory.temperature,
-            "num_turns": trajectory.num_turns,
-            "length_limit": trajectory.length_limit,
-            "transcript": trajectory.transcript,
-        }
+        own = {_COLUMN.get(name, name): getattr(trajectory, name) for name in _FIELDS}
+        yield {**shared, **own, "rewards": list(trajectory.rewards.items())}
 
 
 def _group(rows: Sequence[Mapping[str, Any]]) -> Group:
@@ -211,20 +201,10 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> Group:
 
 
 def _trajectory(row: Mapping[str, Any]) -> Trajectory:
-    return Trajectory(
-        input_ids=tuple(row["tokens"]),
-        response_mask=tuple(row["response_mask"]),
-        logprobs=tuple(row["logprobs"]),
-        versions=tuple(row["versions"]),
-        reward=row["reward"],
-        rewards=dict(row["rewards"]),
-        text=row["completion"],
-        truncated=row["truncated"],
-        temperature=row["temperature"],
-        num_turns=row["num_turns"],
-        length_limit=row.get("length_limit"),
-        transcript=row.get("transcript") or "",
-    )
+    found = {name: row.get(_COLUMN.get(name, name)) for name in _FIELDS}
+    own: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
+    own |= {"rewards": dict(row["rewards"]), "transcript": row.get("transcript") or ""}
+    return Trajectory(**own)
 
 
 def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:

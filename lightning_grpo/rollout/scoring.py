@@ -37,6 +37,8 @@ from lightning_grpo.errors import ConfigError, RewardError
 from lightning_grpo.serving.event_loop import seen
 from lightning_grpo.types import Prompt
 
+# -- what a reward is called with ------------------------------------------------------------------
+
 Reward = Callable[..., Any]
 """`reward(prompt, completion, **columns) -> float | dict[str, float]`; sync or async."""
 
@@ -181,6 +183,8 @@ def reward_name(reward: Reward) -> str:
     return str(reward.__name__ if named else type(reward).__name__)
 
 
+# -- in the processes ------------------------------------------------------------------------------
+
 Answer = tuple[Literal["value", "error", "misuse"], Any]
 """A reward's value; or the text of why there is none; or of why there never will be one."""
 
@@ -196,7 +200,6 @@ LARGEST = (2 - 2**-23) * 2.0**127
 """The largest number of fp32."""
 
 _PR_SET_PDEATHSIG = 1
-
 _ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -213,9 +216,7 @@ _NOT_THEIRS = (
 )
 
 _CACHE_SIZE = 32
-
 _loaded: dict[bytes, Any] = {}
-
 _shipped: list[bytes] = []
 
 
@@ -310,6 +311,9 @@ def _watch(parent: int) -> None:
     os._exit(1)
 
 
+# -- the scorer ------------------------------------------------------------------------------------
+
+
 @dataclass
 class ScoringCounts:
     """Calls of rewards since the start.
@@ -344,6 +348,10 @@ class _LostProcessError(RewardError):
 
 class RewardScorer:
     """Calls rewards under a time limit; an async context manager.
+
+    Consumes a reward and its arguments. Waits for a free process, then for the call, or its limit.
+    Produces a finite number, or several by name; never one for a call that failed. The workflow
+    goes on.
 
     Args:
         rewards: Functions that are shipped when a process starts; others travel with each call.

@@ -122,6 +122,9 @@ class PromptMixture:
     stream has the datasets in proportion, and the state is a few numbers. Each dataset has passes
     of its own. In keys, the rows of all datasets are counted end to end.
 
+    Consumes the datasets' rows; never waits. Produces the next key (`peek`) and its prompt
+    (`by_key`). The producer goes on, which admits it.
+
     Args:
         sets: The datasets by name; one alone has the empty name.
         curriculum: Leaves prompts out of a pass by their past success.

@@ -152,8 +152,6 @@ class RolloutWorkflow(ABC):
         """
 
 
-_DEFAULT_SAMPLING = Sampling()
-
 _GREEDY_BELOW = 1e-6
 """Servers take a lower temperature for 0."""
 
@@ -171,7 +169,7 @@ class RLVRWorkflow(RolloutWorkflow):
     def __init__(
         self,
         reward: Rewards,
-        sampling: AnySampling = _DEFAULT_SAMPLING,
+        sampling: AnySampling = Sampling(),
         reward_weights: list[float] | dict[str, float] | None = None,
     ) -> None:
         self.rewards = bind_rewards(reward)

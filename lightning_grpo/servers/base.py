@@ -111,6 +111,8 @@ class Servers(ABC):
         return "\n".join(handle.describe() for handle in self.handles)
 
 
+# -- what is inherited, and what is here -----------------------------------------------------------
+
 ADDRESSES_VARIABLE = "AREAL_LLM_SERVER_ADDRS"
 
 
@@ -171,35 +173,23 @@ def machine_devices() -> list[int]:
 
     Asked of the driver's own tool, since torch is not needed to serve.
     """
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(line) for line in listed.stdout.split()]
+    return [int(index) for index in _ask_driver("--query-gpu=index")]
 
 
 def device_bytes(name: str) -> int:
     """Memory of a GPU, by its number on the machine or its id; 0 where nobody tells."""
+    mebibytes = _ask_driver("--query-gpu=memory.total", f"--id={name}")
+    return int(mebibytes[0]) << 20 if mebibytes and mebibytes[0].isdecimal() else 0
+
+
+def _ask_driver(*options: str) -> list[str]:
+    """The words of its answer; none where there is no driver."""
+    command = ["nvidia-smi", "--format=csv,noheader,nounits", *options]
     try:
-        said = subprocess.run(
-            [
-                *("nvidia-smi", f"--id={name}", "--query-gpu=memory.total"),
-                "--format=csv,noheader,nounits",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-        return int(said.stdout.split()[0]) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return 0
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return said.stdout.split()
 
 
 def serving_devices(present: list[int]) -> list[int]:
@@ -249,10 +239,10 @@ def is_free(port: int) -> bool:
     return True
 
 
+# -- waiting for a server --------------------------------------------------------------------------
+
 POLL_S = 0.1
-
 KEYS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-
 CAUSES: tuple[tuple[str, str], ...] = (
     (r"Address already in use", "the port is in use; end whatever listens there"),
     (
@@ -330,14 +320,6 @@ async def _ask(url: str, timeout_s: float, api_key: str | None) -> HttpAnswer | 
         return None
 
 
-def answers(
-    url: str, timeout_s: float = 5.0, api_key: str | None = None, path: str = HEALTH
-) -> bool:
-    """Whether the server answers a request for `path` well."""
-    said = answer(url, timeout_s, api_key, path)
-    return said is not None and said.status == HTTPStatus.OK
-
-
 def wait_until_healthy(
     url: str,
     timeout_s: float,
@@ -380,6 +362,8 @@ def wait_until_healthy(
             )
         time.sleep(max(POLL_S, min(left_s, 0.0 if said is None else said.wait_s)))
 
+
+# -- servers that run already ----------------------------------------------------------------------
 
 _ADDRESS = re.compile(r"[A-Za-z]+://|[\w.-]+:\d+/?$")
 

@@ -27,7 +27,6 @@ from lightning_grpo.servers.base import (
 from lightning_grpo.serving.server import ServerHandle, read_tail
 
 PROCESS_POLL_S = 0.05
-
 SIGNAL_BASE = 128
 
 

@@ -28,6 +28,8 @@ from lightning_grpo.servers.base import (
 )
 from lightning_grpo.servers.process import Launch, OwnedServers
 
+# -- sizes -----------------------------------------------------------------------------------------
+
 MIB, GIB = 1 << 20, 1 << 30
 
 SHARED_FRACTION = 0.4
@@ -62,7 +64,6 @@ MAX_RUNNING = 4096
 """More requests in one decoding step than any server was measured with."""
 
 PREFILL_TOKENS = 8192
-
 SMALL_PREFILL_GRAPHS = 512
 """Prefills up to so many tokens, a proof's among them, are replayed as graphs."""
 
@@ -223,13 +224,13 @@ def _refuse(
     )
 
 
+# -- the environment -------------------------------------------------------------------------------
+
 SGLANG_VERSION = "0.5.19"
 """What `install-server` installs unless told otherwise; rollouts and updates were tested on it."""
 
 FILE_NAME = "server-python.json"
-
 MANY = 3
-
 NOT_ON_CPU = frozenset(
     """
     build cuda-python cuda-tile flash-attn-4 flashinfer-python humming-kernels kernels
@@ -420,6 +421,8 @@ def _run(command: list[str]) -> str:
         raise ServerError(f"{' '.join(command[:6])} ... failed:\n{end}")
     return done.stdout
 
+
+# -- the servers -----------------------------------------------------------------------------------
 
 OWN_FLAGS = (
     *("model-path", "port", "tp-size", "mem-fraction-static"),

@@ -34,6 +34,10 @@ from lightning_grpo.errors import BusyError, OwnLimitError, ReplyError, RequestE
 from lightning_grpo.serving.event_loop import FairTurns
 from lightning_grpo.types import Sampling
 
+logger = logging.getLogger(__name__)
+
+# -- requests and replies --------------------------------------------------------------------------
+
 ROUNDING = 1e-3
 """A logprob may be above 0 by so much."""
 
@@ -137,7 +141,6 @@ class ServerInfo(msgspec.Struct):
     context_length: int | None = None
     max_req_input_len: int | None = None
     max_running_requests: int | None = None
-    enable_deterministic_inference: bool | None = None
     disable_radix_cache: bool | None = None
     enable_memory_saver: bool | None = None
     tp_size: int = 1
@@ -232,12 +235,10 @@ def checked_logprobs(
     return checked
 
 
-logger = logging.getLogger(__name__)
+# -- calls -----------------------------------------------------------------------------------------
 
 T = TypeVar("T")
-
 MESSAGE_LIMIT = 500
-
 ATTEMPTS = 3
 """Of a call that may be sent twice."""
 
@@ -251,7 +252,6 @@ UNREADABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 """What decoding raises: for JSON of another form, too deep, or not in UTF-8."""
 
 BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-
 OWN_LIMITS = {
     errno.EMFILE: "this process may open no more than {soft} files (`ulimit -n`): requests wait for"
     " one to be closed. Raise it before the start, or lower `limits.max_in_flight`",

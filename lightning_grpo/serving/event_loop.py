@@ -22,6 +22,8 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from lightning_grpo.errors import RolloutError
 
+logger = logging.getLogger(__name__)
+
 _T = TypeVar("_T")
 
 
@@ -43,11 +45,6 @@ class Background:
         self._tasks: anyio.abc.TaskGroup | None = None
         self._scopes: set[anyio.CancelScope] = set()
         self._num_guests = 0
-
-    @property
-    def is_running(self) -> bool:
-        """Whether tasks can be spawned."""
-        return self._tasks is not None
 
     async def __aenter__(self) -> Self:
         self._tasks = await anyio.create_task_group().__aenter__()
@@ -135,6 +132,9 @@ class Background:
                 self._scopes.discard(scope)
 
 
+# -- turns -----------------------------------------------------------------------------------------
+
+
 class FairTurns:
     """Lets those who come at once go on a few in each turn of the event loop, in order.
 
@@ -194,16 +194,13 @@ def seen(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-logger = logging.getLogger(__name__)
-
+# -- the loop in its thread ------------------------------------------------------------------------
 
 _BEAT_S = 0.1
-
 MOST_READY = 128
 """To read from so many sockets takes milliseconds."""
 
 _LOOP_LOST = "the rollouts' event loop was ended from outside, or by a SystemExit in it."
-
 Build = Callable[[], AbstractAsyncContextManager[object]]
 
 

@@ -15,7 +15,6 @@ from lightning_grpo.serving.client import ModelInfo, ServerClient, ServerInfo
 
 logger = logging.getLogger(__name__)
 
-
 Version = tuple[int, int, int]
 
 
@@ -45,7 +44,6 @@ ENDPOINTS = (
 )
 """What interruption and versioned weights take, on every version."""
 SESSION_ENDPOINTS = ("/begin_weight_update", "/end_weight_update")
-
 DIALECTS: tuple[Dialect, ...] = (
     Dialect((0, 5, 17), reports_spans=False, update_session=False),
     Dialect((0, 5, 19), reports_spans=True, update_session=False),

@@ -1,41 +1,47 @@
-"""One server as the pool knows it: its state, its requests, and who gets the next one.
+"""One server as the pool knows it, and a completion that grows from servers' replies.
 
-Which request goes to which server, and when.
-
-Evaluation goes first, then requests that were interrupted (they hold the oldest tokens), then
-fresh ones; within a class first come, first served. A request goes to the server that its group
-used before (the prompt's prefix is cached there) unless that one is much busier than the least
-loaded. What may leave at once, after an update or at the start, leaves in slices: ten thousand
-requests would hold the event loop for seconds.
+What is known of a server (its weights, its requests, its faults) is a `Member`. A completion that
+is interrupted, or whose server is lost, is a `Partial` until it is whole.
 """
 
 from __future__ import annotations
 
-import asyncio
-import heapq
-import itertools
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from pathlib import Path
 
 import anyio
 
 from lightning_grpo.errors import ReplyError
-from lightning_grpo.serving.client import LONGEST_WAIT_S, ServerClient, growing
+from lightning_grpo.serving.client import (
+    LEAST_LOGPROB,
+    LONGEST_WAIT_S,
+    GenerateReply,
+    GenerateRequest,
+    LogprobEntry,
+    MetaInfo,
+    ServerClient,
+    Span,
+    checked_logprobs,
+    growing,
+    sampling_params,
+)
 from lightning_grpo.serving.event_loop import in_turns
 from lightning_grpo.serving.fitness import ServerFacts
-from lightning_grpo.types import NO_VERSION
+from lightning_grpo.types import NO_VERSION, Completion, Sampling
 
 CLOCK_S = 0.01
 """A timer may be early by so much."""
 
-
 TAIL_LINES = 25
+
 TAIL_BYTES = 16 << 10
+
+
+# -- servers ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,10 +393,6 @@ class Member:
         """The request has ended, well or not."""
         self._held.discard(held)
 
-    def holds(self, held: Held) -> bool:
-        """Whether the request has not ended."""
-        return held in self._held
-
     def call_back(self, late: Held) -> None:
         """All requests of a late one's exchange are being called back."""
         for held in self._held:
@@ -407,146 +409,203 @@ class Member:
         self._settled = anyio.Event()
 
 
-AFFINITY_SLACK = 8
-"""How many more requests than the least loaded a group's own server may hold."""
-REMEMBERED_GROUPS = 8192
-SLICE = 16
-"""So many requests leave in one turn of the event loop; those of one group leave together."""
+# -- completions -----------------------------------------------------------------------------------
+
+Decode = Callable[[Sequence[int]], str]
+
+MAX_IDLE_ABORTS = 50
+"""Aborts in a row without one new token, after which a server is at fault."""
 
 
-class Rank(IntEnum):
-    """Order of service."""
-
-    PRIORITY = 0
-    CONTINUED = 1
-    FRESH = 2
-
-
-Waiter = tuple[int, int, Hashable, Member | None, "asyncio.Future[Member]"]
-
-
-class Router:
-    """Hands servers to waiting requests; nothing here blocks, all of it runs on one loop.
+class Partial:
+    """Collects tokens, logprobs and versions over interruptions.
 
     Args:
-        members: The pool's servers; their states change under the router, which is told by
-            `dispatch`.
-        most: Requests that all servers together may hold; None: no limit.
+        input_ids: The prompt.
+        sampling: The whole budget; what is left of it goes into each next request.
+        seed: Goes unchanged into every piece: the server's noise depends on the position.
+        end_ids: Tokens that end a completion, beside those of `sampling`.
     """
 
-    def __init__(self, members: Sequence[Member], most: int | None = None) -> None:
-        self._members = members
-        self._most = math.inf if most is None else most
-        self._room = self._most
-        self._num_out = 0
-        self._left_this_turn = 0
-        self._last_key: Hashable = None
-        self._waiters: list[Waiter] = []
-        self._ticket = itertools.count()
-        self._homes: OrderedDict[Hashable, int] = OrderedDict()
-        self._error: Exception | None = None
-        self.closed = False
+    def __init__(
+        self,
+        input_ids: Sequence[int],
+        sampling: Sampling,
+        seed: int | None,
+        end_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._prompt = list(input_ids)
+        self._sampling = sampling
+        self._seed = seed
+        self._end_ids = end_ids.union(sampling.stop_token_ids)
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+        self._finish: str | None = None
+        self._num_interruptions = 0
+        self._num_idle_aborts = 0
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that no server has taken yet."""
-        return sum(not future.done() for *_, future in self._waiters)
+    def done(self) -> bool:
+        """Whether nothing is left to ask for."""
+        return self._finish is not None
 
-    async def acquire(self, group_key: Hashable, rank: Rank, avoid: Member | None = None) -> Member:
-        """Waits for a server with room; unblocked by `dispatch`, `release` and `fail`.
+    @property
+    def started(self) -> bool:
+        """Whether it holds tokens or was interrupted: then it goes before fresh requests."""
+        return bool(self._ids) or self._num_interruptions > 0
+
+    def request(self, rid: str, extra_key: str) -> GenerateRequest:
+        """The next piece: prompt and tokens so far, with the budget that is left."""
+        params = sampling_params(
+            self._sampling,
+            max_new_tokens=self._sampling.max_new_tokens - len(self._ids),
+            min_new_tokens=max(0, self._sampling.min_new_tokens - len(self._ids)),
+            seed=self._seed,
+        )
+        return GenerateRequest(
+            input_ids=self._prompt + self._ids,
+            sampling_params=params,
+            return_logprob=True,
+            rid=rid,
+            extra_key=extra_key,
+        )
+
+    def add(self, reply: GenerateReply, member: Member, pinned_version: int) -> None:
+        """Takes one reply in.
+
+        Raises:
+            ReplyError: The reply contradicts itself, or names weights that are not ours.
+        """
+        finish = reply.meta_info.finish_reason
+        reason = finish.type if finish is not None else "abort"
+        entries = reply.meta_info.output_token_logprobs or []
+        ids, logprobs = self._matched(reply.output_ids, entries, reason, member.url)
+        versions = token_versions(reply.meta_info, len(reply.output_ids), member, pinned_version)
+        self._ids += ids
+        self._logprobs += logprobs
+        self._versions += versions[: len(ids)]
+        # Of an end token that is the last one permitted SGLang says `length`, and `abort` where the
+        # abort came in the same step.
+        ended = bool(ids) and ids[-1] in self._end_ids
+        if reason != "abort":
+            self._finish = "stop" if ended else reason
+            return
+        self._num_interruptions += 1
+        self._num_idle_aborts = 0 if ids else self._num_idle_aborts + 1
+        if ended:
+            self._finish = "stop"
+        elif len(self._ids) >= self._sampling.max_new_tokens:
+            self._finish = "length"
+        elif self._num_idle_aborts > MAX_IDLE_ABORTS:
+            raise ReplyError(
+                f"{member.url} aborted a request {self._num_idle_aborts} times without a new token"
+            )
+
+    def completion(self, decode: Decode, spell: Decode | None = None) -> Completion:
+        """The finished record.
 
         Args:
-            group_key: Requests of one key prefer one server.
-            rank: Its place in the order of service.
-            avoid: A server that has failed the request: taken only if there is no other.
+            decode: Token ids to the completion's text.
+            spell: Token ids to the text in which stop strings are looked for, special tokens
+                included as servers do; None: `decode`.
         """
-        if self._error is not None:
-            raise self._error
-        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiters, (rank, next(self._ticket), group_key, avoid, future))
-        self.dispatch()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self.release(future.result())
-            raise
+        assert self._finish is not None, "the completion is not finished"
+        self._end_at_stop_string(spell or decode)
+        return Completion(
+            token_ids=tuple(self._ids),
+            logprobs=tuple(self._logprobs),
+            versions=tuple(self._versions),
+            text=decode(self._ids),
+            finish_reason=self._finish,
+            num_interruptions=self._num_interruptions,
+        )
 
-    def release(self, member: Member) -> None:
-        """The request has ended, well or not; its place is free."""
-        self._num_out -= 1
-        member.give_back()
-        self.dispatch()
+    @staticmethod
+    def _matched(
+        ids: list[int], entries: list[LogprobEntry], reason: str, url: str
+    ) -> tuple[list[int], list[float]]:
+        """Ids with their logprobs; an aborted reply is cut where the two stop agreeing."""
+        given, entry_ids, _ = zip(*entries, strict=True) if entries else ((), (), ())
+        both = min(len(ids), len(entries))
+        if reason == "abort" and None in given[:both]:
+            both = given.index(None)
+        if list(entry_ids[:both]) != ids[:both] or (len(ids) != len(entries) and reason != "abort"):
+            raise ReplyError(
+                f"{url} sent {len(ids)} token ids with {len(entries)} logprobs that are not theirs"
+            )
+        return ids[:both], checked_logprobs(given[:both], url, LEAST_LOGPROB)
 
-    def shrink(self) -> None:
-        """This process can't have as many connections as there are requests out."""
-        self._room = max(1, min(self._room, self._num_out - 1))
+    def _end_at_stop_string(self, spell: Decode) -> None:
+        """Ends where an uninterrupted request would have: a server sees only its own piece.
 
-    def answered(self) -> None:
-        """A connection is free again: one more may be tried."""
-        self._room = min(self._most, self._room + 1)
+        A stop string that began before an interruption and ended after it is found here, and so is
+        one that the last permitted token completes, of which a server says `length`.
+        """
+        by_server = self._finish == "stop" and not self._num_interruptions
+        if by_server or not self._has_stopped(spell, len(self._ids)):
+            return
+        low, high = 1, len(self._ids)
+        while low < high:
+            middle = (low + high) // 2
+            if self._has_stopped(spell, middle):
+                high = middle
+            else:
+                low = middle + 1
+        if low == len(self._ids) or self._num_interruptions:
+            del self._ids[low:], self._logprobs[low:], self._versions[low:]
+            self._finish = "stop"
 
-    def close(self) -> None:
-        """Hands nothing out until `open`."""
-        self.closed = True
+    def _has_stopped(self, spell: Decode, num_tokens: int) -> bool:
+        """Whether the first so many tokens spell a stop string."""
+        if not self._sampling.stop:
+            return False
+        text = spell(self._ids[:num_tokens])
+        return any(stop in text for stop in self._sampling.stop)
 
-    def open(self) -> None:
-        """Hands servers out again."""
-        self.closed = False
-        self.dispatch()
 
-    def fail(self, error: Exception) -> None:
-        """Every request that waits or will come raises `error`."""
-        self._error = error
-        waiters, self._waiters = self._waiters, []
-        for *_, future in waiters:
-            if not future.done():
-                future.set_exception(error)
+def token_versions(
+    meta: MetaInfo, num_tokens: int, member: Member, pinned_version: int
+) -> list[int]:
+    """The version of the weights that sampled each token.
 
-    def dispatch(self) -> None:
-        """Gives waiting requests to servers with room, in order; the rest in the turns to come."""
-        while self._waiters and not self.closed:
-            *_, group_key, avoid, future = self._waiters[0]
-            if not future.done():
-                together = group_key is not None and group_key == self._last_key
-                if self._left_this_turn >= SLICE and not together:
-                    return
-                member = self._choose(group_key, avoid)
-                if member is None:
-                    return
-                self._last_key = group_key
-                self._leave(member)
-                future.set_result(member)
-            heapq.heappop(self._waiters)
+    From the spans where the server reports them. Elsewhere the version at submission is exact,
+    because every update aborts and drains first; that the server still names the same weights at
+    the end is checked.
+    """
+    if meta.weight_versions:
+        versions = _versions_of(meta.weight_versions, num_tokens, member)
+        if min(versions, default=pinned_version) < pinned_version:
+            raise ReplyError(
+                f"{member.url} went back from version {pinned_version} to {min(versions)}"
+                " (was it restarted by someone else?)"
+            )
+        return versions
+    if num_tokens and meta.weight_version is None:
+        raise ReplyError(f"{member.url} does not say which weights sampled {num_tokens} tokens")
+    if meta.weight_version is not None and num_tokens:
+        at_finish = member.version_of(meta.weight_version)
+        if at_finish != pinned_version:
+            raise ReplyError(
+                f"{member.url} went from version {pinned_version} to {at_finish} during a request"
+            )
+    return [pinned_version] * num_tokens
 
-    def _leave(self, member: Member) -> None:
-        member.take()
-        self._num_out += 1
-        self._left_this_turn += 1
-        if self._left_this_turn == 1:
-            asyncio.get_running_loop().call_soon(self._next_turn)
 
-    def _next_turn(self) -> None:
-        self._left_this_turn = 0
-        self.dispatch()
-
-    def _choose(self, group_key: Hashable, avoid: Member | None) -> Member | None:
-        if self._num_out >= self._room:
-            return None
-        free = [m for m in self._members if m.in_flight < m.room and m.routable]
-        if avoid is not None and len(free) > 1:
-            free = [m for m in free if m is not avoid]
-        if not free:
-            return None
-        least = min(free, key=lambda m: (m.in_flight / m.bound, m.slot))
-        if group_key is None:
-            return least
-        home = self._homes.get(group_key)
-        chosen = next((m for m in free if m.slot == home), least)
-        if chosen.in_flight - least.in_flight > AFFINITY_SLACK:
-            chosen = least
-        self._homes[group_key] = chosen.slot
-        self._homes.move_to_end(group_key)
-        if len(self._homes) > REMEMBERED_GROUPS:
-            self._homes.popitem(last=False)
-        return chosen
+def _versions_of(spans: Sequence[Span], num_tokens: int, member: Member) -> list[int]:
+    """Of spans that lie end to end over all tokens, in the order of the versions."""
+    versions: list[int] = []
+    for span in spans:
+        version = member.version_of(span.version)
+        in_order = span.start == len(versions) <= span.end <= num_tokens
+        if not in_order or (versions and version < versions[-1]):
+            raise ReplyError(
+                f"{member.url} reports version {version} for the tokens {span.start} to {span.end}"
+                f" of {num_tokens}, after {len(versions)} of others"
+            )
+        versions += [version] * (span.end - span.start)
+    if len(versions) != num_tokens:
+        raise ReplyError(
+            f"{member.url} reports versions for {len(versions)} of {num_tokens} tokens"
+        )
+    return versions

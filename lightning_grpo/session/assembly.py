@@ -29,7 +29,7 @@ from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.servers.base import Servers
-from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.health import HealthPolicy, check_memory_release, choose_interruption
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.session.material import Material, SessionSettings
@@ -180,7 +180,12 @@ class Live:
     _idle_s: float = 0.0
 
     async def take(self, version: int) -> Taken:
-        """The next rollout batch, for a trainer that is at `version`."""
+        """The next rollout batch, for a trainer that is at `version`.
+
+        Consumes the producer's groups; waits in its `take`. Produces them with their scalars as
+        tensors and what was counted since the last batch. `RolloutSession.take` goes on, on every
+        rank.
+        """
         gate = self.producer.gate
         if gate.num_pending_batches > gate.max_staleness:  # no group may start, for ever
             raise RolloutError(
@@ -345,9 +350,9 @@ def _publisher(
     )
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
-    mode = pool.choose_interruption(begun.sync.interruption)
+    mode = choose_interruption(begun.sync.interruption, pool.members)
     if begun.sync.release_memory:
-        pool.check_memory_release()
+        check_memory_release(pool.members)
     return WeightPublisher(pool, transport, begun.run_id, material.probe, begun.sync, mode)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.errors import CheckpointError
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.records import (
     RecordedBatch,
@@ -19,8 +20,7 @@ from lightning_grpo.rollout.records import (
     recorded_version,
     trajectory_files,
 )
-from lightning_grpo.validation import EvaluationBatch
-from lightning_grpo.weights.publisher import SyncSettings
+from lightning_grpo.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Recording:
         return [file for recorded, file in self.files if recorded >= version]
 
 
-class ReplaySession:
+class ReplaySession(Session):
     """Recorded rollout batches, in the order in which they were trained on.
 
     Args:
@@ -47,24 +47,11 @@ class ReplaySession:
         channel: To the other ranks.
 
     Attributes:
-        channel: To the other ranks.
-        version: Rollout batches trained on so far, as the recording counts them.
         num_batches: Recorded rollout batches.
-        num_prompts: Prompts of one pass; not known here.
-        num_val_prompts: Empty: nobody answers.
-        pinned: Empty: what is recorded stays as it is.
-        remaining_batches: Not used: what is recorded is there.
-        sync: Not used: there are no servers.
     """
 
     def __init__(self, path: Path, channel: RankChannel) -> None:
-        self.channel = channel
-        self.version = 0
-        self.num_prompts = 0
-        self.num_val_prompts: dict[str, int] = {}
-        self.pinned: dict[str, Any] = {}
-        self.remaining_batches: int | None = None
-        self.sync = SyncSettings()
+        super().__init__(channel)
         self._path = path
         self._recording = channel.on_rank_zero(
             lambda: _Recording.open(path), what="opening the recording", deadline_s=600.0
@@ -77,14 +64,8 @@ class ReplaySession:
         left = self._recording.left(self.version) if self._recording is not None else []
         return self.channel.broadcast(len(left))
 
-    def start(self) -> None:
-        """Nothing: the files are there."""
-
-    def close(self) -> None:
-        """Nothing was started."""
-
+    @override
     def take(self) -> Taken:
-        """The next recorded rollout batch: groups on rank 0, its scalars on every rank."""
         recorded = self.channel.on_rank_zero(
             self._read, what="a recorded rollout batch", deadline_s=600.0
         )
@@ -97,47 +78,24 @@ class ReplaySession:
         self.version = taken.version
         return replace(taken, groups=recorded.groups if recorded is not None else None)
 
-    def share(self, parts: list[Any] | None) -> Any:
-        """Rank r's element of what rank 0 passes."""
-        return self.channel.scatter(parts)
-
+    @override
     def publish(self, policy: nn.Module, *, trained: bool) -> None:
         """Count the version; nobody is waiting for the weights."""
         self.version += int(trained)
 
-    def release_memory(self) -> None:
-        """Nothing: there are no servers."""
-
-    def ask(self, name: str, first: int, last: int) -> None:
-        """Refused: there are no servers."""
-        raise ConfigError("held-out prompts can't be answered in a replay: there are no servers.")
-
-    def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
-        """Refused: there are no servers."""
-        raise ConfigError("held-out prompts can't be answered in a replay: there are no servers.")
-
+    @override
     def state_dict(self, num_unpublished: int = 0) -> dict[str, Any]:
         """The version is all there is to go on from."""
         version = self.version + num_unpublished
         return {"version": version, "run_id": "replay", "producer": None}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind what a checkpoint was trained on, of a replay or of the recorded run."""
         self.version = int(state["version"])
 
-    def progress(self) -> None:
-        """Everything is there already."""
-
-    def health(self) -> dict[str, float]:
-        """Nothing runs in the background."""
-        return {}
-
-    def dtypes(self) -> dict[str, str]:
-        """No weights travel."""
-        return {}
-
+    @override
     def describe(self) -> dict[str, str]:
-        """Lines for the summary at the start."""
         return {"replay": f"{self.num_batches} recorded rollout batches of {self._path}"}
 
     def _read(self) -> RecordedBatch:

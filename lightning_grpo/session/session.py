@@ -10,20 +10,22 @@ collective.
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
 from torch import distributed, nn
+from typing_extensions import override
 
 from lightning_grpo._compat import launched_processes
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError, GRPOError, PromptError
-from lightning_grpo.loader import RolloutSource, Taken
+from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.servers.base import main_address
 from lightning_grpo.serving.event_loop import EventLoop
@@ -47,11 +49,14 @@ from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Snapshot
 
 
-class Session(RolloutSource, Protocol):
-    """One run's rollouts as every rank sees them.
+class Session(ABC):
+    """One run's rollouts as every rank sees them; by itself, of a run without servers.
+
+    Args:
+        channel: To the other ranks.
 
     Attributes:
-        channel: To the other ranks.
+        channel: The same.
         version: Weight version of the trainer: rollout batches trained on so far.
         num_prompts: Prompts of one pass.
         num_val_prompts: Held-out prompts by set.
@@ -60,61 +65,81 @@ class Session(RolloutSource, Protocol):
         sync: How weights travel.
     """
 
-    channel: RankChannel
-    version: int
-    num_prompts: int
-    num_val_prompts: dict[str, int]
-    pinned: dict[str, Any]
-    remaining_batches: int | None
-    sync: SyncSettings
+    def __init__(self, channel: RankChannel) -> None:
+        self.channel = channel
+        self.version = self.num_prompts = 0
+        self.num_val_prompts: dict[str, int] = {}
+        self.pinned: dict[str, Any] = {}
+        self.remaining_batches: int | None = None
+        self.sync = SyncSettings()
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 - nothing takes long, by default
         """Begin what takes long, in the background."""
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nothing was started, by default
         """End everything; from any state, any number of times."""
-        ...
 
+    @abstractmethod
+    def take(self) -> Taken:
+        """The next rollout batch: groups on rank 0, its scalars on every rank.
+
+        Consumes what rank 0 has collected; every rank waits for it, by messages. Produces the same
+        scalars everywhere. The loader goes on, on every rank at once.
+        """
+
+    def share(self, parts: list[Any] | None) -> Any:
+        """Rank r's element of what rank 0 passes."""
+        return self.channel.scatter(parts)
+
+    @abstractmethod
     def publish(self, policy: nn.Module, *, trained: bool) -> PublishReport | None:
-        """The trainer has (new) weights."""
-        ...
+        """Bring the policy's weights to the servers and prove that they arrived.
 
-    def release_memory(self) -> None:
-        """The servers give their GPU memory back until the next publish."""
-        ...
+        Args:
+            policy: A `PackedPolicy`, sharded or not.
+            trained: Whether a rollout batch was trained on since the last publish: a new version.
+        """
+
+    def release_memory(self) -> None:  # noqa: B027 - there are no servers, by default
+        """Have the servers give their GPU memory back until the next publish."""
 
     def ask(self, name: str, first: int, last: int) -> None:
         """Start to answer held-out prompts `first` to `last` (exclusive)."""
-        ...
+        raise ConfigError("held-out prompts can't be answered in a replay: there are no servers.")
 
     def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
         """Wait for prompts that were asked; the scores reach every rank."""
-        ...
+        raise ConfigError("held-out prompts can't be answered in a replay: there are no servers.")
 
+    @abstractmethod
     def state_dict(self, num_unpublished: int = 0) -> dict[str, Any]:
-        """Everything to go on from, as plain data; some weights may not be published yet."""
-        ...
+        """Everything to go on from, as plain data; only rank 0 has the producer's part.
 
+        Also after the end, for a checkpoint that is saved then.
+
+        Args:
+            num_unpublished: Batches trained on whose weights are not on the servers yet.
+        """
+
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        ...
+        """Go on from a checkpoint; before `start`."""
 
     def progress(self) -> RolloutProgress | None:
         """How far the next rollout batch is, if that is known here; from any thread."""
-        ...
+        return None
 
     def health(self) -> dict[str, float]:
         """`health/...` of rank 0; empty elsewhere."""
-        ...
+        return {}
 
     def dtypes(self) -> dict[str, str]:
         """Of the weights on the wire and in the servers, where there are any; rank 0 only."""
-        ...
+        return {}
 
+    @abstractmethod
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start."""
-        ...
 
 
 def connect_ranks(trainer: L.Trainer | None, rank_timeout_s: float) -> RankChannel:
@@ -173,32 +198,23 @@ class _Lead:
             yield live.producer
 
 
-class RolloutSession:
-    """The rollouts of one run.
+class RolloutSession(Session):
+    """The rollouts of one run, on servers.
 
     Args:
         settings: What to run.
         channel: To the other ranks.
 
     Attributes:
-        version: Weight version of the trainer: rollout batches trained on so far.
         run_id: Names this run's weights on the servers.
-        num_prompts: Prompts of one pass.
-        num_val_prompts: Held-out prompts by set.
-        pinned: What a checkpoint's positions depend on: it must not change on the way.
         report: The last publish's report; rank 0 only.
-        remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
-        sync: How weights travel.
     """
 
     def __init__(self, settings: SessionSettings, channel: RankChannel) -> None:
+        super().__init__(channel)
         self.settings = settings
-        self.channel = channel
-        self.version = 0
         self.run_id = uuid.uuid4().hex[:8]
         self.report: PublishReport | None = None
-        self.remaining_batches: int | None = None
-        self.sync = SyncSettings()
         self._synced = False
         self._heap = QuietHeap()
         self._restored: dict[str, Any] | None = None
@@ -254,8 +270,8 @@ class RolloutSession:
             self._lead.proof = TrainerProof(self._lead.material.probe, kinds)
         self._heap.freeze()
 
+    @override
     def close(self) -> None:
-        """End producer, reward processes and servers; from any state, any number of times."""
         self._heap.thaw()
         lead = self._lead
         if lead is not None:
@@ -274,8 +290,8 @@ class RolloutSession:
 
     # -- rollouts -------------------------------------------------------------------------------
 
+    @override
     def take(self) -> Taken:
-        """The next rollout batch: groups on rank 0, its scalars on every rank."""
         if not self._synced:
             raise ConfigError(
                 "weights must be published before the first rollout batch. Keep WeightSync among "
@@ -289,19 +305,10 @@ class RolloutSession:
         scalars: Taken = self.channel.broadcast(taken and replace(taken, groups=None))
         return taken or scalars
 
-    def share(self, parts: list[Any] | None) -> Any:
-        """Rank r's element of what rank 0 passes."""
-        return self.channel.scatter(parts)
-
     # -- weights --------------------------------------------------------------------------------
 
+    @override
     def publish(self, policy: nn.Module, *, trained: bool) -> PublishReport | None:
-        """Bring the policy's weights to the servers and prove that they arrived.
-
-        Args:
-            policy: A `PackedPolicy`, sharded or not.
-            trained: Whether a rollout batch was trained on since the last publish: a new version.
-        """
         with torch.inference_mode(False), torch.no_grad():
             return self._publish(policy, trained)
 
@@ -381,8 +388,8 @@ class RolloutSession:
 
         self.channel.on_rank_zero(check, what="the proof of what was sent")
 
+    @override
     def release_memory(self) -> None:
-        """Have the servers give their GPU memory back until the next publish."""
         lead = self._lead
         future = lead.service.run(self._live.publisher.release_memory) if lead else None
         self.channel.wait(future, what="the release of the servers' memory")
@@ -400,8 +407,8 @@ class RolloutSession:
 
     # -- evaluation -----------------------------------------------------------------------------
 
+    @override
     def ask(self, name: str, first: int, last: int) -> None:
-        """Start to answer held-out prompts `first` to `last` (exclusive)."""
         if self._lead is None:
             return
         evaluation, live = self.settings.evaluation, self._live
@@ -422,8 +429,8 @@ class RolloutSession:
             for sampling, samples in asked
         ]
 
+    @override
     def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
-        """Wait for prompts that were asked; the scores reach every rank."""
         evaluation = self.settings.evaluation
         parts = self._answers.pop((name, first), [])
         groups: list[list[Group]] = []
@@ -443,14 +450,8 @@ class RolloutSession:
 
     # -- checkpoints ----------------------------------------------------------------------------
 
+    @override
     def state_dict(self, num_unpublished: int = 0) -> dict[str, Any]:
-        """Everything to go on from, as plain data; only rank 0 has the producer's part.
-
-        Also after the end, for a checkpoint that is saved then.
-
-        Args:
-            num_unpublished: Batches trained on whose weights are not on the servers yet.
-        """
         producer, lead = self._restored, self._lead
         if lead is not None and lead.live is not None:
             state_dict = lead.live.producer.state_dict
@@ -461,8 +462,8 @@ class RolloutSession:
         version = self.version + num_unpublished
         return {"version": version, "run_id": self.run_id, "producer": producer}
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; before `start`."""
         self.version = int(state["version"])
         self.run_id = str(state["run_id"])
         self._restored = state["producer"]

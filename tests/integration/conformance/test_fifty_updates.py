@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lightning_grpo.serving.fitness import Requirements
+from lightning_grpo.serving.health import choose_interruption
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.types import Completion, Interruption
 from lightning_grpo.weights.process_group import ProcessGroupTransport
@@ -47,7 +48,7 @@ async def syncing(
     settings = SyncSettings(request_timeout_s=30.0)
     publisher = WeightPublisher(pool, transport, "run", PROBE, settings, mode)
     async with pool:
-        assert pool.choose_interruption(mode) == mode
+        assert choose_interruption(mode, pool.members) == mode
         yield pool, publisher
         await publisher.close()
 

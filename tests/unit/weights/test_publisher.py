@@ -9,7 +9,7 @@ import torch
 
 from lightning_grpo.errors import ConfigError, ServersLostError, WeightSyncError
 from lightning_grpo.serving.fitness import Requirements
-from lightning_grpo.serving.health import HealthPolicy
+from lightning_grpo.serving.health import HealthPolicy, check_memory_release
 from lightning_grpo.serving.pool import ServerPool
 from lightning_grpo.serving.server import MemberState
 from lightning_grpo.types import Sampling
@@ -294,10 +294,10 @@ async def test_servers_that_gave_their_memory_back_take_it_for_the_next_publish(
 async def test_servers_that_can_not_give_memory_back_are_refused(tmp_path):
     async with fleet(tmp_path, DiskTransport(), FakeServer()) as (pool, _):
         with pytest.raises(ConfigError, match="enable-memory-saver"):
-            pool.check_memory_release()
+            check_memory_release(pool.members)
     able = FakeServer(info={"enable_memory_saver": True})
     async with fleet(tmp_path, DiskTransport(), able) as (pool, _):
-        pool.check_memory_release()
+        check_memory_release(pool.members)
 
 
 async def test_a_health_check_held_by_the_pause_does_not_hold_up_the_update(tmp_path):

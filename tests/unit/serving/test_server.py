@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo
-from lightning_grpo.serving.completion import Partial
+from lightning_grpo.serving.server import Partial
 from lightning_grpo.types import Sampling
 
 END, SPECIAL = 9, 8

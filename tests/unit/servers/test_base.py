@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import asyncio
 import socket
 import threading
@@ -5,7 +7,13 @@ import threading
 import pytest
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
-from lightning_grpo.servers.base import ADDRESSES_VARIABLE, RunningServers, normal_url
+from lightning_grpo.servers.base import (
+    ADDRESSES_VARIABLE,
+    RunningServers,
+    normal_url,
+    serving_devices,
+    training_devices,
+)
 from tests.fakes.server import FakeServer, Fault
 
 
@@ -146,3 +154,17 @@ def test_what_a_server_answers_instead_is_told(fake, tmp_path):
     fake.faults.append(Fault("/model_info", "error", times=99))
     with pytest.raises(ServerStartError, match=r"after 0\.2 s\. It answered 500\."):
         RunningServers([fake.url], connect_timeout_s=0.2).start("model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("present", "serving", "training"),
+    [
+        ([0], [0], [0]),
+        ([0, 1], [1], [0]),
+        ([0, 1, 2], [1, 2], [0]),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7], [0, 1, 2, 3]),
+    ],
+)
+def test_half_of_the_gpus_rounded_up_serve_and_the_others_train(present, serving, training):
+    assert serving_devices(present) == serving
+    assert training_devices(present, serving) == training
