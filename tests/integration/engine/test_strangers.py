@@ -108,7 +108,14 @@ def test_a_hub_id_is_not_looked_up_when_weights_are_updated(engine):
         assert "must be a folder of this machine (nothing is fetched)" in reply["message"]
 
 
-def test_half_open_connections_beyond_the_file_limit_are_survived(model_folder, tmp_path):
+IDLE = {
+    "half open": b"POST /generate HTTP/1.1\r\nHost: x\r\n",
+    "answered": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("said", IDLE.values(), ids=IDLE)
+def test_idle_connections_beyond_the_file_limit_are_survived(model_folder, tmp_path, said):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -119,7 +126,9 @@ def test_half_open_connections_beyond_the_file_limit_are_survived(model_folder, 
     try:
         for _ in range(600):
             idle.append(connect(engine))
-            idle[-1].sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\n")
+            idle[-1].sendall(said)
+            if said.endswith(b"\r\n\r\n"):
+                assert idle[-1].recv(1000).startswith(b"HTTP/1.1 200 ")
         assert engine.generate([1], sampling={"max_new_tokens": 1})
         assert engine.get("/model_info")["weight_version"] == "default"
     finally:
