@@ -12,7 +12,7 @@ import anyio
 import anyio.abc
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError
-from lightning_grpo.rollout.chat import with_arguments
+from lightning_grpo.rollout.chat import spellable, with_arguments
 from lightning_grpo.rollout.protocols import (
     Generator,
     Reward,
@@ -149,7 +149,8 @@ class Episode:
             first = checked.response_mask.index(True)
             transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
         self._tally.evaluated += self._request.priority
-        return replace(checked, length_limit=limit, transcript=transcript)
+        text = spellable(checked.text)  # a workflow's own may be an agent's, and is kept
+        return replace(checked, length_limit=limit, transcript=transcript, text=text)
 
     async def _generate(
         self, input_ids: list[int], sampling: Sampling, trained: bool
