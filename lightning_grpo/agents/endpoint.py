@@ -174,13 +174,13 @@ class Endpoint:
         return response
 
     def _find(self, request: web.Request) -> AgentSession:
-        if self._door is not None:
-            self._door.heard(request.transport)
         session = self._sessions.get(request.match_info["session"])
         if session is None:
             raise web.HTTPNotFound(text="this episode has ended")
         if not bears(request.headers.get("Authorization"), session.api_key):
             raise web.HTTPUnauthorized(text="the key is not this episode's")
+        if self._door is not None:
+            self._door.heard(request.transport)
         return session
 
 

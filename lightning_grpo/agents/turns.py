@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_grpo.errors import ConfigError, RolloutError
-from lightning_grpo.rollout.chat import Message, Tokenizer, fitting, rendering, without_blank_answer
+from lightning_grpo.rollout.chat import (
+    Message,
+    Tokenizer,
+    fitting,
+    rendering,
+    spellable,
+    without_blank_answer,
+)
 from lightning_grpo.rollout.workflow import EpisodeContext, RLVRWorkflow
 from lightning_grpo.types import NO_VERSION, Completion, Prompt, Trajectory
 
@@ -112,7 +119,7 @@ def first_ids(
         ConfigError: The template can't say all of it.
     """
     require_template(tokenizer)
-    messages = without_blank_answer(messages)
+    messages = spellable(without_blank_answer(messages))
     how = rendering(messages, tools)
     said = fitting(tokenizer, messages, how)
     return list(tokenizer.apply_chat_template(said, tokenize=True, return_dict=False, **how))
@@ -135,7 +142,8 @@ def next_ids(
     Raises:
         ConfigError: The template can't say all of it.
     """
-    ids = list(tokenizer.encode(_between(tokenizer, messages, calls), add_special_tokens=False))
+    between = _between(tokenizer, spellable(messages), spellable(calls))
+    ids = list(tokenizer.encode(between, add_special_tokens=False))
     if ids and _has_ended(tokenizer, completion, ids[0]):
         return ids[1:]
     return ids

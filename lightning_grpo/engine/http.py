@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_grpo.engine.admission import Admission
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.openai import OpenAIRoutes
-from lightning_grpo.engine.replies import About, generate_reply, json_response
+from lightning_grpo.engine.replies import About, Unread, generate_reply, json_response
 from lightning_grpo.engine.requests import (
     MAX_BODY_BYTES,
     AbortBody,
@@ -62,8 +62,9 @@ def room_for_connections() -> int:
 class Door:
     """Bounds an asyncio server's connections.
 
-    One that asks for nothing is closed after a while, and at once where it takes the room of a
-    newcomer; where all are busy the newcomer is closed. That happens is said once a minute.
+    One that never asks is closed after a while, and one that asks for nothing now at once where it
+    takes the room of a newcomer; where all are busy the newcomer is closed. That is said once a
+    minute.
 
     Args:
         make: A protocol for each connection.
@@ -78,7 +79,7 @@ class Door:
         self._room = room_for_connections() if room is None else room
         self._head_s = head_s
         self._open = 0
-        self._silent: dict[asyncio.BaseTransport | None, asyncio.TimerHandle] = {}
+        self._silent: dict[asyncio.BaseTransport | None, asyncio.TimerHandle | None] = {}
         self._turned_away, self._told_at = 0, -_TOLD_EVERY_S
 
     def __call__(self) -> asyncio.Protocol:
@@ -107,8 +108,14 @@ class Door:
 
     def heard(self, transport: asyncio.BaseTransport | None) -> None:
         """A request has come on a connection."""
-        if transport in self._silent:
-            self._silent.pop(transport).cancel()
+        timer = self._silent.pop(transport, None)
+        if timer is not None:
+            timer.cancel()
+
+    def answered(self, transport: asyncio.BaseTransport | None) -> None:
+        """Nothing is asked for on a connection now; it may stay while there is room."""
+        if transport is not None and not transport.is_closing():
+            self._silent[transport] = None
 
     def admit(self, transport: asyncio.Transport) -> bool:
         """Let a connection in, if there is or can be made room."""
@@ -272,8 +279,15 @@ class EngineServer:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self.door is not None:
-            self.door.heard(request.transport)
+        if self.door is None:
+            return await self._answer(request, handler)
+        self.door.heard(request.transport)
+        try:
+            return await self._answer(request, handler)
+        finally:
+            self.door.answered(request.transport)
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if not self._authorized(request):
             refused = _error("Unauthorized", 401)
             refused.force_close()  # a stranger's body is not read, and its connection not kept
@@ -341,10 +355,10 @@ class EngineServer:
         is_list: bool,
         started: float,
     ) -> web.StreamResponse:
-        updates: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        unread = Unread()
 
         def listener(index: int) -> Callable[[Output], None]:
-            return lambda output: updates.put_nowait((index, output))
+            return lambda output: unread.put(index, output)
 
         requests = [Request(g, listener(i), stream=True) for i, g in enumerate(generations)]
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -353,7 +367,7 @@ class EngineServer:
             await self._engine.call(lambda s: s.submit(requests))
             await response.prepare(request)
             while running:
-                index, output = await updates.get()
+                index, output = await unread.get()
                 running -= output.finish_reason is not None
                 reply = generate_reply(generations[index], output, self._intake.tokenizer, started)
                 if is_list:

@@ -6,7 +6,6 @@ ignored, and so is the model's name, as SGLang does.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.engine.admission import Admission
 from lightning_grpo.engine.intake import Intake
-from lightning_grpo.engine.replies import generate_reply, json_response
+from lightning_grpo.engine.replies import Unread, generate_reply, json_response
 from lightning_grpo.engine.requests import (
     BadRequestError,
     GenerateBody,
@@ -274,17 +273,17 @@ class OpenAIRoutes:
         self, generations: list[Generation], *, stream: bool
     ) -> AsyncGenerator[tuple[int, Output], None]:
         """Each output that is told of, until all have ended; leaving early aborts the others."""
-        updates: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        unread = Unread()
 
         def listener(index: int) -> Callable[[Output], None]:
-            return lambda output: updates.put_nowait((index, output))
+            return lambda output: unread.put(index, output)
 
         requests = [Request(g, listener(i), stream=stream) for i, g in enumerate(generations)]
         running = {generation.rid for generation in generations}
         try:
             await self._engine.call(lambda s: s.submit(requests))
             while running:
-                index, output = await updates.get()
+                index, output = await unread.get()
                 if output.finish_reason is not None:
                     running.discard(generations[index].rid)
                 yield index, output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,31 @@ def _text(generation: Generation, output: Output, tokenizer: PreTrainedTokenizer
         # A character whose bytes are not all here is not told of yet.
         return text.rstrip("\ufffd")
     return trim(text, matched)
+
+
+class Unread:
+    """What a stream has not told yet: the newest output of each completion, which holds the others.
+
+    So a reader who is slow, or stops, costs no more memory than one who waits for the end.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[int, Output] = {}
+        self._some = asyncio.Event()
+
+    def put(self, index: int, output: Output) -> None:
+        """What a completion is by now."""
+        self._newest[index] = output
+        self._some.set()
+
+    async def get(self) -> tuple[int, Output]:
+        """The completion that has waited longest to be told of, and what it is."""
+        await self._some.wait()
+        index = next(iter(self._newest))
+        output = self._newest.pop(index)
+        if not self._newest:
+            self._some.clear()
+        return index, output
 
 
 SGLANG_VERSION = "0.5.19"

@@ -13,7 +13,7 @@ import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -39,7 +39,7 @@ MAX_BODY_BYTES = 8 << 20
 MAX_COMPLETIONS = 4096
 """Most completions of one request."""
 MAX_NAME = 256
-"""Longest name of a request (`rid`, `extra_key`)."""
+"""Longest name of a request (`rid`, `extra_key`), of weights or a group."""
 MAX_STOPS = 64
 """Most strings that end a completion, and most tokens beside the model's own."""
 MAX_STOP = 1024
@@ -51,6 +51,12 @@ _SHOWN = 80
 _MOST_BITS = 128
 _UNKNOWN = re.compile(r"unknown field `(.*)`")
 _AT = re.compile(r"^(?P<what>.*) - at `\$(?P<path>.*)`$")
+
+
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+"""Of weights or a group: it is kept, and told again."""
+Address = Annotated[str, msgspec.Meta(max_length=4096)]
+"""A path or a host."""
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -125,15 +131,15 @@ class PauseBody(msgspec.Struct, kw_only=True):
 class AbortBody(msgspec.Struct, kw_only=True):
     """The body of `/abort_request`."""
 
-    rid: str | None = None
+    rid: Name | None = None
     abort_all: bool = False
 
 
 class DiskUpdateBody(msgspec.Struct, kw_only=True):
     """The body of `/update_weights_from_disk`."""
 
-    model_path: str
-    weight_version: str | None = None
+    model_path: Address
+    weight_version: Name | None = None
     flush_cache: bool = True
     abort_all_requests: bool = False
 
@@ -141,18 +147,18 @@ class DiskUpdateBody(msgspec.Struct, kw_only=True):
 class InitGroupBody(msgspec.Struct, kw_only=True):
     """The body of `/init_weights_update_group`."""
 
-    master_address: str
+    master_address: Address
     master_port: int
     rank_offset: int
     world_size: int
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
     backend: str = "nccl"
 
 
 class DestroyGroupBody(msgspec.Struct, kw_only=True):
     """The body of `/destroy_weights_update_group`."""
 
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
 
 
 class DistributedUpdateBody(msgspec.Struct, kw_only=True):
@@ -161,17 +167,17 @@ class DistributedUpdateBody(msgspec.Struct, kw_only=True):
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
     flush_cache: bool = True
     abort_all_requests: bool = False
-    weight_version: str | None = None
+    weight_version: Name | None = None
     load_format: str | None = None
 
 
 class VersionBody(msgspec.Struct, kw_only=True):
     """The body of `/update_weight_version`."""
 
-    new_version: str
+    new_version: Name
     abort_all_requests: bool = True
 
 

@@ -224,6 +224,15 @@ def call_of(call: Any) -> dict[str, Any]:
 # -- templates ------------------------------------------------------------------------------------
 
 
+def spellable(value: Any) -> Any:
+    """The same with U+FFFD for halves of surrogate pairs: JSON spells them, no tokenizer does."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, Mapping):
+        return {spellable(name): spellable(each) for name, each in value.items()}
+    return [spellable(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 class TemplatedTokenizer:
     """A tokenizer whose chat template always gets some arguments; all else is the tokenizer's.
 

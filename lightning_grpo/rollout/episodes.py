@@ -21,7 +21,7 @@ from lightning_grpo.errors import (
     ServerError,
     ServersLostError,
 )
-from lightning_grpo.rollout.chat import Tokenizer, with_arguments
+from lightning_grpo.rollout.chat import Tokenizer, spellable, with_arguments
 from lightning_grpo.rollout.scoring import Reward, RewardValue
 from lightning_grpo.rollout.workflow import (
     Generator,
@@ -168,7 +168,8 @@ class Episode:
             first = checked.response_mask.index(True)
             transcript = self.tokenizer.decode(list(checked.input_ids[first:]))
         self._runner.num_evaluated += self._attempt.priority
-        return replace(checked, length_limit=limit, transcript=transcript)
+        text = spellable(checked.text)  # a workflow's own may be an agent's, and is kept
+        return replace(checked, length_limit=limit, transcript=transcript, text=text)
 
     async def _generate(
         self, input_ids: list[int], sampling: Sampling, trained: bool

@@ -30,7 +30,7 @@ from typing import Any, Literal, Self
 import anyio
 import anyio.to_thread
 import cloudpickle
-from loky.backend import get_context
+from loky.backend.context import LokyContext
 from pebble import ProcessExpired, ProcessPool
 
 from lightning_grpo.errors import ConfigError, RewardError
@@ -489,6 +489,65 @@ class RewardScorer:
         return _OwnedPool(self.processes, (blobs, os.getpid(), self._use_gpu))
 
 
+class TokenLock:
+    """A lock between processes: whoever holds it has read the only byte of a pipe; recursive.
+
+    multiprocessing's and loky's are semaphores with names, which stay in /dev/shm for ever when
+    their process is killed together with the one that would remove them.
+
+    Args:
+        context: Makes pipes that processes of its kind can be given.
+    """
+
+    def __init__(self, context: LokyContext) -> None:
+        token, back = context.Pipe(duplex=False)
+        os.set_blocking(token.fileno(), False)
+        os.write(back.fileno(), b".")
+        self.__setstate__((token, back))
+
+    def __getstate__(self) -> tuple[Any, Any]:
+        return self._token, self._back
+
+    def __setstate__(self, state: tuple[Any, Any]) -> None:
+        self._token, self._back = state
+        self._here, self._depth = threading.RLock(), 0
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        """Take it, or wait so many seconds for it; whether it was taken."""
+        end = None if block and timeout is None else time.monotonic() + (timeout or 0) * block
+        if not self._here.acquire(timeout=-1 if end is None else max(0, end - time.monotonic())):
+            return False
+        if not self._depth and not self._take(end):
+            self._here.release()
+            return False
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        """Give it back, as often as it was taken."""
+        self._depth -= 1
+        if not self._depth:
+            os.write(self._back.fileno(), b".")
+        self._here.release()
+
+    def _take(self, end: float | None) -> bool:
+        while True:
+            try:
+                return bool(os.read(self._token.fileno(), 1))
+            except BlockingIOError:  # somebody has it, or was faster
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._token.poll(left)
+
+
+class _Context(LokyContext):
+    """loky's processes, which need no guarded main module, with locks that leave nothing behind."""
+
+    def RLock(self) -> TokenLock:
+        return TokenLock(self)
+
+
 class _OwnedPool:
     """A pool whose processes are started by a thread that lives as long as it does.
 
@@ -499,7 +558,7 @@ class _OwnedPool:
     def __init__(self, processes: int, arguments: tuple[Any, ...]) -> None:
         self._pool = ProcessPool(
             max_workers=processes,
-            context=get_context("loky"),
+            context=_Context(),
             initializer=start_worker,
             initargs=arguments,
         )

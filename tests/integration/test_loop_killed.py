@@ -187,14 +187,10 @@ FAULTS = [
 
 @contextlib.contextmanager
 def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Processes, shared memory, sockets, temporary files: as before.
-
-    Named semaphores (32 bytes) of processes that were killed together with their resource tracker
-    are nobody's to remove; the kernel doesn't.
-    """
+    """Processes, shared memory, sockets, temporary files: as before."""
 
     def shared() -> set[str]:
-        segments = {p.name for p in Path("/dev/shm").glob("*") if p.stat().st_size > 32}
+        segments = {path.name for path in Path("/dev/shm").glob("*")}
         return segments | set(Path("/proc/sysvipc/shm").read_text().splitlines()[1:])
 
     def is_somebody_s(name: str) -> bool:

@@ -117,14 +117,14 @@ GROUP = ["/init_weights_update_group", "/update_weights_from_distributed"]
 STOPPED_AT = ["/generate", "/update_weights_from_distributed"]
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
 async def test_an_engine_killed_in_an_update_by_disk_comes_back(
     model_folder: Path, tmp_path: Path
 ) -> None:
     await run(EmbeddedServers(), model_folder, tmp_path, DiskTransport(), DISK[2:])
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
 async def test_an_engine_killed_in_an_update_by_group_comes_back(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +132,7 @@ async def test_an_engine_killed_in_an_update_by_group_comes_back(
     await run(EmbeddedServers(), model_folder, tmp_path, transport, GROUP[:1])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_an_engine_that_is_stopped_is_replaced_and_the_other_goes_on(
     model_folder: Path, tmp_path: Path
 ) -> None:

@@ -108,7 +108,31 @@ def test_a_hub_id_is_not_looked_up_when_weights_are_updated(engine):
         assert "must be a folder of this machine (nothing is fetched)" in reply["message"]
 
 
-def test_half_open_connections_beyond_the_file_limit_are_survived(model_folder, tmp_path):
+def test_names_of_weights_and_groups_which_every_reply_would_repeat_are_bounded(engine):
+    group = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
+    for path, name, others in (
+        ("/update_weight_version", "new_version", {}),
+        ("/update_weights_from_disk", "weight_version", {"model_path": "nowhere"}),
+        ("/update_weights_from_disk", "model_path", {}),
+        ("/init_weights_update_group", "group_name", group),
+        ("/destroy_weights_update_group", "group_name", {}),
+        ("/abort_request", "rid", {}),
+    ):
+        status, reply = engine.request(path, {**others, name: "v" * 10**6})
+        assert status == 400
+        assert f"`{name}`: Expected `str` of length <= " in reply["error"]["message"]
+        assert len(reply["error"]["message"]) < 250
+    assert engine.get("/model_info")["weight_version"] == "default"
+
+
+IDLE = {
+    "half open": b"POST /generate HTTP/1.1\r\nHost: x\r\n",
+    "answered": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("said", IDLE.values(), ids=IDLE)
+def test_idle_connections_beyond_the_file_limit_are_survived(model_folder, tmp_path, said):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
@@ -119,7 +143,9 @@ def test_half_open_connections_beyond_the_file_limit_are_survived(model_folder, 
     try:
         for _ in range(600):
             idle.append(connect(engine))
-            idle[-1].sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\n")
+            idle[-1].sendall(said)
+            if said.endswith(b"\r\n\r\n"):
+                assert idle[-1].recv(1000).startswith(b"HTTP/1.1 200 ")
         assert engine.generate([1], sampling={"max_new_tokens": 1})
         assert engine.get("/model_info")["weight_version"] == "default"
     finally:

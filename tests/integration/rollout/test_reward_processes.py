@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 import anyio
 import psutil
 import pytest
+from loky.backend.context import LokyContext
 
 from lightning_grpo.errors import ConfigError, RewardError
-from lightning_grpo.rollout.scoring import RewardScorer
+from lightning_grpo.rollout.scoring import RewardScorer, TokenLock
 
 ROOT = Path(__file__).parents[3]
 
@@ -86,8 +88,8 @@ def test_a_reward_that_never_returns_is_killed_and_the_next_one_is_right(endless
             await value_or_error(scorer, exact, completion="4", answer="4"),
         ]
 
-    (error, after), counts = run(main, endless, exact, timeout_s=0.5)
-    assert "took longer than `reward_timeout_s` (0.5 s)" in error
+    (error, after), counts = run(main, endless, exact, timeout_s=2.0)
+    assert "took longer than `reward_timeout_s` (2 s)" in error
     assert after == 1.0
     assert (counts.timed_out, counts.scored) == (1, 1)
 
@@ -146,6 +148,42 @@ def test_a_call_whose_process_is_killed_gets_its_score_from_another(tmp_path):
     score, counts = run(main, slow_at_first)
     assert score == 4.0
     assert (counts.scored, counts.crashed) == (1, 1)
+
+
+def test_no_names_are_left_that_a_killed_run_could_not_clean_up():
+    async def main(scorer):
+        assert await scorer.score(exact, {"completion": "4", "answer": "4"}) == 1.0
+        return [name for name in os.listdir("/dev/shm") if f"-{os.getpid()}-" in name]
+
+    assert run(main, exact)[0] == []
+
+
+def hold(lock, held, until):
+    """In a process of its own."""
+    with contextlib.closing(held), contextlib.closing(until):
+        held.send(lock.acquire())
+        until.recv()
+        lock.release()
+
+
+def test_a_lock_that_another_process_holds_is_waited_for_and_can_be_taken_twice():
+    context = LokyContext()
+    lock = TokenLock(context)
+    held, tells = context.Pipe(duplex=False)
+    until, ends = context.Pipe(duplex=False)
+    assert [lock.acquire(), lock.acquire(block=False), lock.acquire(timeout=0.0)] == [True] * 3
+    for _ in range(3):
+        lock.release()
+    process = context.Process(target=hold, args=(lock, tells, until))
+    process.start()
+    assert held.recv()
+    assert not lock.acquire(block=False)
+    assert not lock.acquire(timeout=0.05)
+    ends.send(None)
+    assert lock.acquire()
+    lock.release()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_process_that_is_killed_while_idle_is_replaced():
@@ -261,7 +299,7 @@ def test_leaving_ends_every_process_also_one_that_is_stuck():
 SCRIPT = """
 import os, sys, time
 import anyio
-from lightning_grpo.rollout.scoring import RewardScorer
+from lightning_grpo.rollout.scoring import RewardScorer, TokenLock
 from my_rewards import helper      # beside the script, and nowhere else
 
 SCALE = 2.0

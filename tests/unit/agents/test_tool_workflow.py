@@ -75,6 +75,26 @@ def test_a_mistake_is_told_to_the_policy_and_counted(said, told):
     assert workflow.counts.raised == 1
 
 
+def echo(text: str) -> str:
+    """Says it again.
+
+    Args:
+        text: What.
+    """
+    return text
+
+
+def test_what_no_tokenizer_can_read_reaches_the_policy_as_what_it_can():
+    tokenizer = make_chat_tokenizer()
+    said = call_text("echo", r'{"text": "a\ud800b \ud83d\ude00"}')
+    context = ScriptedContext(tokenizer, [said, "5"])
+    workflow = ToolWorkflow([echo], right, limits=ToolLimits(processes=1))
+    trajectory = anyio.run(workflow.run, make_prompt(tokenizer, answer="5"), context)
+    assert "<tool_response>a\ufffdb \U0001f600</tool_response>" in tokenizer.decode(
+        trajectory.input_ids
+    )
+
+
 def test_calls_and_turns_have_limits():
     said = call_text("add", '{"a": 2, "b": 3}')
     trajectory, _, workflow, tokenizer = play([said * 2, said, "5"], max_calls=2)

@@ -16,6 +16,7 @@ class Echo(asyncio.Protocol):
     """Sends back what it gets, once the door has been told."""
 
     door: Door
+    answers = False
 
     def connection_made(self, transport):
         self.transport = transport
@@ -23,11 +24,19 @@ class Echo(asyncio.Protocol):
     def data_received(self, data):
         self.door.heard(self.transport)
         self.transport.write(data)
+        if self.answers:
+            self.door.answered(self.transport)
+
+
+class Answering(Echo):
+    """Says when nothing more is asked for."""
+
+    answers = True
 
 
 @contextlib.asynccontextmanager
-async def listening(room: int, head_s: float = 60.0):
-    door = Door(Echo, room, head_s)
+async def listening(room: int, head_s: float = 60.0, protocol: type[Echo] = Echo):
+    door = Door(protocol, room, head_s)
     Echo.door = door
     server = await door.listen("127.0.0.1", 0)
     opened: list[asyncio.StreamWriter] = []
@@ -76,6 +85,17 @@ async def test_one_that_is_busy_is_not_closed_for_a_newcomer():
         await busy[0][1].wait_closed()
         await asyncio.sleep(0)
         assert await asked(*await connect()) == b"a"
+
+
+@pytest.mark.anyio
+async def test_one_that_was_answered_stays_while_there_is_room_and_then_goes_first():
+    async with listening(room=3, head_s=0.05, protocol=Answering) as connect:
+        answered = [await connect() for _ in range(3)]
+        assert [await asked(*each) for each in answered] == [b"a"] * 3
+        await asyncio.sleep(0.2)
+        assert [await asked(*each) for each in answered] == [b"a"] * 3
+        assert await asked(*await connect()) == b"a"
+        assert [await asked(*each) for each in answered] == [b"", b"a", b"a"]
 
 
 @pytest.mark.anyio
