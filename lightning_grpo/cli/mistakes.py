@@ -77,12 +77,12 @@ def locate(message: str, settings: Setting) -> ConfigProblem:
 
 def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | None:
     quoted = [name.strip(".") for name in re.findall(r"`([\w.]+)", message)]
-    quoted = [part for name in quoted for part in dict.fromkeys((name, name.rpartition(".")[2]))]
+    quoted = [part for name in quoted for part in _spellings(name)]
     words = re.findall(r"\w+", message)
     leaves = [(key, setting) for key, setting in settings.walk()]
     owners = [name.rpartition(".")[0] for name in quoted if "." in name]
     for name in [*quoted, *words, *owners]:
-        named = [kv for kv in leaves if kv[0] == name or kv[0].endswith("." + name)]
+        named = [kv for kv in leaves if f".{kv[0].replace('.init_args', '')}".endswith("." + name)]
         if not named:
             continue
         told = [kv for kv in named if _mentions(message, kv[1].plain())]
@@ -93,6 +93,12 @@ def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | Non
     # `got 'x'` is about what was given; what else the message repeats may be a way out.
     got = [kv for kv in repeated if repr(kv[1].plain()) in message]
     return next(iter(got or repeated), None)
+
+
+def _spellings(name: str) -> list[str]:
+    """A setting's name, from the surest: whole, its owner's where that is told by two, its last."""
+    owner, _, last = name.rpartition(".")
+    return list(dict.fromkeys((name, owner, last) if "." in owner else (name, last)))
 
 
 def _is_address(value: object) -> bool:
