@@ -95,3 +95,10 @@ def test_a_dataset_named_on_the_command_line_keeps_the_configs_column(tmp_path):
     assert with_paths(below, ["--data.prompts=b.csv"]) == ["--data.prompts.path=b.csv"]
     assert with_paths(below, ["--data.prompts", "mine.Prompts"])[0] == "--data.prompts"
     assert with_paths([], ["--data.prompts", "b.csv"])[0] == "--data.prompts"
+
+
+def test_a_dataset_named_on_the_command_line_may_have_its_settings_beside_it():
+    options = ["--data.test_prompts", "b.csv", "--data.test_prompts.column", "question"]
+    assert with_paths([], options) == ["--data.test_prompts.path", *options[1:]]
+    other = ["--data.test_prompts", "mine.Prompts", "--data.test_prompts.column", "question"]
+    assert with_paths([], other) == other
