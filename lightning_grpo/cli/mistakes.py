@@ -386,9 +386,10 @@ def subclasses(base: type) -> dict[str, type]:
 
 def _descendants(base: type) -> list[type]:
     """The subclasses of `base` that are loaded, itself first, each once; none of everything."""
-    found = [] if base is object or base is Any else [base]
+    found: list[type] = [] if base is object or base is Any else [base]
     for cls in found:
-        found += [each for each in type.__subclasses__(cls) if each not in found]
+        derived: list[type] = type.__subclasses__(cls)
+        found += [each for each in derived if each not in found]
     return found
 
 
