@@ -43,7 +43,10 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
 
-test-slow test-slurm test-ray: $(VENV)/.test
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m "slow and $(subst and not slow ,,$(ELSEWHERE))" $(PYTEST_ARGS)
+
+test-slurm test-ray: $(VENV)/.test
 	$(BIN)/python -m pytest -m $(subst test-,,$@) $(PYTEST_ARGS)
 
 # Ten minutes in each of two modes by default, and one undisturbed run; seeds are printed.

@@ -97,20 +97,20 @@ def _find(name: str) -> Path:
 
 
 def with_paths(configs: Sequence[tuple[str, Path]], options: Sequence[str]) -> list[str]:
-    """`--data.prompts rows.csv` over a config's dataset as its `path`: its `column` stays."""
+    """`--data.prompts rows.csv` as a `path`, where a config or another option has its `column`."""
     data = collect(configs, []).plain().get("data") or {}
     spelled = list(options)
     for place, option in enumerate(options):
         name, equals, text = option.partition("=")
         key = name.removeprefix("--data.")
         text = text if equals else next(iter(options[place + 1 :]), "")
-        below = data.get(key)
+        below = data.get(key, {})
         if key not in ("prompts", "val_prompts", "test_prompts") or not isinstance(below, dict):
             continue
         try:
             Source(text)
         except ValueError:
             continue
-        if "path" in below:
+        if "path" in below or any(other.startswith(f"{name}.") for other in options):
             spelled[place] = f"{name}.path{equals}{text if equals else ''}"
     return spelled

@@ -77,12 +77,12 @@ def locate(message: str, settings: Setting) -> ConfigProblem:
 
 def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | None:
     quoted = [name.strip(".") for name in re.findall(r"`([\w.]+)", message)]
-    quoted = [part for name in quoted for part in dict.fromkeys((name, name.rpartition(".")[2]))]
+    quoted = [part for name in quoted for part in _spellings(name)]
     words = re.findall(r"\w+", message)
     leaves = [(key, setting) for key, setting in settings.walk()]
     owners = [name.rpartition(".")[0] for name in quoted if "." in name]
     for name in [*quoted, *words, *owners]:
-        named = [kv for kv in leaves if kv[0] == name or kv[0].endswith("." + name)]
+        named = [kv for kv in leaves if f".{kv[0].replace('.init_args', '')}".endswith("." + name)]
         if not named:
             continue
         told = [kv for kv in named if _mentions(message, kv[1].plain())]
@@ -93,6 +93,12 @@ def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | Non
     # `got 'x'` is about what was given; what else the message repeats may be a way out.
     got = [kv for kv in repeated if repr(kv[1].plain()) in message]
     return next(iter(got or repeated), None)
+
+
+def _spellings(name: str) -> list[str]:
+    """A setting's name, from the surest: whole, its owner's where that is told by two, its last."""
+    owner, _, last = name.rpartition(".")
+    return list(dict.fromkeys((name, owner, last) if "." in owner else (name, last)))
 
 
 def _is_address(value: object) -> bool:
@@ -191,7 +197,8 @@ def call_shape(member: Any) -> tuple[int, type]:
         return 0, object
     supplied = len(arguments[0]) if isinstance(arguments[0], list) else 0
     results = [m for m in members(arguments[-1]) if is_component(m)]
-    return supplied, results[0] if len(results) == 1 else object
+    widest = [m for m in results if sum(issubclass(m, other) for other in results) == 1]
+    return supplied, widest[0] if len(widest) == 1 else object
 
 
 def accepts(annotation: Any, setting: Setting) -> bool:
@@ -329,8 +336,15 @@ def import_object(path: str, base: type = object) -> Any:
     module, _, name = path.rpartition(".")
     known = subclasses(base)
     if not module:
-        if name in known:
-            return known[name]
+        same = [each for each in _descendants(base) if each.__name__ == name and name in known]
+        if len(same) > 1:
+            rule = "must be an import path (`package.module.name`), since several have the name"
+            last = same[-1]  # the most derived: what was made to be used here
+            raise ImportPathError(
+                f"{rule} {name!r}", f"did you mean `{last.__module__}.{last.__qualname__}`?"
+            )
+        if same:
+            return same[0]
         near = nearest(name, known)
         if name in lightning_grpo.__all__:  # not loaded yet, so not among the known
             near = f"did you mean `lightning_grpo.{name}`?"
@@ -361,17 +375,21 @@ def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
 
 def subclasses(base: type) -> dict[str, type]:
     """The concrete subclasses of `base` that are loaded, itself included, by name."""
-    if base is object or base is Any:
-        return {}
     found: dict[str, type] = {}
-    waiting = [base]
-    while waiting:
-        cls = waiting.pop(0)
-        waiting += type.__subclasses__(cls)
+    for cls in _descendants(base):
         if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
             found.setdefault(cls.__name__, cls)
     if is_protocol(base):
         found.pop(base.__name__, None)
+    return found
+
+
+def _descendants(base: type) -> list[type]:
+    """The subclasses of `base` that are loaded, itself first, each once; none of everything."""
+    found: list[type] = [] if base is object or base is Any else [base]
+    for cls in found:
+        derived: list[type] = type.__subclasses__(cls)
+        found += [each for each in derived if each not in found]
     return found
 
 

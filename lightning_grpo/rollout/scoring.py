@@ -216,12 +216,14 @@ _NOT_THEIRS = (
 )
 
 _CACHE_SIZE = 32
-_loaded: dict[bytes, Any] = {}
+_LOADING_S = 120.0
+"""To import what a reward's module needs (torch takes seconds), once in each process."""
+_loaded: dict[int | bytes, Any] = {}
 _shipped: list[bytes] = []
 
 
 def start_worker(shipped: list[bytes], parent: int, use_gpu: bool) -> None:
-    """Prepare a worker; user code is imported at its first call, where an error can be told."""
+    """Prepare a worker; user code is imported when it is asked for, where an error can be told."""
     _die_with(parent)
     # At once, also inside code that never comes back to the interpreter's own handler.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -232,11 +234,26 @@ def start_worker(shipped: list[bytes], parent: int, use_gpu: bool) -> None:
     _shipped.extend(shipped)
 
 
-def call_reward(reward: int | bytes, arguments: bytes) -> Answer:
-    """Call a reward; its failure is an answer too, so that nothing but plain data travels."""
+def load_reward(reward: int) -> Answer | None:
+    """Import a shipped reward's code; an answer is why that failed."""
     try:
-        blob = _shipped[reward] if isinstance(reward, int) else reward
-        return answer_of(_load_reward(blob)(**cloudpickle.loads(arguments)))
+        if reward not in _loaded:
+            _loaded[reward] = cloudpickle.loads(_shipped[reward])
+    except BaseException as error:  # noqa: BLE001 - told as text; also sys.exit() of a module
+        return "error", told(error)
+    return None
+
+
+def call_reward(reward: int | bytes, arguments: bytes) -> Answer | None:
+    """Call a reward; its failure is an answer too, so that nothing but plain data travels.
+
+    None: it is a shipped one that this process has not loaded yet.
+    """
+    if isinstance(reward, int) and reward not in _loaded:
+        return None
+    try:
+        function = _loaded[reward] if isinstance(reward, int) else _load_travelled(reward)
+        return answer_of(function(**cloudpickle.loads(arguments)))
     except BaseException as error:  # noqa: BLE001 - told as text; also sys.exit() of a reward
         return "error", told(error)
 
@@ -289,10 +306,11 @@ def is_trainable(reward: float) -> bool:
     return math.isfinite(reward) and abs(reward) <= LARGEST
 
 
-def _load_reward(blob: bytes) -> Any:
+def _load_travelled(blob: bytes) -> Any:
     if blob not in _loaded:
-        if len(_loaded) >= _CACHE_SIZE:
-            _loaded.clear()
+        travelled = [each for each in _loaded if isinstance(each, bytes)]
+        for each in travelled if len(travelled) >= _CACHE_SIZE else ():
+            del _loaded[each]
         _loaded[blob] = cloudpickle.loads(blob)
     return _loaded[blob]
 
@@ -356,7 +374,8 @@ class RewardScorer:
     Args:
         rewards: Functions that are shipped when a process starts; others travel with each call.
         processes: How many; 0 calls in-line, without a limit, for a debugger.
-        timeout_s: Of one call, from when a process takes it up.
+        timeout_s: Of one call, from when a process takes it up; what the function's module imports
+            has a limit of its own.
         use_gpu: Whether the processes see the GPUs.
     """
 
@@ -455,7 +474,12 @@ class RewardScorer:
                 self._pool = await anyio.to_thread.run_sync(self._start_pool)
         pool = self._pool
         try:
-            return await pool.call(named, arguments, timeout_s)
+            given = (named, arguments)
+            while (answer := await pool.call(call_reward, given, timeout_s)) is None:
+                answer = await self._load(pool, reward)
+                if answer is not None:
+                    break
+            return answer
         except TimeoutError:
             raise self._timed_out(reward, timeout_s) from None
         except ProcessExpired as error:
@@ -471,11 +495,20 @@ class RewardScorer:
                 f"the processes that run rewards were lost and start anew ({error})"
             ) from error
 
-    def _timed_out(self, reward: Reward, timeout_s: float) -> RewardError:
+    async def _load(self, pool: _OwnedPool, reward: Reward) -> Answer | None:
+        """Have a process load a shipped reward, outside of any call's time."""
+        try:
+            return await pool.call(load_reward, (self._shipped[id(reward)],), _LOADING_S)
+        except TimeoutError:
+            raise self._timed_out(reward, _LOADING_S, "is allowed to import its module") from None
+
+    def _timed_out(
+        self, reward: Reward, timeout_s: float, limit: str = "`reward_timeout_s`"
+    ) -> RewardError:
         self.counts.timed_out += 1
         return RewardError(
-            f"reward {reward_name(reward)!r} took longer than `reward_timeout_s` "
-            f"({timeout_s:g} s) and was ended"
+            f"reward {reward_name(reward)!r} took longer than {limit} ({timeout_s:g} s) and was "
+            "ended"
         )
 
     async def _close(self, pool: _OwnedPool | None) -> None:
@@ -568,9 +601,10 @@ class _OwnedPool:
         self._owner.start()
         self._started.wait()
 
-    async def call(self, reward: int | bytes, arguments: bytes, timeout_s: float) -> Answer:
-        function = call_reward
-        future = self._pool.schedule(function, args=(reward, arguments), timeout=timeout_s)
+    async def call(
+        self, function: Callable[..., Answer | None], arguments: tuple[Any, ...], timeout_s: float
+    ) -> Answer | None:
+        future = self._pool.schedule(function, args=arguments, timeout=timeout_s)
         waiting = asyncio.wrap_future(future)
         waiting.add_done_callback(seen)
         try:

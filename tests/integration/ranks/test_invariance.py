@@ -33,7 +33,8 @@ from tests.fakes.recordings import write_recording
 from tests.fakes.tiny_lm import VOCAB, make_lm
 
 BATCHES = 2
-TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
+# In fp32 the weight of a sequence is the product of the rounding of all of its tokens.
+TOLERANCE = {"float32": 4e-6, "float64": 1e-12}
 MEASURED = ("time/", "health/", "idle/", "throughput/")
 
 

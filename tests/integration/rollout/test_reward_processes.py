@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -92,6 +93,59 @@ def test_a_reward_that_never_returns_is_killed_and_the_next_one_is_right(endless
     assert "took longer than `reward_timeout_s` (2 s)" in error
     assert after == 1.0
     assert (counts.timed_out, counts.scored) == (1, 1)
+
+
+SLOW_TO_IMPORT = """
+import time
+time.sleep(1.5)
+def right(completion, answer):
+    return float(completion == answer)
+def fails(completion):
+    raise KeyError("mine")
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_reward_imports_is_no_part_of_its_time(tmp_path, monkeypatch, processes):
+    (tmp_path / "slow_to_import.py").write_text(SLOW_TO_IMPORT)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("slow_to_import")
+
+    async def main(scorer):
+        right = [await scorer.score(module.right, {"completion": "4", "answer": "4"})]
+        right.append(await value_or_error(scorer, module.fails, completion="x"))
+        right.append(await value_or_error(scorer, stuck, completion="x"))  # ends the process
+        right.append(await scorer.score(module.right, {"completion": "4", "answer": "5"}))
+        return right
+
+    try:
+        rewards = (module.right, module.fails, stuck)
+        said, counts = run(main, *rewards, processes=processes, timeout_s=0.5)
+    finally:
+        sys.modules.pop("slow_to_import")
+    assert (said[0], said[3]) == (1.0, 0.0)
+    assert "KeyError: 'mine' (" in said[1]
+    assert "in fails" in said[1]
+    assert (counts.timed_out, counts.failed, counts.scored) == (1, 1, 2)
+
+
+def test_a_reward_that_can_t_be_loaded_is_told_by_its_line(tmp_path, monkeypatch):
+    file = tmp_path / "loads_here_only.py"
+    file.write_text("def right(completion):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = importlib.import_module("loads_here_only").right
+    file.write_text("import os\nos.nowhere\n")
+
+    async def main(scorer):
+        return await value_or_error(scorer, reward, completion="x")
+
+    try:
+        said, counts = run(main, reward)
+    finally:
+        sys.modules.pop("loads_here_only")
+    assert "AttributeError: module 'os' has no attribute 'nowhere'" in said
+    assert f"{file}:2" in said
+    assert counts.failed == 1
 
 
 def test_a_stuck_reward_costs_no_other_its_score():

@@ -70,6 +70,17 @@ def refusal(folder: Path, arguments: str, config: str = GOOD) -> list[str]:
 
 
 COMMAND_LINE = {
+    "--model.lr_scheduler ReduceLROnPlateau --model.lr_scheduler.monitor eval/avg_at_1": [
+        "model.lr_scheduler (command line)",
+        "must be an import path (`package.module.name`), since several have the name"
+        " 'ReduceLROnPlateau'",
+        "did you mean `lightning.pytorch.cli.ReduceLROnPlateau`?",
+    ],
+    "--model.lr_scheduler StepLRR --model.lr_scheduler.step_size 3": [
+        "model.lr_scheduler (command line)",
+        "must be an import path (`package.module.name`), got 'StepLRR'",
+        "did you mean `StepLR`?",
+    ],
     "--ckpt_path gone.ckpt": [
         "ckpt_path (command line)",
         "`ckpt_path` must name a checkpoint, and there is no 'gone.ckpt'.",

@@ -20,6 +20,8 @@ WRITTEN = collect(
         *("--data.servers.urls", "[127.0.0.1:30000, 127.0.0.1:30001]"),
         *("--data.group_size", "1"),
         *("--trainer.max_steps", "3"),
+        *("--data.workflow.init_args.sampling.max_new_tokens", "512"),
+        *("--data.evaluation.sampling.top_p", "0.5"),
     ],
 )
 
@@ -32,6 +34,14 @@ WRITTEN = collect(
             "group_size",
         ),
         ("`servers.python` names no interpreter. Make one.", "data.servers"),
+        (
+            "`evaluation.sampling.max_new_tokens` must leave room for a prompt, got 512. Lower it.",
+            "data.evaluation.sampling",
+        ),
+        (
+            "`workflow.sampling.max_new_tokens` must leave room for a prompt, got 512. Lower it.",
+            "data.workflow.init_args.sampling.max_new_tokens",
+        ),
         ("http://127.0.0.1:30001 has another tokenizer. Start it.", "data.servers.urls.1"),
     ],
 )
@@ -85,3 +95,10 @@ def test_a_dataset_named_on_the_command_line_keeps_the_configs_column(tmp_path):
     assert with_paths(below, ["--data.prompts=b.csv"]) == ["--data.prompts.path=b.csv"]
     assert with_paths(below, ["--data.prompts", "mine.Prompts"])[0] == "--data.prompts"
     assert with_paths([], ["--data.prompts", "b.csv"])[0] == "--data.prompts"
+
+
+def test_a_dataset_named_on_the_command_line_may_have_its_settings_beside_it():
+    options = ["--data.test_prompts", "b.csv", "--data.test_prompts.column", "question"]
+    assert with_paths([], options) == ["--data.test_prompts.path", *options[1:]]
+    other = ["--data.test_prompts", "mine.Prompts", "--data.test_prompts.column", "question"]
+    assert with_paths([], other) == other
