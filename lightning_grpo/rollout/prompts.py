@@ -30,7 +30,7 @@ _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz"
 
 if TYPE_CHECKING:
     Source = str
-    Table = list[dict[str, Any]] | dict[str, list[Any]]
+    Table = list[Any]  # columns by name are a `dict[str, Asked]` to a type checker, too
 else:
 
     class Table:
