@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lightning_grpo.checks import require_number, require_on_hub
 from lightning_grpo.errors import ConfigError, PromptError
@@ -30,8 +30,22 @@ _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz"
 
 
 if TYPE_CHECKING:
+    from typing_extensions import runtime_checkable
+
     Source = str
-    Table = list[dict[str, Any]] | dict[str, list[Any]]
+
+    @runtime_checkable
+    class Table(Protocol):
+        """Rows, columns or datasets by name, a DataFrame, a `Dataset`."""
+
+        def __len__(self) -> int:
+            """How many."""
+            ...
+
+        def __getitem__(self, key: Any, /) -> Any:
+            """One of them."""
+            ...
+
 else:
 
     class Table:
