@@ -181,7 +181,7 @@ def is_component(member: Any) -> bool:
         isclass(member)
         and get_origin(member) is None
         and member.__module__ not in _PLAIN_MODULES
-        and not issubclass(member, (Enum, str, int, float, Table))  # type: ignore[misc]
+        and not issubclass(member, (Enum, str, int, float, Table))
     )
 
 
