@@ -67,7 +67,7 @@ def require_number(  # noqa: PLR0913 - a range in words
             rule = f"> {_shown(above)}"
         else:
             return
-    raise ConfigError(f"`{name}` must be {rule}{reason}, got {value!r}. {way_out}".rstrip())
+    raise ConfigError(name, f"must be {rule}{reason}", value, way_out)
 
 
 def require_seconds(name: str, value: object) -> None:
@@ -131,8 +131,10 @@ def require_clip(clip_low: float, clip_high: float) -> None:
     """Both must be >= 0 and `clip_low` <= 1, so that the band holds 1 and no negative ratio."""
     if not 0 <= clip_low <= 1:
         raise ConfigError(
-            f"`clip_low` must be between 0 and 1 (the ratio is clipped at 1 - clip_low), "
-            f"got {clip_low}. Way out: 0.2."
+            "clip_low",
+            "must be between 0 and 1 (the ratio is clipped at 1 - clip_low)",
+            clip_low,
+            "Way out: 0.2.",
         )
     require_number(
         "clip_high",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import lightning as L
 from lightning.pytorch.accelerators import CUDAAccelerator
@@ -27,19 +27,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from lightning_grpo.algorithm.advantages import Truncation
+from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rewards.sandbox import boundary
+from lightning_grpo.loader import Prepared
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Sampling
-
-if TYPE_CHECKING:
-    from lightning_grpo.datamodule import RolloutDataModule
-    from lightning_grpo.module import GRPOModule
-
 
 MOST_TRAJECTORIES = 1 << 22
 """Of one rollout batch: a hundred gigabytes of bookkeeping, before the first token."""
@@ -59,6 +56,32 @@ _REFUSED_CALLBACKS = {
 }
 
 
+class Trained(Protocol):
+    """What a data module and WeightSync ask of the module that is trained."""
+
+    model_path: str
+    max_tokens_per_microbatch: int
+    gradient_checkpointing: bool
+    lora: object | None
+    truncation: Truncation
+
+    def check_model(self) -> None:
+        """Refuse a model that can't be trained, by its config alone."""
+        ...
+
+    def check_passes(self) -> None:
+        """Refuse a policy that disagrees with itself."""
+        ...
+
+    def prepare_rollout(self, batch: RolloutBatch) -> Prepared:
+        """Advantages of a whole rollout batch."""
+        ...
+
+    def sharding_root(self) -> nn.Module:
+        """The policy, as the strategy has wrapped it."""
+        ...
+
+
 def check_trainer(trainer: L.Trainer) -> None:
     """Refuse Trainer settings that can't work with rollouts, before anything is opened.
 
@@ -72,8 +95,10 @@ def check_trainer(trainer: L.Trainer) -> None:
     settings: Any = trainer  # Lightning sets these in helpers, unseen by type checkers
     if settings.overfit_batches:
         raise ConfigError(
-            f"`trainer.overfit_batches` must be 0 (rollouts are sampled anew), got "
-            f"{settings.overfit_batches}. To train on few prompts set `data.prompts.limit`."
+            "trainer.overfit_batches",
+            "must be 0 (rollouts are sampled anew)",
+            settings.overfit_batches,
+            "To train on few prompts set `data.prompts.limit`.",
         )
 
 
@@ -118,15 +143,18 @@ def _check_numbers(trainer: L.Trainer) -> None:
 def _check_accumulation(trainer: L.Trainer) -> None:
     if trainer.accumulate_grad_batches != 1:
         raise ConfigError(
-            "`trainer.accumulate_grad_batches` must be 1 (one batch is one optimizer step, its "
-            f"micro-batches run inside it), got {trainer.accumulate_grad_batches}. To save memory "
-            "lower `model.max_tokens_per_microbatch`."
+            "trainer.accumulate_grad_batches",
+            "must be 1 (one batch is one optimizer step, its micro-batches run inside it)",
+            trainer.accumulate_grad_batches,
+            "To save memory lower `model.max_tokens_per_microbatch`.",
         )
     settings: Any = trainer
     if settings.reload_dataloaders_every_n_epochs:
         raise ConfigError(
-            "`trainer.reload_dataloaders_every_n_epochs` must be 0 (the prompt stream never ends), "
-            f"got {settings.reload_dataloaders_every_n_epochs}. Leave it out."
+            "trainer.reload_dataloaders_every_n_epochs",
+            "must be 0 (the prompt stream never ends)",
+            settings.reload_dataloaders_every_n_epochs,
+            "Leave it out.",
         )
 
 
@@ -170,10 +198,11 @@ def _check_validation(trainer: L.Trainer, epoch_steps: int) -> None:
     counted_anew = trainer.check_val_every_n_epoch is not None and settings.limit_val_batches > 0
     if isinstance(interval, int) and interval > epoch_steps and counted_anew:
         raise ConfigError(
-            f"`trainer.val_check_interval` must be at most {epoch_steps}, the steps of an epoch, "
-            f"got {interval}. To count steps across epochs set "
-            "`trainer.check_val_every_n_epoch: null`; for no validation `trainer.limit_val_batches:"
-            " 0`."
+            "trainer.val_check_interval",
+            f"must be at most {epoch_steps}, the steps of an epoch",
+            interval,
+            "To count steps across epochs set `trainer.check_val_every_n_epoch: null`; for no "
+            "validation `trainer.limit_val_batches: 0`.",
         )
 
 
@@ -217,9 +246,11 @@ def _check_times(trainer: L.Trainer) -> None:
         # Lightning offers no public reading of this setting.
         if isinstance(callback, ModelCheckpoint) and callback._train_time_interval is not None:
             raise ConfigError(
-                "`ModelCheckpoint.train_time_interval` must be null where a rollout batch takes "
-                f"several optimizer steps (it would save between them), got "
-                f"{callback._train_time_interval}. Use `every_n_train_steps`."
+                "ModelCheckpoint.train_time_interval",
+                "must be null where a rollout batch takes several optimizer steps (it would save "
+                "between them)",
+                callback._train_time_interval,
+                "Use `every_n_train_steps`.",
             )
 
 
@@ -381,39 +412,6 @@ def remaining_steps(trainer: L.Trainer) -> int | None:
     return max(0, int(nearest)) if nearest < math.inf else None
 
 
-def describe_module(module: GRPOModule, data: RolloutDataModule) -> dict[str, str]:
-    """Model, loss, anchor of the clip, advantage, correction, KL penalty and every precision."""
-    parameters = list(module.sharding_root().parameters())
-    count = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    served = data.session.dtypes() if data.session is not None else {}
-    anchor = "the behavior policy"
-    if module.correction is not None:
-        anchor = "the proximal policy"
-        if data.steps_per_rollout == 1:
-            anchor += " (the policy itself: one optimizer step per rollout batch)"
-    model = f"{module.model_name} ({count / 1e6:.2f}M parameters)"
-    if module.lora is not None:
-        model += f", of which {module.lora} trains {trained / 1e6:.2f}M"
-    return {
-        "model": model,
-        "loss": f"{_hook(module, 'token_loss') or module.loss}, clip anchored at {anchor}",
-        "advantage": _hook(module, "advantages") or str(module.advantage),
-        "truncated": str(module.truncation),
-        "correction": str(module.correction or "none"),
-        "kl": str(module.kl or "none"),
-        "dtypes": describe_dtypes(module.trainer, module.sharding_root(), served),
-        "passes": _describe_passes(module),
-    }
-
-
-def _describe_passes(module: GRPOModule) -> str:
-    said = f"micro-batches of at most {module.max_tokens_per_microbatch:,} tokens"
-    if module.gradient_checkpointing:
-        said += ", activations computed again in the backward pass"
-    return said + (", blocks and head compiled in the first two steps" * module.compiles)
-
-
 def describe_dtypes(trainer: L.Trainer, policy: nn.Module, served: Mapping[str, str]) -> str:
     """Precision everywhere: of weights, compute, gradients and optimizer, then what is `served`."""
     weights = compute = gradients = _dtypes(policy.parameters())
@@ -435,41 +433,6 @@ def describe_dtypes(trainer: L.Trainer, policy: nn.Module, served: Mapping[str, 
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:
     return " and ".join(sorted({str(each.dtype).removeprefix("torch.") for each in tensors}))
-
-
-def _hook(module: GRPOModule, name: str) -> str:
-    """`Class.name` where a subclass of the user's overrides a hook, else nothing."""
-    owner = next(c for c in type(module).__mro__ if name in vars(c))
-    own = owner.__module__.startswith("lightning_grpo.")
-    return "" if own else f"{owner.__name__}.{name}"
-
-
-def describe_data(
-    data: RolloutDataModule, num_prompts: int, held_out: Mapping[str, int]
-) -> dict[str, str]:
-    """Prompts, the rollout batch and what its staleness means."""
-    steps = f"{data.steps_per_rollout} optimizer step"
-    if data.steps_per_rollout > 1:
-        steps += f"s ({data.minibatches_per_batch} x {data.passes_per_batch} passes)"
-    stale = "exactly on-policy: rollouts wait for the weights of every step"
-    if data.max_staleness:
-        stale = (
-            f"{data.max_staleness}: groups are sampled by weights at most {data.max_staleness} "
-            f"version{'s' * (data.max_staleness > 1)} older than those that train on them"
-        )
-    counts = ", ".join(f"{n} {name}".strip() for name, n in held_out.items())
-    if counts and data.evaluation.sampling is not None:
-        counts += f" ({describe_sampling(data.evaluation.sampling)})"
-    few = ""
-    if num_prompts < data.batch_size:
-        few = f" (fewer than a batch of {data.batch_size}: some are asked several times in each)"
-    said = {"programs": f"held by {boundary()}"} if data.workflow.runs_programs else {}
-    return {
-        "prompts": f"{num_prompts}{few}, and held out {counts or 'none'}",
-        "batch": f"{data.batch_size} prompts x {data.group_size} samples, {steps}",
-        "staleness": stale,
-        **said,
-    }
 
 
 def describe_sampling(sampling: Sampling) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -15,11 +15,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo import contract
-from lightning_grpo.contract import describe_data
+from lightning_grpo.contract import Trained, describe_sampling
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
 from lightning_grpo.policy.check import ADAPTER_FRACTION, ModelSize, training_bytes
+from lightning_grpo.rewards.sandbox import boundary
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Asked, Prompts, by_name
@@ -42,10 +43,6 @@ from lightning_grpo.validation import (
     evaluation_loaders,
 )
 from lightning_grpo.weights.publisher import PublishReport
-
-if TYPE_CHECKING:
-    from lightning_grpo.module import GRPOModule
-
 
 LIGHTNINGS_INTERVAL = 50
 """Steps between two rows of a logger, where nobody says how many."""
@@ -163,7 +160,7 @@ class RolloutDataModule(L.LightningDataModule):
         trainer = self._attached
         contract.check_trainer(trainer)
         contract.check_devices(trainer, self.servers)
-        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        module: Trained = trainer.lightning_module  # type: ignore[assignment]
         module.check_model()
         contract.check_engine(self.servers, module.model_path)
         channel = self._own_folder(lambda: hold_run_folder(trainer))
@@ -210,7 +207,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of rollouts; sized, so that Lightning fetches none ahead."""
-        module: GRPOModule = self._attached.lightning_module  # type: ignore[assignment]
+        module: Trained = self._attached.lightning_module  # type: ignore[assignment]
         return self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
 
     def val_dataloader(self) -> list[EvaluationLoader]:
@@ -336,7 +333,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _make_session(self, trainer: L.Trainer, channel: RankChannel) -> Session:
         """Where rollouts come from under a Trainer; a collective."""
-        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        module: Trained = trainer.lightning_module  # type: ignore[assignment]
         module.truncation.check(self.workflow.sampling)
         return open_session(self._settings(module.model_path), channel)
 
@@ -402,7 +399,7 @@ class RolloutDataModule(L.LightningDataModule):
     def _training_bytes(self, size: ModelSize) -> int:
         """What training takes of a GPU, for servers that share it."""
         trainer, strategy = self._attached, self._attached.strategy
-        module: GRPOModule = trainer.lightning_module  # type: ignore[assignment]
+        module: Trained = trainer.lightning_module  # type: ignore[assignment]
         return training_bytes(
             size,
             module.max_tokens_per_microbatch,
@@ -505,3 +502,31 @@ class ReplayDataModule(RolloutDataModule):
         # Longer than any recording: where an epoch of the recorded run ended is not known, and
         # `max_steps` ends the replay.
         return 10**9
+
+
+def describe_data(
+    data: RolloutDataModule, num_prompts: int, held_out: Mapping[str, int]
+) -> dict[str, str]:
+    """Prompts, the rollout batch and what its staleness means."""
+    steps = f"{data.steps_per_rollout} optimizer step"
+    if data.steps_per_rollout > 1:
+        steps += f"s ({data.minibatches_per_batch} x {data.passes_per_batch} passes)"
+    stale = "exactly on-policy: rollouts wait for the weights of every step"
+    if data.max_staleness:
+        stale = (
+            f"{data.max_staleness}: groups are sampled by weights at most {data.max_staleness} "
+            f"version{'s' * (data.max_staleness > 1)} older than those that train on them"
+        )
+    counts = ", ".join(f"{n} {name}".strip() for name, n in held_out.items())
+    if counts and data.evaluation.sampling is not None:
+        counts += f" ({describe_sampling(data.evaluation.sampling)})"
+    few = ""
+    if num_prompts < data.batch_size:
+        few = f" (fewer than a batch of {data.batch_size}: some are asked several times in each)"
+    said = {"programs": f"held by {boundary()}"} if data.workflow.runs_programs else {}
+    return {
+        "prompts": f"{num_prompts}{few}, and held out {counts or 'none'}",
+        "batch": f"{data.batch_size} prompts x {data.group_size} samples, {steps}",
+        "staleness": stale,
+        **said,
+    }

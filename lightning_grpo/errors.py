@@ -22,8 +22,39 @@ class GRPOError(Exception):
     """Everything that this package raises on purpose."""
 
 
+_NO_VALUE = object()
+
+
 class ConfigError(GRPOError, ValueError):
-    """A setting can't work; raised before anything is started or downloaded."""
+    """A setting can't work; raised before anything is started or downloaded.
+
+    `ConfigError("group_size", "must be >= 2", 1, "Raise it.")` is a record; its sentence is made
+    here: "`group_size` must be >= 2, got 1. Raise it." One argument alone is a sentence as it is,
+    for what no single setting is to blame for.
+
+    Args:
+        setting: The parameter, with its owner's name where that is needed (`servers.python`).
+        rule: What it must be, as the rest of a sentence that begins with its name.
+        value: What was given; left out where the rule says all.
+        way_out: What to do, as sentences.
+
+    Attributes:
+        sentence: Without the way out.
+        told: Whether a value was given.
+    """
+
+    def __init__(
+        self, setting: str, rule: str = "", value: object = _NO_VALUE, way_out: str = ""
+    ) -> None:
+        self.told = value is not _NO_VALUE
+        self.setting, self.rule, self.way_out = setting if rule else "", rule, way_out
+        self.value = value if self.told else None
+        if rule:
+            self.sentence = f"`{setting}` {rule}" + (f", got {value!r}" if self.told else "")
+            super().__init__(f"{self.sentence}. {way_out}".rstrip())
+        else:
+            self.sentence, _, self.way_out = " ".join(setting.split()).partition(". ")
+            super().__init__(setting)
 
 
 class PromptError(ConfigError):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -35,9 +35,10 @@ from lightning_grpo.contract import (
     KEEP_BEST,
     check_callers,
     check_sized,
-    describe_module,
+    describe_dtypes,
     is_fitting,
 )
+from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed.channel import reduced
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch, Prepared
@@ -58,9 +59,6 @@ from lightning_grpo.strategies.checkpoints import require_own_weights
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, gradient_sync, reshard
 from lightning_grpo.validation import EvaluatedModule
 from lightning_grpo.weights.gather import gather_weights
-
-if TYPE_CHECKING:
-    from lightning_grpo.datamodule import RolloutDataModule
 
 
 class ReferencePolicy:
@@ -523,8 +521,10 @@ class GRPOModule(EvaluatedModule):
                 scheduler.step(float(metrics[monitor]))
             elif monitor.startswith(_HELD_OUT) == held_out:
                 raise ConfigError(
-                    f"`lr_scheduler.monitor` must be a metric of this run, got {monitor!r}. There "
-                    f"are: {', '.join(sorted(metrics))}."
+                    "lr_scheduler.monitor",
+                    "must be a metric of this run",
+                    monitor,
+                    f"There are: {', '.join(sorted(metrics))}.",
                 )
 
     @property
@@ -565,8 +565,43 @@ class GRPOModule(EvaluatedModule):
             )
 
     def describe(self) -> dict[str, str]:
-        """What trains, as resolved: lines for the summary at the start."""
-        return describe_module(self, self._data)
+        """Model, loss, anchor of the clip, advantage, correction, KL penalty and every precision.
+
+        Lines for the summary at the start, as resolved.
+        """
+        parameters = list(self.sharding_root().parameters())
+        count = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        served = self._data.session.dtypes() if self._data.session is not None else {}
+        anchor = "the behavior policy"
+        if self.correction is not None:
+            anchor = "the proximal policy"
+            if self._data.steps_per_rollout == 1:
+                anchor += " (the policy itself: one optimizer step per rollout batch)"
+        model = f"{self.model_name} ({count / 1e6:.2f}M parameters)"
+        if self.lora is not None:
+            model += f", of which {self.lora} trains {trained / 1e6:.2f}M"
+        passes = f"micro-batches of at most {self.max_tokens_per_microbatch:,} tokens"
+        if self.gradient_checkpointing:
+            passes += ", activations computed again in the backward pass"
+        if self.compiles:
+            passes += ", blocks and head compiled in the first two steps"
+        return {
+            "model": model,
+            "loss": f"{self._overridden('token_loss') or self.loss}, clip anchored at {anchor}",
+            "advantage": self._overridden("advantages") or str(self.advantage),
+            "truncated": str(self.truncation),
+            "correction": str(self.correction or "none"),
+            "kl": str(self.kl or "none"),
+            "dtypes": describe_dtypes(self.trainer, self.sharding_root(), served),
+            "passes": passes,
+        }
+
+    def _overridden(self, hook: str) -> str:
+        """`Class.hook` where a subclass of the user's overrides it, else nothing."""
+        owner = next(cls for cls in type(self).__mro__ if hook in vars(cls))
+        own = owner.__module__.startswith("lightning_grpo.")
+        return "" if own else f"{owner.__name__}.{hook}"
 
     def _remember(self, arguments: dict[str, Any]) -> None:
         """Keep the arguments as plain data; the CLI knows those that were built from a config."""
@@ -582,12 +617,15 @@ def _name_of_model(given: Any) -> str:
     way_out = ""
     if isinstance(given, nn.Module):
         way_out = (
-            " Save model and tokenizer with `save_pretrained(FOLDER)` and give the folder, or load "
+            "Save model and tokenizer with `save_pretrained(FOLDER)` and give the folder, or load "
             "the model in a subclass's `build_policy`."
         )
     raise ConfigError(
-        "`model` must be a hub id, a folder or `shipped:NAME`, since servers and each rank load it "
-        f"themselves, got {type(given).__name__}.{way_out}"
+        "model",
+        "must be a hub id, a folder or `shipped:NAME`, since servers and each rank load it "
+        "themselves",
+        type(given).__name__,
+        way_out,
     )
 
 
@@ -601,9 +639,10 @@ def _with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]
             optimizers = found[0] if isinstance(found[0], list | tuple) else found
             if len(optimizers) > 1:
                 raise ConfigError(
-                    f"`{type(self).__name__}.configure_optimizers` must return one optimizer (one "
-                    f"batch is one optimizer step), got {len(optimizers)}. Give one optimizer "
-                    "several parameter groups, each with its learning rate."
+                    f"{type(self).__name__}.configure_optimizers",
+                    "must return one optimizer (one batch is one optimizer step)",
+                    len(optimizers),
+                    "Give one optimizer several parameter groups, each with its learning rate.",
                 )
         return found
 

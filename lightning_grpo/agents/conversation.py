@@ -392,4 +392,4 @@ def _shown(message: Mapping[str, Any] | None) -> str:
 def require_known(conversations: str) -> None:
     """Refuse an unknown choice."""
     if conversations not in ("one", "last"):
-        raise ConfigError(f"`conversations` must be 'one' or 'last', got {conversations!r}.")
+        raise ConfigError("conversations", "must be 'one' or 'last'", conversations)

@@ -81,8 +81,10 @@ class MultiTurnWorkflow(RewardedWorkflow):
             require_count("max_tokens", max_tokens)
         if not 0 < turn_discount <= 1:
             raise ConfigError(
-                f"`turn_discount` must be > 0 and <= 1 (a factor for each turn), got "
-                f"{turn_discount}. 1 makes turns free."
+                "turn_discount",
+                "must be > 0 and <= 1 (a factor for each turn)",
+                turn_discount,
+                "1 makes turns free.",
             )
         self.retry_text = retry_text
         self.max_turns = max_turns
@@ -137,7 +139,7 @@ class MultiTurnWorkflow(RewardedWorkflow):
         if inspect.isawaitable(said):
             said = await said
         if said is not None and not isinstance(said, str):
-            raise ConfigError(f"`feedback` must return a text or None, got {said!r}.")
+            raise ConfigError("feedback", "must return a text or None", said)
         return said
 
 

@@ -14,8 +14,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.screen import waiting_fraction
-from lightning_grpo.callbacks.views import MinibatchView, Rolling, logged_numbers
+from lightning_grpo.callbacks.views import Rolling, logged_numbers
 from lightning_grpo.checks import require_seconds
+from lightning_grpo.loader import Minibatch
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ class HealthMonitor(Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: MinibatchView,
+        batch: Minibatch,
         batch_idx: int,
     ) -> None:
         """Look at each finished rollout batch."""

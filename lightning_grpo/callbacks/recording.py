@@ -16,9 +16,10 @@ from lightning_grpo._compat import last_saved_step
 from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary, StepTimer
 from lightning_grpo.callbacks.signals import SignalHandling
-from lightning_grpo.callbacks.views import Evaluated, MinibatchView, run_folder
+from lightning_grpo.callbacks.views import Evaluated, run_folder
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.checks import require_count
+from lightning_grpo.loader import Minibatch
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.types import Group
 
@@ -58,7 +59,7 @@ class TrajectoryWriter(Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: MinibatchView,
+        batch: Minibatch,
         batch_idx: int,
     ) -> None:
         """Write the rollout batch after its last optimizer step."""

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import psutil
@@ -26,22 +26,19 @@ from lightning_grpo.callbacks.views import (
     Asking,
     Described,
     Evaluated,
-    EvaluationView,
-    MinibatchView,
     Rolling,
     evaluated_step,
     logged_numbers,
     run_folder,
 )
 from lightning_grpo.contract import remaining_steps
+from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import printable
 from lightning_grpo.hparams import arguments_of, loggable
+from lightning_grpo.loader import Minibatch
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.types import Group, RolloutProgress
-
-if TYPE_CHECKING:
-    from lightning_grpo.datamodule import RolloutDataModule
-    from lightning_grpo.loader import Minibatch
-    from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.validation import EvaluationRecord
 
 
 class StepTimer(Callback):
@@ -217,7 +214,7 @@ class GRPOProgress(ProgressBar):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: MinibatchView,
+        batch: Minibatch,
         batch_idx: int,
     ) -> None:
         """Move the bar; after the last step on a rollout batch, say the line."""
@@ -545,7 +542,7 @@ class RunSummary(Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: MinibatchView,
+        batch: Minibatch,
         batch_idx: int,
     ) -> None:
         """Count samples and seconds."""
@@ -615,7 +612,7 @@ def start_lines(described: Mapping[str, str]) -> Iterator[str]:
 
 
 def end_lines(
-    tally: Tally, evaluations: Sequence[EvaluationView], checkpoint: str, run_folder: str
+    tally: Tally, evaluations: Sequence[EvaluationRecord], checkpoint: str, run_folder: str
 ) -> Iterator[str]:
     """The summary after the last step."""
     yield ""
@@ -644,7 +641,7 @@ def phase_shares(tally: Tally) -> str:
     return ", ".join(share for share in shares if not share.endswith(" 0%"))
 
 
-def held_out_lines(evaluations: Sequence[EvaluationView]) -> Iterator[str]:
+def held_out_lines(evaluations: Sequence[EvaluationRecord]) -> Iterator[str]:
     """Held-out scores before and after, and one problem answered before and after."""
     if not evaluations:
         yield from _row("held-out", "not measured: no validation ran")
@@ -664,7 +661,7 @@ def held_out_lines(evaluations: Sequence[EvaluationView]) -> Iterator[str]:
         yield from _answers(*pair)
 
 
-def most_improved(first: EvaluationView, last: EvaluationView) -> tuple[Group, Group] | None:
+def most_improved(first: EvaluationRecord, last: EvaluationRecord) -> tuple[Group, Group] | None:
     """The same held-out prompt in two validations, where its first answer gained the most."""
     pairs = []
     for name, groups in last.groups.items():

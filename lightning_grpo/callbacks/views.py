@@ -8,41 +8,9 @@ from pathlib import Path
 import lightning as L
 from typing_extensions import Protocol, runtime_checkable
 
-from lightning_grpo.distributed import RankChannel
-from lightning_grpo.types import Group, RolloutProgress
-
-
-class RolloutView(Protocol):
-    """One rollout batch."""
-
-    @property
-    def index(self) -> int:
-        """How many came before it."""
-        ...
-
-    @property
-    def version(self) -> int:
-        """The weights that train on it."""
-        ...
-
-    @property
-    def groups(self) -> Sequence[Group] | None:
-        """What was consumed; rank 0 only, else None."""
-        ...
-
-
-class MinibatchView(Protocol):
-    """One optimizer step."""
-
-    @property
-    def rollout(self) -> RolloutView:
-        """What it is part of."""
-        ...
-
-    @property
-    def is_last(self) -> bool:
-        """Whether it is the last one on its rollout batch."""
-        ...
+from lightning_grpo.session.session import Session
+from lightning_grpo.types import RolloutProgress
+from lightning_grpo.validation import EvaluationRecord
 
 
 @runtime_checkable
@@ -61,25 +29,6 @@ class Asking(Protocol):
     num_answers: int
 
 
-class EvaluationView(Protocol):
-    """One finished validation."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken before it."""
-        ...
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Logged values by name."""
-        ...
-
-    @property
-    def groups(self) -> Mapping[str, Sequence[Group]]:
-        """What was answered, by validation set; rank 0 only, else empty."""
-        ...
-
-
 @runtime_checkable
 class Described(Protocol):
     """A module or data module that says what it resolved."""
@@ -93,20 +42,14 @@ class Described(Protocol):
 class Evaluated(Protocol):
     """A data module that keeps its validations."""
 
-    evaluations: Sequence[EvaluationView]
-
-
-class SessionView(Protocol):
-    """What the ranks of a run share."""
-
-    channel: RankChannel
+    evaluations: Sequence[EvaluationRecord]
 
 
 @runtime_checkable
 class OnRollouts(Protocol):
     """A data module whose batches come from a session of rollouts."""
 
-    session: SessionView | None
+    session: Session | None
 
 
 @runtime_checkable

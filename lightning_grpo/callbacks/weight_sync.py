@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import lightning as L
 import torch
@@ -13,17 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_grpo.checks import require_count, require_seconds
-from lightning_grpo.contract import KEEP_BEST
+from lightning_grpo.contract import KEEP_BEST, Trained
+from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.loader import Minibatch
 from lightning_grpo.types import InterruptionChoice
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Transport
-
-if TYPE_CHECKING:
-    from lightning_grpo.datamodule import RolloutDataModule
-    from lightning_grpo.loader import Minibatch
-    from lightning_grpo.module import GRPOModule
-
 
 _FEW = 4
 
@@ -69,8 +65,9 @@ class WeightSync(Callback):
         require_seconds("request_timeout_s", request_timeout_s)
         if interruption not in get_args(InterruptionChoice):
             raise ConfigError(
-                f"`interruption` must be one of {', '.join(get_args(InterruptionChoice))}, got"
-                f" {interruption!r}."
+                "interruption",
+                f"must be one of {', '.join(get_args(InterruptionChoice))}",
+                interruption,
             )
         self._published: dict[str, Tensor] | None = None
         self.settings = SyncSettings(
@@ -90,7 +87,7 @@ class WeightSync(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a policy that disagrees with itself: servers could never agree with it."""
-        module: GRPOModule = pl_module  # type: ignore[assignment]
+        module: Trained = pl_module  # type: ignore[assignment]
         module.check_passes()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,11 +157,11 @@ class WeightSync(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, trained: bool
     ) -> PublishReport | None:
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        module: GRPOModule = pl_module  # type: ignore[assignment]
+        module: Trained = pl_module  # type: ignore[assignment]
         report = data.publish(module.sharding_root(), trained=trained)
         # Only code of the user's could change weights between a step and a validation.
         if strangers(trainer, pl_module) and (trained or self._published is None):
-            self._published = first_values(dict(module.named_parameters()))
+            self._published = first_values(dict(pl_module.named_parameters()))
         return report
 
 

@@ -14,7 +14,7 @@ from lightning_grpo.errors import ConfigError, UnreadableError
 _SHARDS_METADATA = "meta.pt"
 
 
-def run(argv: Sequence[str]) -> int:
+def export(argv: Sequence[str]) -> int:
     """Export one checkpoint."""
     parser = Parser(
         prog="lightning-grpo export",
@@ -35,8 +35,8 @@ def run(argv: Sequence[str]) -> int:
     check_paths(options.checkpoint, options.out)
     state = read_checkpoint(options.checkpoint)
     module = build_module(state, options.checkpoint, options.trust_remote_code)
-    export = module.export_adapter if options.adapter else module.export
-    sys.stdout.write(f"{export(options.out)}\n")
+    write = module.export_adapter if options.adapter else module.export
+    sys.stdout.write(f"{write(options.out)}\n")
     return 0
 
 
@@ -47,9 +47,9 @@ def check_paths(checkpoint: Path, out: Path) -> None:
         ConfigError: There is no such checkpoint, or the folder holds something already.
     """
     if not checkpoint.exists():
-        raise ConfigError(f"`checkpoint` must exist, got {str(checkpoint)!r}.")
+        raise ConfigError("checkpoint", "must exist", str(checkpoint))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"`out` must be a new or empty folder, got {str(out)!r}.")
+        raise ConfigError("out", "must be a new or empty folder", str(out))
     above = next(each for each in out.absolute().parents if each.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ConfigError(

@@ -1,18 +1,34 @@
-"""`lightning-grpo launch slurm | ray`: a run on a cluster; `server-node`: what serves there."""
+"""`lightning-grpo launch slurm | ray`: a run on a cluster; `server-node`: what serves there.
+
+Both read alike what a job is: nodes, ranks, and the config's servers.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import inspect
 import itertools
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning_grpo.cli.jobs import job_parser, job_settings
-from lightning_grpo.cli.sources import ConfigProblem, Parser, nearest
+from lightning_grpo.cli.fit import split_configs
+from lightning_grpo.cli.sources import (
+    SECTIONS,
+    ConfigProblem,
+    Parser,
+    collect,
+    nearest,
+    read_options,
+)
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.launch.slurm import require_at_least
 
 _SLURM_USAGE = """\
 usage: lightning-grpo launch slurm --config FILE [options] [-- options of sbatch]
@@ -38,8 +54,11 @@ folder. When a node or a rank is lost, the run is begun again from its last chec
 """
 _DIRECTIVES = ("partition", "account", "qos", "time", "mem", "cpus-per-task", "constraint")
 
+_SERVERS = "data.servers"
+_PROGRAM = (sys.executable, "-m", "lightning_grpo.cli.main")
 
-def run(argv: Sequence[str]) -> int:
+
+def launch(argv: Sequence[str]) -> int:
     """Launch, or serve a node."""
     kinds: dict[str, Callable[[Sequence[str]], int]] = {
         "slurm": launch_slurm,
@@ -140,3 +159,175 @@ def serve_node(argv: Sequence[str]) -> int:
 def _say(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def job_parser(kind: str, usage: str) -> argparse.ArgumentParser:
+    """The options of every cluster."""
+    parser = Parser(
+        prog=f"lightning-grpo launch {kind}",
+        description=usage.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Every other option is one of `lightning-grpo fit`.",
+    )
+    parser.add_argument("--train-nodes", type=int, default=1, help="nodes with trainer ranks")
+    parser.add_argument("--server-nodes", type=int, default=1, help="nodes with servers")
+    parser.add_argument("--gpus-per-node", type=int, default=0, help="to ask for on every node")
+    parser.add_argument("--ranks-per-node", type=int, help="default: its GPUs, else 1")
+    parser.add_argument("--name", help="of the job; default: the config's")
+    parser.add_argument("--folder", default="runs", help="for runs and logs, shared by all nodes")
+    parser.add_argument(
+        "--program",
+        type=shlex.split,
+        default=_PROGRAM,
+        help="what starts `lightning-grpo` on the nodes, such as `apptainer exec --nv image.sif "
+        "lightning-grpo`; default: this Python",
+    )
+    return parser
+
+
+def job_settings(options: argparse.Namespace, fit: Sequence[str]) -> dict[str, Any]:
+    """The fields of a `Job`, from its options and from those of `fit`.
+
+    Raises:
+        ConfigProblem: There is no config, or it names no servers, or none that the nodes can start.
+    """
+    configs, others = split_configs(fit)
+    if not configs:
+        raise ConfigProblem("--config", "needs the name of a file", "command line")
+    _refuse_foreign(others)
+    gpus, on_nodes = options.gpus_per_node, options.server_nodes > 0
+    require_at_least("gpus_per_node", gpus, 0)
+    described = _class_and_arguments(collect(configs, others).plain().get("data", {}))
+    servers = _build(described)
+    if on_nodes:
+        # The nodes are told of these: SlurmServers and RayServers know no such settings.
+        others = without(others, _SERVERS)
+        _check_startable(servers, described["class_path"])
+    if gpus:
+        _check_fits(servers, gpus)
+    ranks = options.ranks_per_node
+    if ranks is None:
+        ranks = (gpus if on_nodes else _left_to_train(servers, gpus)) or 1
+    if gpus and ranks > gpus:
+        raise ConfigError(
+            "--ranks-per-node", f"must be at most `--gpus-per-node` ({gpus}), one GPU a rank", ranks
+        )
+    return {
+        "program": tuple(options.program),
+        "fit": [*(word for _, path in configs for word in ("--config", str(path))), *others],
+        "servers": described,
+        "train_nodes": options.train_nodes,
+        "server_nodes": options.server_nodes,
+        "ranks_per_node": ranks,
+        "gpus_per_node": gpus,
+        "name": options.name or configs[0][1].stem,
+        "folder": options.folder,
+    }
+
+
+def without(arguments: Sequence[str], key: str) -> list[str]:
+    """The options but those of one setting and of what is below it."""
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        words = [rest.pop(0)]
+        name, equals, _ = words[0].removeprefix("--").partition("=")
+        if not equals and rest and not rest[0].startswith("--"):
+            words.append(rest.pop(0))
+        if name != key and not name.startswith(f"{key}."):
+            kept += words
+    return kept
+
+
+def _refuse_foreign(arguments: Sequence[str]) -> None:
+    """Refuse what is no setting: most often an option of the cluster's own."""
+    for key, _ in read_options(arguments):
+        if "." not in key and key.rstrip("+") not in SECTIONS:
+            raise ConfigProblem(
+                f"--{key}",
+                "is an option neither of `launch` nor of `fit`",
+                "command line",
+                "options of sbatch stand at the end, after `--`",
+            )
+
+
+def _class_and_arguments(data: Any) -> dict[str, Any]:
+    """The config's `data.servers` with both of its keys, whichever way they were written."""
+    found = data.get("servers") if isinstance(data, dict) else None
+    found = {"class_path": found} if isinstance(found, str) else found
+    if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
+        raise ConfigProblem(_SERVERS, "must name the servers' class, which is missing")
+    short = {k: v for k, v in found.items() if k not in ("class_path", "init_args")}
+    arguments = {**(found.get("init_args") or {}), **short}
+    class_path = found["class_path"]
+    if "." not in class_path:  # as jsonargparse finds it
+        class_path = f"lightning_grpo.{class_path}"
+    return {"class_path": class_path, **({"init_args": arguments} if arguments else {})}
+
+
+def _build(described: Mapping[str, Any]) -> Any:
+    """The servers, to look at; None where their class is only on the nodes."""
+    module, _, name = described["class_path"].rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except ImportError:
+        return None
+    except AttributeError as error:
+        raise ConfigProblem(_SERVERS, f"`{described['class_path']}` does not exist") from error
+    arguments = dict(described.get("init_args", {}))
+    for key in arguments:
+        if key not in inspect.signature(made).parameters:
+            rule = f"is not a setting of {name}"
+            place = f"{_SERVERS}.{key}"
+            raise ConfigProblem(place, rule, "", nearest(key, inspect.signature(made).parameters))
+    return made(**arguments)
+
+
+def _check_startable(servers: Any, class_path: str) -> None:
+    from lightning_grpo.servers.process import OwnedServers
+
+    if servers is not None and not isinstance(servers, OwnedServers):
+        raise ConfigError(
+            "data.servers",
+            "must be servers that a node can start",
+            class_path,
+            "Use `--server-nodes 0` for servers that run already.",
+        )
+
+
+def _check_fits(servers: Any, gpus: int) -> None:
+    """Refuse servers that need more GPUs than a node has."""
+    tp, devices = getattr(servers, "tp", 1), getattr(servers, "devices", None) or ()
+    if tp > gpus:
+        raise ConfigError(
+            "data.servers.tp",
+            f"must be at most `--gpus-per-node` ({gpus}), since a server is on one node",
+            tp,
+            "Lower it, or ask for nodes with more GPUs.",
+        )
+    number = getattr(servers, "num_servers", None) or 1
+    if tp > 1 and number * tp > gpus:
+        raise ConfigError(
+            f"`data.servers.num_servers` x `tp` must be at most `--gpus-per-node` ({gpus}), got "
+            f"{number} x {tp}. Leave `num_servers` out: one is started for each {tp} GPUs."
+        )
+    beyond = [device for device in devices if device >= gpus]
+    if beyond:
+        raise ConfigError(
+            "data.servers.devices",
+            f"must be GPUs 0 to {gpus - 1} of a node (`--gpus-per-node {gpus}`)",
+            beyond,
+            "Leave it out: servers on nodes of their own use all.",
+        )
+
+
+def _left_to_train(servers: Any, gpus: int) -> int:
+    """How many GPUs of a node the servers leave, where they are on a node that trains."""
+    from lightning_grpo.servers.base import serving_devices, training_devices
+    from lightning_grpo.servers.sglang import SGLangServers
+
+    if not isinstance(servers, SGLangServers):
+        return gpus
+    present = list(range(gpus))
+    return len(training_devices(present, servers.devices or serving_devices(present)))

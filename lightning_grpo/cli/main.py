@@ -1,7 +1,7 @@
 """The entry point: help, version and dispatch, with the standard library alone.
 
-A command is a module of this folder with `run(argv) -> exit code`; it is imported when it is
-called, so that help and a mistyped command cost no import of torch.
+A command is a function `(argv) -> exit code` in a module of this folder, which is imported when it
+is called, so that help and a mistyped command cost no import of torch.
 """
 
 from __future__ import annotations
@@ -13,38 +13,30 @@ import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 
 from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
 from lightning_grpo.errors import ConfigError, GRPOError, StopRun, printable
 
 COMMANDS = {
-    "fit": ("fit", "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]"),
-    "validate": ("validate", "score a model on the held-out prompts, with the same config"),
-    "test": ("test", "the same on the test prompts"),
-    "serve": ("serve", "start the embedded engine for a model on this machine's CPU"),
-    "show": ("show", "read the trajectories that a run has written"),
-    "export": ("export", "turn a checkpoint into a Hugging Face folder"),
-    "launch": ("launch", "write or submit a Slurm or Ray job"),
-    "install-server": ("install_server", "make the servers' own environment"),
-    "score": ("score", "try a reward on stored trajectories"),
-    "replay": ("replay", "train from stored trajectories, without servers"),
+    "fit": (
+        "fit.fit",
+        "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]",
+    ),
+    "validate": ("fit.validate", "score a model on the held-out prompts, with the same config"),
+    "test": ("fit.test", "the same on the test prompts"),
+    "serve": ("server.serve", "start the embedded engine for a model on this machine's CPU"),
+    "show": ("trajectories.show", "read the trajectories that a run has written"),
+    "export": ("export.export", "turn a checkpoint into a Hugging Face folder"),
+    "launch": ("launch.launch", "write or submit a Slurm or Ray job"),
+    "install-server": ("server.install", "make the servers' own environment"),
+    "score": ("trajectories.score", "try a reward on stored trajectories"),
+    "replay": ("fit.replay", "train from stored trajectories, without servers"),
 }
-"""Command -> (module of this folder, one line of help)."""
+"""Command -> (its function in a module of this folder, one line of help)."""
 
 _RUNS = ("fit", "validate", "test", "replay")
 """What may fail after hours, of what nobody wrote down; the other commands only read and write."""
 _FAILED, _MISUSED, _SIGINT = 1, 2, 2
-
-
-def available_commands() -> dict[str, tuple[str, str]]:
-    """The commands whose module (or package) is present, in the order of the help."""
-    folder = Path(__file__).parent
-    return {
-        name: entry
-        for name, entry in COMMANDS.items()
-        if (folder / f"{entry[0]}.py").exists() or (folder / entry[0]).is_dir()
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,23 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command = arguments[0]
-    commands = available_commands()
-    if command in commands:
-        return _run(command, commands[command][0], arguments[1:])
+    if command in COMMANDS:
+        return _run(command, arguments[1:])
     if command in ("-h", "--help", "help"):
         sys.stdout.write(_help())
     elif command in ("-V", "--version"):
         sys.stdout.write(f"lightning-grpo {_version()}\n")
     else:
-        return _unknown(command, list(commands))
+        return _unknown(command)
     return 0
 
 
-def _run(command: str, module: str, arguments: list[str]) -> int:
-    """Run a command's module and turn what ends it into an exit code."""
+def _run(command: str, arguments: list[str]) -> int:
+    """Run a command's function and turn what ends it into an exit code."""
     try:
         prepare_imports()
-        run: Callable[[list[str]], int] = import_module(f"lightning_grpo.cli.{module}").run
+        module, _, name = COMMANDS[command][0].partition(".")
+        run: Callable[[list[str]], int] = getattr(import_module(f"{__package__}.{module}"), name)
         return run(arguments)
     except (GRPOError, KeyboardInterrupt, RuntimeError, OSError, SystemExit) as error:
         ended = _ended(error, command, arguments)
@@ -156,19 +148,21 @@ def resume_command(command: str, arguments: list[str], checkpoint: str) -> str:
     return shlex.join([*words, "--ckpt_path", checkpoint])
 
 
-def _unknown(command: str, known: list[str]) -> int:
+def _unknown(command: str) -> int:
     """Name the nearest command."""
-    nearest = get_close_matches(command, known, n=1, cutoff=0.5)
+    nearest = get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
     _say(f"error: `{command}` is not a command of lightning-grpo")
     _say(
-        f"did you mean `lightning-grpo {nearest[0]}`?" if nearest else f"it has: {', '.join(known)}"
+        f"did you mean `lightning-grpo {nearest[0]}`?"
+        if nearest
+        else f"it has: {', '.join(COMMANDS)}"
     )
     return _MISUSED
 
 
 def _help() -> str:
     """The top-level help."""
-    rows = [f"  {name:<16}{text}" for name, (_, text) in available_commands().items()]
+    rows = [f"  {name:<16}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lightning-grpo COMMAND [options]",

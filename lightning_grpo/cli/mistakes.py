@@ -15,7 +15,7 @@ import re
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from inspect import isabstract, isclass
@@ -28,7 +28,7 @@ from jsonargparse.typing import register_type
 from typing_extensions import is_protocol
 
 import lightning_grpo
-from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, one_line
+from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Source, Table
 from lightning_grpo.servers.base import Address
@@ -38,7 +38,11 @@ for _kind in (Source, Table, Address):
     register_type(_kind, serializer=lambda given: given, fail_already_registered=False)
 
 _KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
+_WORDS = re.compile(r"[\w.]+")
 _NOISE = re.compile(r"^(Errors|Subtypes|Given value|Does not validate|Parser key|Problem with)")
+
+_Leaf = tuple[str, Setting]
+"""A dotted key, and what was written there."""
 
 
 def condense(message: str, settings: Setting) -> ConfigProblem:
@@ -60,55 +64,71 @@ def _place(key: str, settings: Setting) -> str:
     return ""
 
 
-def locate(message: str, settings: Setting) -> ConfigProblem:
-    """A constructor's refusal, at the setting that it names.
+def locate(error: Exception, settings: Setting) -> ConfigProblem:
+    """A refusal, at the setting that it is about.
 
-    The message names a parameter in backticks and mostly the value that it got; among settings of
-    that name the one with that value is meant. A parameter that nobody wrote (`servers.python`)
-    is found at what it belongs to, and a message that names none at a value that it repeats.
+    A record names it. Of a sentence (our own about several settings, Lightning's) it is one that
+    stands there in backticks or with its value, or whose address is repeated there.
     """
-    found = _named_setting(message, settings)
-    sentence, _, way_out = one_line(message).partition(". ")
-    if found is None:
-        return ConfigProblem("", sentence, "", way_out)
-    key, setting = found
-    return ConfigProblem(key, sentence, setting.where, way_out)
+    refusal = error if isinstance(error, ConfigError) else ConfigError(str(error))
+    leaves = list(settings.walk())
+    found = None
+    if refusal.setting:
+        given = str(refusal.value)
+        found = _first([refusal.setting], leaves, lambda leaf: str(leaf[1].plain()) == given)
+    found = found or _quoted(str(refusal), leaves)
+    key, where = (found[0], found[1].where) if found else ("", "")
+    return ConfigProblem(key, refusal.sentence, where, refusal.way_out)
 
 
-def _named_setting(message: str, settings: Setting) -> tuple[str, Setting] | None:
-    quoted = [name.strip(".") for name in re.findall(r"`([\w.]+)", message)]
-    quoted = [part for name in quoted for part in _spellings(name)]
-    words = re.findall(r"\w+", message)
-    leaves = [(key, setting) for key, setting in settings.walk()]
-    owners = [name.rpartition(".")[0] for name in quoted if "." in name]
-    for name in [*quoted, *words, *owners]:
-        named = [kv for kv in leaves if f".{kv[0].replace('.init_args', '')}".endswith("." + name)]
-        if not named:
-            continue
-        told = [kv for kv in named if _mentions(message, kv[1].plain())]
-        if name in quoted or name in owners or told:
-            return (told or named)[0]
-    repeated = [kv for kv in leaves if _is_address(kv[1].plain())]
-    repeated = [kv for kv in repeated if _mentions(message, kv[1].plain())]
+def _first(
+    names: Sequence[str], leaves: Sequence[_Leaf], is_meant: Callable[[_Leaf], bool]
+) -> _Leaf | None:
+    """The first setting of one of these names; of several the one that is meant."""
+    for name in _spellings(names):
+        if named := [kv for kv in leaves if _is_named(kv[0], name)]:
+            return next(filter(is_meant, named), named[0])
+    return None
+
+
+def _quoted(message: str, leaves: Sequence[_Leaf]) -> _Leaf | None:
+    """The setting that a sentence is about."""
+    told = [leaf for leaf in leaves if _mentions(message, leaf)]
+    names = [words[0] for text in message.split("`")[1::2] if (words := _WORDS.findall(text))]
+    if found := _first(names, leaves, told.__contains__):
+        return found
+    for name in _WORDS.findall(message):
+        if named := [leaf for leaf in told if _is_named(leaf[0], name)]:
+            return named[0]
+    # An address is long enough a word for its repetition to be no accident.
+    repeated = [leaf for leaf in told if _is_address(leaf[1].plain())]
     # `got 'x'` is about what was given; what else the message repeats may be a way out.
-    got = [kv for kv in repeated if repr(kv[1].plain()) in message]
+    got = [leaf for leaf in repeated if repr(leaf[1].plain()) in message]
     return next(iter(got or repeated), None)
 
 
-def _spellings(name: str) -> list[str]:
-    """A setting's name, from the surest: whole, its owner's where that is told by two, its last."""
-    owner, _, last = name.rpartition(".")
-    return list(dict.fromkeys((name, owner, last) if "." in owner else (name, last)))
+def _is_named(key: str, name: str) -> bool:
+    return f".{key.replace('.init_args', '')}".endswith(f".{name}")
+
+
+def _spellings(names: Sequence[str]) -> list[str]:
+    """From the surest: whole, the owner where that is told by two, the last; then the owners."""
+    spelled: list[str] = []
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        spelled += (name, owner, last) if "." in owner else (name, last)
+    owners = [name.rpartition(".")[0] for name in names if "." in name]
+    return [*spelled, *owners]
 
 
 def _is_address(value: object) -> bool:
-    """Whether it is long enough a word for its repetition to be no accident."""
-    return isinstance(value, str) and bool(re.search(r"[:/]", value))
+    return isinstance(value, str) and (":" in value or "/" in value)
 
 
-def _mentions(message: str, value: object) -> bool:
+def _mentions(message: str, leaf: _Leaf) -> bool:
     """Whether the message repeats the value as a word of its own."""
-    return re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w.])", message) is not None
+    value = re.escape(str(leaf[1].plain()))
+    return re.search(rf"(?<![\w.]){value}(?![\w.])", message) is not None
 
 
 def refused_build(error: BaseException, settings: Setting) -> ConfigProblem:
@@ -121,7 +141,7 @@ def refused_build(error: BaseException, settings: Setting) -> ConfigProblem:
         causes.append(causes[-1].__cause__)
     for cause in causes:
         if isinstance(cause, ConfigError):
-            return locate(str(cause), settings)
+            return locate(cause, settings)
     frames = [frame for cause in causes for frame, _ in traceback.walk_tb(cause.__traceback__)]
     built = {name for frame in frames for name in _names_of(frame)}
     for key, setting in settings.walk():
@@ -129,7 +149,7 @@ def refused_build(error: BaseException, settings: Setting) -> ConfigProblem:
         if isinstance(value, str) and value.rpartition(".")[2] in built:
             rule = f"`{value}` could not be built: {fault_of(causes[-1])}"
             return ConfigProblem(key.removesuffix(".class_path"), rule, setting.where)
-    return locate(f"could not be built: {fault_of(causes[-1])}", settings)
+    return locate(ConfigError(f"could not be built: {fault_of(causes[-1])}"), settings)
 
 
 def fault_of(error: BaseException) -> str:

@@ -216,18 +216,19 @@ class GRPOCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
             # Lightning's own for accelerators, strategies and precisions.
-            raise locate(_explained(str(error)), self._settings) from error
+            raise locate(_explained(error), self._settings) from error
         path = self.config[self._command].ckpt_path
         if path is not None and not isinstance(trainer.strategy, FSDP2Strategy):
             refuse_shards(path)  # other strategies unpickle whatever the folder holds
         method = start_method(trainer)
         if method is not None:
-            refusal = (
-                "`trainer.strategy` must start each rank as a program of its own (those that are"
-                f" {method}ed hear of no signal to this one), got `{config.strategy}`. Use `ddp` or"
-                " `fsdp2`."
+            raise ConfigError(
+                "trainer.strategy",
+                f"must start each rank as a program of its own (those that are {method}ed hear of "
+                "no signal to this one)",
+                config.strategy,
+                "Use `ddp` or `fsdp2`.",
             )
-            raise locate(refusal, self._settings)
         if isinstance(trainer.accelerator, CPUAccelerator) and set_one_thread_default():
             torch.set_num_threads(1)
         if self._command != "fit":
@@ -299,8 +300,10 @@ def _require_local(folder: str) -> None:
     """Refuse what can't be a run's folder: servers and curves write to files of this machine."""
     if not folder.strip() or "://" in folder:
         raise ConfigError(
-            f"`trainer.default_root_dir` must be a folder of this machine, got {folder!r}. Leave "
-            "it out for `runs/NAME`, and copy elsewhere when the run has ended."
+            "trainer.default_root_dir",
+            "must be a folder of this machine",
+            folder,
+            "Leave it out for `runs/NAME`, and copy elsewhere when the run has ended.",
         )
 
 
@@ -340,14 +343,16 @@ def _share_gpus(config: Any) -> None:
     rank_zero_info(f"GPUs {serving} serve, {training} train")
 
 
-def _explained(message: str) -> str:
+def _explained(error: Exception) -> Exception:
     """Lightning's refusals that name no setting, with the setting and a way out."""
-    if "No supported gpu backend found" in message:
-        return (
-            "`trainer.accelerator` must be one that this machine has, got `gpu`, and there is no "
-            "GPU. Run on a machine with one; on a CPU start with `--config quickstart.yaml`."
+    if "No supported gpu backend found" in str(error):
+        return ConfigError(
+            "trainer.accelerator",
+            "must be one that this machine has, and there is no GPU",
+            "gpu",
+            "Run on a machine with one; on a CPU start with `--config quickstart.yaml`.",
         )
-    return message
+    return error
 
 
 def _is_default(logger: Any) -> bool:
@@ -407,7 +412,7 @@ def _located(settings: Setting) -> Iterator[None]:
     except ConfigProblem:
         raise
     except (ConfigError, MisconfigurationException) as error:
-        raise locate(str(error), settings) from error
+        raise locate(error, settings) from error
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:

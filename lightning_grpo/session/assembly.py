@@ -423,9 +423,11 @@ def require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         if given.get(name, value) != value:
             why = _WHY.get(name, _WHY_PROMPTS)
             raise ConfigError(
-                f"`data.{name}` must be what the checkpoint's run had ({why}), {value}, got "
-                f"{given[name]}. Set it back, or begin a new run from these weights: "
-                "`lightning-grpo export` the checkpoint and set `model.model` to the folder."
+                f"data.{name}",
+                f"must be what the checkpoint's run had ({why}), {value}",
+                given[name],
+                "Set it back, or begin a new run from these weights: `lightning-grpo export` the "
+                "checkpoint and set `model.model` to the folder.",
             )
 
 
@@ -444,8 +446,10 @@ def require_own(checkpoint: Mapping[str, Any], name: str) -> None:
     if name not in checkpoint:
         others = [k for k, v in checkpoint.items() if isinstance(v, Mapping) and "run_id" in v]
         raise ConfigError(
-            "`data` must be of the class that the checkpoint's run had (the prompts would begin "
-            f"anew), {', '.join(others) or 'none of ours'}, got {name}. Set it back, or begin a "
-            "new run from these weights: `lightning-grpo export` the checkpoint and set "
-            "`model.model` to the folder."
+            "data",
+            "must be of the class that the checkpoint's run had (the prompts would begin anew), "
+            f"{', '.join(others) or 'none of ours'}",
+            name,
+            "Set it back, or begin a new run from these weights: `lightning-grpo export` the "
+            "checkpoint and set `model.model` to the folder.",
         )

@@ -403,8 +403,10 @@ def check_ends(
         for token_id in sampling.stop_token_ids if sampling is not None else ():
             if not 0 <= token_id < vocab_size:
                 raise ConfigError(
-                    f"`{place}.stop_token_ids` must be in [0, {vocab_size}), the model's "
-                    f"embedding, got {token_id}. Leave it out."
+                    f"{place}.stop_token_ids",
+                    f"must be in [0, {vocab_size}), the model's embedding",
+                    token_id,
+                    "Leave it out.",
                 )
 
 
@@ -434,9 +436,11 @@ def check_evaluation(evaluation: Evaluation, workflow: RolloutWorkflow) -> None:
         return
     if wanted.max_new_tokens > own.max_new_tokens:
         raise ConfigError(
-            "`evaluation.sampling.max_new_tokens` must be at most the workflow's "
-            f"{own.max_new_tokens} where an episode has several turns (the room for them is "
-            f"counted by it), got {wanted.max_new_tokens}. Raise the workflow's."
+            "evaluation.sampling.max_new_tokens",
+            f"must be at most the workflow's {own.max_new_tokens} where an episode has several "
+            "turns (the room for them is counted by it)",
+            wanted.max_new_tokens,
+            "Raise the workflow's.",
         )
 
 
@@ -455,9 +459,10 @@ def room_for_prompts(
     room = context_tokens - sampling.max_new_tokens
     if room < 1:
         raise ConfigError(
-            f"`{place}.max_new_tokens` must leave room for a prompt in the model's context of "
-            f"{context_tokens} tokens, got {sampling.max_new_tokens}. Lower it below "
-            f"{context_tokens}."
+            f"{place}.max_new_tokens",
+            f"must leave room for a prompt in the model's context of {context_tokens} tokens",
+            sampling.max_new_tokens,
+            f"Lower it below {context_tokens}.",
         )
     return room
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_grpo.cli.main import available_commands
+from lightning_grpo.cli.main import COMMANDS
 from lightning_grpo.shipped import shipped_configs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def test_links_and_blocks_of_a_page_are_sound(page):
 def test_commands_and_configs_of_a_page_exist(page):
     text = page.read_text()
     named = set(re.findall(r"(?:^|`)lightning-grpo ([a-z-]+)", text, re.M))
-    assert named <= set(available_commands())
+    assert named <= set(COMMANDS)
     for config in re.findall(r"--config ([\w-]+\.yaml)", text):
         beside = (page.parent / config).is_file()
         assert config == "mine.yaml" or beside or config in shipped_configs()

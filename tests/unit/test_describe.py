@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lightning_grpo.contract import describe_data, describe_dtypes
+from lightning_grpo.contract import describe_dtypes
+from lightning_grpo.datamodule import describe_data
 from lightning_grpo.rewards import code, gsm8k
 from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy

@@ -107,7 +107,7 @@ COMMAND_LINE = {
     "--trainer.strategy ddp_fork --trainer.devices 2": [
         "trainer.strategy (command line)",
         "`trainer.strategy` must start each rank as a program of its own (those that are forked"
-        " hear of no signal to this one), got `ddp_fork`",
+        " hear of no signal to this one), got 'ddp_fork'",
         "Use `ddp` or `fsdp2`.",
     ],
     "--trainer.strategy fsdp3": [

@@ -12,6 +12,7 @@ from lightning_grpo.cli.fit import with_paths
 from lightning_grpo.cli.mistakes import locate
 from lightning_grpo.cli.sources import collect
 from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.errors import ConfigError
 
 WRITTEN = collect(
     [],
@@ -46,14 +47,35 @@ WRITTEN = collect(
     ],
 )
 def test_it_is_the_one_named_or_its_owner_or_the_one_whose_value_is_repeated(message, key):
-    problem = locate(message, WRITTEN)
+    problem = locate(ConfigError(message), WRITTEN)
     assert problem.key.endswith(key)
     assert problem.where == "command line"
     assert problem.lines()[0] == f"{problem.key} (command line)"
 
 
 def test_without_a_setting_the_message_stands_alone():
-    assert str(locate("The moon is full. Wait.", WRITTEN)) == "The moon is full\n  Wait."
+    problem = locate(ConfigError("The moon is full. Wait."), WRITTEN)
+    assert str(problem) == "The moon is full\n  Wait."
+
+
+def test_a_record_is_told_at_the_setting_that_has_its_value():
+    written = collect([], ["--data.evaluation.top_k", "5", "--data.workflow.sampling.top_k", "7"])
+    for value, key in ((5, "data.evaluation.top_k"), (7, "data.workflow.sampling.top_k")):
+        problem = locate(ConfigError("top_k", "must be -1", value, "Leave it out."), written)
+        assert str(problem) == (
+            f"{key} (command line)\n  `top_k` must be -1, got {value}\n  Leave it out."
+        )
+
+
+def test_a_record_of_what_nobody_wrote_is_told_at_its_owner():
+    problem = locate(ConfigError("servers.python", "names no interpreter"), WRITTEN)
+    assert problem.key == "data.servers"
+
+
+def test_a_record_is_not_misled_by_the_values_of_other_settings():
+    """Words of a rule are no names: it speaks of 3 steps, and `max_steps` is 3."""
+    refusal = ConfigError("group_size", "must be >= 2 (max_steps are 3)", 1)
+    assert locate(refusal, WRITTEN).key == "data.group_size"
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_grpo.cli.fit import find_config, split_recording
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.replay import find_config, split_recording
 from lightning_grpo.cli.sources import ConfigProblem
 
 

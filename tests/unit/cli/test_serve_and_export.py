@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 
 from lightning_grpo.cli.export import build_module, check_paths, read_checkpoint
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.serve import engine_command
+from lightning_grpo.cli.server import engine_command
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import open_rows
 

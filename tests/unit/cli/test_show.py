@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.show import headline, select, show
+from lightning_grpo.cli.trajectories import headline, select, show_rows
 from lightning_grpo.rollout.records import read_rows, write_groups
 from tests.fakes.tiny_run import make_group
 
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def shown(rows) -> str:
     console = Console(file=io.StringIO(), width=120)
-    show(rows, console)
+    show_rows(rows, console)
     return console.file.getvalue()
 
 

@@ -1,13 +1,15 @@
-"""`lightning-grpo install-server`: the servers' own environment, made and remembered."""
+"""`lightning-grpo serve`: the embedded engine; `install-server`: SGLang's own environment."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_grpo.checks import require_on_hub
 from lightning_grpo.cli.sources import Parser
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.sglang import (
@@ -18,8 +20,48 @@ from lightning_grpo.servers.sglang import (
     remember_python,
     server_folder,
 )
+from lightning_grpo.shipped import resolve_path
 
-_DESCRIPTION = """\
+_SERVE_USAGE = """\
+usage: lightning-grpo serve MODEL [options of the engine]
+
+Serve a model (a Hugging Face folder, a hub id or shipped:NAME) on this machine's CPU, behind
+SGLang's HTTP API and OpenAI's (`/v1/models`, `/v1/completions`, `/v1/chat/completions`, streaming
+too; without tools and structured output). Prints `READY http://HOST:PORT` when it answers; Ctrl-C
+ends it.
+
+  lightning-grpo serve shipped:quickstart --port 30000
+  OPENAI_BASE_URL=http://127.0.0.1:30000/v1 OPENAI_API_KEY=- python my_agent.py
+
+The engine's options:
+"""
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Become the engine's process."""
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(_SERVE_USAGE)
+        sys.stdout.flush()
+        argv = ["--help"]
+    elif not argv[0].startswith("-") and not _is_folder(resolve_path(argv[0])):
+        require_on_hub("MODEL", argv[0], "model")  # before torch is imported, which takes seconds
+    command = engine_command(argv)
+    os.execv(command[0], command)
+
+
+def _is_folder(path: str) -> bool:
+    return bool(path) and Path(path).is_dir()
+
+
+def engine_command(argv: Sequence[str]) -> list[str]:
+    """The engine's command line for the arguments of `serve`."""
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", resolve_path(arguments[0]), *arguments[1:]]
+    return [sys.executable, "-m", "lightning_grpo.engine", *arguments]
+
+
+_INSTALL_USAGE = """\
 Install SGLang into a virtual environment of its own, and remember it: SGLangServers starts servers
 with it from then on. The trainer does not need SGLang, and the two need different versions of torch
 and transformers.
@@ -31,20 +73,20 @@ and transformers.
 """
 
 
-def run(argv: Sequence[str]) -> int:
+def install(argv: Sequence[str]) -> int:
     """Install and remember, or only remember."""
-    options, pip_arguments = _parse(argv)
+    options, pip_arguments = _install_options(argv)
     device = "cpu" if options.cpu else "cuda"
     if options.use is not None:
         if not (options.use.is_file() and os.access(options.use, os.X_OK)):
-            raise ConfigError(f"`--use` must be an interpreter that has SGLang, got {options.use}.")
+            raise ConfigError("--use", "must be an interpreter that has SGLang", str(options.use))
         installed = examine_python(options.use.absolute(), device)
         if options.dry_run:
             print(f"would remember SGLang {installed.sglang}: {installed.python}")
             return 0
     else:
         if options.folder is not None and options.folder.is_file():
-            raise ConfigError(f"`--folder` must be a folder, new or made so, got {options.folder}.")
+            raise ConfigError("--folder", "must be a folder, new or made so", str(options.folder))
         folder = server_folder(options.folder, options.version, device)
         print(f"SGLang {options.version} for the {device}: {describe_room(folder, device)}")
         if options.dry_run:
@@ -57,12 +99,12 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _install_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments = list(argv)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = Parser(
         prog="lightning-grpo install-server",
-        description=_DESCRIPTION,
+        description=_INSTALL_USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

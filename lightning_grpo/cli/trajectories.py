@@ -1,11 +1,11 @@
-"""`lightning-grpo score`: try a reward on recorded completions, as a run would call it."""
+"""`lightning-grpo show`: read trajectories as a person would; `score`: try a reward on them."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,22 +13,155 @@ from typing import Any
 
 import anyio
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from lightning_grpo.checks import require_seconds
 from lightning_grpo.cli.mistakes import ImportPathError, import_object
 from lightning_grpo.cli.sources import Parser, whole_number
-from lightning_grpo.errors import ConfigError, RewardError, printable
+from lightning_grpo.errors import CheckpointError, ConfigError, RewardError, printable
+from lightning_grpo.rollout.prompts import open_rows
+from lightning_grpo.rollout.records import read_rows
 from lightning_grpo.rollout.scoring import BoundReward, RewardScorer
 from lightning_grpo.rollout.workflow import named_rewards
 from lightning_grpo.types import Prompt
+
+Row = Mapping[str, Any]
+
+SORTS: dict[str, Callable[[Row], float]] = {
+    "step": lambda row: row["step"],
+    "reward": lambda row: row["reward"],
+    "length": lambda row: num_response_tokens(row),
+    "staleness": lambda row: staleness(row),
+}
+"""What trajectories can be ordered by."""
+
+
+def show(argv: Sequence[str]) -> int:
+    """Print some trajectories."""
+    options = _show_parser().parse_args(list(argv))
+    if options.limit < 0:
+        raise ConfigError("--limit", "must be >= 0", options.limit)
+    rows = select(
+        read_answers(options.path),
+        sort=options.sort,
+        reverse=options.reverse,
+        limit=options.limit,
+        row=options.row,
+    )
+    show_rows(rows, Console(highlight=False))
+    return 0
+
+
+def read_answers(path: Path) -> list[Row]:
+    """What a run was trained on; of one that trained on nothing (`validate`) what it answered.
+
+    Raises:
+        ConfigError: There is nothing at that path.
+        CheckpointError: What is there holds none.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"`path` must be a .parquet file or a run's folder, and there is no {str(path)!r}."
+        )
+    try:
+        return list(read_rows(path))
+    except CheckpointError:
+        answered = sorted(
+            path.glob("**/trajectories/held_out"), key=lambda each: each.stat().st_mtime
+        )
+        if not answered:
+            raise
+    return list(read_rows(answered[-1]))
+
+
+def _show_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="lightning-grpo show",
+        description="Print the trajectories of a Parquet file, a folder of them, or a run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", type=Path, help="a .parquet file, or a run's folder (runs/NAME)")
+    parser.add_argument(
+        "--limit", type=whole_number(0), default=10, help="how many to print (default: 10)"
+    )
+    parser.add_argument("--sort", choices=sorted(SORTS), default="step", help="the order")
+    parser.add_argument("--reverse", action="store_true", help="largest first")
+    parser.add_argument("--row", type=whole_number(0), help="only this row of the prompts")
+    return parser
+
+
+def select(
+    rows: Sequence[Row],
+    *,
+    sort: str = "step",
+    reverse: bool = False,
+    limit: int = 10,
+    row: int | None = None,
+) -> list[Row]:
+    """The trajectories asked for, in the order asked for."""
+    chosen = [r for r in rows if row is None or r["row"] == row]
+    return sorted(chosen, key=SORTS[sort], reverse=reverse)[:limit]
+
+
+def show_rows(rows: Sequence[Row], console: Console) -> None:
+    """Print each trajectory: one line about it, the prompt, the completion or all turns."""
+    if not rows:
+        console.print("no trajectories")
+    for row in rows:
+        console.rule()
+        console.print(Text(printable(headline(row)), style="bold"))
+        console.print(Text("prompt", style="bold"))
+        console.print(Padding(Text(printable(row["prompt"].strip())), (0, 0, 0, 2)))
+        ending = " (truncated)" if row["truncated"] else ""
+        several = row.get("transcript")
+        console.print(Text(f"{'turns' if several else 'completion'}{ending}", style="bold"))
+        console.print(
+            Padding(Text(printable((several or row["completion"]).strip())), (0, 0, 0, 2))
+        )
+        console.print()
+
+
+def headline(row: Row) -> str:
+    """What there is to know about one trajectory, in one line."""
+    rewards = dict(row["rewards"])
+    named = ", ".join(f"{name} {value:.3g}" for name, value in rewards.items())
+    reward = f"reward {row['reward']:.3g}" + (f" ({named})" if len(rewards) > 1 else "")
+    sampled = sampled_versions(row)
+    versions = f"{sampled[0]}" if len(sampled) == 1 else f"{sampled[0]}-{sampled[-1]}"
+    parts = [
+        f"step {row['step']}",
+        f"pass {row['pass_index']} row {row['row']}",
+        reward,
+        f"{num_response_tokens(row)} tokens",
+        f"weights {versions}, staleness {staleness(row)}",
+        row["outcome"],
+    ]
+    return " | ".join(parts)
+
+
+def num_response_tokens(row: Row) -> int:
+    """How many tokens the policy sampled."""
+    return sum(row["response_mask"])
+
+
+def sampled_versions(row: Row) -> list[int]:
+    """The weight versions that sampled its tokens, in order, each once."""
+    pairs = zip(row["versions"], row["response_mask"], strict=True)
+    return sorted({version for version, sampled in pairs if sampled}) or [row["version"]]
+
+
+def staleness(row: Row) -> int:
+    """How many versions older than the weights that trained on it its oldest token is."""
+    return int(row["version"] - sampled_versions(row)[0])
+
 
 _COMPLETION = "completion"
 _SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
-class Row:
+class Recorded:
     """One recorded completion.
 
     Attributes:
@@ -57,9 +190,9 @@ class Score:
         return sum(self.values.values())
 
 
-def run(argv: Sequence[str]) -> int:
+def score(argv: Sequence[str]) -> int:
     """Score the rows and print them, with what they come to."""
-    options = _parser().parse_args(list(argv))
+    options = _score_parser().parse_args(list(argv))
     check_options(options)
     try:
         bound = BoundReward(import_object(options.reward))
@@ -72,7 +205,7 @@ def run(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     scores = anyio.run(_score_all, bound, rows, scorer)
     elapsed_s = time.perf_counter() - began
-    show(rows, scores, elapsed_s, Console(highlight=False), options.show)
+    show_scores(rows, scores, elapsed_s, Console(highlight=False), options.show)
     return 1 if any(score.error for score in scores) else 0
 
 
@@ -83,16 +216,16 @@ def check_options(options: argparse.Namespace) -> None:
         ConfigError: Which option, and why.
     """
     if not options.data.exists():
-        raise ConfigError(f"`--data` must exist, got {str(options.data)!r}.")
+        raise ConfigError("--data", "must exist", str(options.data))
     least = {"limit": 1, "show": 0, "processes": 0}
     for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and value < smallest:
-            raise ConfigError(f"`--{name}` must be >= {smallest}, got {value}.")
+            raise ConfigError(f"--{name}", f"must be >= {smallest}", value)
     require_seconds("--timeout-s", options.timeout_s)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _score_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lightning-grpo score",
         description="Try a reward on recorded completions, without a model.",
@@ -117,26 +250,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_completions(path: Path) -> list[Row]:
+def read_completions(path: Path) -> list[Recorded]:
     """The completions of a file or folder.
 
     Raises:
         ConfigError: There is none.
     """
     if path.suffix in (".jsonl", ".json"):
-        from lightning_grpo.rollout.prompts import open_rows
-
         rows = [_from_columns(row) for row in open_rows(str(path))]
     else:
-        from lightning_grpo.rollout.records import read_rows
-
         rows = [_from_trajectory(row) for row in read_rows(path)]
     if not rows:
         raise ConfigError(f"--data: {str(path)!r} has no rows.")
     return rows
 
 
-def _from_columns(row: Mapping[str, Any]) -> Row:
+def _from_columns(row: Mapping[str, Any]) -> Recorded:
     if not isinstance(row, Mapping):
         raise ConfigError(f"--data: every row must be a mapping of columns, got {row!r}.")
     columns = dict(row)
@@ -150,10 +279,10 @@ def _from_columns(row: Mapping[str, Any]) -> Row:
         text, messages = json.dumps(text), text
     ids = tuple(columns.pop("completion_ids", ()))
     prompt_ids = tuple(columns.pop("prompt_ids", ()))
-    return Row(Prompt(prompt_ids, text, tuple(messages), columns), completion, ids)
+    return Recorded(Prompt(prompt_ids, text, tuple(messages), columns), completion, ids)
 
 
-def _from_trajectory(row: Mapping[str, Any]) -> Row:
+def _from_trajectory(row: Mapping[str, Any]) -> Recorded:
     marked = zip(row["tokens"], row["response_mask"], strict=True)
     prompt = Prompt(
         tuple(row["tokens"][: row["num_prompt_tokens"]]),
@@ -164,13 +293,15 @@ def _from_trajectory(row: Mapping[str, Any]) -> Row:
         asked=row.get("asked"),
     )
     ids = tuple(token for token, sampled in marked if sampled)
-    return Row(prompt, row["completion"], ids, row["reward"])
+    return Recorded(prompt, row["completion"], ids, row["reward"])
 
 
-async def _score_all(bound: BoundReward, rows: Sequence[Row], scorer: RewardScorer) -> list[Score]:
+async def _score_all(
+    bound: BoundReward, rows: Sequence[Recorded], scorer: RewardScorer
+) -> list[Score]:
     scores: dict[int, Score] = {}
 
-    async def score(index: int, row: Row) -> None:
+    async def score_row(index: int, row: Recorded) -> None:
         arguments = bound.arguments(row.prompt, row.completion, row.completion_ids)
         try:
             value = await scorer.score(bound.reward, arguments)
@@ -182,14 +313,14 @@ async def _score_all(bound: BoundReward, rows: Sequence[Row], scorer: RewardScor
     try:
         async with scorer, anyio.create_task_group() as tasks:
             for index, row in enumerate(rows):
-                tasks.start_soon(score, index, row)
+                tasks.start_soon(score_row, index, row)
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
     return [scores[index] for index in range(len(rows))]
 
 
-def show(
-    rows: Sequence[Row], scores: Sequence[Score], elapsed_s: float, console: Console, most: int
+def show_scores(
+    rows: Sequence[Recorded], scores: Sequence[Score], elapsed_s: float, console: Console, most: int
 ) -> None:
     """Print the first rows, then what all come to."""
     for index, (row, score) in enumerate(zip(rows, scores, strict=True)):
@@ -215,7 +346,7 @@ def show(
         console.print(Text(printable(f"first failure: {failed}"), style="red"), soft_wrap=True)
 
 
-def _line(index: int, row: Row, score: Score) -> str:
+def _line(index: int, row: Recorded, score: Score) -> str:
     if score.error:
         value = "failed"
     elif len(score.values) == 1:
