@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -26,14 +27,11 @@ from torch import distributed
 
 from lightning_grpo.algorithm.metrics import Metrics, from_tensors, to_tensors
 from lightning_grpo.distributed.heartbeat import (
-    Alone,
     Exchange,
     Failure,
-    GlooExchange,
     Heart,
     Kind,
     ProcessLike,
-    RankJudge,
     RankLedger,
     RunningClock,
     Store,
@@ -57,97 +55,12 @@ def reduced(metrics: Metrics, device: torch.device) -> Metrics:
 _FAREWELL_S = 5.0
 
 
-class Messenger:
-    """This rank's outgoing side; silent in a run of one process.
-
-    Args:
-        ledger: Where this rank's record is kept.
-        heart: Writes it; None in a run of one process.
-        rank_timeout_s: The limit of silence; last words wait no longer than that.
-    """
-
-    def __init__(self, ledger: RankLedger, heart: Heart | None, rank_timeout_s: float) -> None:
-        self._ledger = ledger
-        self._heart = heart
-        self._watchdog: Watchdog | None = None
-        self._rank_timeout_s = rank_timeout_s
-        self._farewell_s = min(_FAREWELL_S, rank_timeout_s)
-
-    def start_watchdog(
-        self, verdict: Callable[[], Failure | None], grace_s: float, poll_s: float
-    ) -> None:
-        """Watch the others from a thread; once."""
-        if self._heart is not None and self._watchdog is None:
-            self._watchdog = Watchdog(self._ledger.rank, verdict, grace_s, poll_s)
-            self._watchdog.start()
-
-    def quickened(self) -> AbstractContextManager[None]:
-        """Talk and listen fast for a while."""
-        return nullcontext() if self._heart is None else self._heart.quickened()
-
-    @contextmanager
-    def publishing(self, sequence: int, what: str) -> Iterator[None]:
-        """Rank 0: say how the block ended."""
-        try:
-            yield
-        except StopRun as stop:
-            self._publish(WaitOutcome(sequence, Kind.STOP, what, signal.Signals(stop.signal).name))
-            raise
-        except BaseException as error:
-            self._publish(WaitOutcome(sequence, Kind.ERROR, what, what_happened(error)))
-            raise
-        self._publish(WaitOutcome(sequence, Kind.READY, what))
-
-    def tell(self, failure: Failure) -> None:
-        """Put a failure into the record and wait until it is known."""
-        tick = self._ledger.fail(failure)
-        if self._heart is None:
-            return
-        self._heart.wake()
-        if self._ledger.rank == 0:
-            self.until(lambda: self._ledger.all_have_seen(tick), self._farewell_s)
-        else:  # rank 0 repeats it
-            self.until(self._ledger.rank_zero_knows_failure, self._farewell_s)
-
-    def raise_for(self, failure: Failure | None) -> None:
-        """Raise a verdict, if there is one."""
-        if failure is not None:
-            raise self.error_for(failure)
-
-    def error_for(self, failure: Failure) -> RankError:
-        """The error that a verdict becomes; the main thread knows now and may leave in order."""
-        if self._watchdog is not None:
-            self._watchdog.extend(self._rank_timeout_s)
-        return RankError(f"rank {failure.rank} failed: {failure.text}")
-
-    def until(self, condition: Callable[[], bool], limit_s: float) -> None:
-        """Wait a bounded time for something to be heard."""
-        end = time.monotonic() + limit_s
-        with self.quickened():
-            while not condition() and time.monotonic() < end:
-                time.sleep(0.01)
-
-    def stop(self) -> None:
-        """End the threads."""
-        if self._watchdog is not None:
-            self._watchdog.stop()
-        if self._heart is not None:
-            self._heart.stop()
-
-    def _publish(self, outcome: WaitOutcome) -> None:
-        if self._heart is None:
-            return
-        tick = self._ledger.publish(outcome)
-        self._heart.wake()
-        if outcome.kind is not Kind.READY:  # this process may end soon, and the store with it
-            self.until(lambda: self._ledger.all_have_seen(tick), self._farewell_s)
-
-
 def what_happened(error: BaseException) -> str:
     """What the other ranks are told; where Ctrl-C found this one is nobody's concern."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    return "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error))
+    return text.encode(errors="backslashreplace").decode()  # half a character can't be sent
 
 
 ENDING = ("SIGTERM", "SIGINT")
@@ -204,23 +117,22 @@ class RankChannel:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.rank_timeout_s = rank_timeout_s
+        self._farewell_s = min(_FAREWELL_S, rank_timeout_s)
         self.stop_source: Callable[[], str] = str
         self._poll_s = poll_s
-        self._exchange: Exchange = exchange or Alone()
+        self._exchange = exchange or Exchange()
         self._sequence = 0
         self._store = store  # rank 0's object is the server: it must outlive the run
         self._closed = False
+        self._heart: Heart | None = None
+        self._watchdog: Watchdog | None = None
         clock = RunningClock(gap_s=max(rank_timeout_s / 2, 4 * poll_s))
         name = f"pid {os.getpid()} on {platform.node()}"
-        self._ledger = RankLedger(rank, world_size, name, clock)
-        self._judge = RankJudge(self._ledger, rank_timeout_s)
-        heart = None
+        self._ledger = RankLedger(rank, world_size, name, rank_timeout_s, clock)
         if store is not None:
-            heart = Heart(self._ledger, store, rank_timeout_s, self._current_stop)
-            heart.start()
+            self._heart = Heart(self._ledger, store, lambda: self.stop_source())
+            self._heart.start()
             atexit.register(self.close)
-        self._messenger = Messenger(self._ledger, heart, rank_timeout_s)
 
     @classmethod
     def single(cls, poll_s: float = 0.05) -> RankChannel:
@@ -250,7 +162,8 @@ class RankChannel:
         """
         if world_size == 1:
             return cls.single(poll_s)
-        exchange = GlooExchange(group_timeout_s)
+        group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=group_timeout_s))
+        exchange = Exchange(group, world_size)
         store = open_store(rank, world_size, host, exchange, max(rank_timeout_s, 10.0))
         return cls(rank, world_size, store, exchange, rank_timeout_s, poll_s)
 
@@ -280,15 +193,12 @@ class RankChannel:
             RankError: Another rank failed or is gone; elsewhere than on rank 0 also when the
                 future failed, with its traceback. Rank 0 raises the future's own exception.
         """
-        self._sequence += 1
-        with self._messenger.quickened():
-            if self.rank != 0:
-                self._follow(what)
-                return None
-            self._ledger.advance(what, deadline_s or 0.0)
-            with self._messenger.publishing(self._sequence, what):
-                self._poll_future(future, what, deadline_s, stoppable)
-                return future.result() if future is not None else None
+
+        def result() -> T | None:
+            self._poll_future(future, what, deadline_s, stoppable)
+            return None if future is None else future.result()
+
+        return self.on_rank_zero(result, what=what, deadline_s=deadline_s or 0.0)
 
     def on_rank_zero(
         self, function: Callable[[], T], *, what: str, deadline_s: float = 0.0
@@ -304,12 +214,12 @@ class RankChannel:
             Its result on rank 0, None elsewhere. Raises as `wait` does.
         """
         self._sequence += 1
-        with self._messenger.quickened():
+        with self._quickened():
             if self.rank != 0:
                 self._follow(what)
                 return None
             self._ledger.advance(what, deadline_s)
-            with self._messenger.publishing(self._sequence, what):
+            with self._publishing(what):
                 return function()
 
     def beat(self, what: str | None = None, deadline_s: float = 0.0) -> None:
@@ -346,11 +256,13 @@ class RankChannel:
 
         The exit status is then `heart.EXIT_RANK_LOST` (75), the reason is on standard error.
         """
-        self._messenger.start_watchdog(self._judge.verdict, grace_s, self._poll_s)
+        if self._heart is not None and self._watchdog is None:
+            self._watchdog = Watchdog(self._ledger, grace_s, self._poll_s)
+            self._watchdog.start()
 
     def watch_processes(self, processes: Mapping[int, ProcessLike]) -> None:
         """Rank 0: processes that it started itself, by rank; their end is noticed at once."""
-        self._judge.processes.update(processes)
+        self._ledger.processes.update(processes)
 
     def report_failure(self, error: BaseException) -> RankError | None:
         """Tell the others that this rank fails; they end, naming it.
@@ -365,11 +277,12 @@ class RankChannel:
             return error  # everybody who can be reached knows
         if self.world_size == 1 or self._closed or isinstance(error, StopRun):
             return None
-        cause = self._judge.verdict()
-        if cause is None and is_echo(error):
-            cause = self._judge.verdict_within(self.rank_timeout_s + 1.0, self._poll_s)
-        self._messenger.tell(cause or Failure(self.rank, what_happened(error)))
-        return None if cause is None else self._messenger.error_for(cause)
+        if is_echo(error):
+            limit_s = self._ledger.rank_timeout_s + 1.0
+            self._until(lambda: self._ledger.verdict() is not None, limit_s, self._poll_s)
+        cause = self._ledger.verdict()
+        self._tell(cause or Failure(self.rank, what_happened(error)))
+        return None if cause is None else self._error_for(cause)
 
     def close(self, linger_s: float = 5.0) -> None:
         """Leave in good order; idempotent.
@@ -386,15 +299,69 @@ class RankChannel:
         atexit.unregister(self.close)
         tick = self._ledger.say(closed=True)
         if self.rank == 0:
-            self._messenger.until(lambda: self._ledger.all_have_seen(tick), linger_s)
+            self._until(lambda: self._ledger.all_have_seen(tick), linger_s)
         else:
-            self._messenger.until(self._ledger.rank_zero_left, linger_s)
-        self._messenger.stop()
+            self._until(self._ledger.rank_zero_left, linger_s)
+        for thread in (self._watchdog, self._heart):
+            if thread is not None:
+                thread.stop()
 
     # ---- private ----------------------------------------------------------------------------
 
-    def _current_stop(self) -> str:
-        return self.stop_source()
+    def _quickened(self) -> AbstractContextManager[None]:
+        """Talk and listen fast for a while."""
+        return nullcontext() if self._heart is None else self._heart.quickened()
+
+    @contextmanager
+    def _publishing(self, what: str) -> Iterator[None]:
+        """Rank 0: say how the block ended."""
+        try:
+            yield
+        except StopRun as stop:
+            self._publish(Kind.STOP, what, signal.Signals(stop.signal).name)
+            raise
+        except BaseException as error:
+            self._publish(Kind.ERROR, what, what_happened(error))
+            raise
+        self._publish(Kind.READY, what)
+
+    def _publish(self, kind: Kind, what: str, text: str = "") -> None:
+        if self._heart is None:
+            return
+        tick = self._ledger.publish(WaitOutcome(self._sequence, kind, what, text))
+        self._heart.wake()
+        if kind is not Kind.READY:  # this process may end soon, and the store with it
+            self._until(lambda: self._ledger.all_have_seen(tick), self._farewell_s)
+
+    def _tell(self, failure: Failure) -> None:
+        """Put a failure into the record and wait until it is known."""
+        ledger = self._ledger
+        tick = ledger.fail(failure)
+
+        def known() -> bool:
+            if self.rank == 0:
+                return ledger.all_have_seen(tick)
+            return ledger.rank_zero_left() or ledger.peers[0].pulse.failure is not None
+
+        if self._heart is not None:
+            self._until(known, self._farewell_s)
+
+    def _until(self, condition: Callable[[], bool], limit_s: float, poll_s: float = 0.01) -> None:
+        """Wait a bounded time for something to be heard."""
+        end = time.monotonic() + limit_s
+        with self._quickened():
+            while not condition() and time.monotonic() < end:
+                time.sleep(poll_s)
+
+    def _raise_for(self, failure: Failure | None) -> None:
+        if failure is not None:
+            raise self._error_for(failure)
+
+    def _error_for(self, failure: Failure) -> RankError:
+        """The error that a verdict becomes; the main thread knows now and may leave in order."""
+        if self._watchdog is not None:
+            self._watchdog.extend(self._ledger.rank_timeout_s)
+        return RankError(f"rank {failure.rank} failed: {failure.text}")
 
     def _poll_future(
         self,
@@ -410,7 +377,7 @@ class RankChannel:
             name = self._any_stop()
             if name and stoppable:
                 raise self._stop(name, what)
-            self._messenger.raise_for(self._judge.verdict())
+            self._raise_for(self._ledger.verdict())
             if deadline_s is not None and time.monotonic() - started > deadline_s:
                 msg = f"{what} took longer than {deadline_s:g} s."
                 raise RankError(msg)
@@ -427,21 +394,19 @@ class RankChannel:
                 self._out_of_step(outcome.what, what)
             if outcome is not None and outcome.kind is Kind.READY:
                 return
-            self._messenger.raise_for(self._judge.heard())
+            self._raise_for(self._ledger.heard())
             if outcome is not None and outcome.kind is Kind.STOP:
                 raise self._stop(outcome.text, what)
             if outcome is not None:
-                self._messenger.raise_for(
-                    Failure(0, f"while the ranks waited for {what}:\n{outcome.text}")
-                )
-            self._messenger.raise_for(self._judge.verdict() or self._judge.stalled(since))
+                self._raise_for(Failure(0, f"while the ranks waited for {what}:\n{outcome.text}"))
+            self._raise_for(self._ledger.verdict() or self._ledger.stalled(since))
             self._ledger.advance(what, 0.0)
             with self._ledger.changed:
                 self._ledger.changed.wait(self._poll_s)
 
     def _out_of_step(self, theirs: str, ours: str) -> None:
         msg = f"ranks are out of step: rank 0 waited for {theirs!r}, rank {self.rank} for {ours!r}."
-        self._messenger.tell(Failure(self.rank, msg))
+        self._tell(Failure(self.rank, msg))
         raise RankError(msg)
 
     def _stop(self, name: str, what: str) -> StopRun:

@@ -13,7 +13,6 @@ import contextlib
 import faulthandler
 import hashlib
 import hmac
-import json
 import logging
 import os
 import platform
@@ -24,64 +23,37 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_grpo._compat import listen_at
 
 
-class Exchange(Protocol):
-    """Broadcast, scatter and agreement between the ranks."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-
-    def scatter(self, values: Sequence[Any] | None) -> Any:
-        """Entry r of rank 0's list, on rank r."""
-
-    def largest(self, value: int) -> int:
-        """The largest of all ranks' values, on every rank."""
-
-
-class Alone:
-    """One process: nothing to exchange."""
-
-    def broadcast(self, value: Any) -> Any:
-        """The value itself."""
-        return value
-
-    def scatter(self, values: Sequence[Any] | None) -> Any:
-        """The only entry."""
-        (value,) = values or ()
-        return value
-
-    def largest(self, value: int) -> int:
-        """The value itself."""
-        return value
-
-
-class GlooExchange:
-    """A gloo group beside the default one: CPU tensors, whatever the training backend is.
+class Exchange:
+    """Broadcast, scatter and agreement between the ranks; a process that is alone has no group.
 
     Args:
-        timeout_s: The group's own limit. Generous: the watchdog is what ends a lost run.
+        group: A group of CPU tensors beside the default one.
+        world_size: Its size.
     """
 
-    def __init__(self, timeout_s: float = 1800.0) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._world_size = dist.get_world_size()
+    def __init__(self, group: dist.ProcessGroup | None = None, world_size: int = 1) -> None:
+        self._group = group
+        self._world_size = world_size
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, pickled, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        if self._group is not None:
+            dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def scatter(self, values: Sequence[Any] | None) -> Any:
@@ -89,15 +61,17 @@ class GlooExchange:
         if values is not None and len(values) != self._world_size:
             msg = f"scatter needs one value per rank ({self._world_size}), got {len(values)}."
             raise ValueError(msg)
-        box: list[Any] = [None]
-        entries = None if values is None else list(values)
-        dist.scatter_object_list(box, entries, src=0, group=self._group)
+        box = list(values or [None])
+        if self._group is not None:
+            box, entries = [None], None if values is None else box
+            dist.scatter_object_list(box, entries, src=0, group=self._group)
         return box[0]
 
     def largest(self, value: int) -> int:
-        """One all-reduce of one number."""
+        """The largest of all ranks' numbers."""
         box = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
+        if self._group is not None:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
         return int(box.item())
 
 
@@ -195,8 +169,7 @@ class Kind(StrEnum):
     STOP = "stop"
 
 
-@dataclass(frozen=True, slots=True)
-class WaitOutcome:
+class WaitOutcome(msgspec.Struct, frozen=True):
     """The end of one wait, published by rank 0.
 
     Attributes:
@@ -214,16 +187,14 @@ class WaitOutcome:
     tick: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True):
     """The first failure of the run: who, and its traceback or what was seen of it."""
 
     rank: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Pulse:
+class Pulse(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """One beat of one rank.
 
     Attributes:
@@ -250,38 +221,13 @@ class Pulse:
     failure: Failure | None = None
     outcomes: tuple[WaitOutcome, ...] = ()
 
-    def encode(self) -> str:
-        """The record as it lies in the store."""
-        return json.dumps(asdict(self))
 
-    @staticmethod
-    def decode(data: bytes) -> Pulse:
-        """Read what `encode` wrote."""
-        fields: dict[str, Any] = json.loads(data)
-        failure = fields.pop("failure")
-        outcomes = fields.pop("outcomes")
-        return Pulse(
-            **fields,
-            failure=Failure(**failure) if failure else None,
-            outcomes=tuple(WaitOutcome(**{**o, "kind": Kind(o["kind"])}) for o in outcomes),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(msgspec.Struct, frozen=True):
     """Another rank as seen from here; times are of this process's `RunningClock`."""
 
     pulse: Pulse
     changed_at: float
     progress_at: float
-
-    def update(self, pulse: Pulse, now: float) -> Peer:
-        """Take in a newly read record."""
-        return Peer(
-            pulse=pulse,
-            changed_at=now if pulse.tick != self.pulse.tick else self.changed_at,
-            progress_at=now if pulse.progress != self.pulse.progress else self.progress_at,
-        )
 
 
 class RunningClock:
@@ -308,37 +254,110 @@ class RunningClock:
             return self._elapsed
 
 
-class RankLedger:
-    """This rank's own record and the last ones read of the others; shared between threads."""
+_ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore", re.I)
 
-    def __init__(self, rank: int, world_size: int, name: str, clock: RunningClock) -> None:
+
+class ProcessLike(Protocol):
+    """A child process, as `subprocess.Popen` is one."""
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs; negative for a signal."""
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether this looks like a collective that broke because another rank ended."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _ECHO.search(str(error)) is not None
+
+
+class RankLedger:
+    """This rank's own record, the last ones read of the others, and which of them is lost.
+
+    Shared between threads: records are replaced whole, under the lock of `changed`.
+
+    Args:
+        rank: This process; rank 0 watches all others, they watch rank 0.
+        world_size: All of them.
+        name: Of this process, for messages.
+        rank_timeout_s: Silence after which a rank counts as lost.
+        clock: What silence is measured by.
+
+    Attributes:
+        mine: The record that is written next.
+        peers: The ranks that this one watches.
+        failure: The first failure that was heard of from another rank.
+        lost: Why the store can't be reached any more; empty while it can.
+        processes: Rank 0: processes that it started itself, by rank.
+        changed: Notified when something was heard.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, name: str, rank_timeout_s: float, clock: RunningClock
+    ) -> None:
         self.rank = rank
-        self.world_size = world_size
+        self.rank_timeout_s = rank_timeout_s
         self.clock = clock
-        self.lost: str = ""
-        self.changed = threading.Condition()
-        self._mine = Pulse(name=name)
-        self._outcomes: dict[int, WaitOutcome] = {}
-        self._failure: Failure | None = None
+        self.mine = Pulse(name=name)
         now = clock.now()
         watched = range(1, world_size) if rank == 0 else (0,)
-        self._peers = {peer: Peer(Pulse(), now, now) for peer in watched}
+        self.peers: Mapping[int, Peer] = {peer: Peer(Pulse(), now, now) for peer in watched}
+        self.failure: Failure | None = None
+        self.lost = ""
+        self.processes: dict[int, ProcessLike] = {}
+        self.changed = threading.Condition()
+        self._outcomes: dict[int, WaitOutcome] = {}
 
-    @property
-    def mine(self) -> Pulse:
-        """The record that will be written next."""
-        return self._mine
-
-    @property
-    def peers(self) -> Mapping[int, Peer]:
-        """The ranks that this one watches: rank 0 watches all, the others watch rank 0."""
+    def say(self, **changes: Any) -> int:
+        """Change this rank's own record; returns the tick of the first beat that carries it."""
         with self.changed:
-            return dict(self._peers)
+            self.mine = replace(self.mine, **changes)
+            return self.mine.tick + 1
 
-    @property
-    def failure(self) -> Failure | None:
-        """The first failure that was heard of from another rank."""
-        return self._failure
+    def advance(self, what: str | None, allowance_s: float) -> None:
+        """The main thread made progress and says what it does next (None: as before)."""
+        with self.changed:
+            what = self.mine.what if what is None else what
+            self.say(progress=self.mine.progress + 1, what=what, allowance_s=allowance_s)
+
+    def publish(self, outcome: WaitOutcome) -> int:
+        """Rank 0: add the end of a wait to the record; returns the tick that carries it."""
+        with self.changed:
+            told = replace(outcome, tick=self.mine.tick + 1)
+            return self.say(outcomes=(*self.mine.outcomes, told))
+
+    def fail(self, failure: Failure) -> int:
+        """Put a failure into the own record, unless an earlier one is there."""
+        with self.changed:
+            return self.say(failure=self.mine.failure or failure)
+
+    def next_beat(self, stop: str = "") -> Pulse:
+        """The record to write now, with the signal that this rank got."""
+        with self.changed:
+            mine = self.mine
+            seen = self.peers[0].pulse.tick if self.rank != 0 else 0
+            least = min((p.pulse.seen for p in self.peers.values()), default=0)
+            unread = tuple(o for o in mine.outcomes if self.rank != 0 or o.tick > least)
+            self.say(tick=mine.tick + 1, seen=seen, stop=stop, outcomes=unread)
+            return self.mine
+
+    def hear(self, pulses: Mapping[int, Pulse]) -> None:
+        """Take in what was read from the store."""
+        now = self.clock.now()
+        with self.changed:
+            for rank, pulse in pulses.items():
+                old = self.peers[rank]
+                if pulse.tick < old.pulse.tick:
+                    continue  # an old record that somebody has put back
+                changed_at = now if pulse.tick != old.pulse.tick else old.changed_at
+                moved = pulse.progress != old.pulse.progress
+                peer = Peer(pulse, changed_at, now if moved else old.progress_at)
+                self.peers = {**self.peers, rank: peer}
+                self._outcomes.update({o.sequence: o for o in pulse.outcomes})
+                self.failure = self.failure or pulse.failure
+            if self.rank == 0 and self.failure is not None:  # so that every rank hears of it
+                self.fail(self.failure)
+            self.changed.notify_all()
 
     def outcome(self, sequence: int) -> WaitOutcome | None:
         """How that wait ended, once rank 0 has said so; earlier ones are forgotten."""
@@ -346,76 +365,71 @@ class RankLedger:
             self._outcomes = {s: o for s, o in self._outcomes.items() if s >= sequence}
             return self._outcomes.get(sequence)
 
-    def say(self, **changes: Any) -> int:
-        """Change this rank's own record; returns the tick of the first beat that carries it."""
-        with self.changed:
-            self._mine = replace(self._mine, **changes)
-            return self._mine.tick + 1
-
-    def advance(self, what: str | None, allowance_s: float) -> None:
-        """The main thread made progress and says what it does next (None: as before)."""
-        with self.changed:
-            mine = self._mine
-            what = mine.what if what is None else what
-            self._mine = replace(
-                mine, progress=mine.progress + 1, what=what, allowance_s=allowance_s
-            )
-
-    def publish(self, outcome: WaitOutcome) -> int:
-        """Rank 0: add the end of a wait to the record; returns the tick that carries it."""
-        with self.changed:
-            tick = self._mine.tick + 1
-            kept = (*self._mine.outcomes, replace(outcome, tick=tick))
-            self._mine = replace(self._mine, outcomes=kept)
-            return tick
-
-    def fail(self, failure: Failure) -> int:
-        """Put a failure into the own record, unless an earlier one is there."""
-        return self.say(failure=self._mine.failure or failure)
-
-    def next_beat(self, stop: str = "") -> Pulse:
-        """The record to write now, with the signal that this rank got."""
-        with self.changed:
-            seen = self._peers[0].pulse.tick if self.rank != 0 else 0
-            least = min((p.pulse.seen for p in self._peers.values()), default=0)
-            unread = tuple(o for o in self._mine.outcomes if self.rank != 0 or o.tick > least)
-            self._mine = replace(
-                self._mine, tick=self._mine.tick + 1, seen=seen, stop=stop, outcomes=unread
-            )
-            return self._mine
-
-    def hear(self, pulses: Mapping[int, Pulse]) -> None:
-        """Take in what was read from the store."""
-        now = self.clock.now()
-        with self.changed:
-            for rank, pulse in pulses.items():
-                if pulse.tick < self._peers[rank].pulse.tick:
-                    continue  # an old record that somebody has put back
-                self._peers[rank] = self._peers[rank].update(pulse, now)
-                self._outcomes.update({o.sequence: o for o in pulse.outcomes})
-                self._failure = self._failure or pulse.failure
-            if self.rank == 0 and self._failure is not None:  # so that every rank hears of it
-                self._mine = replace(self._mine, failure=self._mine.failure or self._failure)
-            self.changed.notify_all()
-
-    def lose(self, reason: str) -> None:
-        """The store can't be reached any more."""
-        with self.changed:
-            self.lost = reason
-            self.changed.notify_all()
-
     def all_have_seen(self, tick: int) -> bool:
         """Rank 0: whether every rank that is still there has read that beat."""
-        peers = self.peers.values()
-        return all(p.pulse.closed or p.pulse.seen >= tick for p in peers)
+        return all(p.pulse.closed or p.pulse.seen >= tick for p in self.peers.values())
 
     def rank_zero_left(self) -> bool:
         """Whether rank 0 said good-bye or can't be reached."""
         return bool(self.lost) or self.peers[0].pulse.closed
 
-    def rank_zero_knows_failure(self) -> bool:
-        """Whether rank 0 repeats a failure, or can't be reached."""
-        return self.rank_zero_left() or self.peers[0].pulse.failure is not None
+    # ---- who is lost -----------------------------------------------------------------------
+
+    def heard(self) -> Failure | None:
+        """A failure that some rank reported, this rank's own report left out."""
+        failure = self.failure
+        if failure is None or failure.rank != self.rank:
+            return failure
+        if self.mine.failure is not None:
+            return None
+        return Failure(failure.rank, f"the others gave up on this rank: {failure.text}")
+
+    def verdict(self) -> Failure | None:
+        """What is wrong with another rank, or None; rank 0 passes it on to all."""
+        found = self.heard() or self._ended_child() or self._lost_store() or self._silent()
+        if found is not None and self.rank == 0:
+            self.fail(found)
+        return found
+
+    def stalled(self, since: float) -> Failure | None:
+        """Whether rank 0's main thread stands still, seen by a rank that waits since then."""
+        peer = self.peers[0]
+        if peer.pulse.closed:
+            return Failure(0, "left the run while this rank still waited for it")
+        age_s = self.clock.now() - max(peer.progress_at, since)
+        limit_s = peer.pulse.allowance_s + self.rank_timeout_s
+        if age_s <= limit_s:
+            return None
+        return Failure(
+            0,
+            f"its process runs ({peer.pulse.name}), but its main thread made no progress for "
+            f"{age_s:.0f} s (allowed: {limit_s:g} s); last known in: {peer.pulse.what}",
+        )
+
+    def _ended_child(self) -> Failure | None:
+        for rank, process in self.processes.items():
+            code = process.poll()
+            if code is not None and code != 0:
+                how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+                return Failure(rank, f"its process ended: {how}")
+        return None
+
+    def _lost_store(self) -> Failure | None:
+        if not self.lost or self.peers[0].pulse.closed:
+            return None
+        return Failure(0, f"its process is gone ({self.peers[0].pulse.name}): {self.lost}")
+
+    def _silent(self) -> Failure | None:
+        now = self.clock.now()
+        for rank, peer in self.peers.items():
+            age_s = now - peer.changed_at
+            if age_s > self.rank_timeout_s and not peer.pulse.closed:
+                return Failure(
+                    rank,
+                    f"silent for {age_s:.1f} s ({peer.pulse.name or 'never heard of'}): killed, "
+                    f"stopped or cut off; last known in: {peer.pulse.what}",
+                )
+        return None
 
 
 log = logging.getLogger(__name__)
@@ -437,22 +451,15 @@ class Heart:
     Args:
         ledger: Where records are kept.
         store: Reached by every rank; lives in rank 0's process.
-        rank_timeout_s: The limit of silence; the resting beat is a tenth of it at most.
         stop_source: The name of the signal that this rank got, or an empty string.
     """
 
-    def __init__(
-        self,
-        ledger: RankLedger,
-        store: Store,
-        rank_timeout_s: float,
-        stop_source: Callable[[], str],
-    ) -> None:
+    def __init__(self, ledger: RankLedger, store: Store, stop_source: Callable[[], str]) -> None:
         self._ledger = ledger
         self._store = store
         self._stop_source = stop_source
-        self._resting_s = min(_RESTING_S, rank_timeout_s / 10)
-        self._waiting_s = max(_WAITING_S, ledger.world_size * 0.0005)
+        self._resting_s = min(_RESTING_S, ledger.rank_timeout_s / 10)
+        self._waiting_s = max(_WAITING_S, len(ledger.peers) * 0.0005)
         self._wake = threading.Event()
         self._end = threading.Event()
         self._busy = 0
@@ -491,10 +498,10 @@ class Heart:
         while not self._end.is_set():
             try:
                 beat = ledger.next_beat(self._stop_source())
-                self._store.set(f"pulse/{ledger.rank}", beat.encode())
+                self._store.set(f"pulse/{ledger.rank}", msgspec.json.encode(beat).decode())
                 values = self._store.multi_get(list(keys.values()))
             except RuntimeError as error:  # torch's DistError: the process with the store is gone
-                ledger.lose(str(error).splitlines()[0])
+                ledger.lost = str(error).splitlines()[0]
                 return
             read = {rank: self._read(rank, v) for rank, v in zip(keys, values, strict=True)}
             ledger.hear({rank: pulse for rank, pulse in read.items() if pulse is not None})
@@ -504,8 +511,8 @@ class Heart:
     def _read(self, rank: int, data: bytes) -> Pulse | None:
         """A rank's record; None where there is none, or somebody else has written over it."""
         try:
-            return Pulse.decode(data)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            return msgspec.json.decode(data, type=Pulse)
+        except (msgspec.DecodeError, ValueError):  # ValueError: of bytes that are no text
             # Its own next beat comes soon; one that stays away is silent, and found so.
             if self._ledger.peers[rank].pulse.tick and rank not in self._told:
                 self._told.add(rank)
@@ -524,17 +531,13 @@ class Watchdog:
     the program in its own way, then the process exits with `EXIT_RANK_LOST`.
 
     Args:
-        rank: For messages.
-        verdict: Names what is wrong with another rank, or None.
-        grace_s: Time for the main thread once the verdict is there.
+        ledger: Knows what is wrong with another rank.
+        grace_s: Time for the main thread once that is known.
         poll_s: How often to look.
     """
 
-    def __init__(
-        self, rank: int, verdict: Callable[[], Failure | None], grace_s: float, poll_s: float
-    ) -> None:
-        self._rank = rank
-        self._verdict = verdict
+    def __init__(self, ledger: RankLedger, grace_s: float, poll_s: float) -> None:
+        self._ledger = ledger
         self._grace_s = grace_s
         self._poll_s = poll_s
         self._end = threading.Event()
@@ -554,7 +557,7 @@ class Watchdog:
         self._thread.join(timeout=1.0)
 
     def _run(self) -> None:
-        while (failure := self._verdict()) is None:
+        while (failure := self._ledger.verdict()) is None:
             if self._end.wait(self._poll_s):
                 return
         self._say(f"rank {failure.rank} failed; this rank ends.\n{failure.text}")
@@ -571,100 +574,5 @@ class Watchdog:
         os._exit(EXIT_RANK_LOST)
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(f"[rank {self._rank}] {text}\n")
+        sys.stderr.write(f"[rank {self._ledger.rank}] {text}\n")
         sys.stderr.flush()
-
-
-_ECHO = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tcpstore", re.I)
-
-
-class ProcessLike(Protocol):
-    """A child process, as `subprocess.Popen` is one."""
-
-    def poll(self) -> int | None:
-        """The exit status, None while it runs; negative for a signal."""
-
-
-def is_echo(error: BaseException) -> bool:
-    """Whether this looks like a collective that broke because another rank ended."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and _ECHO.search(str(error)) is not None
-
-
-class RankJudge:
-    """Decides whether another rank is lost.
-
-    Args:
-        ledger: What was heard of the others.
-        rank_timeout_s: Silence after which a rank counts as lost.
-    """
-
-    def __init__(self, ledger: RankLedger, rank_timeout_s: float) -> None:
-        self.processes: dict[int, ProcessLike] = {}
-        self._ledger = ledger
-        self._rank_timeout_s = rank_timeout_s
-
-    def heard(self) -> Failure | None:
-        """A failure that some rank reported, this rank's own report left out."""
-        failure = self._ledger.failure
-        if failure is None or failure.rank != self._ledger.rank:
-            return failure
-        if self._ledger.mine.failure is not None:
-            return None
-        return Failure(failure.rank, f"the others gave up on this rank: {failure.text}")
-
-    def verdict(self) -> Failure | None:
-        """What is wrong with another rank, or None; rank 0 passes it on to all."""
-        found = self.heard() or self._ended_child() or self._lost_store() or self._silent()
-        if found is not None and self._ledger.rank == 0:
-            self._ledger.fail(found)
-        return found
-
-    def verdict_within(self, limit_s: float, poll_s: float) -> Failure | None:
-        """The verdict, waited for."""
-        end = time.monotonic() + limit_s
-        while (found := self.verdict()) is None and time.monotonic() < end:
-            time.sleep(poll_s)
-        return found
-
-    def stalled(self, since: float) -> Failure | None:
-        """Whether rank 0's main thread stands still, seen by a rank that waits since then."""
-        peer = self._ledger.peers[0]
-        if peer.pulse.closed:
-            return Failure(0, "left the run while this rank still waited for it")
-        age_s = self._ledger.clock.now() - max(peer.progress_at, since)
-        limit_s = peer.pulse.allowance_s + self._rank_timeout_s
-        if age_s <= limit_s:
-            return None
-        return Failure(
-            0,
-            f"its process runs ({peer.pulse.name}), but its main thread made no progress for "
-            f"{age_s:.0f} s (allowed: {limit_s:g} s); last known in: {peer.pulse.what}",
-        )
-
-    def _ended_child(self) -> Failure | None:
-        for rank, process in self.processes.items():
-            code = process.poll()
-            if code is not None and code != 0:
-                how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-                return Failure(rank, f"its process ended: {how}")
-        return None
-
-    def _lost_store(self) -> Failure | None:
-        if not self._ledger.lost or self._ledger.peers[0].pulse.closed:
-            return None
-        name = self._ledger.peers[0].pulse.name
-        return Failure(0, f"its process is gone ({name}): {self._ledger.lost}")
-
-    def _silent(self) -> Failure | None:
-        now = self._ledger.clock.now()
-        for rank, peer in self._ledger.peers.items():
-            age_s = now - peer.changed_at
-            if age_s > self._rank_timeout_s and not peer.pulse.closed:
-                return Failure(
-                    rank,
-                    f"silent for {age_s:.1f} s ({peer.pulse.name or 'never heard of'}): killed, "
-                    f"stopped or cut off; last known in: {peer.pulse.what}",
-                )
-        return None

@@ -32,9 +32,7 @@ from lightning_grpo.engine.model import (
     load_model,
     load_tokenizer,
 )
-from lightning_grpo.engine.replies import About, EngineFacts
 from lightning_grpo.engine.scheduler import EngineThread, Limits, Scheduler
-from lightning_grpo.engine.slots import StopStrings
 from lightning_grpo.engine.updates import ModelWeights, WeightUpdates
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import API_KEY_VARIABLE, is_reference, read_key
@@ -207,30 +205,17 @@ def build(
         ),
         deterministic=options.deterministic,
     )
-    scheduler = Scheduler(runner, StopStrings(tokenizer), limits, options.weight_version)
+    scheduler = Scheduler(runner, tokenizer, limits, options.weight_version)
     engine = EngineThread(scheduler, loop)
     intake = Intake(
-        vocab_size=runner.vocab_size,
-        context_length=runner.context_length,
-        end_ids=end_token_ids(model, tokenizer),
-        tokenizer=tokenizer,
-        deterministic=options.deterministic,
-        longest_token=max(map(len, tokenizer.get_vocab()), default=1) if tokenizer else 1,
-    )
-    facts = EngineFacts(
-        tokenizer_path=options.model,
-        model_type=model.config.model_type,
-        architectures=list(model.config.architectures or [type(model).__name__]),
-        vocab_size=runner.vocab_size,
-        context_length=runner.context_length,
-        max_running_requests=limits.max_running,
-        max_total_tokens=limits.max_total_tokens,
-        deterministic=options.deterministic,
+        runner.vocab_size,
+        runner.context_length,
+        end_token_ids(model, tokenizer),
+        tokenizer,
+        options.deterministic,
     )
     updates = WeightUpdates(engine, ModelWeights(model), options.model)
-    return engine, EngineServer(
-        engine, updates, intake, About(engine, updates, facts), options.api_key
-    )
+    return engine, EngineServer(engine, updates, intake, limits, model, options.api_key)
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

@@ -8,16 +8,15 @@ import resource
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
 from aiohttp import web
+from transformers import PreTrainedModel
 from typing_extensions import override
 
-from lightning_grpo.engine.admission import Admission
 from lightning_grpo.engine.intake import Intake
 from lightning_grpo.engine.openai import OpenAIRoutes
-from lightning_grpo.engine.replies import About, Unread, generate_reply, json_response
+from lightning_grpo.engine.replies import event_stream, generate_reply, json_response, sampled
 from lightning_grpo.engine.requests import (
     MAX_BODY_BYTES,
     AbortBody,
@@ -26,20 +25,19 @@ from lightning_grpo.engine.requests import (
     DiskUpdateBody,
     DistributedUpdateBody,
     GenerateBody,
-    Generation,
     InitGroupBody,
     Output,
     PauseBody,
-    Request,
+    SamplingBody,
     TokenizeBody,
     VersionBody,
     WeightUpdateError,
-    decode,
 )
-from lightning_grpo.engine.scheduler import EngineThread
+from lightning_grpo.engine.scheduler import EngineThread, Limits
 from lightning_grpo.engine.updates import WeightUpdates
 from lightning_grpo.keys import bears
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -186,6 +184,8 @@ class _Guarded(asyncio.Protocol):
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+SGLANG_VERSION = "0.5.19"
+"""The version whose API this is."""
 _OPEN = ("/health", "/health_generate")
 """Answered without a key, as SGLang does: they say whether it lives, and change nothing."""
 
@@ -214,8 +214,9 @@ class EngineServer:
     Args:
         engine: Generates.
         updates: Changes the weights.
-        intake: Checks generation requests.
-        about: What it says of itself.
+        intake: Reads and checks requests.
+        limits: How much the engine takes on.
+        model: What is served.
         api_key: The bearer token to ask for; None asks for none.
 
     Attributes:
@@ -229,32 +230,36 @@ class EngineServer:
         engine: EngineThread,
         updates: WeightUpdates,
         intake: Intake,
-        about: About,
+        limits: Limits,
+        model: PreTrainedModel,
         api_key: str | None = None,
     ) -> None:
         self._engine = engine
         self._updates = updates
         self._intake = intake
-        self._about = about
+        self._limits = limits
+        self._model = model
         self._api_key = api_key
+        self._tokenizer_path = updates.model_path
+        self._started = time.time()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._admission = Admission()
 
     def app(self) -> web.Application:
         """The application with every route."""
         app = web.Application(middlewares=[self._guard], client_max_size=MAX_BODY_BYTES)
-        both: dict[str, Handler] = {
+        gets: dict[str, Handler] = {
             "/health": self._health,
             "/health_generate": self._health_generate,
-            "/model_info": self._about.model_info,
-            "/get_model_info": self._about.model_info,
-            "/server_info": self._about.server_info,
-            "/get_server_info": self._about.server_info,
-            "/v1/loads": self._about.loads,
+            "/model_info": self._model_info,
+            "/get_model_info": self._model_info,
+            "/server_info": self._server_info,
+            "/get_server_info": self._server_info,
+            "/v1/loads": self._loads,
             "/flush_cache": self._flush_cache,
         }
-        for path, handler in both.items():
+        for path, handler in gets.items():
             app.router.add_get(path, handler)
+        updates, joined = self._updates, "Succeeded to %s custom process group."
         posts: dict[str, Handler] = {
             "/generate": self._generate,
             "/tokenize": self._tokenize,
@@ -262,19 +267,27 @@ class EngineServer:
             "/abort_request": self._abort,
             "/pause_generation": self._pause,
             "/continue_generation": self._continue,
-            "/update_weights_from_disk": self._update_from_disk,
-            "/init_weights_update_group": self._init_group,
-            "/update_weights_from_distributed": self._update_from_distributed,
-            "/destroy_weights_update_group": self._destroy_group,
+            "/update_weights_from_disk": self._weights(
+                *(DiskUpdateBody, updates.from_disk, "Succeeded to update model weights."),
+                num_paused_requests=0,
+            ),
+            "/init_weights_update_group": self._weights(
+                InitGroupBody, updates.init_group, joined % "initialize"
+            ),
+            "/update_weights_from_distributed": self._weights(
+                *(DistributedUpdateBody, updates.from_distributed),
+                "Succeeded to update parameter online.",
+            ),
+            "/destroy_weights_update_group": self._weights(
+                DestroyGroupBody, updates.destroy_group, joined % "destroy"
+            ),
             "/update_weight_version": self._update_version,
             "/release_memory_occupation": self._release_memory,
             "/resume_memory_occupation": self._resume_memory,
         }
         for path, handler in posts.items():
             app.router.add_post(path, handler)
-        OpenAIRoutes(
-            self._engine, self._intake, self._admission, lambda: self._updates.model_path
-        ).add_to(app)
+        OpenAIRoutes(self._engine, self._intake, lambda: updates.model_path).add_to(app)
         return app
 
     @web.middleware
@@ -306,105 +319,125 @@ class EngineServer:
             return True
         return bears(request.headers.get("Authorization"), self._api_key)
 
+    # ---- what it is ----------------------------------------------------------------------------
+
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
 
     async def _health_generate(self, _: web.Request) -> web.Response:
         if not await self._engine.call(lambda s: s.paused):
-            body = decode(
-                b'{"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}', GenerateBody
-            )
-            await self._run(self._intake.generations(body)[0])
+            body = GenerateBody(input_ids=[0], sampling_params=SamplingBody(max_new_tokens=1))
+            generations, _is_list = self._intake.generations(body)
+            async with sampled(self._engine, generations, stream=False) as outputs:
+                async for _output in outputs:
+                    pass
         return web.Response()
+
+    async def _model_info(self, _: web.Request) -> web.Response:
+        return json_response(
+            {
+                "model_path": self._updates.model_path,
+                "served_model_name": self._updates.model_path,
+                "tokenizer_path": self._tokenizer_path,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": await self._engine.call(lambda s: s.weight_version),
+                "load_format": "auto",
+                "reasoning_parser": None,
+                "tool_call_parser": None,
+                "has_image_understanding": False,
+                "has_audio_understanding": False,
+                "model_type": self._model.config.model_type,
+                "architectures": self._model.config.architectures or [type(self._model).__name__],
+            }
+        )
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        """Of SGLang's keys those that mean something here."""
+        state = await self._engine.call(
+            lambda s: {
+                "weight_version": s.weight_version,
+                "paused": s.paused,
+                "num_running_reqs": s.num_running,
+                "num_waiting_reqs": s.num_waiting,
+                "tokens_sampled": s.tokens_sampled,
+            }
+        )
+        return json_response(
+            {
+                "engine": "lightning_grpo embedded CPU engine (SGLang's API, not SGLang)",
+                "version": SGLANG_VERSION,
+                "model_path": self._updates.model_path,
+                "served_model_name": self._updates.model_path,
+                "tokenizer_path": self._tokenizer_path,
+                "device": "cpu",
+                "dtype": "float32",
+                "context_length": self._intake.context_length,
+                "vocab_size": self._intake.vocab_size,
+                "max_running_requests": self._limits.max_running,
+                "max_total_num_tokens": self._limits.max_total_tokens,
+                "max_req_input_len": self._intake.context_length - 1,
+                "enable_memory_saver": True,
+                "enable_deterministic_inference": self._limits.deterministic,
+                "tp_size": 1,
+                "dp_size": 1,
+                "startup_time": self._started,
+                "weight_version": state["weight_version"],
+                "internal_states": [state],
+            }
+        )
+
+    async def _loads(self, _: web.Request) -> web.Response:
+        running, waiting = await self._engine.call(lambda s: (s.num_running, s.num_waiting))
+        load = {
+            "dp_rank": 0,
+            "num_running_reqs": running,
+            "num_waiting_reqs": waiting,
+            "max_total_num_tokens": self._limits.max_total_tokens,
+        }
+        return json_response({"timestamp": time.time(), "version": SGLANG_VERSION, "loads": [load]})
 
     # ---- generation ----------------------------------------------------------------------------
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         started = time.perf_counter()
-        body = await self._admission.read(request, GenerateBody)
-        generations, is_list = await self._admission.checked(request, self._intake, body)
-        with self._admission.room(len(generations)):
-            if body.stream:
-                return await self._stream(request, generations, is_list, started)
-            outputs = await self._run(generations)
-        replies = [
-            generate_reply(g, output, self._intake.tokenizer, started)
-            for g, output in zip(generations, outputs, strict=True)
-        ]
+        body = await self._intake.read(request, GenerateBody)
+        generations, is_list = await self._intake.checked(request, body)
+
+        def reply(index: int, output: Output) -> dict[str, Any]:
+            said = generate_reply(generations[index], output, self._intake.tokenizer, started)
+            return said | {"index": index} if body.stream and is_list else said
+
+        with self._intake.room(len(generations)):
+            async with sampled(self._engine, generations, stream=body.stream) as outputs:
+                if body.stream:
+                    events = (reply(index, output) async for index, output in outputs)
+                    return await event_stream(request, events)
+                ended = {index: output async for index, output in outputs}
+        replies = [reply(index, ended[index]) for index in range(len(generations))]
         return json_response(replies if is_list else replies[0])
 
-    async def _run(self, generations: list[Generation]) -> list[Output]:
-        loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[Output]] = [loop.create_future() for _ in generations]
-
-        def listener(future: asyncio.Future[Output]) -> Callable[[Output], None]:
-            return lambda output: None if future.done() else future.set_result(output)
-
-        requests = [Request(g, listener(f)) for g, f in zip(generations, futures, strict=True)]
-        try:
-            await self._engine.call(lambda s: s.submit(requests))
-            return list(await asyncio.gather(*futures))
-        except asyncio.CancelledError:
-            self._forget(generations)
-            raise
-
-    async def _stream(
-        self,
-        request: web.Request,
-        generations: list[Generation],
-        is_list: bool,
-        started: float,
-    ) -> web.StreamResponse:
-        unread = Unread()
-
-        def listener(index: int) -> Callable[[Output], None]:
-            return lambda output: unread.put(index, output)
-
-        requests = [Request(g, listener(i), stream=True) for i, g in enumerate(generations)]
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        running = len(generations)
-        try:
-            await self._engine.call(lambda s: s.submit(requests))
-            await response.prepare(request)
-            while running:
-                index, output = await unread.get()
-                running -= output.finish_reason is not None
-                reply = generate_reply(generations[index], output, self._intake.tokenizer, started)
-                if is_list:
-                    reply["index"] = index
-                await response.write(b"data: " + msgspec.json.encode(reply) + b"\n\n")
-            await response.write(b"data: [DONE]\n\n")
-            await response.write_eof()
-        except (asyncio.CancelledError, ConnectionError):
-            self._forget(generations)
-            raise
-        return response
-
-    def _forget(self, generations: list[Generation]) -> None:
-        """End what nobody waits for any more."""
-        self._engine.post(lambda s: s.abort([g.rid for g in generations]))
-
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, TokenizeBody)
-        tokens = await self._admission.off_loop(
+        body = await self._intake.read(request, TokenizeBody)
+        tokens = await self._intake.off_loop(
             lambda: self._intake.tokenize(body.prompt, body.add_special_tokens)
         )
         return json_response({"tokens": tokens, "count": len(tokens)})
 
     async def _abort(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, AbortBody)
+        body = await self._intake.read(request, AbortBody)
         if not body.abort_all and body.rid is None:
             raise BadRequestError("`rid` must be given unless `abort_all` is true")
         await self._engine.call(lambda s: s.abort(None if body.abort_all else [body.rid or ""]))
         return web.Response()
 
     async def _pause(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, PauseBody)
+        body = await self._intake.read(request, PauseBody)
         await self._engine.call(lambda s: s.pause(body.mode))
         return json_response({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue(self, request: web.Request) -> web.Response:
-        await self._admission.read(request, dict)
+        await self._intake.read(request, dict)
         await self._engine.call(lambda s: s.resume())
         return json_response({"message": "Generation continued successfully.", "status": "ok"})
 
@@ -412,40 +445,6 @@ class EngineServer:
         if await self._engine.call(lambda s: s.flush()):
             return web.Response(text="Cache flushed.\n")
         return web.Response(text="Flush cache failed.\n", status=400)
-
-    # ---- weights -------------------------------------------------------------------------------
-
-    async def _finish(self, update: Coroutine[Any, Any, None]) -> None:
-        """Carry an update through, also when whoever asked for it has gone."""
-        task = asyncio.create_task(update)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
-
-    async def _update_from_disk(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, DiskUpdateBody)
-        await self._finish(self._updates.from_disk(body))
-        message = _worded("Succeeded to update model weights.", body.weight_version)
-        return json_response({"success": True, "message": message, "num_paused_requests": 0})
-
-    async def _init_group(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, InitGroupBody)
-        await self._finish(self._updates.init_group(body))
-        return json_response(
-            {"success": True, "message": "Succeeded to initialize custom process group."}
-        )
-
-    async def _update_from_distributed(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, DistributedUpdateBody)
-        await self._finish(self._updates.from_distributed(body))
-        return _succeeded(_worded("Succeeded to update parameter online.", body.weight_version))
-
-    async def _destroy_group(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, DestroyGroupBody)
-        await self._finish(self._updates.destroy_group(body))
-        return json_response(
-            {"success": True, "message": "Succeeded to destroy custom process group."}
-        )
 
     async def _release_memory(self, _: web.Request) -> web.Response:
         """Give the cache's memory back; the weights stay, since no trainer waits for their room."""
@@ -456,23 +455,33 @@ class EngineServer:
     async def _resume_memory(self, _: web.Request) -> web.Response:
         return json_response(None)  # the cache grows again by itself
 
+    # ---- weights -------------------------------------------------------------------------------
+
+    def _weights(
+        self,
+        kind: type[T],
+        update: Callable[[T], Coroutine[Any, Any, None]],
+        message: str,
+        **more: Any,
+    ) -> Handler:
+        """The handler of an update, which is carried through also when its caller has gone."""
+
+        async def handle(request: web.Request) -> web.Response:
+            body = await self._intake.read(request, kind)
+            task = asyncio.create_task(update(body))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.shield(task)
+            version = getattr(body, "weight_version", None)
+            named = "" if version is None else f" Weight version updated to {version}."
+            return json_response({"success": True, "message": message + named, **more})
+
+        return handle
+
     async def _update_version(self, request: web.Request) -> web.Response:
-        body = await self._admission.read(request, VersionBody)
+        body = await self._intake.read(request, VersionBody)
         if body.abort_all_requests:
             await self._engine.call(lambda s: s.abort(None))
         await self._engine.call(lambda s: s.set_version(body.new_version))
-        return json_response(
-            {
-                "success": True,
-                "message": f"Weight version updated to {body.new_version}",
-                "new_version": body.new_version,
-            }
-        )
-
-
-def _succeeded(message: str) -> web.Response:
-    return json_response({"success": True, "message": message})
-
-
-def _worded(message: str, version: str | None) -> str:
-    return message if version is None else f"{message} Weight version updated to {version}."
+        message = f"Weight version updated to {body.new_version}"
+        return json_response({"success": True, "message": message, "new_version": body.new_version})

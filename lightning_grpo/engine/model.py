@@ -375,11 +375,6 @@ def end_token_ids(
     return frozenset(ids)
 
 
-def context_length(path: str) -> int:
-    """The longest sequence that the model at `path` takes."""
-    return int(AutoConfig.from_pretrained(path).max_position_embeddings)
-
-
 class ModelRunner:
     """Runs prompts and decode steps.
 

@@ -7,26 +7,22 @@ ignored, and so is the model's name, as SGLang does.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from aiohttp import web
-from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.engine.admission import Admission
 from lightning_grpo.engine.intake import Intake
-from lightning_grpo.engine.replies import Unread, generate_reply, json_response
+from lightning_grpo.engine.replies import event_stream, json_response, reply_text, sampled
 from lightning_grpo.engine.requests import (
     BadRequestError,
     GenerateBody,
     Generation,
     Output,
-    Request,
-    SamplingBody,
     decode,
-    shorten,
+    refuse_unsupported,
 )
 from lightning_grpo.engine.scheduler import EngineThread
 from lightning_grpo.templates import check_template
@@ -38,6 +34,17 @@ _DECIDED = {
     *("truncation", "max_length", "return_assistant_tokens_mask", "continue_final_message"),
 }
 """Arguments of transformers that are no variables of a template: another template is a program."""
+
+
+_SAMPLING = {"min_new_tokens": "min_tokens", "sampling_seed": "seed"} | {
+    name: name
+    for name in (
+        *("n", "temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos"),
+        *("skip_special_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+        *("regex", "ebnf"),
+    )
+}
+"""The engine's sampling parameters that OpenAI's body has, and their names in it."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -101,21 +108,13 @@ class OpenAIRoutes:
 
     Args:
         engine: Generates.
-        intake: Checks requests.
-        admission: Reads them.
+        intake: Reads and checks requests.
         model: The name of the model that is served by now.
     """
 
-    def __init__(
-        self,
-        engine: EngineThread,
-        intake: Intake,
-        admission: Admission,
-        model: Callable[[], str],
-    ) -> None:
+    def __init__(self, engine: EngineThread, intake: Intake, model: Callable[[], str]) -> None:
         self._engine = engine
         self._intake = intake
-        self._admission = admission
         self._model = model
         self._started = int(time.time())
 
@@ -145,8 +144,8 @@ class OpenAIRoutes:
         return json_response(self._about_model())
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = await self._admission.read(request, CompletionBody)
-        _refuse(body, ("echo", "suffix", "best_of"))
+        body = await self._intake.read(request, CompletionBody)
+        _refuse(body, "echo", "suffix", "best_of")
         if body.logprobs:
             raise BadRequestError(
                 "`logprobs` must be 0 (those of the sampled tokens): others are not supported by "
@@ -158,20 +157,18 @@ class OpenAIRoutes:
         if several and all(isinstance(each, str) for each in several):
             prompt = {"text": body.prompt}
         asked = _asked(body, limit, prompt, return_logprob=body.logprobs is not None)
-        words = _CompletionWords(self._intake.tokenizer, body.logprobs is not None)
-        return await self._answer(request, body, asked, words)
+        return await self._answer(request, body, asked, _COMPLETION)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        body = await self._admission.read(request, ChatBody)
-        _refuse(body, ("top_logprobs", "functions", "audio"))
+        body = await self._intake.read(request, ChatBody)
+        _refuse(body, "top_logprobs", "functions", "audio")
         if body.tools and body.tool_choice != "none":
             raise BadRequestError("`tools` are not supported by the embedded engine")
         limit = body.max_completion_tokens
         limit = body.max_tokens if limit is None else limit
-        prompt = {"input_ids": await self._admission.off_loop(lambda: self._rendered(body))}
+        prompt = {"input_ids": await self._intake.off_loop(lambda: self._rendered(body))}
         asked = _asked(body, limit, prompt, return_logprob=bool(body.logprobs))
-        words = _ChatWords(self._intake.tokenizer, bool(body.logprobs))
-        return await self._answer(request, body, asked, words)
+        return await self._answer(request, body, asked, _CHAT)
 
     def _rendered(self, body: ChatBody) -> list[int]:
         tokenizer = self._intake.tokenizer
@@ -198,38 +195,25 @@ class OpenAIRoutes:
         return list(ids)
 
     async def _answer(
-        self,
-        request: web.Request,
-        body: SharedBody,
-        asked: GenerateBody,
-        words: _Words,
+        self, request: web.Request, body: SharedBody, asked: GenerateBody, words: _Words
     ) -> web.StreamResponse:
-        generations, _ = await self._admission.checked(request, self._intake, asked)
-        with self._admission.room(len(generations)):
-            return await self._run(request, body, generations, words)
-
-    async def _run(
-        self,
-        request: web.Request,
-        body: SharedBody,
-        generations: list[Generation],
-        words: _Words,
-    ) -> web.StreamResponse:
+        generations, _ = await self._intake.checked(request, asked)
         head = {
             "id": f"{words.prefix}-{generations[0].rid}",
             "created": int(time.time()),
             "model": self._model(),
         }
-        if body.stream:
-            return await self._stream(request, body, generations, words, head)
-        ended: dict[int, Output] = {}
-        async with aclosing(self._outputs(generations, stream=False)) as outputs:
-            async for index, output in outputs:
-                ended[index] = output
-        choices = [
-            words.whole(index, self._text(generation, ended[index]), ended[index])
-            for index, generation in enumerate(generations)
-        ]
+        streams = bool(body.stream)
+        with self._intake.room(len(generations)):
+            async with sampled(self._engine, generations, stream=streams) as outputs:
+                if streams:
+                    events = self._events(body, generations, words, outputs)
+                    return await event_stream(request, (head | event async for event in events))
+                ended = {index: output async for index, output in outputs}
+        choices = []
+        for index, generation in enumerate(generations):
+            said = words.whole(self._text(generation, ended[index]))
+            choices.append(self._choice(words, index, generation, ended[index], said))
         return json_response(
             {
                 **head,
@@ -240,204 +224,127 @@ class OpenAIRoutes:
             }
         )
 
-    async def _stream(
+    async def _events(
         self,
-        request: web.Request,
         body: SharedBody,
         generations: list[Generation],
         words: _Words,
-        head: dict[str, Any],
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        head = {**head, "object": words.part_object}
-        told = [_Told() for _ in generations]
+        outputs: AsyncIterator[tuple[int, Output]],
+    ) -> AsyncIterator[dict[str, Any]]:
+        head = {"object": words.part_object}
         last: dict[int, Output] = {}
-
-        async def send(event: dict[str, Any]) -> None:
-            await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
-
-        async with aclosing(self._outputs(generations, stream=True)) as outputs:
-            await response.prepare(request)
-            async for index, output in outputs:
-                last[index] = output
-                text = _settled(self._text(generations[index], output), generations[index], output)
-                part = words.part(index, told[index].news(text, output), output)
-                await send({**head, "choices": [part]})
+        told = [0] * len(generations)  # characters of each
+        async for index, output in outputs:
+            generation = generations[index]
+            first = len(last[index].token_ids) if index in last else 0
+            text = _settled(self._text(generation, output), generation, output)
+            said = words.part(text[told[index] :], first)
+            choice = self._choice(words, index, generation, output, said, first)
+            yield head | {"choices": [choice]}
+            told[index] = max(told[index], len(text))
+            last[index] = output
         if body.stream_options is not None and body.stream_options.include_usage:
-            await send({**head, "choices": [], "usage": _usage(generations, last, body.n or 1)})
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
-        return response
+            yield head | {"choices": [], "usage": _usage(generations, last, body.n or 1)}
 
-    async def _outputs(
-        self, generations: list[Generation], *, stream: bool
-    ) -> AsyncGenerator[tuple[int, Output], None]:
-        """Each output that is told of, until all have ended; leaving early aborts the others."""
-        unread = Unread()
+    def _choice(
+        self,
+        words: _Words,
+        index: int,
+        generation: Generation,
+        output: Output,
+        said: dict[str, Any],
+        first: int = 0,
+    ) -> dict[str, Any]:
+        """A choice around what is said, with the logprobs of its tokens from `first` on."""
+        reason = None if output.finish_reason is None else output.finish_reason["type"]
+        logprobs = None
+        if generation.return_logprob:
+            tokens = [self._token(token_id) for token_id in output.token_ids[first:]]
+            logprobs = words.logprobs(tokens, output.logprobs[first:])
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
-        def listener(index: int) -> Callable[[Output], None]:
-            return lambda output: unread.put(index, output)
-
-        requests = [Request(g, listener(i), stream=stream) for i, g in enumerate(generations)]
-        running = {generation.rid for generation in generations}
-        try:
-            await self._engine.call(lambda s: s.submit(requests))
-            while running:
-                index, output = await unread.get()
-                if output.finish_reason is not None:
-                    running.discard(generations[index].rid)
-                yield index, output
-        finally:
-            if running:
-                self._engine.post(lambda s: s.abort(sorted(running)))
+    def _token(self, token_id: int) -> str:
+        tokenizer = self._intake.tokenizer
+        return "" if tokenizer is None else str(tokenizer.decode([token_id]))
 
     def _text(self, generation: Generation, output: Output) -> str:
-        reply = generate_reply(generation, output, self._intake.tokenizer, 0.0)
-        return str(reply["text"])
+        tokenizer = self._intake.tokenizer
+        return "" if tokenizer is None else reply_text(generation, output, tokenizer)
 
 
-class _Told:
-    """What a stream has told of one completion."""
-
-    def __init__(self) -> None:
-        self.num_characters = 0
-        self.num_tokens = 0
-
-    def news(self, text: str, output: Output) -> tuple[str, int]:
-        """The text that is new, and the first token that is."""
-        found = text[self.num_characters :], self.num_tokens
-        self.num_characters = max(self.num_characters, len(text))
-        self.num_tokens = len(output.token_ids)
-        return found
-
-
+@dataclass(frozen=True)
 class _Words:
-    """How one kind of reply is worded."""
+    """How one kind of reply is worded.
+
+    Attributes:
+        prefix: Of its id.
+        whole_object: The kind of a whole reply.
+        part_object: The kind of an event in a stream.
+        whole: What a finished completion's text is said as.
+        part: What new text is said as; of the position of its first token, too.
+        logprobs: Texts of tokens with their logprobs.
+    """
 
     prefix: str
     whole_object: str
     part_object: str
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, with_logprobs: bool) -> None:
-        self.tokenizer = tokenizer
-        self.with_logprobs = with_logprobs
-
-    def whole(self, index: int, text: str, output: Output) -> dict[str, Any]:
-        """The choice of a finished completion."""
-        return self.worded(index, self.body(text), output, 0, text)
-
-    def part(self, index: int, news: tuple[str, int], output: Output) -> dict[str, Any]:
-        """The choice of an event in a stream."""
-        text, first = news
-        return self.worded(index, self.delta(text, first), output, first, text)
-
-    def worded(
-        self, index: int, said: dict[str, Any], output: Output, first: int, text: str
-    ) -> dict[str, Any]:
-        """A choice around what is said."""
-        reason = None if output.finish_reason is None else output.finish_reason["type"]
-        pairs = list(zip(output.token_ids, output.logprobs, strict=True))[first:]
-        logprobs = self.logprobs(pairs, text) if self.with_logprobs else None
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
-
-    def body(self, text: str) -> dict[str, Any]:
-        """What a finished completion says."""
-        raise NotImplementedError
-
-    def delta(self, text: str, first: int) -> dict[str, Any]:
-        """What an event adds; `first` is the position of its first token."""
-        raise NotImplementedError
-
-    def logprobs(self, pairs: list[tuple[int, float]], text: str) -> dict[str, Any]:
-        """Tokens with their logprobs."""
-        raise NotImplementedError
-
-    def token(self, token_id: int) -> str:
-        """The text of one token."""
-        return "" if self.tokenizer is None else str(self.tokenizer.decode([token_id]))
+    whole: Callable[[str], dict[str, Any]]
+    part: Callable[[str, int], dict[str, Any]]
+    logprobs: Callable[[list[str], list[float]], dict[str, Any]]
 
 
-class _ChatWords(_Words):
-    prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    part_object = "chat.completion.chunk"
-
-    def body(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
-
-    def delta(self, text: str, first: int) -> dict[str, Any]:
-        return {"delta": {"role": "assistant", "content": text} if not first else {"content": text}}
-
-    def logprobs(self, pairs: list[tuple[int, float]], text: str) -> dict[str, Any]:
-        tokens = [(self.token(token_id), value) for token_id, value in pairs]
-        content = [
-            {"token": t, "bytes": list(t.encode()), "logprob": value, "top_logprobs": []}
-            for t, value in tokens
-        ]
-        return {"content": content, "refusal": None}
+def _chat_delta(text: str, first: int) -> dict[str, Any]:
+    return {"delta": {"content": text} if first else {"role": "assistant", "content": text}}
 
 
-class _CompletionWords(_Words):
-    prefix = "cmpl"
-    whole_object = part_object = "text_completion"
-
-    def body(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def delta(self, text: str, first: int) -> dict[str, Any]:
-        return {"text": text}
-
-    def logprobs(self, pairs: list[tuple[int, float]], text: str) -> dict[str, Any]:
-        return {
-            "tokens": [self.token(token_id) for token_id, _ in pairs],
-            "token_logprobs": [value for _, value in pairs],
-            "top_logprobs": None,
-            "text_offset": [],
-        }
+def _chat_logprobs(tokens: list[str], logprobs: list[float]) -> dict[str, Any]:
+    content = [
+        {"token": t, "bytes": list(t.encode()), "logprob": value, "top_logprobs": []}
+        for t, value in zip(tokens, logprobs, strict=True)
+    ]
+    return {"content": content, "refusal": None}
 
 
-def _refuse(body: SharedBody, names: tuple[str, ...]) -> None:
+def _completion_logprobs(tokens: list[str], logprobs: list[float]) -> dict[str, Any]:
+    return {
+        "tokens": tokens,
+        "token_logprobs": logprobs,
+        "top_logprobs": None,
+        "text_offset": [],
+    }
+
+
+_CHAT = _Words(
+    *("chatcmpl", "chat.completion", "chat.completion.chunk"),
+    whole=lambda text: {"message": {"role": "assistant", "content": text}},
+    part=_chat_delta,
+    logprobs=_chat_logprobs,
+)
+_COMPLETION = _Words(
+    *("cmpl", "text_completion", "text_completion"),
+    whole=lambda text: {"text": text},
+    part=lambda text, _: {"text": text},
+    logprobs=_completion_logprobs,
+)
+
+
+def _refuse(body: SharedBody, *names: str) -> None:
     """Refuse what would change the answer and isn't implemented."""
-    for name in names:
-        value = getattr(body, name)
-        if value:
-            raise BadRequestError(
-                f"`{name}` is not supported by the embedded engine, got {shorten(value)}"
-            )
     kind = body.response_format
-    if kind and not (isinstance(kind, Mapping) and kind.get("type") == "text"):
-        raise BadRequestError(
-            f"`response_format` is not supported by the embedded engine, got {shorten(kind)}"
-        )
+    if not (isinstance(kind, Mapping) and kind.get("type") == "text"):
+        names = (*names, "response_format")
+    refuse_unsupported(body, {name: None for name in names if getattr(body, name)})
 
 
 def _asked(
     body: SharedBody, limit: int | None, prompt: dict[str, Any], *, return_logprob: bool
 ) -> GenerateBody:
     """The same request in the engine's own words."""
-    sampling = SamplingBody(
-        max_new_tokens=limit,
-        n=body.n,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        min_new_tokens=body.min_tokens,
-        sampling_seed=body.seed,
-        stop=body.stop,
-        stop_token_ids=body.stop_token_ids,
-        ignore_eos=body.ignore_eos,
-        skip_special_tokens=body.skip_special_tokens,
-        frequency_penalty=body.frequency_penalty,
-        presence_penalty=body.presence_penalty,
-        repetition_penalty=body.repetition_penalty,
-        regex=body.regex,
-        ebnf=body.ebnf,
-        logit_bias=body.logit_bias or None,
-    )
-    # Through its types once more: the prompt is whatever the client sent.
-    whole = {**prompt, "sampling_params": msgspec.to_builtins(sampling)}
-    return decode(msgspec.json.encode({**whole, "return_logprob": return_logprob}), GenerateBody)
+    sampling = {name: getattr(body, theirs) for name, theirs in _SAMPLING.items()}
+    sampling |= {"max_new_tokens": limit, "logit_bias": body.logit_bias or None}
+    # Through its types: the prompt is whatever the client sent.
+    whole = {**prompt, "sampling_params": sampling, "return_logprob": return_logprob}
+    return decode(msgspec.json.encode(whole), GenerateBody)
 
 
 def _message(raw: Mapping[str, Any], number: int) -> dict[str, Any]:

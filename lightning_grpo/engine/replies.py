@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
 from aiohttp import web
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.engine.requests import Generation, Output
+from lightning_grpo.engine.requests import BadRequestError, Generation, Output, Request
 from lightning_grpo.engine.scheduler import EngineThread
 from lightning_grpo.engine.slots import decode_text, trim
-from lightning_grpo.engine.updates import WeightUpdates
 
 
 def generate_reply(
@@ -48,12 +49,10 @@ def generate_reply(
         "dp_rank": None,
     }
     if output.finish_reason is not None:
-        meta["weight_versions"] = [
-            {"version": s.version, "start": s.start, "end": s.end} for s in output.spans
-        ]
+        meta["weight_versions"] = output.spans
     meta["e2e_latency"] = time.perf_counter() - started
     meta["response_sent_to_client_ts"] = time.time()
-    text = "" if tokenizer is None else _text(generation, output, tokenizer)
+    text = "" if tokenizer is None else reply_text(generation, output, tokenizer)
     return {"text": text, "output_ids": output.token_ids, "meta_info": meta}
 
 
@@ -74,7 +73,8 @@ def _logprobs(generation: Generation, output: Output) -> dict[str, Any]:
     }
 
 
-def _text(generation: Generation, output: Output, tokenizer: PreTrainedTokenizerBase) -> str:
+def reply_text(generation: Generation, output: Output, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a completion, cut at what stopped it."""
     matched = None if output.finish_reason is None else output.finish_reason.get("matched")
     if generation.no_stop_trim:
         matched = None
@@ -116,10 +116,6 @@ class Unread:
         return index, output
 
 
-SGLANG_VERSION = "0.5.19"
-"""The version whose API this is."""
-
-
 def json_response(value: Any, status: int = 200) -> web.Response:
     """A JSON answer."""
     return web.Response(
@@ -127,110 +123,51 @@ def json_response(value: Any, status: int = 200) -> web.Response:
     )
 
 
-@dataclass(frozen=True)
-class EngineFacts:
-    """What never changes while it runs.
-
-    Attributes:
-        tokenizer_path: Where the tokenizer came from.
-        model_type: As the model's config says.
-        architectures: As the model's config says.
-        vocab_size: Number of token ids.
-        context_length: Prompt and completion together fit in this.
-        max_running_requests: Most requests in slots.
-        max_total_tokens: Tokens that the slots may hold.
-        deterministic: Whether runs repeat bit for bit.
-    """
-
-    tokenizer_path: str
-    model_type: str
-    architectures: list[str]
-    vocab_size: int
-    context_length: int
-    max_running_requests: int
-    max_total_tokens: int
-    deterministic: bool
+async def event_stream(request: web.Request, events: AsyncIterator[Any]) -> web.StreamResponse:
+    """Answer with server-sent events, each a JSON value, and `[DONE]`."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    async for event in events:
+        await response.write(b"data: " + msgspec.json.encode(event) + b"\n\n")
+    await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response
 
 
-class About:
-    """Answers questions about the engine.
+@asynccontextmanager
+async def sampled(
+    engine: EngineThread, generations: Sequence[Generation], *, stream: bool
+) -> AsyncIterator[AsyncIterator[tuple[int, Output]]]:
+    """The outputs of completions, by index, until all have ended.
+
+    Those that still run when the block is left, because nobody waits for them, are aborted.
 
     Args:
         engine: Generates.
-        updates: Knows where the weights came from.
-        facts: What never changes.
+        generations: What is asked.
+        stream: Whether each new token is an output, or only the end.
+
+    Raises:
+        BadRequestError: A request of that name is in flight.
     """
+    unread = Unread()
+    running: set[str] = set()
 
-    def __init__(self, engine: EngineThread, updates: WeightUpdates, facts: EngineFacts) -> None:
-        self._engine = engine
-        self._updates = updates
-        self._facts = facts
-        self._started = time.time()
+    async def outputs() -> AsyncIterator[tuple[int, Output]]:
+        while running:
+            index, output = await unread.get()
+            if output.finish_reason is not None:
+                running.discard(generations[index].rid)
+            yield index, output
 
-    async def model_info(self, _: web.Request) -> web.Response:
-        """`/model_info`."""
-        version = await self._engine.call(lambda s: s.weight_version)
-        return json_response(
-            {
-                "model_path": self._updates.model_path,
-                "served_model_name": self._updates.model_path,
-                "tokenizer_path": self._facts.tokenizer_path,
-                "is_generation": True,
-                "preferred_sampling_params": None,
-                "weight_version": version,
-                "load_format": "auto",
-                "reasoning_parser": None,
-                "tool_call_parser": None,
-                "has_image_understanding": False,
-                "has_audio_understanding": False,
-                "model_type": self._facts.model_type,
-                "architectures": self._facts.architectures,
-            }
-        )
-
-    async def server_info(self, _: web.Request) -> web.Response:
-        """`/server_info`: of SGLang's keys those that mean something here."""
-        facts = self._facts
-        state = await self._engine.call(
-            lambda s: {
-                "weight_version": s.weight_version,
-                "paused": s.paused,
-                "num_running_reqs": s.num_running,
-                "num_waiting_reqs": s.num_waiting,
-                "tokens_sampled": s.tokens_sampled,
-            }
-        )
-        return json_response(
-            {
-                "engine": "lightning_grpo embedded CPU engine (SGLang's API, not SGLang)",
-                "version": SGLANG_VERSION,
-                "model_path": self._updates.model_path,
-                "served_model_name": self._updates.model_path,
-                "tokenizer_path": facts.tokenizer_path,
-                "device": "cpu",
-                "dtype": "float32",
-                "context_length": facts.context_length,
-                "vocab_size": facts.vocab_size,
-                "max_running_requests": facts.max_running_requests,
-                "max_total_num_tokens": facts.max_total_tokens,
-                "max_req_input_len": facts.context_length - 1,
-                "enable_memory_saver": True,
-                "enable_deterministic_inference": facts.deterministic,
-                "tp_size": 1,
-                "dp_size": 1,
-                "startup_time": self._started,
-                "weight_version": state["weight_version"],
-                "internal_states": [state],
-            }
-        )
-
-    async def loads(self, _: web.Request) -> web.Response:
-        """`/v1/loads`."""
-        running, waiting = await self._engine.call(lambda s: (s.num_running, s.num_waiting))
-        load = {
-            "dp_rank": 0,
-            "num_running_reqs": running,
-            "num_waiting_reqs": waiting,
-            "max_total_num_tokens": self._facts.max_total_tokens,
-        }
-        return json_response({"timestamp": time.time(), "version": SGLANG_VERSION, "loads": [load]})
+    requests = [Request(g, partial(unread.put, i), stream) for i, g in enumerate(generations)]
+    running.update(generation.rid for generation in generations)
+    try:
+        await engine.call(lambda s: s.submit(requests))
+        yield outputs()
+    except BadRequestError:  # none was taken: the name is another's
+        running.clear()
+        raise
+    finally:
+        if running:
+            engine.post(lambda s: s.abort(sorted(running)))

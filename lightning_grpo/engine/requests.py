@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -59,18 +59,21 @@ Address = Annotated[str, msgspec.Meta(max_length=4096)]
 """A path or a host."""
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`sampling_params` of `/generate`; null means the default everywhere."""
 
-    max_new_tokens: int | None = 128
+    max_new_tokens: Count | None = 128
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    min_new_tokens: int | None = None
-    n: int | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    min_new_tokens: Count | None = None
+    n: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
@@ -148,8 +151,8 @@ class InitGroupBody(msgspec.Struct, kw_only=True):
     """The body of `/init_weights_update_group`."""
 
     master_address: Address
-    master_port: int
-    rank_offset: int
+    master_port: Annotated[int, msgspec.Meta(ge=1, lt=1 << 16)]
+    rank_offset: Annotated[int, msgspec.Meta(ge=1)]
     world_size: int
     group_name: Name = "weight_update_group"
     backend: str = "nccl"
@@ -166,7 +169,7 @@ class DistributedUpdateBody(msgspec.Struct, kw_only=True):
 
     names: list[str]
     dtypes: list[str]
-    shapes: list[list[int]]
+    shapes: list[list[Count]]
     group_name: Name = "weight_update_group"
     flush_cache: bool = True
     abort_all_requests: bool = False
@@ -195,7 +198,6 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
         min_p: Least probability kept, as a fraction of the likeliest token's.
         min_new_tokens: Tokens before which no end token is sampled.
         seed: Of the noise, a signed 64-bit number.
-        sample_index: Which of the request's `n` samples this is.
         stop: Strings that end it.
         stop_ids: Tokens that end it, the model's own included.
         return_logprob: Whether logprobs are in the reply.
@@ -216,7 +218,6 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float
     min_new_tokens: int
     seed: int
-    sample_index: int
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
     return_logprob: bool
@@ -275,6 +276,25 @@ def _nearest(what: str) -> str:
         return ""
     known = difflib.get_close_matches(unknown[1], SamplingBody.__struct_fields__, 1)
     return f"; did you mean `{known[0]}`?" if known else ""
+
+
+def refuse_unsupported(body: Any, neutral: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse fields that would change the answer and aren't implemented.
+
+    Args:
+        body: Has the fields.
+        neutral: The value of each that asks for nothing, beside null.
+        prefix: Of the field's name in the message.
+
+    Raises:
+        BadRequestError: Naming the first.
+    """
+    for name, nothing in neutral.items():
+        value = getattr(body, name)
+        if value is not None and value != nothing:
+            raise BadRequestError(
+                f"`{prefix}{name}` is not supported by the embedded engine, got {shorten(value)}"
+            )
 
 
 def shorten(value: Any) -> str:
@@ -370,6 +390,15 @@ class Request:
             self.starts.pop()
         if not self.starts or self.starts[-1][0] != version:
             self.starts.append((version, num_sampled))
+
+    def output(
+        self, ids: list[int], logprobs: list[float], reason: dict[str, Any] | None, version: str
+    ) -> Output:
+        """What it is now: sampled ids, their logprobs, why it ended, the weights' name."""
+        return Output(
+            *(ids, logprobs, reason, self.spans(len(ids)), version),
+            *(self.input_logprobs, self.cached_tokens, self.num_retractions),
+        )
 
     def spans(self, num_sampled: int) -> tuple[VersionSpan, ...]:
         """Which weights sampled which of the first `num_sampled` tokens."""

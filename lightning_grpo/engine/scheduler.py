@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.engine.model import ModelRunner, PromptCache, PromptState
 from lightning_grpo.engine.requests import BadRequestError, Output, Request, WeightUpdateError
-from lightning_grpo.engine.slots import ABORTED, News, Reason, RunningBatch, StopStrings
+from lightning_grpo.engine.slots import ABORTED, Reason, RunningBatch
 from lightning_grpo.errors import GRPOError
 
 Key = tuple[str | None, tuple[int, ...]]
@@ -51,10 +52,6 @@ class PromptReader:
         self._runner = runner
         self._cache = cache
         self._max_batch_tokens = max_batch_tokens
-
-    def forget(self) -> None:
-        """Drop all cached prompts: the weights have changed."""
-        self._cache.clear()
 
     def read(self, requests: Sequence[Request]) -> list[PromptState]:
         """The state of each request's prompt."""
@@ -132,7 +129,7 @@ class Scheduler:
 
     Args:
         runner: The model.
-        stop_strings: Looks for stop strings.
+        tokenizer: Spells what was sampled, for stop strings.
         limits: How much it takes on.
         weight_version: The first weights' name.
     """
@@ -140,7 +137,7 @@ class Scheduler:
     def __init__(
         self,
         runner: ModelRunner,
-        stop_strings: StopStrings,
+        tokenizer: PreTrainedTokenizerBase | None,
         limits: Limits,
         weight_version: str = "default",
     ) -> None:
@@ -149,13 +146,13 @@ class Scheduler:
         self.outbox: list[tuple[Request, Output]] = []
         self._limits = limits
         self._running = RunningBatch(
-            runner, stop_strings, limits.max_running, fresh_when_empty=limits.deterministic
+            *(runner, tokenizer, limits.max_running, self._tell),
+            fresh_when_empty=limits.deterministic,
         )
+        self._prompts = PromptCache(limits.prompt_cache_tokens)
+        # The shape of a batch shows in the last bits of a float.
         self._reader = PromptReader(
-            runner,
-            PromptCache(limits.prompt_cache_tokens),
-            # The shape of a batch shows in the last bits of a float.
-            max_batch_tokens=1 if limits.deterministic else limits.prefill_tokens,
+            runner, self._prompts, 1 if limits.deterministic else limits.prefill_tokens
         )
         self._waiting: deque[Request] = deque()
         self._held: list[Request] = []
@@ -207,11 +204,10 @@ class Scheduler:
 
         for request in [*self._waiting, *self._held]:
             if chosen(request):
-                self._tell_stopped(request, ABORTED)
+                self._tell(request, request.output_ids, request.output_logprobs, ABORTED)
         self._waiting = deque(r for r in self._waiting if not chosen(r))
         self._held = [r for r in self._held if not chosen(r)]
-        running = [request for request in self._running.requests if chosen(request)]
-        self._tell(self._running.end(running, ABORTED))
+        self._running.end([r for r in self._running.requests if chosen(r)], ABORTED)
         self._settle()
 
     def pause(self, mode: str) -> None:
@@ -258,7 +254,7 @@ class Scheduler:
         """Forget cached prompts; False (and nothing done) while requests are in flight."""
         if len(self._running) or self._waiting:
             return False
-        self._reader.forget()
+        self._prompts.clear()
         self._running.free_memory()
         return True
 
@@ -293,7 +289,7 @@ class Scheduler:
                 f"{len(self._running)} of them; the weights are as before"
             )
         apply()
-        self._reader.forget()
+        self._prompts.clear()
         if version is not None:
             self.set_version(version)
 
@@ -301,7 +297,7 @@ class Scheduler:
         """Admit what fits and sample one token for every running request."""
         if self.paused:
             return
-        self._tell(self._running.step())
+        self._running.step()
         if self._waiting and (self._waiting[0].only_scores or self._has_room()):
             self._admit()
         self._settle()
@@ -322,9 +318,9 @@ class Scheduler:
             if not request.starts:
                 request.note_version(self.weight_version, 0)
             if request.only_scores:
-                self._tell_stopped(request, {"type": "length", "length": 0})
+                self._tell(request, [], [], {"type": "length", "length": 0})
         if batch and not batch[0].only_scores:
-            self._tell(self._running.add(list(zip(batch, states, strict=True))))
+            self._running.add(list(zip(batch, states, strict=True)))
 
     def _choose(self) -> list[Request]:
         """The next waiting requests that fit the slots, the memory and one round of reading.
@@ -350,24 +346,10 @@ class Scheduler:
             chosen.append(self._waiting.popleft())
         return chosen
 
-    def _tell(self, news: Iterable[News]) -> None:
-        for item in news:
-            request = item.request
-            output = Output(
-                token_ids=item.token_ids,
-                logprobs=item.logprobs,
-                finish_reason=item.reason,
-                spans=request.spans(len(item.token_ids)),
-                weight_version=self.weight_version,
-                input_logprobs=request.input_logprobs,
-                cached_tokens=request.cached_tokens,
-                num_retractions=request.num_retractions,
-            )
-            self.outbox.append((request, output))
-
-    def _tell_stopped(self, request: Request, reason: Reason) -> None:
-        """Say the last word on a request that is in no slot."""
-        self._tell([News(request, request.output_ids, request.output_logprobs, reason)])
+    def _tell(
+        self, request: Request, ids: list[int], logprobs: list[float], reason: Reason | None
+    ) -> None:
+        self.outbox.append((request, request.output(ids, logprobs, reason, self.weight_version)))
 
     def _all(self) -> list[Request]:
         return [*self._running.requests, *self._waiting, *self._held]

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.engine.model import ModelRunner, PromptState, SlotCache
-from lightning_grpo.engine.requests import Generation, Request
+from lightning_grpo.engine.requests import Request
 from lightning_grpo.engine.sampling import Noise, SamplingPlan, sample
 
 
-class StopStrings:
-    """Looks for stop strings in sampled tokens.
+def stop_window(stop: Sequence[str]) -> int:
+    """How many of the last tokens a new match of a stop string can lie in.
 
-    Args:
-        tokenizer: Decodes; None where the model has none (then no request has stop strings).
+    A token holds a byte or more; the few beyond the longest string's bytes let a character that
+    starts before it decode whole.
     """
+    return max(len(s.encode()) for s in stop) + 4
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._tokenizer = tokenizer
 
-    @staticmethod
-    def window(stop: Sequence[str]) -> int:
-        """How many of the last tokens a new match can lie in.
-
-        A token holds a byte or more; the few beyond the longest string's bytes let a character
-        that starts before it decode_text whole.
-        """
-        return max(len(s.encode()) for s in stop) + 4
-
-    def find(self, stop: Sequence[str], token_ids: Sequence[int]) -> str | None:
-        """The first of `stop` that the tokens spell, special tokens included; None if none."""
-        if self._tokenizer is None:
-            return None
-        text = decode_text(self._tokenizer, token_ids, skip_special_tokens=False)
-        return next((s for s in stop if s in text), None)
+def find_stop(
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], token_ids: Sequence[int]
+) -> str | None:
+    """The first of `stop` that the tokens spell, special tokens included; None if none."""
+    text = decode_text(tokenizer, token_ids, skip_special_tokens=False)
+    return next((s for s in stop if s in text), None)
 
 
 def decode_text(
@@ -69,6 +59,21 @@ def trim(text: str, matched: str | int | None) -> str:
 
 
 _FIRST_CAPACITY = 64
+_PLANNED: dict[str, tuple[torch.dtype, Callable[[Request], float]]] = {
+    "temperatures": (torch.float32, lambda r: r.generation.temperature),
+    "greedy": (torch.bool, lambda r: r.generation.greedy),
+    "top_p": (torch.float32, lambda r: r.generation.top_p),
+    "top_k": (torch.int64, lambda r: r.generation.top_k),
+    "min_p": (torch.float32, lambda r: r.generation.min_p),
+    "seeds": (torch.int64, lambda r: r.generation.seed),
+    "positions": (torch.int64, lambda r: r.num_tokens),
+}
+"""The tensors of a `SamplingPlan`, and what each request puts into them."""
+_COUNTED: dict[str, tuple[torch.dtype, Callable[[Request], float]]] = {
+    "num_new": (torch.int64, lambda r: len(r.output_ids)),
+    "max_new": (torch.int64, lambda r: r.generation.max_new_tokens),
+    "min_new": (torch.int64, lambda r: r.generation.min_new_tokens),
+}
 
 
 class Rows:
@@ -88,23 +93,19 @@ class Rows:
     def __init__(self, max_rows: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self.requests: list[Request] = []
-        self.lengths = torch.zeros(max_rows, dtype=torch.int64)
+        self.watched: list[int] = []
         self.tokens = torch.zeros(max_rows, dtype=torch.int64)
-        self._num_new = torch.zeros(max_rows, dtype=torch.int64)
-        self._max_new = torch.zeros(max_rows, dtype=torch.int64)
-        self._min_new = torch.zeros(max_rows, dtype=torch.int64)
-        self._seeds = torch.zeros(max_rows, dtype=torch.int64)
-        self._top_k = torch.zeros(max_rows, dtype=torch.int64)
-        self._temperatures = torch.ones(max_rows)
-        self._top_p = torch.ones(max_rows)
-        self._min_p = torch.zeros(max_rows)
-        self._greedy = torch.zeros(max_rows, dtype=torch.bool)
+        self._columns = {
+            name: torch.zeros(max_rows, dtype=dtype)
+            for name, (dtype, _) in (_PLANNED | _COUNTED).items()
+        }
+        self.lengths = self._columns["positions"]
+        self._num_new = self._columns["num_new"]
         self._stop_ids = torch.full((max_rows, 1), -1)
         self._output_ids = torch.zeros(max_rows, _FIRST_CAPACITY, dtype=torch.int64)
         self._output_logprobs = torch.zeros(max_rows, _FIRST_CAPACITY)
         self._plan: SamplingPlan | None = None
         self._any_min_new = False
-        self.watched: list[int] = []
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -113,29 +114,19 @@ class Rows:
         """Add requests behind the running ones, with the output that they already have."""
         first = len(self)
         rows = slice(first, first + len(requests))
-        wants = [r.generation for r in requests]
-        columns: list[tuple[Tensor, list[int] | list[float] | list[bool]]] = [
-            (self.lengths, [r.num_tokens for r in requests]),
-            (self._num_new, [len(r.output_ids) for r in requests]),
-            (self._max_new, [w.max_new_tokens for w in wants]),
-            (self._min_new, [w.min_new_tokens for w in wants]),
-            (self._seeds, [w.seed for w in wants]),
-            (self._top_k, [w.top_k for w in wants]),
-            (self._temperatures, [w.temperature for w in wants]),
-            (self._top_p, [w.top_p for w in wants]),
-            (self._min_p, [w.min_p for w in wants]),
-            (self._greedy, [w.greedy for w in wants]),
-        ]
-        for tensor, values in columns:
-            tensor[rows] = torch.tensor(values, dtype=tensor.dtype)
-        self._append_stop_ids(first, wants)
+        for name, (dtype, value) in (_PLANNED | _COUNTED).items():
+            self._columns[name][rows] = torch.tensor([value(r) for r in requests], dtype=dtype)
+        most = max(len(r.generation.stop_ids) for r in requests)
+        missing = max(0, most - self._stop_ids.shape[1])
+        self._stop_ids = functional.pad(self._stop_ids, (0, missing), value=-1)
+        self._stop_ids[rows] = -1
         for row, request in enumerate(requests, first):
-            if request.output_ids:
-                self._widen(len(request.output_ids))
-                self._output_ids[row, : len(request.output_ids)] = torch.tensor(request.output_ids)
-                self._output_logprobs[row, : len(request.output_logprobs)] = torch.tensor(
-                    request.output_logprobs
-                )
+            stop_ids, output = request.generation.stop_ids, request.output_ids
+            self._stop_ids[row, : len(stop_ids)] = torch.tensor(stop_ids, dtype=torch.int64)
+            if output:
+                self._widen(len(output))
+                self._output_ids[row, : len(output)] = torch.tensor(output)
+                self._output_logprobs[row, : len(output)] = torch.tensor(request.output_logprobs)
         self.requests += requests
         self._changed()
 
@@ -151,13 +142,7 @@ class Rows:
         rows = slice(start, stop)
         wants = [r.generation for r in self.requests[rows]]
         return SamplingPlan(
-            temperatures=self._temperatures[rows],
-            greedy=self._greedy[rows],
-            top_p=self._top_p[rows],
-            top_k=self._top_k[rows],
-            min_p=self._min_p[rows],
-            seeds=self._seeds[rows],
-            positions=self.lengths[rows],
+            **{name: self._columns[name][rows] for name in _PLANNED},
             any_scaled=any(w.temperature != 1 for w in wants),
             any_greedy=any(w.greedy for w in wants),
             all_greedy=all(w.greedy for w in wants),
@@ -171,7 +156,7 @@ class Rows:
         rows = slice(start, stop)
         if not self._any_min_new:
             return None
-        early = self._num_new[rows] < self._min_new[rows]
+        early = self._num_new[rows] < self._columns["min_new"][rows]
         stop_ids = self._stop_ids[rows]
         banned = torch.zeros(stop - start, self._vocab_size + 1, dtype=torch.bool)
         columns = stop_ids.where(stop_ids >= 0, self._vocab_size)
@@ -189,11 +174,7 @@ class Rows:
         num_new += 1
         self.tokens[rows] = tokens
         ended = (tokens[:, None] == self._stop_ids[rows]).any(1)
-        return ended | (num_new >= self._max_new[rows]) | ~logprobs.isfinite()
-
-    def advance(self) -> None:
-        """Count the newest token of every row as lying in its slot."""
-        self.lengths[: len(self)] += 1
+        return ended | (num_new >= self._columns["max_new"][rows]) | ~logprobs.isfinite()
 
     def output(self, row: int) -> tuple[list[int], list[float]]:
         """Token ids and logprobs that a row has sampled so far."""
@@ -217,7 +198,10 @@ class Rows:
         movers = [row for row in range(remaining, len(self)) if row not in gone]
         source, target = torch.tensor(movers, dtype=torch.int64), torch.tensor(gaps).long()
         if movers:
-            for tensor in self._tensors():
+            for tensor in (
+                *(self.tokens, self._stop_ids, self._output_ids, self._output_logprobs),
+                *self._columns.values(),
+            ):
                 tensor[target] = tensor[source]
         for mover, gap in zip(movers, gaps, strict=True):
             self.requests[gap] = self.requests[mover]
@@ -230,27 +214,13 @@ class Rows:
         self._any_min_new = any(r.generation.min_new_tokens for r in self.requests)
         self.watched = [i for i, r in enumerate(self.requests) if r.stream or r.generation.stop]
 
-    def _tensors(self) -> list[Tensor]:
-        return [value for value in vars(self).values() if isinstance(value, Tensor)]
-
-    def _append_stop_ids(self, first: int, wants: Sequence[Generation]) -> None:
-        most = max(len(w.stop_ids) for w in wants)
-        missing = most - self._stop_ids.shape[1]
-        if missing > 0:
-            more = self._stop_ids.new_full((len(self._stop_ids), missing), -1)
-            self._stop_ids = torch.cat([self._stop_ids, more], dim=1)
-        width = self._stop_ids.shape[1]
-        self._stop_ids[first : first + len(wants)] = torch.tensor(
-            [w.stop_ids + (-1,) * (width - len(w.stop_ids)) for w in wants]
-        )
-
     def _widen(self, count: int) -> None:
         capacity = self._output_ids.shape[1]
         if count <= capacity:
             return
         more = max(count, 2 * capacity) - capacity
-        self._output_ids = torch.nn.functional.pad(self._output_ids, (0, more))
-        self._output_logprobs = torch.nn.functional.pad(self._output_logprobs, (0, more))
+        self._output_ids = functional.pad(self._output_ids, (0, more))
+        self._output_logprobs = functional.pad(self._output_logprobs, (0, more))
 
 
 Reason = dict[str, Any]
@@ -264,21 +234,8 @@ NOT_FINITE: Reason = ABORTED | {
 }
 
 
-@dataclass(frozen=True)
-class News:
-    """What a request has sampled so far, and why it ended if it did.
-
-    Attributes:
-        request: Which one.
-        token_ids: Sampled ids.
-        logprobs: Their logprobs.
-        reason: None while it runs.
-    """
-
-    request: Request
-    token_ids: list[int]
-    logprobs: list[float]
-    reason: Reason | None
+Tell = Callable[[Request, list[int], list[float], Reason | None], None]
+"""Takes what a request has sampled: ids, their logprobs, and why it ended (None: it runs)."""
 
 
 class RunningBatch:
@@ -286,8 +243,9 @@ class RunningBatch:
 
     Args:
         runner: The model.
-        stop_strings: Looks for stop strings.
+        tokenizer: Spells what was sampled; None: no request has stop strings.
         max_running: Most requests at once.
+        tell: Called with each output: of rows that stream, and of those that end.
         fresh_when_empty: Whether memory is given back when the last request ends, so that the next
             one finds the same shapes as the first.
     """
@@ -295,12 +253,14 @@ class RunningBatch:
     def __init__(
         self,
         runner: ModelRunner,
-        stop_strings: StopStrings,
+        tokenizer: PreTrainedTokenizerBase | None,
         max_running: int,
+        tell: Tell,
         fresh_when_empty: bool = False,
     ) -> None:
         self._runner = runner
-        self._stop_strings = stop_strings
+        self._tokenizer = tokenizer
+        self._tell = tell
         self._fresh_when_empty = fresh_when_empty
         self._noise = Noise(runner.vocab_size)
         self._slots = SlotCache(max_running, runner.context_length)
@@ -323,18 +283,18 @@ class RunningBatch:
         """How many tokens the request in a slot has sampled."""
         return len(self._rows.output(row)[0])
 
-    def step(self) -> list[News]:
+    def step(self) -> None:
         """Sample one more token for every request."""
         running = len(self._rows)
         if not running:
-            return []
+            return
         logits = self._runner.decode(
             self._slots, self._rows.tokens[:running], self._rows.lengths[:running]
         )
-        self._rows.advance()
-        return self._sample(0, logits)
+        self._rows.lengths[:running] += 1  # the newest token of every row is in its slot
+        self._sample(0, logits)
 
-    def add(self, placed: Sequence[tuple[Request, PromptState]]) -> list[News]:
+    def add(self, placed: Sequence[tuple[Request, PromptState]]) -> None:
         """Give requests slots and sample the next token of each.
 
         Args:
@@ -358,13 +318,13 @@ class RunningBatch:
             tails = [request.output_ids for request in requests[fresh:]]
             lengths = torch.tensor([state.num_tokens for _, state in placed[fresh:]])
             logits[fresh:] = self._runner.extend(self._slots, tails, lengths, first + fresh)
-        return self._sample(first, logits)
+        self._sample(first, logits)
 
-    def end(self, requests: Sequence[Request], reason: Reason) -> list[News]:
+    def end(self, requests: Sequence[Request], reason: Reason) -> None:
         """End requests that run, with what they have."""
         chosen = set(requests)
         rows = [row for row, request in enumerate(self.requests) if request in chosen]
-        return self._finish(dict.fromkeys(rows, reason))
+        self._finish(dict.fromkeys(rows, reason))
 
     def take_back(self) -> list[Request]:
         """Empty all slots; the requests know their output and can be added again."""
@@ -376,7 +336,7 @@ class RunningBatch:
             self._drop(list(range(len(requests))))
         return requests
 
-    def _sample(self, first: int, logits: Tensor) -> list[News]:
+    def _sample(self, first: int, logits: Tensor) -> None:
         rows = self._rows
         end = first + len(logits)
         tokens, logprobs = sample(
@@ -388,7 +348,6 @@ class RunningBatch:
         if bool(ended.any()):
             for row in (ended.nonzero()[:, 0] + first).tolist():
                 reasons[row] = self._reason(row)
-        streamed = []
         for row in rows.watched:
             if row < first or row in reasons:
                 continue
@@ -396,15 +355,14 @@ class RunningBatch:
             if matched is not None:
                 reasons[row] = matched
             elif rows.requests[row].stream:
-                streamed.append(News(rows.requests[row], *rows.output(row), None))
-        return streamed + self._finish(reasons)
+                self._tell(rows.requests[row], *rows.output(row), None)
+        self._finish(reasons)
 
     def _match(self, row: int) -> Reason | None:
         stop = self.requests[row].generation.stop
-        if not stop:
+        if not stop or self._tokenizer is None:
             return None
-        tail = self._rows.tail(row, self._stop_strings.window(stop))
-        matched = self._stop_strings.find(stop, tail)
+        matched = find_stop(self._tokenizer, stop, self._rows.tail(row, stop_window(stop)))
         return None if matched is None else {"type": "stop", "matched": matched}
 
     def _reason(self, row: int) -> Reason:
@@ -416,21 +374,17 @@ class RunningBatch:
             return {"type": "length", "length": len(ids)}
         return {"type": "stop", "matched": ids[-1]}
 
-    def _finish(self, reasons: dict[int, Reason]) -> list[News]:
+    def _finish(self, reasons: dict[int, Reason]) -> None:
         """End rows with their reasons and close the gaps."""
         if not reasons:
-            return []
-        news, broken = [], []
+            return
         for row, reason in reasons.items():
             ids, logprobs = self._rows.output(row)
             if reason is NOT_FINITE:
-                broken.append(row)
+                self._slots.wipe(torch.tensor([row]))
                 ids, logprobs = ids[:-1], logprobs[:-1]
-            news.append(News(self.requests[row], ids, logprobs, reason))
-        if broken:
-            self._slots.wipe(torch.tensor(broken))
+            self._tell(self.requests[row], ids, logprobs, reason)
         self._drop(list(reasons))
-        return news
 
     def _drop(self, rows: list[int]) -> None:
         longest = int(self._rows.lengths[: len(self._rows)].max())

@@ -11,12 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import pickle
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,9 +154,6 @@ def _read_safetensors(folder: Path) -> dict[str, Tensor] | None:
     return tensors
 
 
-# Private in torch; there from 1.13 to 2.13 (seen), under the same names.
-
-
 TIMEOUT = timedelta(seconds=300)
 """How long joining a group, or one broadcast, may take."""
 
@@ -234,21 +229,6 @@ class TrainerGroup:
                 dist.destroy_process_group(group)
 
 
-def check_init(body: InitGroupBody) -> None:
-    """Check what a group is asked to be."""
-    if body.backend != "gloo":
-        raise BadRequestError(
-            f"`backend` must be 'gloo' (the embedded engine runs on CPUs), got {body.backend!r}"
-        )
-    if not 1 <= body.rank_offset < body.world_size:
-        raise BadRequestError(
-            f"`rank_offset` must be in [1, world_size ({body.world_size})) (the trainer is rank 0),"
-            f" got {body.rank_offset}"
-        )
-    if not 0 < body.master_port < 1 << 16:
-        raise BadRequestError(f"`master_port` must be a port, got {body.master_port}")
-
-
 def check_bucket(body: DistributedUpdateBody) -> list[torch.dtype]:
     """Check what can be checked before the broadcast, and return the dtypes."""
     counts = (len(body.names), len(body.dtypes), len(body.shapes))
@@ -260,8 +240,6 @@ def check_bucket(body: DistributedUpdateBody) -> list[torch.dtype]:
         raise BadRequestError("`names` must not repeat")
     if body.load_format not in (None, _FLAT):
         raise BadRequestError(f"`load_format` must be null or {_FLAT!r}, got {body.load_format!r}")
-    if any(size < 0 for shape in body.shapes for size in shape):
-        raise BadRequestError(f"`shapes` must not be negative, got {body.shapes}")
     return [_dtype(name) for name in body.dtypes]
 
 
@@ -283,29 +261,21 @@ def receive_bucket(
     Raises:
         WeightUpdateError: If the broadcast fails.
     """
-    if body.load_format == _FLAT:
-        return _receive_flat(group, body, dtypes)
-    tensors = {}
-    for name, dtype, shape in zip(body.names, dtypes, body.shapes, strict=True):
-        tensors[name] = torch.empty(shape, dtype=dtype)
-        group.receive(tensors[name])
-    return tensors
-
-
-def _receive_flat(
-    group: TrainerGroup, body: DistributedUpdateBody, dtypes: Sequence[torch.dtype]
-) -> dict[str, Tensor]:
-    sizes = [
-        math.prod(shape) * dtype.itemsize for shape, dtype in zip(body.shapes, dtypes, strict=True)
-    ]
-    flat = torch.empty(sum(sizes), dtype=torch.uint8)
-    group.receive(flat)
-    pieces = flat.split(sizes)
-    # A piece may start between two elements of its type, so it is copied before the view.
-    return {
-        name: piece.clone().view(dtype).view(shape)
-        for name, piece, dtype, shape in zip(body.names, pieces, dtypes, body.shapes, strict=True)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, dtype, shape in zip(body.names, dtypes, body.shapes, strict=True)
     }
+    if body.load_format is None:
+        for tensor in tensors.values():
+            group.receive(tensor)
+        return tensors
+    flat = torch.empty(sum(tensor.nbytes for tensor in tensors.values()), dtype=torch.uint8)
+    group.receive(flat)
+    pieces = flat.split([tensor.nbytes for tensor in tensors.values()])
+    for tensor, piece in zip(tensors.values(), pieces, strict=True):
+        # A piece may start between two elements of its type, so its bytes are copied into place.
+        tensor.view(-1).view(torch.uint8).copy_(piece)
+    return tensors
 
 
 T = TypeVar("T")
@@ -350,33 +320,28 @@ class WeightUpdates:
 
     async def from_disk(self, body: DiskUpdateBody) -> None:
         """Load a Hugging Face folder; all weights or none."""
-        async with self._quiet(body.abort_all_requests):
-            tensors = await in_thread(lambda: self._weights.read_folder(body.model_path))
-            write = self._weights.writer(tensors, complete=True)
-            await self._engine.call(
-                lambda s: s.update(write, body.weight_version, body.flush_cache)
-            )
-            self.model_path = body.model_path
+        await self._replace(body, lambda: self._weights.read_folder(body.model_path), complete=True)
+        self.model_path = body.model_path
 
     async def from_distributed(self, body: DistributedUpdateBody) -> None:
         """Receive a bucket; it is received whole, so that the group stays in step, then checked."""
         dtypes = check_bucket(body)
         group = self._groups.get(body.group_name)
         if group is None:
-            known = ", ".join(sorted(self._groups)) or "none"
-            raise BadRequestError(
-                f"`group_name` must name a group that was joined ({known}), got {body.group_name!r}"
-            )
-        async with self._quiet(body.abort_all_requests):
-            tensors = await in_thread(lambda: receive_bucket(group, body, dtypes))
-            write = self._weights.writer(tensors)
-            await self._engine.call(
-                lambda s: s.update(write, body.weight_version, body.flush_cache)
-            )
+            raise self._unknown(body.group_name)
+        await self._replace(body, lambda: receive_bucket(group, body, dtypes))
 
     async def init_group(self, body: InitGroupBody) -> None:
         """Join a group of the trainer's."""
-        check_init(body)
+        if body.backend != "gloo":
+            raise BadRequestError(
+                f"`backend` must be 'gloo' (the embedded engine runs on CPUs), got {body.backend!r}"
+            )
+        if body.rank_offset >= body.world_size:
+            raise BadRequestError(
+                f"`rank_offset` must be in [1, world_size ({body.world_size})) (the trainer is "
+                f"rank 0), got {body.rank_offset}"
+            )
         if body.group_name in self._groups:
             raise BadRequestError(
                 f"`group_name` must be new, got {body.group_name!r}, which was joined before"
@@ -388,19 +353,32 @@ class WeightUpdates:
         """Leave a group; buckets that wait for their turn in it are refused."""
         group = self._groups.pop(body.group_name, None)
         if group is None:
-            raise BadRequestError(
-                f"`group_name` must name a group that was joined, got {body.group_name!r}"
-            )
+            raise self._unknown(body.group_name)
         await in_thread(group.leave)
 
-    @asynccontextmanager
-    async def _quiet(self, abort_all: bool) -> AsyncIterator[None]:
+    def _unknown(self, name: str) -> BadRequestError:
+        known = ", ".join(sorted(self._groups)) or "none"
+        return BadRequestError(
+            f"`group_name` must name a group that was joined ({known}), got {name!r}"
+        )
+
+    async def _replace(
+        self,
+        body: DiskUpdateBody | DistributedUpdateBody,
+        fetch: Callable[[], dict[str, Tensor]],
+        *,
+        complete: bool = False,
+    ) -> None:
+        """Fetch new weights and write them while nothing is sampled."""
         async with self._lock:
-            if abort_all:
+            if body.abort_all_requests:
                 await self._engine.call(lambda s: s.abort(None))
             drained = await self._engine.call(lambda s: s.hold())
             try:
                 await asyncio.wrap_future(drained)
-                yield
+                write = self._weights.writer(await in_thread(fetch), complete=complete)
+                await self._engine.call(
+                    lambda s: s.update(write, body.weight_version, body.flush_cache)
+                )
             finally:
                 await self._engine.call(lambda s: s.release())

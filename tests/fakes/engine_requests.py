@@ -16,7 +16,6 @@ PLAIN = Generation(
     min_p=0.0,
     min_new_tokens=0,
     seed=0,
-    sample_index=0,
     stop=(),
     stop_ids=(),
     return_logprob=True,

@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import msgspec
 import pytest
 import torch.distributed as dist
 
 from lightning_grpo.distributed import RankChannel
+from lightning_grpo.distributed.channel import what_happened
 from lightning_grpo.distributed.heartbeat import (
     Failure,
     Heart,
     Kind,
     Pulse,
-    RankJudge,
     RankLedger,
     RunningClock,
     SignedStore,
@@ -42,9 +43,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def ledger(rank: int = 1, world_size: int = 2) -> tuple[RankLedger, Time]:
+def ledger(
+    rank: int = 1, world_size: int = 2, rank_timeout_s: float = 10.0
+) -> tuple[RankLedger, Time]:
     time = Time()
-    return RankLedger(rank, world_size, "pid 1 on here", RunningClock(5.0, time)), time
+    clock = RunningClock(5.0, time)
+    return RankLedger(rank, world_size, "pid 1 on here", rank_timeout_s, clock), time
 
 
 def done(value: object = None, error: Exception | None = None) -> Future:
@@ -110,18 +114,24 @@ def test_a_wait_past_its_deadline_says_what_took_too_long():
 def test_a_pulse_survives_the_store():
     pulse = Pulse(3, 4, "pid", "x", 5.0, "SIGTERM", 6, True, Failure(1, "tb\n"))
     pulse = Pulse(outcomes=(WaitOutcome(1, Kind.STOP, "w", "SIGTERM", 9),), failure=pulse.failure)
-    assert Pulse.decode(pulse.encode().encode()) == pulse
+    assert msgspec.json.decode(msgspec.json.encode(pulse), type=Pulse) == pulse
+
+
+def test_an_error_that_no_text_can_hold_is_told_all_the_same():
+    said = what_happened(ValueError("a file called \ud800"))
+    pulse = Pulse(failure=Failure(0, said))
+    assert msgspec.json.decode(msgspec.json.encode(pulse), type=Pulse) == pulse
+    assert r"a file called \ud800" in said
 
 
 def test_a_rank_that_beats_is_not_silent_and_one_that_stops_is_named():
     book, time = ledger()
-    judge = RankJudge(book, rank_timeout_s=10.0)
     for tick in range(1, 30):
         pass_time(book.clock, time, 5)
         book.hear({0: Pulse(tick, what="training", name="pid 7 on there")})
-        assert judge.verdict() is None
+        assert book.verdict() is None
     pass_time(book.clock, time, 11)
-    failure = judge.verdict()
+    failure = book.verdict()
     assert failure is not None
     assert failure.rank == 0
     assert "pid 7 on there" in failure.text
@@ -130,31 +140,28 @@ def test_a_rank_that_beats_is_not_silent_and_one_that_stops_is_named():
 
 def test_the_time_this_process_stood_still_is_not_held_against_others():
     book, time = ledger()
-    judge = RankJudge(book, rank_timeout_s=10.0)
     book.hear({0: Pulse(1)})
     time.now += 3600.0  # SIGSTOP, or the lid of a laptop
-    assert judge.verdict() is None
+    assert book.verdict() is None
 
 
 def test_a_main_thread_may_be_busy_for_as_long_as_it_declared():
     book, time = ledger()
-    judge = RankJudge(book, rank_timeout_s=10.0)
     book.hear({0: Pulse(1, 1, what="export", allowance_s=20.0)})
     since = book.clock.now()
     pass_time(book.clock, time, 29)
-    assert judge.stalled(since) is None
+    assert book.stalled(since) is None
     pass_time(book.clock, time, 2)
-    stalled = judge.stalled(since)
+    stalled = book.stalled(since)
     assert stalled is not None
     assert "last known in: export" in stalled.text
 
 
 def test_a_rank_that_left_in_good_order_is_not_missed():
     book, time = ledger(rank=0, world_size=3)
-    judge = RankJudge(book, rank_timeout_s=10.0)
     book.hear({1: Pulse(1, closed=True), 2: Pulse(1)})
     pass_time(book.clock, time, 11)
-    failure = judge.verdict()
+    failure = book.verdict()
     assert failure is not None
     assert failure.rank == 2
     assert book.mine.failure == failure  # rank 0 passes it on
@@ -193,9 +200,8 @@ class Ended:
 )
 def test_a_child_that_ended_badly_is_noticed_at_once(code, expected):
     book, _ = ledger(rank=0)
-    judge = RankJudge(book, rank_timeout_s=10.0)
-    judge.processes[1] = Ended(code)
-    failure = judge.verdict()
+    book.processes[1] = Ended(code)
+    failure = book.verdict()
     assert (failure is None) if expected is None else (expected in failure.text)
 
 
@@ -214,6 +220,9 @@ class DictStore:
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return [self.values[key] for key in keys]
+
+    def beat(self, rank: int, pulse: Pulse) -> None:
+        self.values[f"pulse/{rank}"] = msgspec.json.encode(pulse)
 
 
 def test_what_somebody_else_writes_into_the_store_is_read_as_nothing():
@@ -234,17 +243,17 @@ def test_what_somebody_else_writes_into_the_store_is_read_as_nothing():
 
 @pytest.mark.parametrize("junk", [b"not json", b"", b"[]", b"{}", b"null", b'{"tick": 1}', b"\xff"])
 def test_a_record_that_can_not_be_read_is_skipped_and_told_once(junk, caplog):
-    book, _ = ledger(rank=0)
+    book, _ = ledger(rank=0, rank_timeout_s=0.05)
     store = DictStore()
-    store.set("pulse/1", Pulse(7, what="training").encode())
-    heart = Heart(book, store, rank_timeout_s=0.05, stop_source=str)
+    store.beat(1, Pulse(7, what="training"))
+    heart = Heart(book, store, stop_source=str)
     heart.start()
     wait_for(lambda: book.peers[1].pulse.tick == 7)
     beats = book.mine.tick
     store.values["pulse/1"] = junk
     wait_for(lambda: book.mine.tick > beats + 3)
     assert book.peers[1].pulse.what == "training"
-    store.set("pulse/1", Pulse(8, what="on").encode())
+    store.beat(1, Pulse(8, what="on"))
     wait_for(lambda: book.peers[1].pulse.tick == 8)
     heart.stop()
     assert caplog.text.count("the record of rank 1 in the ranks' store was not written by it") == 1
@@ -260,10 +269,10 @@ def test_the_last_call_of_a_slow_store_is_waited_for():
             self.entered.set()
             assert self.may_return.wait(30.0)
 
-    book, _ = ledger(rank=0)
+    book, _ = ledger(rank=0, rank_timeout_s=0.05)
     store = SlowStore()
     store.values["pulse/1"] = b""
-    heart = Heart(book, store, rank_timeout_s=0.05, stop_source=str)
+    heart = Heart(book, store, stop_source=str)
     heart.start()
     assert store.entered.wait(30.0)
     slow = threading.Timer(2.0, store.may_return.set)

@@ -12,7 +12,6 @@ import torch
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.engine.requests import BadRequestError, Output, Request
 from lightning_grpo.engine.scheduler import Limits, Scheduler
-from lightning_grpo.engine.slots import StopStrings
 from tests.fakes.engine_requests import PLAIN, ignore
 from tests.fakes.tiny_model import make_tiny_model
 
@@ -65,7 +64,7 @@ class CountingRunner:
 
 def make(runner: Any, **limits: Any) -> Scheduler:
     """A scheduler without stop strings."""
-    return Scheduler(runner, StopStrings(None), Limits(**limits))
+    return Scheduler(runner, None, Limits(**limits))
 
 
 def requests(count: int, **changes: Any) -> list[Request]:

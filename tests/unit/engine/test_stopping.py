@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.engine.slots import StopStrings, decode_text, trim
+from lightning_grpo.engine.slots import decode_text, find_stop, stop_window, trim
 from tests.fakes.tiny_model import make_tiny_tokenizer
 
 
 @pytest.mark.parametrize("stop", ["apples", "\n####", "s.\n", "<|im_end|>", "\u2603"])
 def test_a_stop_string_is_found_whatever_tokens_spell_it(stop: str) -> None:
     tokenizer = make_tiny_tokenizer()
-    looker = StopStrings(tokenizer)
     text = f"Tom has many things {stop}"
     whole = tokenizer(text)["input_ids"]
     # Byte by byte, as a random model may write it.
@@ -20,17 +19,16 @@ def test_a_stop_string_is_found_whatever_tokens_spell_it(stop: str) -> None:
         found = [
             k
             for k in range(1, len(ids) + 1)
-            if looker.find([stop], ids[max(0, k - looker.window([stop])) : k])
+            if find_stop(tokenizer, [stop], ids[max(0, k - stop_window([stop])) : k])
         ]
         assert found[:1] == [len(ids)]
 
 
 def test_the_first_listed_string_is_named_and_none_is_none() -> None:
-    looker = StopStrings(make_tiny_tokenizer())
-    ids = make_tiny_tokenizer()("one two")["input_ids"]
-    assert looker.find(["two", "one"], ids) == "two"
-    assert looker.find(["three"], ids) is None
-    assert StopStrings(None).find(["one"], ids) is None
+    tokenizer = make_tiny_tokenizer()
+    ids = tokenizer("one two")["input_ids"]
+    assert find_stop(tokenizer, ["two", "one"], ids) == "two"
+    assert find_stop(tokenizer, ["three"], ids) is None
 
 
 def test_text_is_cut_at_its_string_and_not_at_a_token() -> None:
