@@ -3,9 +3,9 @@
 Everything of a run is there but a model: prompts, gate, episodes, a reward on the loop, the pool,
 HTTP over sockets. So many episodes are let in at once and held until every server's share has
 arrived (the hardest start); then batches of as many flow for some seconds. Rules: at 10,000 in
-flight memory stays below 25 kB a request, and the loop is not held longer than 0.1 s, the garbage
-collector's rare looks at the whole heap aside; CPU is the client's process alone. Where other
-programs run (`load_average`), what counts is CPU time, not the clock's.
+flight memory stays below 25 kB a request, and the loop is not held longer than 0.1 s; CPU is the
+client's process alone. Where other programs run (`load_average`), what counts is CPU time, not the
+clock's.
 
     python -m benchmarks.load --out benchmarks/results/load.json      # a quarter of an hour
     python -m benchmarks.load --in-flight 100 --servers 1 --seconds 1 # one case, to try it out

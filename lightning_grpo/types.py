@@ -174,17 +174,18 @@ class Trajectory:
     @property
     def num_response_tokens(self) -> int:
         """How many tokens the policy sampled."""
-        return sum(self.response_mask)
+        return self.response_mask.count(True)
 
     @property
     def num_last_tokens(self) -> int:
         """How many tokens its last completion has, if it ends with one."""
-        return sum(1 for _ in itertools.takewhile(bool, reversed(self.response_mask)))
+        backward = self.response_mask[::-1]
+        return backward.index(False) if False in backward else len(backward)
 
     @property
     def oldest_version(self) -> int:
         """The oldest weights that sampled a token of it (`NO_VERSION` if none was sampled)."""
-        sampled = [v for v, m in zip(self.versions, self.response_mask, strict=True) if m]
+        sampled = set(itertools.compress(self.versions, self.response_mask))
         return min(sampled, default=NO_VERSION)
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,18 +113,18 @@ class Sequences:
     ) -> Sequences:
         """Packs trajectories; `index` holds the row of each in the `RolloutBatch`."""
         lengths = [0, *(len(t.input_ids) for t in trajectories)]
-        mask = _pack([t.response_mask for t in trajectories], torch.bool)
+        mask = _pack([t.response_mask for t in trajectories], np.bool_)
         # The first token of a sequence has no probability, so it can't enter the loss.
         loss_mask = mask.clone()
         starts = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
         loss_mask[starts[:-1][starts.diff() > 0]] = False
         return cls(
-            input_ids=_pack([t.input_ids for t in trajectories], torch.int64),
+            input_ids=_pack([t.input_ids for t in trajectories], np.int64),
             cu_seqlens=starts,
             response_mask=mask,
             loss_mask=loss_mask,
-            behavior_logprobs=_pack([t.logprobs for t in trajectories], torch.float32),
-            weight_versions=_pack([t.versions for t in trajectories], torch.int64),
+            behavior_logprobs=_pack([t.logprobs for t in trajectories], np.float32),
+            weight_versions=_pack([t.versions for t in trajectories], np.int64),
             trajectory_index=torch.tensor(list(index), dtype=torch.int64),
         )
 
@@ -172,8 +174,10 @@ class Sequences:
         )
 
 
-def _pack(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
-    return torch.tensor([value for row in rows for value in row], dtype=dtype)
+def _pack(rows: Sequence[Sequence[Any]], dtype: type[np.generic]) -> Tensor:
+    # A fifth of what torch.tensor takes of a list: the trainer's GPU waits for it.
+    values = np.fromiter(chain.from_iterable(rows), dtype, sum(map(len, rows)))
+    return torch.from_numpy(values)
 
 
 __all__ = ["Denominators", "MicroBatch", "RolloutBatch", "Sequences"]
@@ -262,13 +266,15 @@ class RolloutBatch:
                 for name in names
             },
             response_lengths=_integers(trajectories, lambda t: t.num_response_tokens),
-            loss_lengths=_integers(trajectories, lambda t: sum(t.response_mask[1:])),
+            loss_lengths=_integers(trajectories, lambda t: t.response_mask[1:].count(True)),
             sequence_lengths=_integers(trajectories, lambda t: len(t.input_ids)),
             last_lengths=_integers(trajectories, lambda t: t.num_last_tokens),
             length_limits=_integers(trajectories, lambda t: t.length_limit or 0),
             truncated=torch.tensor([t.truncated for t in trajectories], dtype=torch.bool),
             oldest_versions=_integers(trajectories, lambda t: t.oldest_version),
-            newest_versions=_integers(trajectories, lambda t: max(t.versions, default=NO_VERSION)),
+            newest_versions=_integers(
+                trajectories, lambda t: max(set(t.versions), default=NO_VERSION)
+            ),
             temperatures=_doubles(trajectories, lambda t: t.temperature).float(),
             keys=[g.prompt.key for g, _, _ in pairs],
             columns=[g.prompt.columns for g, _, _ in pairs],

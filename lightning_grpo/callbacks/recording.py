@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class TrajectoryWriter(Callback):
 
     Held-out answers go to `trajectories/held_out/step_000012.parquet`, all sets in one file. Read
     either with `lightning-grpo show`, train from the former with `lightning-grpo replay`. A file
-    that can't be written (a full disk) is left out, and the run goes on.
+    that can't be written (a full disk) is left out, and the run goes on. Files are written beside
+    the training, and are there before the checkpoint that follows them.
 
     Args:
         folder: Where to write; None is the run's folder (the first logger's).
@@ -46,6 +48,7 @@ class TrajectoryWriter(Callback):
         self._every_n_batches = every_n_batches
         self._run_folder = Path()
         self._failed = False
+        self._writing: threading.Thread | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder: on all ranks, since Lightning broadcasts it."""
@@ -64,10 +67,16 @@ class TrajectoryWriter(Callback):
         if not batch.is_last or rollout.groups is None or rollout.index % self._every_n_batches:
             return
         path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
-        self._write(path, rollout.groups, step=trainer.global_step, version=rollout.version)
+        about = {"step": trainer.global_step, "version": rollout.version}
+        self._finish()
+        self._writing = threading.Thread(
+            target=self._write, args=(path, rollout.groups), kwargs=about, name="trajectories"
+        )
+        self._writing.start()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the held-out answers of the validation that has just ended (rank 0 has them)."""
+        self._finish()
         data = trainer.datamodule  # type: ignore[attr-defined]
         last = data.evaluations[-1:] if isinstance(data, Evaluated) else []
         for record in last:
@@ -92,6 +101,27 @@ class TrajectoryWriter(Callback):
         self._failed = False
 
     on_test_end = on_validation_end
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See to it that a run which goes on from here misses no file."""
+        self._finish()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Wait for the last file."""
+        self._finish()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Wait for the last file."""
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
 
 
 class FinalCheckpoint(Callback):

@@ -78,7 +78,7 @@ class StepTimer(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
         """The gradients are there."""
-        self._gradients_ready = time.perf_counter()
+        self._gradients_ready = self._now()
 
     def on_train_batch_end(
         self,
@@ -90,7 +90,7 @@ class StepTimer(Callback):
     ) -> None:
         """Log the period that ends here."""
         assert self._period_started is not None
-        now = time.perf_counter()
+        now = self._now()
         period = now - self._period_started - self._validation_s
         logged = {
             "time/step_s": period,
@@ -110,6 +110,11 @@ class StepTimer(Callback):
         logged |= data.health()
         pl_module.log_dict(logged)
         self._period_started, self._validation_s = now, 0.0
+
+    def _now(self) -> float:
+        if self._peak is not None:
+            torch.cuda.synchronize()  # else a part's work on the GPU would count as the next part's
+        return time.perf_counter()
 
     def _flops(self, module: L.LightningModule, batch: Minibatch) -> float:
         rollout = batch.rollout

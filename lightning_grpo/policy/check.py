@@ -65,7 +65,7 @@ def check_reference(reference: str, model: str, model_kwargs: dict[str, Any] | N
         ConfigError: It can't score packed sequences, or its token ids mean something else.
     """
     check_architecture(reference, model_kwargs)
-    ours = load_tokenizer(model).get_vocab()
+    ours = _vocabulary(model)
     rows, needed = (
         load_policy(each, meta=True, model_kwargs=model_kwargs).config.vocab_size
         for each in (reference, model)
@@ -77,10 +77,7 @@ def check_reference(reference: str, model: str, model_kwargs: dict[str, Any] | N
             f"one of {rows} rows, too few for {beyond[0]!r}. Way out: a reference of the same "
             "family, or none, which is the model at the start."
         )
-    try:
-        theirs = {i: token for token, i in load_tokenizer(reference).get_vocab().items()}
-    except ConfigError:  # weights alone: nobody can tell
-        return
+    theirs = {i: token for token, i in _vocabulary(reference).items()}
     other = {i: token for token, i in ours.items() if theirs.get(i, token) != token}
     if len(other) > _RENAMED * len(ours):
         token_id = min(other)
@@ -90,6 +87,14 @@ def check_reference(reference: str, model: str, model_kwargs: dict[str, Any] | N
             f"{other[token_id]!r}. Way out: a reference of the same family, or none, which is the "
             "model at the start."
         )
+
+
+def _vocabulary(model: str) -> dict[str, int]:
+    """Ids of a model's tokens; none where weights come alone, of which nobody can tell."""
+    try:
+        return load_tokenizer(model).get_vocab()
+    except ConfigError:
+        return {}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lightning_grpo.checks import require_number, require_on_hub
 from lightning_grpo.errors import ConfigError, PromptError
@@ -29,8 +29,22 @@ _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz"
 
 
 if TYPE_CHECKING:
+    from typing_extensions import runtime_checkable
+
     Source = str
-    Table = list[Any]  # columns by name are a `dict[str, Asked]` to a type checker, too
+
+    @runtime_checkable
+    class Table(Protocol):
+        """Rows, columns or datasets by name, a DataFrame, a `Dataset`."""
+
+        def __len__(self) -> int:
+            """How many."""
+            ...
+
+        def __getitem__(self, key: Any, /) -> Any:
+            """One of them."""
+            ...
+
 else:
 
     class Table:

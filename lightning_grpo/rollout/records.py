@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -59,6 +61,9 @@ SCHEMA = pa.schema(
 _FIELDS = [each.name for each in fields(Trajectory)]
 _COLUMN = {"input_ids": "tokens", "text": "completion"}
 """Columns that are not named as the trajectory's fields are."""
+_FIELD = {column: name for name, column in _COLUMN.items()}
+_PER_TOKEN = ("tokens", "response_mask", "logprobs", "versions")
+_ONE_VALUE = pa.schema([each for each in SCHEMA if each.name not in _PER_TOKEN])
 
 
 def write_groups(
@@ -86,14 +91,49 @@ def write_groups(
         for index, group in enumerate(groups)
         for row in _rows(group, index, step=step, version=version, outcome=outcome)
     ]
+    table = pa.Table.from_pylist(rows, schema=_ONE_VALUE)
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    columns = [
+        _per_token(trajectories, field) if field.name in _PER_TOKEN else table[field.name]
+        for field in SCHEMA
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), unfinished, compression="zstd")
+        pq.write_table(pa.table(columns, schema=SCHEMA), unfinished, compression="zstd")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def _per_token(trajectories: Sequence[Trajectory], field: pa.Field) -> pa.Array:
+    """A column of lists, by way of numpy: there are a hundred times as many values as rows."""
+    name = _FIELD.get(field.name, field.name)
+    lists = [getattr(trajectory, name) for trajectory in trajectories]
+    lengths = np.fromiter(map(len, lists), np.int32, len(lists))
+    offsets = np.concatenate([np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)])
+    values = np.fromiter(
+        chain.from_iterable(lists), field.type.value_type.to_pandas_dtype(), offsets[-1]
+    )
+    return pa.ListArray.from_arrays(offsets, pa.array(values), type=field.type)
+
+
+def _lists(column: pa.ChunkedArray) -> list[list[Any]]:
+    """The same back."""
+    joined = column.combine_chunks()
+    values = joined.values.to_numpy(zero_copy_only=False).tolist()
+    offsets = joined.offsets.to_pylist()
+    return [values[start:end] for start, end in pairwise(offsets)]
+
+
+def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    names = [name for name in _PER_TOKEN if name in table.column_names]
+    rows = table.drop_columns(names).to_pylist()
+    for name in names:
+        for row, values in zip(rows, _lists(table[name]), strict=True):
+            row[name] = values
+    return rows
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -102,7 +142,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: There is none, or it was not written by this package.
     """
-    return [row for file in trajectory_files(path) for row in _read_table(file).to_pylist()]
+    return [row for file in trajectory_files(path) for row in _to_rows(_read_table(file))]
 
 
 @dataclass(frozen=True)
@@ -121,7 +161,7 @@ class RecordedBatch:
 def read_batch(file: Path) -> RecordedBatch:
     """The rollout batch of one file."""
     by_group: dict[int, list[dict[str, Any]]] = {}
-    rows = _read_table(file).to_pylist()
+    rows = _to_rows(_read_table(file))
     for row in rows:
         by_group.setdefault(row["group"], []).append(row)
     return RecordedBatch(rows[0]["version"], [_group(part) for part in by_group.values()])

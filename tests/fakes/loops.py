@@ -98,6 +98,10 @@ class Recorder(Callback):
         self.batches.append(batch)
         self.steps.append(trainer.global_step)
 
+    def of(self, name: str) -> list[float]:
+        """A metric of the steps that measured it."""
+        return [metrics[name] for metrics in self.metrics if name in metrics]
+
 
 class Events:
     """An event log that any thread may write to (appending to a list is atomic)."""

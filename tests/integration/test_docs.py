@@ -126,6 +126,8 @@ def test_what_the_pages_say_to_write_can_be_run_in_order(tmp_path):
     for number, match in enumerate(every_block):
         language, *info = match["info"].split()
         if language == "python":
+            if info == ["text-part"]:  # run where there is a model that also sees
+                continue
             assert info[:1] == ["run"], "a Python block that is not run"
             (tmp_path / f"block-{number:02}.py").write_text(match["text"])
         elif language == "yaml":

@@ -143,6 +143,5 @@ def test_no_prompt_is_lost_and_no_lie_is_trained_on(tiny_model, tmp_path, seed):
     rows = [g.prompt.row for b in recorder.batches for g in b.rollout.groups]
     assert sorted(rows) == list(range(steps * batch))
     assert data.session.state_dict()["producer"]["ledger"]["counts"] == {"trained": steps * batch}
-    differences = [m["mismatch/abs_logprob_diff"] for m in recorder.metrics]
-    assert max(d for d in differences if d == d) < 1e-4
+    assert max(recorder.of("mismatch/abs_logprob_diff")) < 1e-4
     assert min(seen.values()) > 0

@@ -117,7 +117,7 @@ def test_a_type_checker_knows_each_public_name_and_refuses_others(tmp_path):
 
 PROGRAM = """
 from lightning_grpo import (
-    Completion, EmbeddedServers, EpisodeContext, Prompt, RLVRWorkflow, RolloutDataModule,
+    Completion, EmbeddedServers, EpisodeContext, Prompt, Prompts, RLVRWorkflow, RolloutDataModule,
     RolloutWorkflow, Trajectory, load_tokenizer, next_ids)
 
 
@@ -139,7 +139,8 @@ class Own(RolloutWorkflow):
 rows = [{"prompt": "What is 3 times 4?", "answer": "12"}]
 workflow = RLVRWorkflow({"right": right, "short": short}, {"max_new_tokens": 48})
 RolloutDataModule(rows, workflow, "http://localhost:30000")
-RolloutDataModule("prompts.csv", Own(), EmbeddedServers(), val_prompts={"a": rows, "b": "b.csv"})
+RolloutDataModule("prompts.csv", Own(), EmbeddedServers(), val_prompts={"a": Prompts(rows)})
+RolloutDataModule({"a": rows, "b": "b.csv"}, workflow, ["http://a:1"])
 """
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 from lightning.pytorch.callbacks import Callback
 
@@ -40,6 +42,9 @@ def test_a_file_that_can_t_be_written_is_told_once_and_the_run_goes_on(
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if trainer.global_step == 4:
+                for thread in threading.enumerate():
+                    if thread.name == "trajectories":  # files are written beside the training
+                        thread.join()
                 (tmp_path / "kept").unlink()
 
     (tmp_path / "kept").touch()  # a file where the folder should be: like a full disk, an OSError
