@@ -412,10 +412,6 @@ def check_sizes(
         )
 
 
-def _is_below(value: object, least: int) -> bool:
-    return isinstance(value, int) and value < least
-
-
 def check_ranks(num_ranks: int, num_sequences: int) -> None:
     """Refuse more ranks than a minibatch has sequences: some would never have work.
 

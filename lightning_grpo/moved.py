@@ -141,6 +141,7 @@ MOVED = {
     "session.opening": "session.session",
     "session.protocol": "session.session",
     "session.ranks": "session.session",
+    "session.replay": "session.session",
     "session.settings": "session.material",
     "session.state": "session.assembly",
     "strategies.gradient_sync": "strategies.fsdp2",
