@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 serve_old_paths()
 
 _HOME = {
-    "lightning_grpo.agents.tool_process": ("ToolLimits",),
+    "lightning_grpo.agents.tools": ("ToolLimits",),
     "lightning_grpo.agents.turns": (
         "EpisodeRecord",
         "next_ids",
@@ -145,7 +145,7 @@ def __dir__() -> list[str]:
 
 # Type checkers read the imports, and know by them which names there are.
 if TYPE_CHECKING:
-    from lightning_grpo.agents.tool_process import ToolLimits as ToolLimits
+    from lightning_grpo.agents.tools import ToolLimits as ToolLimits
     from lightning_grpo.agents.turns import EpisodeRecord as EpisodeRecord
     from lightning_grpo.agents.turns import next_ids as next_ids
     from lightning_grpo.agents.workflows import AgentWorkflow as AgentWorkflow

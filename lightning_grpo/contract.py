@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.accelerators import CUDAAccelerator
@@ -26,6 +27,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from typing_extensions import Protocol, runtime_checkable
 
 from lightning_grpo.algorithm.advantages import Truncation
 from lightning_grpo.algorithm.batch import RolloutBatch
@@ -35,8 +37,10 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Prepared
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
+from lightning_grpo.session.session import Session
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.types import Sampling
+from lightning_grpo.types import RolloutProgress, Sampling
+from lightning_grpo.validation import EvaluationRecord
 
 MOST_TRAJECTORIES = 1 << 22
 """Of one rollout batch: a hundred gigabytes of bookkeeping, before the first token."""
@@ -80,6 +84,72 @@ class Trained(Protocol):
     def sharding_root(self) -> nn.Module:
         """The policy, as the strategy has wrapped it."""
         ...
+
+
+@runtime_checkable
+class Rolling(Protocol):
+    """A data module that knows how far its rollouts are."""
+
+    def progress(self) -> RolloutProgress | None:
+        """How far the next rollout batch is."""
+        ...
+
+
+@runtime_checkable
+class Asking(Protocol):
+    """A loader of held-out prompts that knows how much it asks for."""
+
+    num_answers: int
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A module or data module that says what it resolved."""
+
+    def describe(self) -> Mapping[str, str]:
+        """Label -> one line."""
+        ...
+
+
+@runtime_checkable
+class Evaluated(Protocol):
+    """A data module that keeps its validations."""
+
+    evaluations: Sequence[EvaluationRecord]
+
+
+@runtime_checkable
+class OnRollouts(Protocol):
+    """A data module whose batches come from a session of rollouts."""
+
+    session: Session | None
+
+
+@runtime_checkable
+class InFolder(Protocol):
+    """A data module that knows the run's folder."""
+
+    run_dir: Path | None
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run's files go; called on all ranks, since Lightning broadcasts it."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, InFolder) and data.run_dir is not None:
+        return data.run_dir
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def evaluated_step(trainer: L.Trainer) -> int:
+    """Optimizer steps before the validation that has just ended, of a checkpoint's run too."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    evaluations = data.evaluations if isinstance(data, Evaluated) else []
+    return evaluations[-1].step if evaluations else trainer.global_step
+
+
+def logged_numbers(trainer: L.Trainer) -> dict[str, float]:
+    """What was logged last, as plain numbers by name."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -340,10 +410,6 @@ def check_sizes(
             f"`minibatches_per_batch` must divide `batch_size` (groups are not split), got "
             f"{minibatches_per_batch} and {batch_size}."
         )
-
-
-def _is_below(value: object, least: int) -> bool:
-    return isinstance(value, int) and value < least
 
 
 def check_ranks(num_ranks: int, num_sequences: int) -> None:

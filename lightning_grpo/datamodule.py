@@ -30,8 +30,7 @@ from lightning_grpo.servers.base import Address, Servers, servers_of
 from lightning_grpo.session import assembly as states
 from lightning_grpo.session.folder import FolderLock, hold_folder, hold_run_folder
 from lightning_grpo.session.material import SessionSettings
-from lightning_grpo.session.replay import ReplaySession
-from lightning_grpo.session.session import Session, connect_ranks, open_session
+from lightning_grpo.session.session import ReplaySession, Session, connect_ranks, open_session
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy

@@ -19,8 +19,7 @@ import fine_tune
 import tools
 from tokenizers import AddedToken
 
-from lightning_grpo.agents.tool_process import ToolLimits
-from lightning_grpo.agents.tools import ToolBox
+from lightning_grpo.agents.tools import ToolBox, ToolLimits
 from lightning_grpo.agents.turns import first_ids, next_ids
 from lightning_grpo.types import Completion
 

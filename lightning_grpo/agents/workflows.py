@@ -12,14 +12,20 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from lightning_grpo.agents.conversation import Conversations, Reached, require_known
-from lightning_grpo.agents.endpoint import AgentSession, Endpoint
-from lightning_grpo.agents.tool_process import ToolCounts, ToolLimits
+from lightning_grpo.agents.conversation import (
+    AgentSession,
+    Conversations,
+    Endpoint,
+    Reached,
+    require_known,
+)
 from lightning_grpo.agents.tools import (
     ParsedReply,
     ParseReply,
     ToolBox,
     ToolCall,
+    ToolCounts,
+    ToolLimits,
     reply_parser,
     strip_specials,
 )

@@ -16,9 +16,9 @@ from lightning_grpo._compat import last_saved_step
 from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary, StepTimer
 from lightning_grpo.callbacks.signals import SignalHandling
-from lightning_grpo.callbacks.views import Evaluated, run_folder
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.checks import require_count
+from lightning_grpo.contract import Evaluated, run_folder
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.types import Group

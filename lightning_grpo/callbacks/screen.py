@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from torch.optim import Optimizer
 
-from lightning_grpo.callbacks.views import (
+from lightning_grpo.contract import (
     Asking,
     Described,
     Evaluated,
     Rolling,
     evaluated_step,
     logged_numbers,
+    remaining_steps,
     run_folder,
 )
-from lightning_grpo.contract import remaining_steps
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import printable
 from lightning_grpo.hparams import arguments_of, loggable

@@ -45,7 +45,7 @@ from lightning_grpo._compat import (
     log_step,
 )
 from lightning_grpo.callbacks.early_stop import EarlyStop, came_early
-from lightning_grpo.callbacks.views import OnRollouts
+from lightning_grpo.contract import OnRollouts
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.distributed.channel import ENDING, most_urgent
 from lightning_grpo.errors import StopRun

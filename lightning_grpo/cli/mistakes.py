@@ -273,19 +273,6 @@ def _one_name(part: Any) -> str:
     return _NAMES.get(plain, plain.__name__ if isclass(plain) else str(part))
 
 
-class ImportPathError(ImportError):
-    """An import path leads nowhere.
-
-    Args:
-        message: The rest of a sentence that begins with the key.
-        suggestion: The way out; may be empty.
-    """
-
-    def __init__(self, message: str, suggestion: str = "") -> None:
-        super().__init__(message)
-        self.suggestion = suggestion
-
-
 @dataclass(frozen=True)
 class Parameter:
     """One constructor argument."""
@@ -351,7 +338,7 @@ def import_object(path: str, base: type = object) -> Any:
     """What `package.module.name` names; the bare name of a known subclass of `base` also does.
 
     Raises:
-        ImportPathError: It can't be imported.
+        ConfigProblem: It can't be imported; of no setting yet.
     """
     module, _, name = path.rpartition(".")
     known = subclasses(base)
@@ -360,15 +347,15 @@ def import_object(path: str, base: type = object) -> Any:
         if len(same) > 1:
             rule = "must be an import path (`package.module.name`), since several have the name"
             last = same[-1]  # the most derived: what was made to be used here
-            raise ImportPathError(
-                f"{rule} {name!r}", f"did you mean `{last.__module__}.{last.__qualname__}`?"
-            )
+            near = f"did you mean `{last.__module__}.{last.__qualname__}`?"
+            raise ConfigProblem("", f"{rule} {name!r}", way_out=near)
         if same:
             return same[0]
         near = nearest(name, known)
         if name in lightning_grpo.__all__:  # not loaded yet, so not among the known
             near = f"did you mean `lightning_grpo.{name}`?"
-        raise ImportPathError(f"must be an import path (`package.module.name`), got {path!r}", near)
+        rule = f"must be an import path (`package.module.name`), got {path!r}"
+        raise ConfigProblem("", rule, way_out=near)
     imported = _import_module(path, module, known)
     try:
         return getattr(imported, name)
@@ -376,7 +363,7 @@ def import_object(path: str, base: type = object) -> Any:
         public = [n for n in dir(imported) if not n.startswith("_")]
         near = nearest(name, public, f"{module}.", list_all=False)
         rule = f"`{path}` can't be imported: `{module}` has no `{name}`"
-        raise ImportPathError(rule, near) from error
+        raise ConfigProblem("", rule, way_out=near) from error
 
 
 def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
@@ -384,13 +371,15 @@ def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         rule = f"`{path}` can't be imported: there is no module `{error.name}`"
-        raise ImportPathError(rule, nearest(path.rpartition(".")[2], known)) from error
+        near = nearest(path.rpartition(".")[2], known)
+        raise ConfigProblem("", rule, way_out=near) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         # The user's module ran: whatever it raised is named as the reason.
         fault = f"{type(error).__name__}: {error}"
-        raise ImportPathError(f"`{path}` can't be imported: {module} raised {fault}") from error
+        rule = f"`{path}` can't be imported: {module} raised {fault}"
+        raise ConfigProblem("", rule) from error
 
 
 def subclasses(base: type) -> dict[str, type]:
@@ -460,8 +449,8 @@ def _most_telling(
         for index, kind in enumerate(members(annotation)):
             if is_component(kind):
                 return problems[index]
-    deepest = max(problems.values(), key=lambda problem: problem.key.count("."))
-    if deepest.key != key or len(problems) == 1:
+    deepest = max(problems.values(), key=lambda problem: problem.setting.count("."))
+    if deepest.setting != key or len(problems) == 1:
         return deepest
     meant = isinstance(setting.value, dict) or "." in str(setting.value)
     for index, kind in enumerate(members(annotation)):
@@ -583,8 +572,8 @@ def _import(key: str, path: Setting, base: type) -> Any:
     """The object at an import path."""
     try:
         return import_object(str(path.value), base)
-    except ImportPathError as error:
-        raise ConfigProblem(key, str(error), path.where, error.suggestion) from error
+    except ConfigProblem as error:
+        raise ConfigProblem(key, error.rule, path.where, error.way_out) from error
 
 
 def _known(cls: type) -> str:

@@ -51,27 +51,22 @@ class ConfigProblem(ConfigError):
     """One setting that can't work, with its place.
 
     Args:
-        key: The dotted key; empty for a file as a whole.
+        setting: The dotted key; empty for a file as a whole.
         rule: The rule and the value, as the rest of a sentence that begins with the key.
         where: The file and line, or `command line`; empty when nobody wrote it (a default).
-        suggestion: The nearest valid key, or another way out; may be empty.
+        way_out: The nearest valid key, or another way out; may be empty.
     """
 
-    def __init__(self, key: str, rule: str, where: str = "", suggestion: str = "") -> None:
-        self.key, self.rule, self.where, self.suggestion = key, rule, where, suggestion
-        super().__init__("\n".join(self.lines()))
+    def __init__(self, setting: str, rule: str, where: str = "", way_out: str = "") -> None:
+        super().__init__(setting, rule, way_out=way_out)
+        self.where = where
 
-    def lines(self) -> list[str]:
-        """The message: place, rule, way out."""
-        place = " ".join(
-            part for part in (self.key, f"({self.where})" if self.where else "") if part
-        )
-        indent = "  " if place else ""
-        lines = [place] if place else []
-        lines.append(indent + one_line(self.rule))
-        if self.suggestion:
-            lines.append(f"  {one_line(self.suggestion)}")
-        return lines
+    def __str__(self) -> str:
+        """Place, rule and way out, each in a line."""
+        place = " ".join(filter(None, (self.setting, f"({self.where})" * bool(self.where))))
+        rule = one_line(self.rule)
+        lines = [place, f"  {rule}"] if place else [rule]
+        return "\n".join([*lines, *([f"  {one_line(self.way_out)}"] if self.way_out else [])])
 
 
 def nearest(key: str, valid: Iterable[str], prefix: str = "", list_all: bool = True) -> str:

@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat import start_method
-from lightning_grpo.callbacks.views import run_folder
 from lightning_grpo.checks import require_number
 from lightning_grpo.cli.environment import (
     is_first_rank,
@@ -43,6 +42,7 @@ from lightning_grpo.cli.runs import (
     version_of,
 )
 from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, read_yaml
+from lightning_grpo.contract import run_folder
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, GRPOError
 from lightning_grpo.keys import is_secret

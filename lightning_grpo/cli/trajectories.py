@@ -17,8 +17,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lightning_grpo.checks import require_seconds
-from lightning_grpo.cli.mistakes import ImportPathError, import_object
-from lightning_grpo.cli.sources import Parser, whole_number
+from lightning_grpo.cli.mistakes import import_object
+from lightning_grpo.cli.sources import ConfigProblem, Parser, whole_number
 from lightning_grpo.errors import CheckpointError, ConfigError, RewardError, printable
 from lightning_grpo.rollout.prompts import open_rows
 from lightning_grpo.rollout.records import read_rows
@@ -196,8 +196,8 @@ def score(argv: Sequence[str]) -> int:
     check_options(options)
     try:
         bound = BoundReward(import_object(options.reward))
-    except ImportPathError as error:
-        raise ConfigError(f"--reward: {error}. {error.suggestion}".strip()) from error
+    except ConfigProblem as error:
+        raise ConfigError(f"--reward: {error.rule}. {error.way_out}".strip()) from error
     rows = read_completions(options.data)[: options.limit]
     for columns in {tuple(sorted(row.prompt.columns)) for row in rows}:
         bound.validate(columns)

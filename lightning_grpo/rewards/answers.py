@@ -261,7 +261,6 @@ _BASES = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
     "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
 }  # fmt: skip
-_DECIMAL = re.compile(r"(?<![\d.,])(\d*)\.(\d+)(?![\d.])")
 _UNREADABLE = (
     re.compile(r"(?<![\w^_.])\d(?:[\d.,]*\d)? +[\d.]"),  # digits beside digits
     re.compile(r"\d *(?:\\[lc]?dots|\.\.)"),  # a number that doesn't end

@@ -29,7 +29,7 @@ def resolve_path(name: str) -> str:
     """
     if not name.startswith(PREFIX):
         return name
-    known = _paths()
+    known = shipped_names()
     if name not in known:
         raise ConfigError(f"Nothing ships as {name!r}. There is: {', '.join(known)}.")
     return str(known[name])
@@ -43,7 +43,7 @@ def resolve_config(name: str) -> str:
     """
     if Path(name).is_file():
         return name
-    known = _configs()
+    known = shipped_configs()
     if name not in known:
         raise ConfigError(
             f"No config file {name!r} here, and none of that name ships. "
@@ -52,18 +52,11 @@ def resolve_config(name: str) -> str:
     return str(known[name])
 
 
-def shipped_names() -> list[str]:
-    """Every `shipped:` name."""
-    return list(_paths())
+def shipped_names() -> dict[str, Path]:
+    """Every `shipped:` name and its place.
 
-
-def shipped_configs() -> list[str]:
-    """The names of the shipped configs."""
-    return list(_configs())
-
-
-def _paths() -> dict[str, Path]:
-    """An example is a folder `NAME` of `model/` and `data/`, in the wheel as in the repository."""
+    An example is a folder `NAME` of `model/` and `data/`, in the wheel as in the repository.
+    """
     out: dict[str, Path] = {}
     for example in _existing(_HERE / "examples", _REPOSITORY / "examples"):
         if (example / "model").is_dir():
@@ -73,7 +66,8 @@ def _paths() -> dict[str, Path]:
     return out
 
 
-def _configs() -> dict[str, Path]:
+def shipped_configs() -> dict[str, Path]:
+    """Every shipped config and its place."""
     files = _existing(_HERE / "configs", _REPOSITORY / "configs")
     return {file.name: file for file in files if file.suffix == ".yaml"}
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from lightning_grpo.agents.tool_process import ToolLimits
-from lightning_grpo.agents.tools import ParsedReply, ToolCall
+from lightning_grpo.agents.tools import ParsedReply, ToolCall, ToolLimits
 from lightning_grpo.agents.workflows import ToolWorkflow
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.workflow import check_trajectory

@@ -20,8 +20,7 @@ import anyio
 import psutil
 import pytest
 
-from lightning_grpo.agents.tool_process import ToolLimits, ToolProcesses
-from lightning_grpo.agents.tools import ToolBox, ToolCall
+from lightning_grpo.agents.tools import ToolBox, ToolCall, ToolLimits, ToolProcesses
 from lightning_grpo.errors import ConfigError
 
 LIMITS = ToolLimits(timeout_s=1.5, memory_mb=256, output_mb=1, processes=1)

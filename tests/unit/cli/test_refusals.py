@@ -48,9 +48,9 @@ WRITTEN = collect(
 )
 def test_it_is_the_one_named_or_its_owner_or_the_one_whose_value_is_repeated(message, key):
     problem = locate(ConfigError(message), WRITTEN)
-    assert problem.key.endswith(key)
+    assert problem.setting.endswith(key)
     assert problem.where == "command line"
-    assert problem.lines()[0] == f"{problem.key} (command line)"
+    assert str(problem).splitlines()[0] == f"{problem.setting} (command line)"
 
 
 def test_without_a_setting_the_message_stands_alone():
@@ -69,13 +69,13 @@ def test_a_record_is_told_at_the_setting_that_has_its_value():
 
 def test_a_record_of_what_nobody_wrote_is_told_at_its_owner():
     problem = locate(ConfigError("servers.python", "names no interpreter"), WRITTEN)
-    assert problem.key == "data.servers"
+    assert problem.setting == "data.servers"
 
 
 def test_a_record_is_not_misled_by_the_values_of_other_settings():
     """Words of a rule are no names: it speaks of 3 steps, and `max_steps` is 3."""
     refusal = ConfigError("group_size", "must be >= 2 (max_steps are 3)", 1)
-    assert locate(refusal, WRITTEN).key == "data.group_size"
+    assert locate(refusal, WRITTEN).setting == "data.group_size"
 
 
 @pytest.mark.parametrize(
