@@ -448,8 +448,7 @@ def require_own(checkpoint: Mapping[str, Any], name: str) -> None:
         raise ConfigError(
             "data",
             "must be of the class that the checkpoint's run had (the prompts would begin anew), "
-            f"{', '.join(others) or 'none of ours'}",
-            name,
-            "Set it back, or begin a new run from these weights: `lightning-grpo export` the "
-            "checkpoint and set `model.model` to the folder.",
+            f"{', '.join(others) or 'none of ours'}, got {name}",
+            way_out="Set it back, or begin a new run from these weights: `lightning-grpo export` "
+            "the checkpoint and set `model.model` to the folder.",
         )
