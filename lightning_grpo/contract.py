@@ -319,7 +319,7 @@ def _check_times(trainer: L.Trainer) -> None:
                 "ModelCheckpoint.train_time_interval",
                 "must be null where a rollout batch takes several optimizer steps (it would save "
                 "between them)",
-                callback._train_time_interval,
+                str(callback._train_time_interval),
                 "Use `every_n_train_steps`.",
             )
 

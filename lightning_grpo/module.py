@@ -623,9 +623,8 @@ def _name_of_model(given: Any) -> str:
     raise ConfigError(
         "model",
         "must be a hub id, a folder or `shipped:NAME`, since servers and each rank load it "
-        "themselves",
-        type(given).__name__,
-        way_out,
+        f"themselves, got {type(given).__name__}",
+        way_out=way_out,
     )
 
 

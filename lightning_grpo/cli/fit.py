@@ -6,18 +6,14 @@ What was written is read, and what needs no torch to be refused is refused, befo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.cli.sources import ConfigProblem, collect
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import Source
 from lightning_grpo.shipped import resolve_config
-
-if TYPE_CHECKING:
-    from lightning_grpo.datamodule import RolloutDataModule
 
 _USAGE = """\
 usage: lightning-grpo replay --from RUN [--config FILE ...] [options of fit]
@@ -49,48 +45,35 @@ def test(argv: Sequence[str]) -> int:
     return run_trainer("test", argv)
 
 
-def rollouts() -> type[RolloutDataModule]:
-    """The data module of a run with servers."""
-    from lightning_grpo.datamodule import RolloutDataModule
-
-    return RolloutDataModule
-
-
-def run_trainer(
-    command: str,
-    argv: Sequence[str],
-    data_class: Callable[[], type[RolloutDataModule]] = rollouts,
-    kind: str = "",
-) -> int:
+def run_trainer(command: str, argv: Sequence[str], kind: str = "") -> int:
     """Run one of the Trainer's entry points.
 
     Args:
         command: `fit`, `validate` or `test`.
         argv: The command's options.
-        data_class: Imports the data module that the config's `data` describes.
         kind: What it is called where it is not training (`replay`).
     """
     early = EarlyStop()
     early.install()
     try:
-        _run(command, argv, data_class, kind)
+        _run(command, argv, kind)
     finally:
         early.uninstall()
     return 0
 
 
-def _run(
-    command: str, argv: Sequence[str], data_class: Callable[[], type[RolloutDataModule]], kind: str
-) -> None:
+def _run(command: str, argv: Sequence[str], kind: str) -> None:
     configs, options = split_configs(argv)
     options = with_paths(configs, options)
     settings = collect(configs, options)
     # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
     import lightning_grpo.strategies.fsdp2  # noqa: F401
     from lightning_grpo.cli.trainer_cli import run_cli
+    from lightning_grpo.datamodule import ReplayDataModule, RolloutDataModule
     from lightning_grpo.module import GRPOModule
 
-    run_cli(command, configs, options, settings, GRPOModule, data_class(), kind)
+    data_class = ReplayDataModule if kind == "replay" else RolloutDataModule
+    run_cli(command, configs, options, settings, GRPOModule, data_class, kind)
 
 
 def split_configs(argv: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
@@ -152,14 +135,7 @@ def replay(argv: Sequence[str]) -> int:
     recording, options = split_recording(argv)
     if not any(option.partition("=")[0] in (_CONFIG, "-c") for option in options):
         options = [_CONFIG, str(find_config(recording)), *options]
-    return run_trainer("fit", [*options, "--data.trajectories", str(recording)], replays, "replay")
-
-
-def replays() -> type[RolloutDataModule]:
-    """The data module of a run without servers."""
-    from lightning_grpo.datamodule import ReplayDataModule
-
-    return ReplayDataModule
+    return run_trainer("fit", [*options, "--data.trajectories", str(recording)], "replay")
 
 
 def split_recording(argv: Sequence[str]) -> tuple[Path, list[str]]:

@@ -384,6 +384,10 @@ _WHY = {
     "passes_per_batch": "the Trainer's steps are counted by it",
 }
 """Settings of the data module that a checkpoint's positions and counts depend on."""
+_BEGIN_ANEW = (
+    "Set it back, or begin a new run from these weights: `lightning-grpo export` the checkpoint "
+    "and set `model.model` to the folder."
+)
 _WHY_PROMPTS = "a position in the stream would be another prompt"
 
 
@@ -424,10 +428,8 @@ def require_same(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
             why = _WHY.get(name, _WHY_PROMPTS)
             raise ConfigError(
                 f"data.{name}",
-                f"must be what the checkpoint's run had ({why}), {value}",
-                given[name],
-                "Set it back, or begin a new run from these weights: `lightning-grpo export` the "
-                "checkpoint and set `model.model` to the folder.",
+                f"must be what the checkpoint's run had ({why}), {value}, got {given[name]}",
+                way_out=_BEGIN_ANEW,
             )
 
 
@@ -448,8 +450,6 @@ def require_own(checkpoint: Mapping[str, Any], name: str) -> None:
         raise ConfigError(
             "data",
             "must be of the class that the checkpoint's run had (the prompts would begin anew), "
-            f"{', '.join(others) or 'none of ours'}",
-            name,
-            "Set it back, or begin a new run from these weights: `lightning-grpo export` the "
-            "checkpoint and set `model.model` to the folder.",
+            f"{', '.join(others) or 'none of ours'}, got {name}",
+            way_out=_BEGIN_ANEW,
         )
