@@ -255,7 +255,7 @@ class Intake:
         temperature = 1.0 if params.temperature is None else params.temperature
         frozen = temperature < _GREEDY_BELOW
         top_k = self.vocab_size if params.top_k in (None, -1) else params.top_k or 0
-        ends = set() if params.ignore_eos else self._end_ids | set(params.stop_token_ids or ())
+        ends = self._end_ids | frozenset(params.stop_token_ids or ())
         first = Generation(
             rid=_rid(body, index, count),
             input_ids=prompt,
@@ -268,7 +268,7 @@ class Intake:
             min_new_tokens=params.min_new_tokens or 0,
             seed=as_int64(seed),
             stop=_stops(params),
-            stop_ids=tuple(sorted(ends)),
+            stop_ids=frozenset() if params.ignore_eos else ends,
             return_logprob=return_logprob,
             logprob_start=start if return_logprob and start >= 0 else None,
             extra_key=per_item(body.extra_key, None, index, count, "extra_key"),

@@ -219,7 +219,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     min_new_tokens: int
     seed: int
     stop: tuple[str, ...]
-    stop_ids: tuple[int, ...]
+    stop_ids: frozenset[int]
     return_logprob: bool
     logprob_start: int | None
     extra_key: str | None
@@ -356,8 +356,8 @@ class Request:
         generation: What was asked.
         listener: Called on the server's thread with each output that is told of.
         stream: Whether every token is told of, or only the end.
-        output_ids: Sampled ids, up to date only while it is in no slot.
-        output_logprobs: Their logprobs, likewise.
+        output_ids: Sampled ids.
+        output_logprobs: Their logprobs.
         starts: (weights' name, first token sampled by them), oldest first.
         input_logprobs: Scores of the prompt, if asked for.
         cached_tokens: Prompt tokens that were not read again.
@@ -376,7 +376,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output together; up to date only while it is in no slot."""
+        """Prompt and output together."""
         return len(self.generation.input_ids) + len(self.output_ids)
 
     @property
@@ -391,10 +391,9 @@ class Request:
         if not self.starts or self.starts[-1][0] != version:
             self.starts.append((version, num_sampled))
 
-    def output(
-        self, ids: list[int], logprobs: list[float], reason: dict[str, Any] | None, version: str
-    ) -> Output:
-        """What it is now: sampled ids, their logprobs, why it ended, the weights' name."""
+    def output(self, reason: dict[str, Any] | None, version: str) -> Output:
+        """What it is now: why it ended (None: it runs), and the name of the weights now."""
+        ids, logprobs = list(self.output_ids), list(self.output_logprobs)
         return Output(
             *(ids, logprobs, reason, self.spans(len(ids)), version),
             *(self.input_logprobs, self.cached_tokens, self.num_retractions),

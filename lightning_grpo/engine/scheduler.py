@@ -204,7 +204,7 @@ class Scheduler:
 
         for request in [*self._waiting, *self._held]:
             if chosen(request):
-                self._tell(request, request.output_ids, request.output_logprobs, ABORTED)
+                self._tell(request, ABORTED)
         self._waiting = deque(r for r in self._waiting if not chosen(r))
         self._held = [r for r in self._held if not chosen(r)]
         self._running.end([r for r in self._running.requests if chosen(r)], ABORTED)
@@ -260,9 +260,7 @@ class Scheduler:
 
     def set_version(self, version: str) -> None:
         """Name the weights; tokens from here on carry the name."""
-        for row, request in enumerate(self._running.requests):
-            request.note_version(version, self._running.num_sampled(row))
-        for request in self._waiting:
+        for request in (*self._running.requests, *self._waiting):
             if request.starts:
                 request.note_version(version, len(request.output_ids))
         self.weight_version = version
@@ -318,7 +316,7 @@ class Scheduler:
             if not request.starts:
                 request.note_version(self.weight_version, 0)
             if request.only_scores:
-                self._tell(request, [], [], {"type": "length", "length": 0})
+                self._tell(request, {"type": "length", "length": 0})
         if batch and not batch[0].only_scores:
             self._running.add(list(zip(batch, states, strict=True)))
 
@@ -346,10 +344,8 @@ class Scheduler:
             chosen.append(self._waiting.popleft())
         return chosen
 
-    def _tell(
-        self, request: Request, ids: list[int], logprobs: list[float], reason: Reason | None
-    ) -> None:
-        self.outbox.append((request, request.output(ids, logprobs, reason, self.weight_version)))
+    def _tell(self, request: Request, reason: Reason | None) -> None:
+        self.outbox.append((request, request.output(reason, self.weight_version)))
 
     def _all(self) -> list[Request]:
         return [*self._running.requests, *self._waiting, *self._held]
