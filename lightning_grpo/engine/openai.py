@@ -22,7 +22,7 @@ from lightning_grpo.engine.requests import (
     Generation,
     Output,
     decode,
-    refuse_unsupported,
+    unsupported,
 )
 from lightning_grpo.engine.scheduler import EngineThread
 from lightning_grpo.templates import check_template
@@ -333,7 +333,9 @@ def _refuse(body: SharedBody, *names: str) -> None:
     kind = body.response_format
     if not (isinstance(kind, Mapping) and kind.get("type") == "text"):
         names = (*names, "response_format")
-    refuse_unsupported(body, {name: None for name in names if getattr(body, name)})
+    for name in names:
+        if value := getattr(body, name):
+            raise unsupported(name, value)
 
 
 def _asked(
