@@ -26,6 +26,7 @@ from lightning_grpo.engine.requests import (
     decode,
     refuse_unsupported,
     shorten,
+    unsupported,
 )
 from lightning_grpo.engine.sampling import as_int64, sample_seed
 
@@ -33,21 +34,6 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 D = TypeVar("D")
 
-_UNSUPPORTED_SAMPLING: dict[str, Any] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty"), 0.0),
-    "repetition_penalty": 1.0,
-    **dict.fromkeys(("stop_regex", "json_schema", "regex", "ebnf", "structural_tag")),
-    **dict.fromkeys(("custom_params", "logit_bias")),
-}
-_UNSUPPORTED = dict.fromkeys(
-    (
-        *("input_embeds", "image_data", "audio_data", "video_data", "lora_path"),
-        *("token_ids_logprob", "return_hidden_states", "return_routed_experts"),
-        *("return_sampling_mask", "custom_logit_processor", "session_params"),
-        "return_text_in_logprobs",
-    ),
-    False,
-)
 _DEFAULT_SAMPLING = SamplingBody()
 _GREEDY_BELOW = 1e-6
 _BODY_S = 60.0
@@ -144,10 +130,10 @@ class Intake:
         Raises:
             BadRequestError: Naming the field, the rule and the value.
         """
-        refuse_unsupported(body, _UNSUPPORTED)
+        refuse_unsupported(body)
         numbers = body.top_logprobs_num
         if any(numbers if isinstance(numbers, list) else [numbers or 0]):
-            refuse_unsupported(body, {"top_logprobs_num": None})
+            raise unsupported("top_logprobs_num", numbers)
         if (body.text is None) == (body.input_ids is None):
             raise BadRequestError("exactly one of `text` and `input_ids` must be given")
         single = _is_single(body)
@@ -255,7 +241,7 @@ class Intake:
         temperature = 1.0 if params.temperature is None else params.temperature
         frozen = temperature < _GREEDY_BELOW
         top_k = self.vocab_size if params.top_k in (None, -1) else params.top_k or 0
-        ends = set() if params.ignore_eos else self._end_ids | set(params.stop_token_ids or ())
+        ends = self._end_ids | frozenset(params.stop_token_ids or ())
         first = Generation(
             rid=_rid(body, index, count),
             input_ids=prompt,
@@ -268,7 +254,7 @@ class Intake:
             min_new_tokens=params.min_new_tokens or 0,
             seed=as_int64(seed),
             stop=_stops(params),
-            stop_ids=tuple(sorted(ends)),
+            stop_ids=frozenset() if params.ignore_eos else ends,
             return_logprob=return_logprob,
             logprob_start=start if return_logprob and start >= 0 else None,
             extra_key=per_item(body.extra_key, None, index, count, "extra_key"),
@@ -335,7 +321,7 @@ def check_names(body: GenerateBody) -> None:
 
 def check_sampling(params: SamplingBody, vocab_size: int) -> None:
     """Check the rules on sampling that a field's type can't state."""
-    refuse_unsupported(params, _UNSUPPORTED_SAMPLING, "sampling_params.")
+    refuse_unsupported(params, "sampling_params.")
     ids, stops = params.stop_token_ids or (), _stops(params)
     most = params.max_new_tokens
     rules: dict[str, tuple[bool, str]] = {

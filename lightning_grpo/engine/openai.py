@@ -22,7 +22,7 @@ from lightning_grpo.engine.requests import (
     Generation,
     Output,
     decode,
-    refuse_unsupported,
+    unsupported,
 )
 from lightning_grpo.engine.scheduler import EngineThread
 from lightning_grpo.templates import check_template
@@ -277,12 +277,12 @@ class _Words:
     """How one kind of reply is worded.
 
     Attributes:
-        prefix: Of its id.
-        whole_object: The kind of a whole reply.
-        part_object: The kind of an event in a stream.
-        whole: What a finished completion's text is said as.
-        part: What new text is said as; of the position of its first token, too.
-        logprobs: Texts of tokens with their logprobs.
+        prefix: Start of the reply's id.
+        whole_object: `object` of a whole reply.
+        part_object: `object` of an event in a stream.
+        whole: Words the text of a finished completion.
+        part: Words new text of a stream, given the position of its first token.
+        logprobs: Words the texts of tokens and their logprobs.
     """
 
     prefix: str
@@ -333,7 +333,9 @@ def _refuse(body: SharedBody, *names: str) -> None:
     kind = body.response_format
     if not (isinstance(kind, Mapping) and kind.get("type") == "text"):
         names = (*names, "response_format")
-    refuse_unsupported(body, {name: None for name in names if getattr(body, name)})
+    for name in names:
+        if value := getattr(body, name):
+            raise unsupported(name, value)
 
 
 def _asked(

@@ -9,9 +9,10 @@ error here (SGLang answers 500). What the engine lacks is refused rather than ig
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -60,6 +61,8 @@ Address = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Unsupported = Annotated[Any, msgspec.Meta(extra={"supported": False})]
+"""A field that the engine doesn't have; its default, as null, asks for nothing."""
 
 
 class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -80,16 +83,16 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     no_stop_trim: bool | None = None
     sampling_seed: int | None = None
     stream_interval: int | None = None
-    stop_regex: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    json_schema: Any = None
-    regex: Any = None
-    ebnf: Any = None
-    structural_tag: Any = None
-    custom_params: Any = None
-    logit_bias: Any = None
+    stop_regex: Unsupported = None
+    frequency_penalty: Unsupported = 0.0
+    presence_penalty: Unsupported = 0.0
+    repetition_penalty: Unsupported = 1.0
+    json_schema: Unsupported = None
+    regex: Unsupported = None
+    ebnf: Unsupported = None
+    structural_tag: Unsupported = None
+    custom_params: Unsupported = None
+    logit_bias: Unsupported = None
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):
@@ -104,18 +107,18 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     logprob_start_len: int | list[int] | None = None
     top_logprobs_num: int | list[int] | None = None
     stream: bool = False
-    input_embeds: Any = None
-    image_data: Any = None
-    audio_data: Any = None
-    video_data: Any = None
-    lora_path: Any = None
-    token_ids_logprob: Any = None
-    return_hidden_states: Any = None
-    return_routed_experts: Any = None
-    return_sampling_mask: Any = None
-    custom_logit_processor: Any = None
-    session_params: Any = None
-    return_text_in_logprobs: Any = None
+    input_embeds: Unsupported = False
+    image_data: Unsupported = False
+    audio_data: Unsupported = False
+    video_data: Unsupported = False
+    lora_path: Unsupported = False
+    token_ids_logprob: Unsupported = False
+    return_hidden_states: Unsupported = False
+    return_routed_experts: Unsupported = False
+    return_sampling_mask: Unsupported = False
+    custom_logit_processor: Unsupported = False
+    session_params: Unsupported = False
+    return_text_in_logprobs: Unsupported = False
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -219,7 +222,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     min_new_tokens: int
     seed: int
     stop: tuple[str, ...]
-    stop_ids: tuple[int, ...]
+    stop_ids: frozenset[int]
     return_logprob: bool
     logprob_start: int | None
     extra_key: str | None
@@ -278,23 +281,33 @@ def _nearest(what: str) -> str:
     return f"; did you mean `{known[0]}`?" if known else ""
 
 
-def refuse_unsupported(body: Any, neutral: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse fields that would change the answer and aren't implemented.
+def unsupported(name: str, value: Any) -> BadRequestError:
+    """The refusal of a field that would change the answer and isn't implemented."""
+    return BadRequestError(
+        f"`{name}` is not supported by the embedded engine, got {shorten(value)}"
+    )
+
+
+def refuse_unsupported(body: msgspec.Struct, prefix: str = "") -> None:
+    """Refuse a body that asks for something in an `Unsupported` field.
 
     Args:
-        body: Has the fields.
-        neutral: The value of each that asks for nothing, beside null.
-        prefix: Of the field's name in the message.
+        body: Of any kind.
+        prefix: Put before the field's name in the message.
 
     Raises:
         BadRequestError: Naming the first.
     """
-    for name, nothing in neutral.items():
+    for name, nothing in _unsupported_fields(type(body)):
         value = getattr(body, name)
         if value is not None and value != nothing:
-            raise BadRequestError(
-                f"`{prefix}{name}` is not supported by the embedded engine, got {shorten(value)}"
-            )
+            raise unsupported(prefix + name, value)
+
+
+@functools.cache
+def _unsupported_fields(kind: type[msgspec.Struct]) -> list[tuple[str, Any]]:
+    fields = msgspec.structs.fields(kind)
+    return [(field.name, field.default) for field in fields if field.type == Unsupported]
 
 
 def shorten(value: Any) -> str:
@@ -356,8 +369,8 @@ class Request:
         generation: What was asked.
         listener: Called on the server's thread with each output that is told of.
         stream: Whether every token is told of, or only the end.
-        output_ids: Sampled ids, up to date only while it is in no slot.
-        output_logprobs: Their logprobs, likewise.
+        output_ids: Sampled ids.
+        output_logprobs: Their logprobs.
         starts: (weights' name, first token sampled by them), oldest first.
         input_logprobs: Scores of the prompt, if asked for.
         cached_tokens: Prompt tokens that were not read again.
@@ -376,7 +389,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output together; up to date only while it is in no slot."""
+        """Prompt and output together."""
         return len(self.generation.input_ids) + len(self.output_ids)
 
     @property
@@ -391,10 +404,9 @@ class Request:
         if not self.starts or self.starts[-1][0] != version:
             self.starts.append((version, num_sampled))
 
-    def output(
-        self, ids: list[int], logprobs: list[float], reason: dict[str, Any] | None, version: str
-    ) -> Output:
-        """What it is now: sampled ids, their logprobs, why it ended, the weights' name."""
+    def output(self, reason: dict[str, Any] | None, version: str) -> Output:
+        """What it is now: why it ended (None: it runs), and the name of the weights now."""
+        ids, logprobs = list(self.output_ids), list(self.output_logprobs)
         return Output(
             *(ids, logprobs, reason, self.spans(len(ids)), version),
             *(self.input_logprobs, self.cached_tokens, self.num_retractions),

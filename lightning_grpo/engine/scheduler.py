@@ -1,15 +1,9 @@
-"""The scheduler: which rows decode next, on a thread of its own.
+"""Which request gets a slot when, and what becomes of those that are stopped.
 
-Which request gets a slot when, and what becomes of those that are stopped.
-
-Everything here runs on one thread, between or within decode steps; see `EngineThread`. A request is
-*running* (in a slot), *waiting* (for a slot) or *held* (it came while generation was paused or
-while new weights wait for the running requests to end).
-
-The engine's thread: commands, a decode step, answers, and again.
-
-All of the scheduler runs on this thread, so that nothing in it needs a lock: whatever the server
-wants done is a command that runs between two decode steps.
+The engine's thread runs commands, a decode step, answers, and again. All of the scheduler runs on
+it, so that nothing in it needs a lock: whatever the server wants done is a command that runs between
+two decode steps. A request is *running* (in a slot), *waiting* (for a slot) or *held* (it came while
+generation was paused or while new weights wait for the running requests to end).
 """
 
 from __future__ import annotations
@@ -204,7 +198,7 @@ class Scheduler:
 
         for request in [*self._waiting, *self._held]:
             if chosen(request):
-                self._tell(request, request.output_ids, request.output_logprobs, ABORTED)
+                self._tell(request, ABORTED)
         self._waiting = deque(r for r in self._waiting if not chosen(r))
         self._held = [r for r in self._held if not chosen(r)]
         self._running.end([r for r in self._running.requests if chosen(r)], ABORTED)
@@ -260,9 +254,7 @@ class Scheduler:
 
     def set_version(self, version: str) -> None:
         """Name the weights; tokens from here on carry the name."""
-        for row, request in enumerate(self._running.requests):
-            request.note_version(version, self._running.num_sampled(row))
-        for request in self._waiting:
+        for request in (*self._running.requests, *self._waiting):
             if request.starts:
                 request.note_version(version, len(request.output_ids))
         self.weight_version = version
@@ -318,7 +310,7 @@ class Scheduler:
             if not request.starts:
                 request.note_version(self.weight_version, 0)
             if request.only_scores:
-                self._tell(request, [], [], {"type": "length", "length": 0})
+                self._tell(request, {"type": "length", "length": 0})
         if batch and not batch[0].only_scores:
             self._running.add(list(zip(batch, states, strict=True)))
 
@@ -346,10 +338,8 @@ class Scheduler:
             chosen.append(self._waiting.popleft())
         return chosen
 
-    def _tell(
-        self, request: Request, ids: list[int], logprobs: list[float], reason: Reason | None
-    ) -> None:
-        self.outbox.append((request, request.output(ids, logprobs, reason, self.weight_version)))
+    def _tell(self, request: Request, reason: Reason | None) -> None:
+        self.outbox.append((request, request.output(reason, self.weight_version)))
 
     def _all(self) -> list[Request]:
         return [*self._running.requests, *self._waiting, *self._held]

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.engine.model import ModelRunner, PromptState, SlotCache
@@ -58,7 +57,6 @@ def trim(text: str, matched: str | int | None) -> str:
     return text
 
 
-_FIRST_CAPACITY = 64
 _PLANNED: dict[str, tuple[torch.dtype, Callable[[Request], float]]] = {
     "temperatures": (torch.float32, lambda r: r.generation.temperature),
     "greedy": (torch.bool, lambda r: r.generation.greedy),
@@ -69,15 +67,19 @@ _PLANNED: dict[str, tuple[torch.dtype, Callable[[Request], float]]] = {
     "positions": (torch.int64, lambda r: r.num_tokens),
 }
 """The tensors of a `SamplingPlan`, and what each request puts into them."""
-_COUNTED: dict[str, tuple[torch.dtype, Callable[[Request], float]]] = {
-    "num_new": (torch.int64, lambda r: len(r.output_ids)),
-    "max_new": (torch.int64, lambda r: r.generation.max_new_tokens),
-    "min_new": (torch.int64, lambda r: r.generation.min_new_tokens),
+Reason = dict[str, Any]
+"""SGLang's `finish_reason`."""
+
+ABORTED: Reason = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+NOT_FINITE: Reason = ABORTED | {
+    "message": "the model's logits are not finite",
+    "status_code": 500,
+    "err_type": "InternalServerError",
 }
 
 
 class Rows:
-    """What a decode step needs of every running request, without a Python loop over them.
+    """The running requests, one in each slot, and what a decode step needs of them as tensors.
 
     Args:
         max_rows: Most requests that run at once.
@@ -85,7 +87,6 @@ class Rows:
 
     Attributes:
         requests: The request of each row.
-        watched: Rows that need a look at every token (they stream or have stop strings).
         lengths: Tokens in the slot of each row, int64 `[max_rows]`.
         tokens: The newest token of each row, not yet in its slot, int64 `[max_rows]`.
     """
@@ -93,17 +94,11 @@ class Rows:
     def __init__(self, max_rows: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self.requests: list[Request] = []
-        self.watched: list[int] = []
         self.tokens = torch.zeros(max_rows, dtype=torch.int64)
         self._columns = {
-            name: torch.zeros(max_rows, dtype=dtype)
-            for name, (dtype, _) in (_PLANNED | _COUNTED).items()
+            name: torch.zeros(max_rows, dtype=dtype) for name, (dtype, _) in _PLANNED.items()
         }
         self.lengths = self._columns["positions"]
-        self._num_new = self._columns["num_new"]
-        self._stop_ids = torch.full((max_rows, 1), -1)
-        self._output_ids = torch.zeros(max_rows, _FIRST_CAPACITY, dtype=torch.int64)
-        self._output_logprobs = torch.zeros(max_rows, _FIRST_CAPACITY)
         self._plan: SamplingPlan | None = None
         self._any_min_new = False
 
@@ -111,22 +106,10 @@ class Rows:
         return len(self.requests)
 
     def append(self, requests: Sequence[Request]) -> None:
-        """Add requests behind the running ones, with the output that they already have."""
-        first = len(self)
-        rows = slice(first, first + len(requests))
-        for name, (dtype, value) in (_PLANNED | _COUNTED).items():
+        """Add requests behind the running ones."""
+        rows = slice(len(self), len(self) + len(requests))
+        for name, (dtype, value) in _PLANNED.items():
             self._columns[name][rows] = torch.tensor([value(r) for r in requests], dtype=dtype)
-        most = max(len(r.generation.stop_ids) for r in requests)
-        missing = max(0, most - self._stop_ids.shape[1])
-        self._stop_ids = functional.pad(self._stop_ids, (0, missing), value=-1)
-        self._stop_ids[rows] = -1
-        for row, request in enumerate(requests, first):
-            stop_ids, output = request.generation.stop_ids, request.output_ids
-            self._stop_ids[row, : len(stop_ids)] = torch.tensor(stop_ids, dtype=torch.int64)
-            if output:
-                self._widen(len(output))
-                self._output_ids[row, : len(output)] = torch.tensor(output)
-                self._output_logprobs[row, : len(output)] = torch.tensor(request.output_logprobs)
         self.requests += requests
         self._changed()
 
@@ -153,38 +136,31 @@ class Rows:
 
     def banned(self, start: int, stop: int) -> Tensor | None:
         """The end tokens of rows that are still too short to end, bool `[rows, vocab]`."""
-        rows = slice(start, stop)
         if not self._any_min_new:
             return None
-        early = self._num_new[rows] < self._columns["min_new"][rows]
-        stop_ids = self._stop_ids[rows]
-        banned = torch.zeros(stop - start, self._vocab_size + 1, dtype=torch.bool)
-        columns = stop_ids.where(stop_ids >= 0, self._vocab_size)
-        banned.scatter_(1, columns, early[:, None].expand_as(columns))
-        # What is no id points at the column that is cut off here.
-        return banned[:, : self._vocab_size]
+        banned = torch.zeros(stop - start, self._vocab_size, dtype=torch.bool)
+        for row, request in enumerate(self.requests[start:stop]):
+            if len(request.output_ids) < request.generation.min_new_tokens:
+                banned[row, list(request.generation.stop_ids)] = True
+        return banned
 
-    def record(self, start: int, stop: int, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Append a token to rows `start` to `stop`; returns which of them end, bool `[rows]`."""
-        rows = slice(start, stop)
-        num_new = self._num_new[rows]
-        self._widen(int(num_new.max()) + 1)
-        self._output_ids[rows].scatter_(1, num_new[:, None], tokens[:, None])
-        self._output_logprobs[rows].scatter_(1, num_new[:, None], logprobs[:, None])
-        num_new += 1
-        self.tokens[rows] = tokens
-        ended = (tokens[:, None] == self._stop_ids[rows]).any(1)
-        return ended | (num_new >= self._columns["max_new"][rows]) | ~logprobs.isfinite()
-
-    def output(self, row: int) -> tuple[list[int], list[float]]:
-        """Token ids and logprobs that a row has sampled so far."""
-        count = int(self._num_new[row])
-        return self._output_ids[row, :count].tolist(), self._output_logprobs[row, :count].tolist()
-
-    def tail(self, row: int, count: int) -> list[int]:
-        """The last `count` sampled ids of a row."""
-        end = int(self._num_new[row])
-        return list(self._output_ids[row, max(0, end - count) : end].tolist())
+    def record(self, first: int, tokens: Tensor, logprobs: Tensor) -> dict[int, Reason]:
+        """Append a token to each row from `first` on; returns which of them end, and why."""
+        self.tokens[first : first + len(tokens)] = tokens
+        reasons: dict[int, Reason] = {}
+        sampled = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+        for row, (token, logprob) in enumerate(sampled, first):
+            request = self.requests[row]
+            request.output_ids.append(token)
+            request.output_logprobs.append(logprob)
+            if not math.isfinite(logprob):
+                reasons[row] = NOT_FINITE
+            # As SGLang: at the length limit the reason is the length, also for an end token.
+            elif len(request.output_ids) >= request.generation.max_new_tokens:
+                reasons[row] = {"type": "length", "length": len(request.output_ids)}
+            elif token in request.generation.stop_ids:
+                reasons[row] = {"type": "stop", "matched": token}
+        return reasons
 
     def remove(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Drop rows and close the gaps with the last rows.
@@ -198,10 +174,7 @@ class Rows:
         movers = [row for row in range(remaining, len(self)) if row not in gone]
         source, target = torch.tensor(movers, dtype=torch.int64), torch.tensor(gaps).long()
         if movers:
-            for tensor in (
-                *(self.tokens, self._stop_ids, self._output_ids, self._output_logprobs),
-                *self._columns.values(),
-            ):
+            for tensor in (self.tokens, *self._columns.values()):
                 tensor[target] = tensor[source]
         for mover, gap in zip(movers, gaps, strict=True):
             self.requests[gap] = self.requests[mover]
@@ -212,30 +185,10 @@ class Rows:
     def _changed(self) -> None:
         self._plan = None
         self._any_min_new = any(r.generation.min_new_tokens for r in self.requests)
-        self.watched = [i for i, r in enumerate(self.requests) if r.stream or r.generation.stop]
-
-    def _widen(self, count: int) -> None:
-        capacity = self._output_ids.shape[1]
-        if count <= capacity:
-            return
-        more = max(count, 2 * capacity) - capacity
-        self._output_ids = functional.pad(self._output_ids, (0, more))
-        self._output_logprobs = functional.pad(self._output_logprobs, (0, more))
 
 
-Reason = dict[str, Any]
-"""SGLang's `finish_reason`."""
-
-ABORTED: Reason = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
-NOT_FINITE: Reason = ABORTED | {
-    "message": "the model's logits are not finite",
-    "status_code": 500,
-    "err_type": "InternalServerError",
-}
-
-
-Tell = Callable[[Request, list[int], list[float], Reason | None], None]
-"""Takes what a request has sampled: ids, their logprobs, and why it ended (None: it runs)."""
+Tell = Callable[[Request, Reason | None], None]
+"""Takes a request with something new to say, and why it ended (None: it runs)."""
 
 
 class RunningBatch:
@@ -278,10 +231,6 @@ class RunningBatch:
     def free_memory(self) -> None:
         """Give the slots' memory back; only while nothing runs."""
         self._slots.clear()
-
-    def num_sampled(self, row: int) -> int:
-        """How many tokens the request in a slot has sampled."""
-        return len(self._rows.output(row)[0])
 
     def step(self) -> None:
         """Sample one more token for every request."""
@@ -329,8 +278,7 @@ class RunningBatch:
     def take_back(self) -> list[Request]:
         """Empty all slots; the requests know their output and can be added again."""
         requests = list(self.requests)
-        for row, request in enumerate(requests):
-            request.output_ids, request.output_logprobs = self._rows.output(row)
+        for request in requests:
             request.num_retractions += 1
         if requests:
             self._drop(list(range(len(requests))))
@@ -342,48 +290,34 @@ class RunningBatch:
         tokens, logprobs = sample(
             logits, rows.plan(first, end), self._noise, rows.banned(first, end)
         )
-        ended = rows.record(first, end, tokens, logprobs)
+        reasons = rows.record(first, tokens, logprobs)
         self.tokens_sampled += len(logits)
-        reasons: dict[int, Reason] = {}
-        if bool(ended.any()):
-            for row in (ended.nonzero()[:, 0] + first).tolist():
-                reasons[row] = self._reason(row)
-        for row in rows.watched:
-            if row < first or row in reasons:
+        for row, request in enumerate(rows.requests[first:end], first):
+            if row in reasons or not (request.stream or request.generation.stop):
                 continue
-            matched = self._match(row)
+            matched = self._match(request)
             if matched is not None:
-                reasons[row] = matched
-            elif rows.requests[row].stream:
-                self._tell(rows.requests[row], *rows.output(row), None)
+                reasons[row] = {"type": "stop", "matched": matched}
+            elif request.stream:
+                self._tell(request, None)
         self._finish(reasons)
 
-    def _match(self, row: int) -> Reason | None:
-        stop = self.requests[row].generation.stop
+    def _match(self, request: Request) -> str | None:
+        stop = request.generation.stop
         if not stop or self._tokenizer is None:
             return None
-        matched = find_stop(self._tokenizer, stop, self._rows.tail(row, stop_window(stop)))
-        return None if matched is None else {"type": "stop", "matched": matched}
-
-    def _reason(self, row: int) -> Reason:
-        ids, logprobs = self._rows.output(row)
-        if not math.isfinite(logprobs[-1]):
-            return NOT_FINITE
-        # As SGLang: at the length limit the reason is the length, also for an end token.
-        if len(ids) >= self.requests[row].generation.max_new_tokens:
-            return {"type": "length", "length": len(ids)}
-        return {"type": "stop", "matched": ids[-1]}
+        return find_stop(self._tokenizer, stop, request.output_ids[-stop_window(stop) :])
 
     def _finish(self, reasons: dict[int, Reason]) -> None:
         """End rows with their reasons and close the gaps."""
         if not reasons:
             return
         for row, reason in reasons.items():
-            ids, logprobs = self._rows.output(row)
+            request = self.requests[row]
             if reason is NOT_FINITE:
                 self._slots.wipe(torch.tensor([row]))
-                ids, logprobs = ids[:-1], logprobs[:-1]
-            self._tell(self.requests[row], ids, logprobs, reason)
+                del request.output_ids[-1], request.output_logprobs[-1]
+            self._tell(request, reason)
         self._drop(list(reasons))
 
     def _drop(self, rows: list[int]) -> None:

@@ -13,7 +13,7 @@ from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.engine.requests import BadRequestError, Output, Request
 from lightning_grpo.engine.scheduler import Limits, Scheduler
 from tests.fakes.engine_requests import PLAIN, ignore
-from tests.fakes.tiny_model import make_tiny_model
+from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,37 @@ def drain(scheduler: Scheduler) -> dict[str, Output]:
     outputs = {request.generation.rid: output for request, output in scheduler.outbox}
     scheduler.outbox.clear()
     return outputs
+
+
+def test_only_those_that_stream_are_told_of_before_their_end(runner: ModelRunner) -> None:
+    scheduler = make(runner)
+    quiet, streams = requests(2, max_new_tokens=3)
+    streams.stream = True
+    scheduler.submit([quiet, streams])
+    scheduler.step()
+    scheduler.step()
+    told = [(request, len(output.token_ids)) for request, output in scheduler.outbox]
+    assert told == [(streams, 1), (streams, 2)]
+    scheduler.step()
+    assert [output.token_ids for _, output in scheduler.outbox[2:]] == [
+        quiet.output_ids,
+        streams.output_ids,
+    ]
+
+
+def test_a_stop_string_ends_the_request_that_has_it_and_no_other(runner: ModelRunner) -> None:
+    tokenizer = make_tiny_tokenizer()
+    scheduler = Scheduler(runner, tokenizer, Limits())
+    scheduler.submit(requests(2, max_new_tokens=40))
+    plain = drain(scheduler)["r1"].token_ids
+    stop = tokenizer.decode(plain[3:5])
+    first, second = requests(2, max_new_tokens=40)
+    second.generation = msgspec.structs.replace(second.generation, stop=(stop,))
+    scheduler.submit([first, second])
+    ended = drain(scheduler)
+    assert len(ended["r0"].token_ids) == 40
+    assert ended["r1"].finish_reason == {"type": "stop", "matched": stop}
+    assert ended["r1"].token_ids == plain[: len(ended["r1"].token_ids)]
 
 
 def test_no_more_run_than_there_are_slots(runner: ModelRunner) -> None:
