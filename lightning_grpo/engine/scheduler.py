@@ -1,9 +1,9 @@
 """Which request gets a slot when, and what becomes of those that are stopped.
 
 The engine's thread runs commands, a decode step, answers, and again. All of the scheduler runs on
-it, so that nothing in it needs a lock: whatever the server wants done is a command that runs between
-two decode steps. A request is *running* (in a slot), *waiting* (for a slot) or *held* (it came while
-generation was paused or while new weights wait for the running requests to end).
+it, so that nothing in it needs a lock: whatever the server wants done is a command that runs
+between two decode steps. A request is *running* (in a slot), *waiting* (for a slot) or *held* (it
+came while generation was paused or while new weights wait for the running requests to end).
 """
 
 from __future__ import annotations
