@@ -163,8 +163,8 @@ class Monitor:
         if faults > policy.max_restarts:
             self._lose(
                 member,
-                f"it failed {faults} times within {policy.forgiven_after_s:g} s of service, or without "
-                "an answer in between",
+                f"it failed {faults} times within {policy.forgiven_after_s:g} s of service, or "
+                "without an answer in between",
                 self._given_up,
             )
 

@@ -209,7 +209,8 @@ def reading(path: str | Path, parameter: str = "ckpt_path") -> Iterator[None]:
         if isinstance(error, CheckpointException):  # what went wrong on each rank
             first = next(iter(error.failures.values()))[0]
         raise ConfigError(
-            f"`{parameter}` {str(path)!r} can't be read as a checkpoint: {_said(first)}. Name another."
+            f"`{parameter}` {str(path)!r} can't be read as a checkpoint: {_said(first)}. Name "
+            "another."
         ) from error
 
 
