@@ -55,7 +55,7 @@ from lightning_grpo.policy.load import (
 from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.shipped import resolve_path
-from lightning_grpo.strategies.checkpoints import require_own_weights
+from lightning_grpo.strategies.checkpoints import forget_foreign_paths, require_own_weights
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, gradient_sync, reshard
 from lightning_grpo.validation import EvaluatedModule
 from lightning_grpo.weights.gather import gather_weights
@@ -546,6 +546,8 @@ class GRPOModule(EvaluatedModule):
         unused = set() if self._trainer else {"optimizer", "lr_scheduler"}
         hparams.require_restored(saved, self._given | unused, type(self).__name__)
         require_own_weights(self, checkpoint)
+        kept = self.trainer.checkpoint_callbacks if self._trainer else ()
+        forget_foreign_paths(checkpoint, [str(getattr(c, "dirpath", "")) for c in kept])
         if is_fitting(self._trainer):
             self._data.check_checkpoint(checkpoint)
 

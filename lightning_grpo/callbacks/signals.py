@@ -241,6 +241,9 @@ class SignalHandling(Callback):
         assert trainer.world_size == self._channel.world_size, "connect() was not called"
         self._saved_to = ""
         came_from = Path(str(trainer.ckpt_path)).absolute()
+        # What they are called, a checkpoint says, which may be a stranger's.
+        folders = (came_from.parent, Path(trainer.default_root_dir).absolute())
+        self._used = {p for p in self._used if _is_stop(Path(p)) and Path(p).parent in folders}
         self._remove_used(trainer, [came_from])  # whose run may have been killed before it could
         # What is left was saved later, under a number that was free again.
         self._used = {str(came_from)} if _is_stop(came_from) else set()

@@ -59,7 +59,7 @@ class RolloutLimits:
             prove its weights; it is asked again meanwhile. Then it is started again where the run
             may do that; else it is lost, and comes back when it answers.
         max_server_restarts: How often a server may die, or send what can't be, before it is lost;
-            each time is forgotten after a minute of service.
+            each time is forgotten after a minute of service in which it answered.
     """
 
     max_in_flight: int | None = None

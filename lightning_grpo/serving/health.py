@@ -54,7 +54,8 @@ class HealthPolicy:
         patience_s: How long a server whose process can't be looked at may be silent, or may fail
             its proofs, before it is started again or lost.
         max_restarts: Of a server; one more death, or reply that can't be, loses it.
-        forgiven_after_s: Each is forgotten after so many seconds of service.
+        forgiven_after_s: Each is forgotten after so many seconds of service; not where it was asked
+            and answered nothing.
         min_servers: The run ends when fewer are left.
         longest_pause_s: Between two attempts to reach a server.
         call_back_s: How long a server may take to give back a request that is late.
@@ -162,7 +163,8 @@ class Monitor:
         if faults > policy.max_restarts:
             self._lose(
                 member,
-                f"it failed {faults} times within {policy.forgiven_after_s:g} s of service",
+                f"it failed {faults} times within {policy.forgiven_after_s:g} s of service, or "
+                "without an answer in between",
                 self._given_up,
             )
 

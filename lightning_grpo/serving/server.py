@@ -305,9 +305,14 @@ class Member:
         self._settle()
 
     def count_fault(self, forgiven_after_s: float) -> int:
-        """It died, or can't be trusted; how often that was within so many seconds of service."""
-        now = self.service_s
-        self._faults_s = [s for s in self._faults_s if now - s < forgiven_after_s] + [now]
+        """It died, or can't be trusted; how often that was within so many seconds of service.
+
+        One that holds requests and has answered none since the last time is forgiven nothing.
+        """
+        now, faults = self.service_s, self._faults_s
+        if not self._held or self.answered_s > max(faults, default=0.0):
+            faults = [s for s in faults if now - s < forgiven_after_s]
+        self._faults_s = [*faults, now]
         return len(self._faults_s)
 
     def put_off(self, wait_s: float | None) -> float | None:

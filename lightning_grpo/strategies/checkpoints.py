@@ -17,9 +17,10 @@ import io
 import logging
 import os
 import pickle
+import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -63,8 +64,12 @@ _INDEX_CLASSES = {
 _UNREADABLE = (
     *(pickle.UnpicklingError, EOFError, RuntimeError, KeyError),
     *(AttributeError, ImportError, IndexError, TypeError, ValueError, CheckpointException),
+    *(MemoryError, OverflowError),  # a few bytes can claim to be followed by a terabyte
 )
 """What torch and pickle raise for files that are no checkpoints, cut off or made up."""
+
+_NAMED = re.compile(r"GLOBAL `?([\w.]+)")
+"""What torch's own reader of plain data refuses to import."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -75,10 +80,14 @@ class _IndexUnpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"its index names `{module}.{name}`, which no checkpoint holds: it may have been made "
-            "to run a program, and nothing of it was run"
-        )
+        raise pickle.UnpicklingError("its index " + _names(f"{module}.{name}"))
+
+
+def _names(path: str) -> str:
+    return (
+        f"names `{path}`, which no checkpoint holds: it may have been made to run a program, and "
+        "nothing of it was run"
+    )
 
 
 class ShardReader(FileSystemReader):
@@ -122,12 +131,19 @@ class _WholePlanner(_PlainBytes, SelfDescribedLoadPlanner):
 
 def load_shards(state: dict[str, Any], path: Path) -> None:
     """Fill a state (sharded or not) from a folder of shards, each rank its part."""
-    load(state, storage_reader=ShardReader(path), planner=_Planner())
+    load(state, storage_reader=_checked_reader(path), planner=_Planner())
 
 
 def whole_state(path: Path) -> dict[str, Any]:
     """All that a folder of shards holds, in this process alone."""
-    return load_whole_state(ShardReader(path), _WholePlanner()) | read_plain(path / METADATA)
+    return load_whole_state(_checked_reader(path), _WholePlanner()) | read_plain(path / METADATA)
+
+
+def _checked_reader(path: Path) -> ShardReader:
+    """A reader whose index can be read: of one that can't, DCP itself would log tracebacks."""
+    reader = ShardReader(path)
+    reader.read_metadata()
+    return reader
 
 
 def read_plain(path: Path) -> dict[str, Any]:
@@ -192,10 +208,19 @@ def reading(path: str | Path, parameter: str = "ckpt_path") -> Iterator[None]:
         first: BaseException = error
         if isinstance(error, CheckpointException):  # what went wrong on each rank
             first = next(iter(error.failures.values()))[0]
-        said = str(first).strip().splitlines() or [type(first).__name__]
         raise ConfigError(
-            f"`{parameter}` {str(path)!r} can't be read as a checkpoint: {said[0]}. Name another."
+            f"`{parameter}` {str(path)!r} can't be read as a checkpoint: {_said(first)}. Name "
+            "another."
         ) from error
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error; torch's own advice, to run what a file says, is left out."""
+    text = str(error).strip()
+    if not text.startswith("Weights only load failed"):
+        return text.partition("\n")[0] or type(error).__name__
+    named = _NAMED.search(text)
+    return "it " + _names(named[1]) if named else "it is of another format, or damaged"
 
 
 def require_state(
@@ -226,6 +251,34 @@ def saved_shapes(path: str | Path) -> Shapes:
 def shapes(state_dict: Mapping[str, Any]) -> Shapes:
     """Shapes of a module's state, sharded or not."""
     return {name: tuple(value.shape) for name, value in state_dict.items()}
+
+
+def forget_foreign_paths(checkpoint: Mapping[str, Any], folders: Iterable[str]) -> None:
+    """Leave out what a checkpoint calls earlier ones of its run, and what can't be one of them.
+
+    `ModelCheckpoint` removes those that it replaces. It looks whether they are in its folder, but
+    not through `..`, nor at any other file system than the usual one, which has other names, too.
+
+    Args:
+        checkpoint: Its callbacks' states are changed.
+        folders: Of the `ModelCheckpoint`s that go on from it.
+    """
+
+    def kept(path: Any) -> bool:
+        if not isinstance(path, str) or ".." in Path(path).parts:
+            return False
+        rests = [path.removeprefix(f"{folder}/") for folder in folders]
+        return not all(":" in rest for rest in (path, *rests))
+
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict):
+            continue
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if name in state and not kept(state[name]):
+                state[name] = ""
+        if "best_k_models" in state:
+            best = state["best_k_models"]
+            state["best_k_models"] = {path: best[path] for path in best if kept(path)}
 
 
 def require_own_weights(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:

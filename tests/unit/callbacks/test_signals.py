@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_grpo.callbacks.signals import SignalHandling, StopFlag
@@ -146,3 +147,16 @@ def test_what_a_killed_run_could_not_remove_goes_at_its_next_start(make_trainer,
     assert fit(make_trainer, tmp_path, ckpt_path=newer) == [stop.name]
     os.utime(stop, (1, 1))
     assert fit(make_trainer, tmp_path, ckpt_path=newer) == []
+
+
+@QUIET
+@pytest.mark.parametrize("named", ["precious", "precious/hpc_ckpt_1.ckpt", "kept/../precious"])
+def test_what_a_stranger_s_checkpoint_calls_used_is_not_removed(make_trainer, tmp_path, named):
+    fit(make_trainer, tmp_path)
+    (tmp_path / named).mkdir(parents=True)
+    os.utime(tmp_path / named, (1, 1))
+    checkpoint = torch.load(tmp_path / "kept/epoch=0-step=4.ckpt", weights_only=True)
+    checkpoint["callbacks"]["SignalHandling"] = {"used": [str(tmp_path / named)]}
+    torch.save(checkpoint, tmp_path / "strange.ckpt")
+    fit(make_trainer, tmp_path, ckpt_path=tmp_path / "strange.ckpt")
+    assert (tmp_path / named).is_dir()

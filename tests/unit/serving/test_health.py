@@ -257,6 +257,20 @@ async def test_requests_that_travel_together_are_called_back_together():
         assert [len(c.token_ids) for c in await asyncio.gather(*asked)] == [8] * 4
 
 
+async def test_a_server_that_answers_nothing_but_its_proofs_is_not_forgiven_for_ever(caplog):
+    servers = [FakeServer(faults=[Fault("/generate", "hang", times=10**6)]), FakeServer(seed=1)]
+    # What it is given takes longer to be found out than a fault takes to be forgotten.
+    policy = replace(FAST, max_restarts=2, forgiven_after_s=0.05)
+    publisher = Publisher(servers)
+    async with pool_of(*servers, limits=QUICK, restore=publisher, health=policy) as pool:
+        while not lines(caplog, "is lost"):
+            await asyncio.gather(*(pool.generate([1], Sampling(max_new_tokens=8)) for _ in "ab"))
+        assert pool.failure is None
+    (line,) = lines(caplog, "is lost")
+    assert servers[0].url in line
+    assert "it failed 3 times" in line
+
+
 async def test_a_server_that_is_merely_slow_gives_late_requests_back_and_nothing_is_lost(caplog):
     server = FakeServer(token_delay_s=0.03)
     async with pool_of(server, limits=QUICK, restore=Publisher([server])) as pool:

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.strategies.checkpoints import (
     AtomicCheckpointIO,
+    forget_foreign_paths,
     load_shards,
     reading,
     saved_shapes,
@@ -80,11 +81,19 @@ def test_an_index_that_points_out_of_its_folder_is_refused(shards):
         whole_state(shards)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x04", b"not a pickle", pickle.dumps({"a": 1})])
-def test_an_index_that_is_none_is_refused_in_one_sentence(shards, content):
+@pytest.mark.parametrize("reader", readers())
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"\x80\x04", b"not a pickle", pickle.dumps({"a": 1})),
+        b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little"),  # an exabyte is to follow
+    ],
+)
+def test_an_index_that_is_none_is_refused_in_one_sentence(shards, content, reader, caplog):
     (shards / ".metadata").write_bytes(content)
     with pytest.raises(ConfigError, match="can't be read as a checkpoint: "), reading(shards):
-        whole_state(shards)
+        readers()[reader](shards)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("reader", ["resuming", "exporting"])
@@ -121,6 +130,27 @@ def test_a_file_is_read_as_data_from_wherever_it_comes(tmp_path):
     torch.save({"pytorch-lightning_version": "2.6.6", "x": Touch(tmp_path / "ran")}, content)
     (tmp_path / "a.ckpt").write_bytes(content.getvalue())
     for path in (tmp_path / "a.ckpt", f"file://{tmp_path}/a.ckpt"):
-        with pytest.raises(ConfigError, match="can't be read as a checkpoint: "):
+        with pytest.raises(ConfigError, match=r"it names `getattr`, .*nothing of it was run. Name"):
             AtomicCheckpointIO().load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    ["/runs/a/../../home", "local:///home", "local:/home", "/runs/a/x::local:///home", 5, None],
+)
+def test_what_a_stranger_s_checkpoint_calls_older_ones_is_forgotten(foreign):
+    state = {"best_model_path": foreign, "best_k_models": {foreign: 1.0, "/runs/a/1.ckpt": 2.0}}
+    checkpoint = {"callbacks": {"ModelCheckpoint": state, "Other": {"x": 1}}}
+    forget_foreign_paths(checkpoint, ["/runs/a"])
+    assert state == {"best_model_path": "", "best_k_models": {"/runs/a/1.ckpt": 2.0}}
+
+
+@pytest.mark.parametrize(
+    "path", ["/runs/a/1.ckpt", "runs/b/1.ckpt", "s3://bucket/a/1.ckpt", "/odd:name/1.ckpt", ""]
+)
+def test_what_a_checkpoint_of_the_same_run_calls_older_ones_is_kept(path):
+    state = {"best_model_path": path, "last_model_path": path, "best_k_models": {path: 1.0}}
+    kept = {**state, "best_k_models": dict(state["best_k_models"])}
+    forget_foreign_paths({"callbacks": {"a": state}}, ["/runs/a", "s3://bucket/a", "/odd:name"])
+    assert state == kept
