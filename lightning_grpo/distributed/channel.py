@@ -1,6 +1,4 @@
-"""The channel between ranks: collectives with deadlines, errors and stops for all.
-
-RankChannel: ranks wait on messages, never inside a collective.
+"""The channel between ranks, who wait on messages, never inside a collective.
 
 A gloo collective that timed out can't be retried, and no signal interrupts one. So whatever only
 rank 0 does (a rollout batch, a weight sync, an evaluation) ends with `wait` on every rank: rank 0
@@ -53,6 +51,7 @@ def reduced(metrics: Metrics, device: torch.device) -> Metrics:
 
 
 _FAREWELL_S = 5.0
+"""How long last words wait to be read."""
 
 
 def what_happened(error: BaseException) -> str:
@@ -254,7 +253,7 @@ class RankChannel:
     def start_watchdog(self, grace_s: float = 5.0) -> None:
         """End this process `grace_s` after another rank is lost, even from inside a collective.
 
-        The exit status is then `heart.EXIT_RANK_LOST` (75), the reason is on standard error.
+        The exit status is then `heartbeat.EXIT_RANK_LOST` (75), the reason is on standard error.
         """
         if self._heart is not None and self._watchdog is None:
             self._watchdog = Watchdog(self._ledger, grace_s, self._poll_s)

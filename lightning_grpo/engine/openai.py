@@ -277,12 +277,12 @@ class _Words:
     """How one kind of reply is worded.
 
     Attributes:
-        prefix: Of its id.
-        whole_object: The kind of a whole reply.
-        part_object: The kind of an event in a stream.
-        whole: What a finished completion's text is said as.
-        part: What new text is said as; of the position of its first token, too.
-        logprobs: Texts of tokens with their logprobs.
+        prefix: Start of the reply's id.
+        whole_object: `object` of a whole reply.
+        part_object: `object` of an event in a stream.
+        whole: Words the text of a finished completion.
+        part: Words new text of a stream, given the position of its first token.
+        logprobs: Words the texts of tokens and their logprobs.
     """
 
     prefix: str

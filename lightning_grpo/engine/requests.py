@@ -282,7 +282,7 @@ def _nearest(what: str) -> str:
 
 
 def unsupported(name: str, value: Any) -> BadRequestError:
-    """What a field that would change the answer and isn't implemented is refused with."""
+    """The refusal of a field that would change the answer and isn't implemented."""
     return BadRequestError(
         f"`{name}` is not supported by the embedded engine, got {shorten(value)}"
     )
@@ -293,7 +293,7 @@ def refuse_unsupported(body: msgspec.Struct, prefix: str = "") -> None:
 
     Args:
         body: Of any kind.
-        prefix: What stands before the field's name in the message.
+        prefix: Put before the field's name in the message.
 
     Raises:
         BadRequestError: Naming the first.

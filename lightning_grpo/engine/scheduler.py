@@ -1,15 +1,9 @@
-"""The scheduler: which rows decode next, on a thread of its own.
+"""Which request gets a slot when, and what becomes of those that are stopped.
 
-Which request gets a slot when, and what becomes of those that are stopped.
-
-Everything here runs on one thread, between or within decode steps; see `EngineThread`. A request is
-*running* (in a slot), *waiting* (for a slot) or *held* (it came while generation was paused or
-while new weights wait for the running requests to end).
-
-The engine's thread: commands, a decode step, answers, and again.
-
-All of the scheduler runs on this thread, so that nothing in it needs a lock: whatever the server
-wants done is a command that runs between two decode steps.
+The engine's thread runs commands, a decode step, answers, and again. All of the scheduler runs on
+it, so that nothing in it needs a lock: whatever the server wants done is a command that runs
+between two decode steps. A request is *running* (in a slot), *waiting* (for a slot) or *held* (it
+came while generation was paused or while new weights wait for the running requests to end).
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Weight updates of the engine, from a folder or a process group.
-
-Weights over a collective: the engine's side of SGLang's weight update groups, over gloo.
+"""Weight updates of the engine, from a folder or over SGLang's weight update groups.
 
 The trainer is rank 0 and broadcasts. The group is made beside any other, as SGLang makes it: a
 TCP rendezvous at the trainer's address and the group's name as prefix of its keys.
