@@ -93,10 +93,12 @@ def scored(url: str, sequences: list[list[int]]) -> Rows:
     return [[e[0] for e in r["meta_info"]["input_token_logprobs"]][START:] for r in replies]
 
 
-def bf16_logits(hidden: Tensor, weight: Tensor, temperature: Tensor) -> Tensor:
+FP32_LOGITS = head._logits
+
+
+def bf16_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """In place of the head's own, which keeps them in fp32."""
-    logits = (hidden @ weight.t()).float()
-    return torch.log_softmax(logits / temperature.unsqueeze(1), dim=-1)
+    return (hidden @ weight.t()).float()
 
 
 class Trainer:
@@ -131,11 +133,11 @@ class Trainer:
 
     def packed_bf16_logits(self, sequences: list[list[int]]) -> Rows:
         """The same, but for the head."""
-        own, head._log_softmax = head._log_softmax, bf16_logits
+        head._logits = bf16_logits
         try:
             return self.packed("bfloat16", sequences)
         finally:
-            head._log_softmax = own
+            head._logits = FP32_LOGITS
 
     @torch.no_grad()
     def autocast(self, sequences: list[list[int]]) -> Rows:

@@ -2,8 +2,7 @@
 
 A Qwen2.5-1.5B-shaped model with random weights, fp32 master weights sharded by FSDP2, bf16
 compute, packed sequences (log-normal lengths, mean 600 tokens), fused AdamW. The matrix peak is
-measured in the same run (8192 cubed, bf16, random data). FLOPs counted are those computed: 6 per
-parameter and token for the trunk, the head only where a logprob is wanted, causal attention.
+measured in the same run (8192 cubed, bf16, random data). FLOPs are counted as a run counts them.
 
     torchrun --nproc-per-node 1 benchmarks/h200/trainer_step.py --out results.json
 """
@@ -27,15 +26,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_grpo.algorithm.batch import Denominators, MicroBatch
 from lightning_grpo.algorithm.losses import GRPOLoss
+from lightning_grpo.callbacks.screen import matrix_peak
 from lightning_grpo.loader import plan_micro_batches
 from lightning_grpo.objective import minibatch_loss
-from lightning_grpo.policy import packed as head
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.strategies.fsdp2 import parallelize
 
 PROMPT_TOKENS = 128
-EAGER_HEAD = {name: getattr(head, name) for name in ("_log_softmax", "_grad_logits", "_entropy")}
 
 
 @dataclass(frozen=True)
@@ -44,39 +42,20 @@ class Variant:
 
     name: str
     max_tokens: int
+    compiled: bool = False
     checkpointing: bool = False
-    compile: str = "none"  # none, parts (MLP and norms), blocks
     keep: bool = False  # gathered bf16 parameters stay between the micro-batches of a step
-    compile_head: bool = False
-    max_logits: int = 2**26  # of one chunk of the head
 
 
 VARIANTS = (
     Variant("eager, 8k", 8192),
-    Variant("parts compiled, 8k", 8192, compile="parts"),
-    Variant("blocks compiled, 8k", 8192, compile="blocks"),
-    Variant("blocks compiled, 16k", 16384, compile="blocks"),
+    Variant("compiled, 8k", 8192, compiled=True),
+    Variant("compiled, 16k", 16384, compiled=True),
     Variant("eager, checkpointing, 16k", 16384, checkpointing=True),
-    Variant("parts compiled, 4k", 4096, compile="parts"),
-    Variant("kept, blocks compiled, 8k", 8192, compile="blocks", keep=True),
-    Variant("kept, blocks compiled, head by 2^28, 8k", 8192, False, "blocks", True, False, 2**28),
-    Variant("kept, all compiled, head by 2^28, 8k", 8192, False, "blocks", True, True, 2**28),
-    Variant("kept, all compiled, head by 2^28, 10k", 10240, False, "blocks", True, True, 2**28),
-    Variant("kept, all compiled, head by 2^28, 20k", 20480, False, "blocks", True, True, 2**28),
+    Variant("kept, compiled, 8k", 8192, compiled=True, keep=True),
+    Variant("kept, compiled, 10k", 10240, compiled=True, keep=True),
+    Variant("kept, compiled, 20k", 20480, compiled=True, keep=True),
 )
-
-
-def matrix_peak() -> float:
-    """TFLOP/s of an 8192-cubed bf16 product on random data."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(20):
-        a @ b
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - started) / 1e12
 
 
 def lengths(num_sequences: int, seed: int) -> list[int]:
@@ -112,19 +91,7 @@ def micro_batch(sizes: list[int], vocab: int, tokens: int, sequences: int) -> Mi
     )
 
 
-def flops(sizes: list[int], model: Qwen2ForCausalLM) -> float:
-    """Of forward and backward."""
-    config = model.config
-    head = config.vocab_size * config.hidden_size
-    trunk = sum(p.numel() for p in model.parameters()) - head
-    wanted = sum(size - PROMPT_TOKENS for size in sizes)
-    attention = sum(
-        2 * 2 * size * size / 2 * config.hidden_size * config.num_hidden_layers for size in sizes
-    )
-    return 6.0 * trunk * sum(sizes) + 6.0 * head * wanted + 3 * attention
-
-
-def build(variant: Variant, layers: int) -> tuple[PackedPolicy, Qwen2ForCausalLM]:
+def build(variant: Variant, layers: int) -> PackedPolicy:
     """The sharded policy of one variant."""
     config = Qwen2Config(
         vocab_size=151936,
@@ -142,26 +109,17 @@ def build(variant: Variant, layers: int) -> tuple[PackedPolicy, Qwen2ForCausalLM
     model.train()
     if variant.checkpointing:
         checkpoint_activations(model)
-    policy = PackedPolicy(model, max_logits=variant.max_logits, share_prefixes=False)
-    for block in model.model.layers:
-        if variant.compile == "blocks":
-            block.compile(dynamic=True)
-        elif variant.compile == "parts":
-            for part in (block.mlp, block.input_layernorm, block.post_attention_layernorm):
-                part.compile(dynamic=True)
+    policy = PackedPolicy(model, share_prefixes=False, compiled=variant.compiled)
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
     parallelize(policy, mesh, reshard_after_forward=not variant.keep)
-    return policy, model
+    return policy
 
 
 def run(variant: Variant, sequences_per_gpu: int, layers: int, steps: int) -> dict[str, float]:
     """Seconds and memory of the best step."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    for name, function in EAGER_HEAD.items():
-        compiled = torch.compile(function, dynamic=True) if variant.compile_head else function
-        setattr(head, name, compiled)
-    policy, model = build(variant, layers)
+    policy = build(variant, layers)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     world, rank = dist.get_world_size(), dist.get_rank()
     sizes = lengths(sequences_per_gpu, seed=rank)
@@ -207,7 +165,7 @@ def run(variant: Variant, sequences_per_gpu: int, layers: int, steps: int) -> di
     return {
         "step_s": best,
         "tokens_per_s_per_gpu": total / best,
-        "tflops_per_gpu": flops(sizes, model) / best / 1e12,
+        "tflops_per_gpu": policy.flops(sizes, total - PROMPT_TOKENS * len(sizes)) / best / 1e12,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "micro_batches": len(batches),
         "tokens": total,
@@ -255,7 +213,7 @@ def main() -> None:
         "gpus": dist.get_world_size(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "matrix_peak_tflops": matrix_peak(),
+        "matrix_peak_tflops": matrix_peak(torch.device("cuda")) / 1e12,
         "variants": {},
     }
     for variant in VARIANTS:
@@ -274,7 +232,7 @@ def main() -> None:
             print(variant.name, json.dumps(row), flush=True)
             args.out.write_text(json.dumps(report, indent=1))
     if args.profile and leads and dist.get_world_size() == 1:
-        profile(VARIANTS[-2], args.profile)
+        profile(VARIANTS[-1], args.profile)
     dist.destroy_process_group()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class TrajectoryWriter(Callback):
         self._every_n_batches = every_n_batches
         self._run_folder = Path()
         self._failed = False
-        self._writing: threading.Thread | None = None
+        self._writing: Future[None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder: on all ranks, since Lightning broadcasts it."""
@@ -69,10 +69,9 @@ class TrajectoryWriter(Callback):
         path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
         about = {"step": trainer.global_step, "version": rollout.version}
         self._finish()
-        self._writing = threading.Thread(
-            target=self._write, args=(path, rollout.groups), kwargs=about, name="trajectories"
-        )
-        self._writing.start()
+        thread = ThreadPoolExecutor(1, "trajectories")
+        self._writing = thread.submit(self._write, path, rollout.groups, **about)
+        thread.shutdown(wait=False)  # ends with the file
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the held-out answers of the validation that has just ended (rank 0 has them)."""
@@ -115,13 +114,16 @@ class TrajectoryWriter(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Wait for the last file."""
-        self._finish()
+        """Wait for the last file; what ends the run is told, whatever became of that."""
+        if self._writing is not None:
+            wait([self._writing])
+            self._writing = None
 
     def _finish(self) -> None:
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
+        """Wait for the file that is being written; its failure is the run's."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 class FinalCheckpoint(Callback):

@@ -51,7 +51,9 @@ class StepTimer(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find this process."""
         self._process = psutil.Process()
-        self._peak = matrix_peak(pl_module.device) if stage == "fit" else None
+        # The module itself is moved to its device only later.
+        device = trainer.strategy.root_device
+        self._peak = matrix_peak(device) if stage == "fit" else None
         self._period_started: float | None = None
         self._validation_s = self._validation_started = 0.0
 
@@ -138,6 +140,8 @@ def matrix_peak(device: torch.device) -> float | None:
         left @ right
     end.record()
     end.synchronize()
+    del left, right
+    torch.cuda.empty_cache()  # servers that start beside look at what is free
     return times * 2 * rows**3 / (begin.elapsed_time(end) / 1e3)
 
 

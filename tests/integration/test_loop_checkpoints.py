@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_grpo.algorithm.losses import GRPOLoss
@@ -256,3 +256,28 @@ def test_a_stop_that_can_t_save_ends_all_that_the_run_has_started(tiny_model, se
         make_trainer(tmp_path, max_steps=9, plugins=[FullDisk()]).fit(make_module(tiny_model), data)
     assert (stop.value.code, stop.value.saved_to) == (143, "")
     assert not data.session._lead.service.is_live
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_run_that_goes_on_removes_nothing_that_a_stranger_s_checkpoint_names(
+    tiny_model, server, tmp_path, strategy
+):
+    victim = tmp_path / "photographs"
+    victim.mkdir()
+    settings = {"strategy": strategy, "enable_checkpointing": True}
+
+    def saving():
+        return ModelCheckpoint(tmp_path / "kept", every_n_train_steps=2, save_top_k=1)
+
+    trainer = make_trainer(tmp_path, callbacks=[saving()], **settings)
+    trainer.fit(make_module(tiny_model), make_data(server))
+    (path,) = (tmp_path / "kept").iterdir()
+    plain = path / "meta.pt" if path.is_dir() else path
+    checkpoint = torch.load(plain, weights_only=True)
+    (state,) = [s for key, s in checkpoint["callbacks"].items() if "ModelCheckpoint" in key]
+    state["best_model_path"] = f"local://{victim}"
+    torch.save(checkpoint, plain)
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[saving()], **settings)
+    trainer.fit(make_module(tiny_model), make_data(server), ckpt_path=path)
+    assert trainer.global_step == 4
+    assert victim.is_dir()

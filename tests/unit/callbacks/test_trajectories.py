@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from lightning.pytorch.callbacks import Callback
@@ -43,7 +44,7 @@ def test_a_file_that_can_t_be_written_is_told_once_and_the_run_goes_on(
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if trainer.global_step == 4:
                 for thread in threading.enumerate():
-                    if thread.name == "trajectories":  # files are written beside the training
+                    if thread.name.startswith("trajectories"):  # that writes beside the steps
                         thread.join()
                 (tmp_path / "kept").unlink()
 
@@ -57,6 +58,39 @@ def test_a_file_that_can_t_be_written_is_told_once_and_the_run_goes_on(
     assert len(told) == 2
     assert "step_000002.parquet can't be written (" in told[0]
     assert "written again" in told[1]
+
+
+def test_a_file_is_there_before_the_checkpoint_that_follows_it(make_trainer, tmp_path):
+    class Slow(TrajectoryWriter):
+        def _write(self, *args, **about) -> None:
+            time.sleep(0.3)
+            super()._write(*args, **about)
+
+    class Saving(Callback):
+        def __init__(self) -> None:
+            self.found = []
+
+        def on_train_batch_end(self, trainer, *args) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+                self.found = [file.name for file in (tmp_path / "kept").glob("*.parquet")]
+
+    saving = Saving()
+    callbacks = [Slow(folder=str(tmp_path / "kept")), saving]
+    trainer = make_trainer(callbacks=callbacks, enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    assert saving.found == ["step_000002.parquet"]
+
+
+def test_what_no_disk_is_to_blame_for_ends_the_run(make_trainer, tmp_path):
+    class Wrong(TrajectoryWriter):
+        def _write(self, *args, **about) -> None:
+            raise TypeError("a column can't hold that")
+
+    callbacks = [Wrong(folder=str(tmp_path / "kept"))]
+    trainer = make_trainer(callbacks=callbacks, enable_progress_bar=False)
+    with pytest.raises(TypeError, match="can't hold that"):
+        trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=3))
 
 
 def test_an_interval_of_zero_is_refused():
