@@ -183,8 +183,9 @@ class GRPOModule(EvaluatedModule):
             the merged weights; a KL penalty's reference is the model without the adapter.
         max_tokens_per_microbatch: Token budget of one forward and backward pass.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
-        compile: Compile the decoder's blocks, and on GPUs the head, by torch.compile: steps get
-            faster, the first two take a minute more. Needs a C compiler.
+        compile: Compile the decoder's blocks, and on GPUs the head, by torch.compile. It
+            saves memory and may save time: compare `time/step_s`, after the first steps, which
+            take a minute more. Needs a C compiler.
         model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, ...).
     """
 
@@ -587,7 +588,7 @@ class GRPOModule(EvaluatedModule):
         if self.gradient_checkpointing:
             passes += ", activations computed again in the backward pass"
         if self.compiles:
-            passes += ", blocks and head compiled in the first two steps"
+            passes += ", blocks compiled in the first steps"
         return {
             "model": model,
             "loss": f"{self._overridden('token_loss') or self.loss}, clip anchored at {anchor}",

@@ -9,7 +9,7 @@ measured in the same process.
 The rule: at least 0.60 at 45 GiB or less.
 
     python -m benchmarks.h200.step --out step.json
-    python -m benchmarks.h200.step --only compiled --out step.json
+    python -m benchmarks.h200.step --only "compiled, 8k" --out step.json
     python -m benchmarks.h200.step --smoke --out step.json
 """
 

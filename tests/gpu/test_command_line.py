@@ -132,6 +132,8 @@ def test_a_run_validates_saves_resumes_is_validated_and_exported(command, strate
     assert screen.count("held-out at step") == 2
     quiet(command.fit(*options, "--ckpt_path", "last", steps=6))
     assert len(command.column("reward/mean")) == 6
+    assert all(0 < share < 1 for share in command.column("throughput/mfu"))
+    assert len(command.column("throughput/mfu")) == 6
     # Proved at each step. Where a policy computes in the wire's dtype, nothing is rounded.
     for proof in ("mismatch/probe", "mismatch/sent"):
         assert len(command.column(proof)) >= 6

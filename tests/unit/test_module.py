@@ -248,6 +248,23 @@ def test_a_model_s_folder_may_be_a_path(tmp_path):
     assert module.model_path == module.hparams["model"] == str(tmp_path)
 
 
+def test_what_compiles_needs_a_compiler(monkeypatch):
+    GRPOModule("shipped:quickstart").check_model()
+    monkeypatch.setenv("PATH", "")
+    GRPOModule("shipped:quickstart").check_model()
+    with pytest.raises(ConfigError, match=r"`compile` needs a C compiler.* Install one"):
+        GRPOModule("shipped:quickstart", compile=True).check_model()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_the_policy_is_compiled_where_that_is_asked():
+    for asked in (False, True):
+        module = GRPOModule("shipped:quickstart", compile=asked)
+        module.configure_model()
+        assert module.policy.compiled is asked
+        assert (module.policy.model.model.layers[0]._compiled_call_impl is not None) is asked
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_a_module_that_was_compiled_whole_is_refused_with_the_way_that_works():
     module = from_compiled(torch.compile(GRPOModule("shipped:quickstart")))
