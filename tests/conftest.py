@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ LONG_LIVED_CHILDREN = ("resource_tracker", "forkserver")
 SET_BY_LIBRARIES = {
     "CUBLAS_WORKSPACE_CONFIG", "CUDA_MODULE_LOADING", "GROUP_RANK", "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "NODE_RANK", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST",
+    "NODE_RANK", "OMP_NUM_THREADS", "PL_GLOBAL_SEED", "PL_SEED_WORKERS", "PYTEST_CURRENT_TEST",
     "PYTORCH_NVML_BASED_CUDA_CHECK", "RANK",
     "TOKENIZERS_PARALLELISM", "TORCHINDUCTOR_CACHE_DIR", "TORCH_CPP_LOG_LEVEL",
     "TRITON_CACHE_DIR", "WORLD_SIZE",
@@ -88,6 +89,29 @@ def _left_after_grace(find):
     deadline = time.monotonic() + GRACE_S
     while (left := find()) and time.monotonic() < deadline:
         time.sleep(0.02)
+    return left
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_process_group() -> Iterator[None]:
+    """A test that leaves a process group behind fails; those after it must not run inside it."""
+    yield
+    if _leave_process_group():
+        pytest.fail("the default process group is still there: take `ends_its_group`")
+
+
+@pytest.fixture
+def ends_its_group() -> Iterator[None]:
+    """For a strategy that makes a process group in this process, which Lightning never ends."""
+    yield
+    _leave_process_group()
+
+
+def _leave_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # not imported: no group either
+    left = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if left:
+        distributed.destroy_process_group()
     return left
 
 

@@ -260,7 +260,7 @@ def test_a_stop_that_can_t_save_ends_all_that_the_run_has_started(tiny_model, se
 
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_a_run_that_goes_on_removes_nothing_that_a_stranger_s_checkpoint_names(
-    tiny_model, server, tmp_path, strategy
+    tiny_model, server, tmp_path, strategy, ends_its_group
 ):
     victim = tmp_path / "photographs"
     victim.mkdir()
