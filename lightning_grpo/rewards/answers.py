@@ -53,18 +53,24 @@ _NUMERAL = (
     "eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|half|halves|quarters?|thirds?|"
     "fourths?|fifths?|hundred|thousand|million"
 )
+_FRACTIONS = (
+    "half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|"
+    "twelfths?|hundredths?|thousandths?|millionths?|billionths?"
+)
 _SCALE = (
-    "hundred|thousand|lakh|million|crore|billion|trillion|dozen|score|half|quarters?|thirds?|"
-    "[kKMB]|mn|bn|"
+    f"hundred|thousand|lakh|million|crore|billion|trillion|dozen|score|{_FRACTIONS}|[kKMB]|mn|bn|"
     "squared|cubed|factorial|pi|[xyzei\u03c0]"
 )
-_JOINS = "or|and|to|through|thru|until|plus|minus|times|point|over|divided by|versus|vs|but"
+_JOINS = (
+    "or|and|to|through|thru|until|plus|minus|times|point|over|divided by|versus|vs|but|base|"
+    "maybe|perhaps|possibly|alternatively|otherwise"
+)
 _GOES_ON = re.compile(
     rf"[^\w().!]*{_DIGIT}"
-    rf"|\s*\.\s*{_DIGIT}|\s*[eE][-+]?{_DIGIT}|_\{{?\w|\s*\({_DIGIT}+\)"
+    rf"|(?:\s*\.)+\s*{_DIGIT}|\s*[eE][-+]?{_DIGIT}|_\{{?\w|\s*\({_DIGIT}+\)"
     rf"|\s*[x\u00d7]\s*{_DIGIT}"
     rf"|\s*\\(?:[dt]?frac|cdot|times|div|sqrt|pm|pi)"
-    rf"|[\s-]*(?:(?:one|two|three)[\s-]+)?(?:{_SCALE})(?![^\W\d])"
+    rf"|[\s+*-]*(?:(?:one|two|three)[\s-]+)?(?:{_SCALE})(?![^\W\d])"
     # One unit, perhaps squared, and a number right behind it.
     rf"|[^\w().!]*{_WORD}(?:\^?\{{?[23{_OTHER_DIGIT}]\}}?(?![\d.]))?+[^\w().!?,;]*{_DIGIT}"
     rf"|(?:\W*{_WORD}){{0,2}}?\W+(?:{_JOINS})\W+(?:{_WORD}\W+){{0,2}}?(?:{_DIGIT}|(?:{_NUMERAL})\b)"
@@ -72,7 +78,8 @@ _GOES_ON = re.compile(
 # What stands before a number and makes another of it.
 _NOT_ITSELF = re.compile(
     r"(?:[\u00b1\u2213\u2260\u221a\u221b\u2264\u2265^<]|(?<![-=])>|\\(?:pm|mp|neq?|[gl]eq?|[gl]t)"
-    rf"|\\sqrt\{{?|{_OTHER_DIGIT}|\b(?:not|than|half|twice|minus|negative))[\s$*(\\]*$",
+    rf"|\\sqrt\{{?|{_OTHER_DIGIT}|\b(?:not|than|twice|minus|negative|sqrt|log|ln|double|triple"
+    r"|(?:half|thirds?|quarters?)(?:\s+of)?))[\s$*(\\]*$",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(r"\b(?:minus|negative)[\s$*(]*$", re.IGNORECASE)
@@ -268,7 +275,7 @@ _UNREADABLE = (
     re.compile(r"\\sqrt ?\(|\d ?'"),
     re.compile(r"\d ?\)? ?_"),  # a base that isn't one
 )
-_HIGHEST_BASE = 36
+_LOWEST_BASE, _HIGHEST_BASE = 2, 36
 
 
 def _numbers(text: str) -> str:
@@ -304,7 +311,7 @@ def _base_in_digits(found: re.Match[str]) -> str:
 def _based(found: re.Match[str]) -> str:
     base = int(found[2])
     try:
-        if base > _HIGHEST_BASE:
+        if not _LOWEST_BASE <= base <= _HIGHEST_BASE:
             raise UnreadableError(found[0])
         return str(int(found[1], base))
     except ValueError as error:
@@ -332,6 +339,11 @@ _SCALES = {
     "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
     "trillion": 10**12,
 }  # fmt: skip
+# In words, and makes another number of the one before it.
+_NO_UNIT = re.compile(
+    rf",|(?:{_FRACTIONS}|or|and|to|plus|minus|times|over|squared|cubed|factorial|base|[xyzieknMB])"
+    r"(?![\w/])"
+)
 _SCALED = re.compile(rf"^({'|'.join(_SCALES)})s?(?: of)?(?= |$)")
 _SAME_UNITS = {
     "centimeter": "cm", "centimetre": "cm", "degree": "deg", "dollar": "$", "feet": "ft",
@@ -354,6 +366,8 @@ def _without_unit(text: str) -> tuple[str, tuple[str, str]]:
         found = _BARE.search(text) or _bare_scale(text)
     if found is None:
         return text, unit
+    if _NO_UNIT.match(found[1].strip()):
+        raise UnreadableError(text)
     name, value = found[1].strip(" .").lower(), text[: found.start()].rstrip()
     scale = _SCALED.match(name)
     if scale is not None:
@@ -458,6 +472,7 @@ def _is_reasonable(text: str) -> bool:
     return deepest <= _MAX_DEPTH and _HUGE.search(text) is None
 
 
+_EMPTY = re.compile(r"\\(?:text|mathrm|textbf|mbox) ?\{\}")
 _IN_TEXT = re.compile(r"(?:\\(?:text|mathrm|textbf) ?\{)?([A-Za-z][A-Za-z' -]{2,}?)\}?")
 
 
@@ -499,7 +514,8 @@ def _bracket(text: str) -> str:
 # ---- value ----------------------------------------------------------------------------------
 def _same_value(gold_text: str, said_text: str) -> bool:
     library = _library()
-    gold, said = _parse(library, gold_text), _parse(library, said_text)
+    apart = _cases_apart(gold_text, said_text)
+    gold, said = (_parse(library, apart(text)) for text in (gold_text, said_text))
     if gold is None or said is None:
         return False
     timeout_s = _here(_COMPARE_TIMEOUT_S)
@@ -507,6 +523,19 @@ def _same_value(gold_text: str, said_text: str) -> bool:
         return False
     # What the library rounds away (0.0000001, 2^-99) is looked at again, exactly.
     return _in_time(library, _differ, gold, said) is False
+
+
+_VARIABLE = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+_SPARE = tuple(rf"\{name} " for name in ("eta", "kappa", "mu", "nu", "xi", "tau", "chi", "psi"))
+
+
+def _cases_apart(*texts: str) -> Callable[[str], str]:
+    """Renames capitals where one text has a letter in both cases: the library reads `R` as `r`."""
+    found = [set(_VARIABLE.findall(text)) for text in texts]
+    both = {name for names in found for name in names if name.lower() in names - {name}}
+    spare = (name for name in _SPARE if not any(name.strip() in names for names in found))
+    renamed = dict(zip(sorted(both), spare, strict=False))
+    return lambda text: _VARIABLE.sub(lambda name: renamed.get(name[0], name[0]), text)
 
 
 def _parse(library: ModuleType, text: str) -> Any:
@@ -527,10 +556,10 @@ def _parse(library: ModuleType, text: str) -> Any:
 
 
 def _in_time(library: ModuleType, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function gives; None where it takes too long."""
+    """What a function gives; None where it takes too long, or sympy can't make sense of it."""
     try:
         return library.utils.timeout(_here(_PARSE_TIMEOUT_S))(function)(*arguments)
-    except library.errors.TimeoutException:
+    except (Exception, library.errors.TimeoutException):  # noqa: BLE001 - the policy's own doing
         return None
 
 
@@ -603,7 +632,8 @@ def marks_answer(completion: str) -> float:
 
 def boxes_answer(completion: str) -> float:
     r"""1.0 if the completion's last `\boxed{}` holds something, as `math` reads it."""
-    return float(bool((last_boxed(completion) or "").strip("{} \n\t")))
+    inside = _EMPTY.sub("", _SPACES.sub("", last_boxed(completion) or ""))
+    return float(bool(inside.strip("{} \n\t")))
 
 
 def has_tags(tags: Sequence[str] = ("think", "answer")) -> Callable[..., float]:

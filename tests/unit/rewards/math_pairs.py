@@ -225,6 +225,8 @@ x=1 \text{ or } x=2 | x=2, x=1
 5 | n = 5 \text{ km}
 10 | \frac{20}{2} = 10
 10 | x = 2 \cdot 5 = 10
+\pi(R^2-r^2) | \pi (R-r)(R+r)
+300 | 300\text{ K}
 """
 
 WRONG = r"""
@@ -530,6 +532,15 @@ x=1 \text{ or } x=2 | x=1
 10 | \frac{20}{3} = 10
 10 | 5 = 2 \cdot 5 = 10
 10 | x = 2 \cdot 6 = 10
+\pi(R^2-r^2) | 0
+\frac{S}{s} | 1
+5 | 5 \mod 6
+5 | 5\text{ tenths}
+5 | 5\text{ squared}
+5 | 5\text{ or more}
+5 | 5\text{k}
+5 | 5\mathrm{x}
+12 | 12_0
 """
 
 # What math-verify does not see; known, so that nobody counts on it.

@@ -36,6 +36,7 @@ def test_a_box_has_something_in_it():
         (r"\boxed{7", 0.0),
         (r"\boxed{7} or \boxed{", 0.0),
         (r"\boxed{ {} }", 0.0),
+        (r"\boxed{\,\text{ }}", 0.0),
         (r"\boxed 7", 0.0),
     ],
 )
