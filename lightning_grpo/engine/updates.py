@@ -59,7 +59,7 @@ class ModelWeights:
     def __init__(self, model: PreTrainedModel) -> None:
         self._tensors: dict[str, Tensor] = dict(model.state_dict())
         stored: dict[int, str] = {}
-        for name, tensor in self._tensors.items():
+        for name, tensor in model.named_parameters():  # nobody trains a buffer, or sends it
             stored.setdefault(tensor.data_ptr(), name)
         self._needed = frozenset(stored.values())
 

@@ -455,7 +455,7 @@ def export_policy(
         tokenizer: Written along, if given.
         folder: Where to.
         state_dict: Full tensors under the checkpoint's names, where the model's own parameters are
-            not those (sharded, or with an adapter beside them).
+            not those (sharded, or with an adapter beside them). Buffers are the model's own.
 
     Returns:
         The folder.
@@ -488,13 +488,19 @@ def _write(
     use_cache = model.config.use_cache
     model.config.use_cache = True
     try:
-        values = None if state_dict is None else dict(state_dict)
+        values = None if state_dict is None else {**_kept_buffers(model), **state_dict}
         with without_bars():
             model.save_pretrained(folder, state_dict=values)
     finally:
         model.config.use_cache = use_cache
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds beside parameters: the bias that balances experts, for one."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {n: value for n, value in model.state_dict().items() if n not in parameters}
 
 
 def _put_in_place(written: Path, target: Path) -> None:

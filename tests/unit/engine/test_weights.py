@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lightning_grpo.engine.model import load_model
 from lightning_grpo.engine.requests import WeightUpdateError
 from lightning_grpo.engine.updates import ModelWeights
+from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_model import make_tiny_model
 
 
@@ -57,3 +58,13 @@ def test_one_wrong_tensor_leaves_all_weights(tmp_path: Path) -> None:
         weights.writer(tensors, complete=True)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_a_buffer_that_nobody_trains_is_not_missed_and_stays() -> None:
+    model = make_model_of("glm4_moe")
+    weights = ModelWeights(model)
+    router = next(name for name in model.state_dict() if name.endswith("e_score_correction_bias"))
+    model.get_buffer(router).fill_(3.0)
+    weights.writer({n: torch.ones_like(p) for n, p in model.named_parameters()}, complete=True)()
+    assert all(bool((p == 1).all()) for p in model.parameters())
+    assert bool((model.get_buffer(router) == 3).all())

@@ -186,6 +186,22 @@ def test_merged_exported_and_adapted_are_one_model_in_other_architectures(
     assert torch.allclose(found, adapted[1:], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_an_export_with_an_adapter_keeps_the_buffers_that_belong_to_the_checkpoint(kind, tmp_path):
+    base = make_model_of(kind)
+    router = next(name for name in base.state_dict() if name.endswith("e_score_correction_bias"))
+    base.get_buffer(router).copy_(torch.tensor([0.0, 4.0, -4.0, 8.0]))
+    base.save_pretrained(tmp_path / "base")
+    model = load_policy(str(tmp_path / "base"))
+    LoRA(rank=4, targets=("o_proj",)).add_to(model)
+    set_adapter(model)
+    policy, packed = PackedPolicy(model), pack(make_sequences([12]))
+    export_policy(model, None, tmp_path / "merged", gather_weights(policy))
+    merged = PackedPolicy(load_policy(str(tmp_path / "merged")))
+    assert torch.equal(merged.model.get_buffer(router), base.get_buffer(router))
+    assert torch.allclose(merged(*packed)[0], policy(*packed)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "targets", "message"),
     [
