@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import (
@@ -55,6 +55,7 @@ _DECIDED = {
     ),
 }
 """Options of `from_pretrained` that are no one else's to choose, and why."""
+_LFS_POINTER = b"version https://git-lfs"
 _OTHER_THAN_TEXT = ("vision", "audio", "vq")
 
 _UNREADABLE = (
@@ -106,6 +107,7 @@ def load_policy(
                 f"`model` must let transformers choose its attention, {model!r} has a fixed list "
                 "of its own. Way out: a newer architecture, such as Qwen3 or Llama."
             ) from error
+        _check_files(model)
         raise ConfigError(
             f"`model` must be a causal language model that transformers loads, got {model!r}: "
             f"{_first_line(error)} Way out: a hub id, or a folder with config.json and weights."
@@ -128,6 +130,7 @@ def load_tokenizer(model: str, **tokenizer_kwargs: Any) -> PreTrainedTokenizerBa
         options = {"trust_remote_code": False, **tokenizer_kwargs}
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError, KeyError) as error:
+        _check_files(model)
         raise ConfigError(
             f"`model` must come with a tokenizer, got {model!r}: {_first_line(error)} "
             "Way out: put tokenizer.json and tokenizer_config.json into the folder."
@@ -190,6 +193,32 @@ def check_config(config: Any, model: str, options: Mapping[str, Any] | None = No
             f"parts: {', '.join(sorted(parts))}. Way out: save its text part as a model of its own "
             '(docs/troubleshooting.md, "A model that also sees") and give that folder.'
         )
+
+
+def _check_files(model: str) -> None:
+    """Name the file that was not fetched whole: what reads it says what is wrong, but not where."""
+    for file in sorted(Path(model).expanduser().glob("*.*")):
+        try:
+            said = _damage(file)
+        except (OSError, SafetensorError) as error:
+            said = f"can't be read ({error})"
+        if said:
+            raise ConfigError(
+                f"`model` must be a folder of whole files, {str(file)!r} {said}. Way out: fetch it "
+                "again (`git lfs pull`, `hf download`)."
+            )
+
+
+def _damage(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return "is a pointer of Git LFS in the place of the file"
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt"):
+            pass
+    return ""
 
 
 def _check_tokenizer_files(model: str) -> None:

@@ -199,7 +199,7 @@ def forget_in_the_index(folder):
     [
         (lose_a_shard, r"model-00001-of-\d+\.safetensors"),
         (lose_the_index, "model.safetensors"),
-        (cut_a_shard, "must be a causal language model that transformers loads"),
+        (cut_a_shard, r"model-00001-of-\d+\.safetensors' can't be read .*again"),
         (forget_in_the_index, r"lacks model\.norm\.weight"),
     ],
 )
@@ -210,6 +210,21 @@ def test_shards_that_are_not_whole_are_refused(damage, message, tmp_path):
     damage(tmp_path)
     with pytest.raises(ConfigError, match=message):
         load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("config.json", load_policy),
+        ("model.safetensors", load_policy),
+        ("tokenizer.json", load_tokenizer),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_named_in_the_place_of_what_reads_it(name, load, tmp_path):
+    folder = make_tiny_model(tmp_path)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConfigError, match=rf"{name}' is a pointer of Git LFS .*`git lfs pull`"):
+        load(str(folder))
 
 
 def test_an_adapter_beside_the_weights_is_refused(tmp_path):
