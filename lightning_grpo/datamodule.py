@@ -34,7 +34,7 @@ from lightning_grpo.session.session import ReplaySession, Session, connect_ranks
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.types import Group, Prompt, RolloutProgress
+from lightning_grpo.types import Group, Prompt, RolloutProgress, ServerActivity
 from lightning_grpo.validation import (
     Evaluation,
     EvaluationLoader,
@@ -321,6 +321,10 @@ class RolloutDataModule(L.LightningDataModule):
     def health(self) -> dict[str, float]:
         """`health/...` of rank 0's event loop; empty elsewhere."""
         return {} if self.session is None else self.session.health()
+
+    def server_activities(self) -> list[ServerActivity]:
+        """What each server has done since the last call; rank 0 only, empty elsewhere."""
+        return [] if self.session is None else self.session.server_activities()
 
     def describe(self) -> dict[str, str]:
         """What is rolled out, as resolved: lines for the summary at the start."""
