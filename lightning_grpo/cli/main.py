@@ -18,6 +18,7 @@ from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants
 from lightning_grpo.errors import ConfigError, GRPOError, StopRun, printable
 
 COMMANDS = {
+    "init": ("init.init", "make a folder to start a task of your own from"),
     "fit": (
         "fit.fit",
         "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]",
