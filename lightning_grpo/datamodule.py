@@ -270,7 +270,7 @@ class RolloutDataModule(L.LightningDataModule):
         contract.check_engine(self.servers, model_path)
         channel = self._own_folder(lambda: hold_folder(Path(run_dir)))
         try:
-            self.session = open_session(self._settings(model_path), channel)
+            self.session = open_session(self.settings_for(model_path), channel)
         except BaseException:
             self.close()
             raise
@@ -338,7 +338,7 @@ class RolloutDataModule(L.LightningDataModule):
         """Where rollouts come from under a Trainer; a collective."""
         module: Trained = trainer.lightning_module  # type: ignore[assignment]
         module.truncation.check(self.workflow.sampling)
-        return open_session(self._settings(module.model_path), channel)
+        return open_session(self.settings_for(module.model_path), channel)
 
     def _own_folder(self, hold: Callable[[], FolderLock]) -> RankChannel:
         """Join the ranks, and have rank 0 take the run's folder; a collective."""
@@ -375,7 +375,8 @@ class RolloutDataModule(L.LightningDataModule):
             )
         return self.session
 
-    def _settings(self, model_path: str) -> SessionSettings:
+    def settings_for(self, model_path: str) -> SessionSettings:
+        """What a session of this model needs to know; `run_dir` must be set."""
         assert self.run_dir is not None
         overridden = type(self).make_prompt is not RolloutDataModule.make_prompt
         return SessionSettings(
