@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 
-from lightning_grpo.cli.doctor import Check, Finding, disk
+from lightning_grpo.cli.machine import Check, Finding, disk
 from lightning_grpo.contract import check_trainer
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import printable

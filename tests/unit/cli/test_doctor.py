@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_grpo.cli.doctor import disk
 from lightning_grpo.cli.init import write_task
+from lightning_grpo.cli.machine import disk
 from lightning_grpo.cli.main import main
 
 
