@@ -39,7 +39,7 @@ from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.session.session import Session
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.types import RolloutProgress, Sampling
+from lightning_grpo.types import RolloutProgress, Sampling, ServerActivity
 from lightning_grpo.validation import EvaluationRecord
 
 MOST_TRAJECTORIES = 1 << 22
@@ -92,6 +92,15 @@ class Rolling(Protocol):
 
     def progress(self) -> RolloutProgress | None:
         """How far the next rollout batch is."""
+        ...
+
+
+@runtime_checkable
+class Served(Protocol):
+    """A data module that knows what its servers do."""
+
+    def server_activities(self) -> Sequence[ServerActivity]:
+        """What each server has done since the last call."""
         ...
 
 

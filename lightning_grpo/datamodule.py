@@ -34,7 +34,7 @@ from lightning_grpo.session.session import ReplaySession, Session, connect_ranks
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
-from lightning_grpo.types import Group, Prompt, RolloutProgress
+from lightning_grpo.types import Group, Prompt, RolloutProgress, ServerActivity
 from lightning_grpo.validation import (
     Evaluation,
     EvaluationLoader,
@@ -270,7 +270,7 @@ class RolloutDataModule(L.LightningDataModule):
         contract.check_engine(self.servers, model_path)
         channel = self._own_folder(lambda: hold_folder(Path(run_dir)))
         try:
-            self.session = open_session(self._settings(model_path), channel)
+            self.session = open_session(self.settings_for(model_path), channel)
         except BaseException:
             self.close()
             raise
@@ -322,6 +322,10 @@ class RolloutDataModule(L.LightningDataModule):
         """`health/...` of rank 0's event loop; empty elsewhere."""
         return {} if self.session is None else self.session.health()
 
+    def server_activities(self) -> list[ServerActivity]:
+        """What each server has done since the last call; rank 0 only, empty elsewhere."""
+        return [] if self.session is None else self.session.server_activities()
+
     def describe(self) -> dict[str, str]:
         """What is rolled out, as resolved: lines for the summary at the start."""
         session = self._open_session
@@ -334,7 +338,7 @@ class RolloutDataModule(L.LightningDataModule):
         """Where rollouts come from under a Trainer; a collective."""
         module: Trained = trainer.lightning_module  # type: ignore[assignment]
         module.truncation.check(self.workflow.sampling)
-        return open_session(self._settings(module.model_path), channel)
+        return open_session(self.settings_for(module.model_path), channel)
 
     def _own_folder(self, hold: Callable[[], FolderLock]) -> RankChannel:
         """Join the ranks, and have rank 0 take the run's folder; a collective."""
@@ -371,7 +375,8 @@ class RolloutDataModule(L.LightningDataModule):
             )
         return self.session
 
-    def _settings(self, model_path: str) -> SessionSettings:
+    def settings_for(self, model_path: str) -> SessionSettings:
+        """What a session of this model needs to know; `run_dir` must be set."""
         assert self.run_dir is not None
         overridden = type(self).make_prompt is not RolloutDataModule.make_prompt
         return SessionSettings(

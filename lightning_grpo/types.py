@@ -209,6 +209,23 @@ class RolloutProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerActivity:
+    """A stretch of time in which a server did one thing.
+
+    Attributes:
+        slot: Which server.
+        what: `generating`, `idle`, `paused`, `updating` or `out`.
+        began_at: Wall-clock time, in seconds since the epoch.
+        seconds: How long it lasted.
+    """
+
+    slot: int
+    what: str
+    began_at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """All trajectories of one prompt; advantages are computed within it.
 

@@ -1,16 +1,25 @@
-"""Callbacks that keep something: trajectories, the last checkpoint, a baseline."""
+"""Callbacks that keep something: trajectories, a timeline, the last checkpoint, a baseline."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
-from collections.abc import Sequence
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import psutil
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
 
 from lightning_grpo._compat import last_saved_step
 from lightning_grpo.callbacks.health import HealthMonitor
@@ -18,7 +27,15 @@ from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary, StepTimer
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.checks import require_count
-from lightning_grpo.contract import Evaluated, run_folder
+from lightning_grpo.contract import (
+    Described,
+    Evaluated,
+    Served,
+    evaluated_step,
+    logged_numbers,
+    run_folder,
+)
+from lightning_grpo.errors import StopRun
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.types import Group
@@ -67,7 +84,10 @@ class TrajectoryWriter(Callback):
         if not batch.is_last or rollout.groups is None or rollout.index % self._every_n_batches:
             return
         path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
-        about = {"step": trainer.global_step, "version": rollout.version}
+        about: dict[str, Any] = {"step": trainer.global_step, "version": rollout.version}
+        advantages = rollout.advantages
+        if len(advantages) == sum(len(group.trajectories) for group in rollout.groups):
+            about["advantages"] = advantages.tolist()  # else there is one per token
         self._finish()
         thread = ThreadPoolExecutor(1, "trajectories")
         self._writing = thread.submit(self._write, path, rollout.groups, **about)
@@ -126,6 +146,173 @@ class TrajectoryWriter(Callback):
             writing.result()
 
 
+TIMELINE = "timeline.jsonl"
+_PACKAGES = ("lightning-grpo", "torch", "lightning", "transformers", "datasets")
+
+
+class TimelineWriter(Callback):
+    """Records what trainer and servers did when, in `timeline.jsonl` of the run.
+
+    Each line is a JSON object, whose `kind` is `start` (what was resolved, versions, machine),
+    `span` (a stretch of time on a `lane`), `line` (a warning of the run) or `end` (how it ended).
+    `at` is wall-clock time and `s` a duration, both in seconds; `step` counts as the screen does. A
+    resumed run appends: where it repeats a step that a killed run had taken, the later lines count.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the run's folder, and hear what the package warns of."""
+        folder = run_folder(trainer)  # on all ranks, since Lightning broadcasts it
+        self._records: deque[dict[str, Any]] = deque()  # warnings come from any thread
+        self._path = folder / TIMELINE if stage == TrainerFn.FITTING else None
+        self._failed = not trainer.is_global_zero
+        self._step = trainer.global_step
+        self._sync_began: float | None = None
+        self._listener = _Listener(self._hear)
+        if self._path is not None:
+            logging.getLogger("lightning_grpo").addHandler(self._listener)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record what was resolved."""
+        self._step = trainer.global_step
+        described: dict[str, str] = {}
+        for part in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
+            if isinstance(part, Described):
+                described |= part.describe()
+        self._record("start", described=described, versions=_versions(), machine=_machine())
+        self._write(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """Record the wait for a rollout batch."""
+        self._end_sync(trainer)
+        self._part_began = now = time.time()
+        self._step = trainer.global_step + 1
+        if batch.is_first:
+            waited_s = batch.rollout.metrics["time/wait_rollout_s"]
+            self._span("waiting", now - waited_s, now)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Record the passes. On a GPU, `StepTimer` has just waited for them."""
+        self._end_part("forward and backward")
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Minibatch,
+        batch_idx: int,
+    ) -> None:
+        """Record the optimizer's step; `WeightSync` has its turn after this callback."""
+        self._end_part("optimizer")
+        self._sync_began = self._part_began if batch.is_last else None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note when."""
+        if self._path is not None:
+            self._end_sync(trainer)
+            self._part_began = time.time()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the validation."""
+        if self._path is not None:
+            self._step = evaluated_step(trainer)
+            self._end_part("validation")
+            self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the end."""
+        self._end(trainer, "done", "")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Record what ended the run."""
+        if self._path is not None:
+            stopped = isinstance(exception, StopRun | KeyboardInterrupt)
+            text = str(exception) or type(exception).__name__
+            self._end(trainer, "stopped" if stopped else "failed", text)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen no more."""
+        logging.getLogger("lightning_grpo").removeHandler(self._listener)
+
+    def _end_sync(self, trainer: L.Trainer) -> None:
+        """Record the weight sync, which has logged how long it took, and write the step."""
+        began, self._sync_began = self._sync_began, None
+        if began is not None:
+            self._span(
+                "weight sync", began, began + logged_numbers(trainer).get("time/weight_sync_s", 0.0)
+            )
+            self._write(trainer)
+
+    def _end_part(self, what: str) -> None:
+        began, self._part_began = self._part_began, time.time()
+        self._span(what, began, self._part_began)
+
+    def _end(self, trainer: L.Trainer, how: str, text: str) -> None:
+        self._end_sync(trainer)
+        self._record("end", how=how, text=text)
+        self._write(trainer)
+
+    def _span(self, what: str, began: float, ended: float) -> None:
+        self._record("span", at=began, s=ended - began, lane="trainer", what=what)
+
+    def _hear(self, record: logging.LogRecord) -> None:
+        level, text = record.levelname, record.getMessage()
+        self._record("line", at=record.created, level=level, text=text)
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        if not self._failed:
+            self._records.append({"kind": kind, "at": time.time(), "step": self._step, **fields})
+
+    def _write(self, trainer: L.Trainer) -> None:
+        """Append what was recorded, or say once why not."""
+        if self._failed or self._path is None:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for done in data.server_activities() if isinstance(data, Served) else ():
+            lane = f"server {done.slot}"
+            self._record("span", at=done.began_at, s=done.seconds, lane=lane, what=done.what)
+        records = [self._records.popleft() for _ in range(len(self._records))]
+        lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in records)
+        try:
+            with self._path.open("a") as file:
+                file.writelines(lines)
+        except OSError as error:
+            self._failed = True
+            why = error.strerror or error
+            log.warning("%s can't be written (%s): the run goes on without it", self._path, why)
+
+
+class _Listener(logging.Handler):
+    """Passes warnings on."""
+
+    def __init__(self, hear: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._hear = hear
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a warning on."""
+        self._hear(record)
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python and of what a run depends on most."""
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in _PACKAGES}
+
+
+def _machine() -> str:
+    """The machine that rank 0 runs on, in one line."""
+    count = torch.cuda.device_count()
+    gpus = f"{count} x {torch.cuda.get_device_name(0)}, " if count else ""
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{gpus}{psutil.cpu_count()} CPU cores, {memory:.0f} GiB"
+
+
 class FinalCheckpoint(Callback):
     """Saves at the end of training what no `ModelCheckpoint` has saved.
 
@@ -174,6 +361,7 @@ class StepZeroValidation(Callback):
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     StepTimer,
+    TimelineWriter,  # after StepTimer, which waits for the GPU; before WeightSync
     # Before the run may end behind a batch, which counts as trained on.
     TrajectoryWriter,
     # Before the hooks that take long: until it has taken over, signals reach Lightning's handlers.

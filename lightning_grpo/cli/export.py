@@ -48,13 +48,22 @@ def check_paths(checkpoint: Path, out: Path) -> None:
     """
     if not checkpoint.exists():
         raise ConfigError("checkpoint", "must exist", str(checkpoint))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("out", "must be a new or empty folder", str(out))
-    above = next(each for each in out.absolute().parents if each.exists())
+    check_new_folder("out", out)
+
+
+def check_new_folder(setting: str, folder: Path) -> None:
+    """Refuse a folder that can't be made, or holds something already.
+
+    Raises:
+        ConfigError: With the setting's name.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(setting, "must be a new or empty folder", str(folder))
+    above = next(each for each in folder.absolute().parents if each.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ConfigError(
-            f"`out` must be in a folder that can be written to, got {str(out)!r}, which would be "
-            f"made in {str(above)!r}."
+            f"`{setting}` must be in a folder that can be written to, got {str(folder)!r}, which "
+            f"would be made in {str(above)!r}."
         )
 
 

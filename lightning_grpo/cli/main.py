@@ -15,13 +15,15 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
-from lightning_grpo.errors import ConfigError, GRPOError, StopRun, printable
+from lightning_grpo.errors import ConfigError, GRPOError, ServerStartError, StopRun, printable
 
 COMMANDS = {
+    "init": ("init.init", "make a folder to start a task of your own from"),
     "fit": (
         "fit.fit",
         "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]",
     ),
+    "doctor": ("doctor.doctor", "look at the machine and the config before a run"),
     "validate": ("fit.validate", "score a model on the held-out prompts, with the same config"),
     "test": ("fit.test", "the same on the test prompts"),
     "serve": ("server.serve", "start the embedded engine for a model on this machine's CPU"),
@@ -92,6 +94,8 @@ def _ended(
     code, lines = explain(error)
     if isinstance(error, StopRun) and error.saved_to:
         lines = [f"go on with: {resume_command(command, arguments, error.saved_to)}"]
+    if isinstance(error, ServerStartError) and command in _RUNS:
+        lines.append(f"its line `start` shows this alone: {doctor_command(arguments)}")
     if isinstance(error, OSError) and command not in _RUNS:
         code, lines = _MISUSED, lines[:1]
         if isinstance(error, BrokenPipeError):
@@ -146,6 +150,11 @@ def resume_command(command: str, arguments: list[str], checkpoint: str) -> str:
         elif not word.startswith("--ckpt_path="):
             words.append(word)
     return shlex.join([*words, "--ckpt_path", checkpoint])
+
+
+def doctor_command(arguments: list[str]) -> str:
+    """The command that starts a run's servers and no more, to copy."""
+    return shlex.join(["lightning-grpo", "doctor", *arguments, "--start"])
 
 
 def _unknown(command: str) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -382,17 +383,53 @@ def run_cli(
     Raises:
         ConfigProblem: A setting was refused: by the parser, a constructor, or while setting up.
     """
+    make = functools.partial(GRPOCLI, command, kind=kind or command)
+    with _built(make, configs, options, settings, module_class, datamodule_class):
+        pass  # it has run
+
+
+class _Unrun(GRPOCLI):
+    """Builds what a command would run, and leaves it at that."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@contextmanager
+def build_run(
+    configs: Sequence[tuple[str, Path]],
+    options: Sequence[str],
+    settings: Setting,
+    module_class: type[LightningModule],
+    datamodule_class: type[LightningDataModule],
+) -> Iterator[GRPOCLI]:
+    """Build what `fit` would run, for somebody to look at.
+
+    Its `trainer`, `model` and `datamodule` are what was built; arguments are those of `run_cli`.
+    """
+    make = functools.partial(_Unrun, "fit", kind="fit")
+    with _built(make, configs, options, settings, module_class, datamodule_class) as built:
+        yield built
+
+
+@contextmanager
+def _built(
+    make: Callable[..., GRPOCLI],
+    configs: Sequence[tuple[str, Path]],
+    options: Sequence[str],
+    settings: Setting,
+    module_class: type[LightningModule],
+    datamodule_class: type[LightningDataModule],
+) -> Iterator[GRPOCLI]:
     silence_jsonargparse()
     # The parser refuses a file that says nothing, such as one whose lines are all comments.
     said = [path for name, path in configs if read_yaml(path, name).value]
     arguments = [part for path in said for part in ("--config", str(path))]
     with _quiet_lightning(), board_tells_itself(), _located(settings), ExitStack() as held:
-        GRPOCLI(
-            command,
+        yield make(
             [*arguments, *options],
             settings,
             run_name=configs[0][1].stem if configs else "run",
-            kind=kind or command,
             held=held,
             model_class=module_class,
             datamodule_class=datamodule_class,

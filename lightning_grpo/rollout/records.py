@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("reward", pa.float64()),
+        ("advantage", pa.float64()),  # null where none was computed, or one per token
         ("rewards", pa.map_(pa.string(), pa.float64())),
         ("truncated", pa.bool_()),
         # token by token
@@ -73,6 +74,7 @@ def write_groups(
     step: int,
     version: int,
     outcome: str = Outcome.TRAINED,
+    advantages: Sequence[float] | None = None,
 ) -> Path:
     """Write groups to one file, whole or not at all.
 
@@ -82,6 +84,7 @@ def write_groups(
         step: Optimizer steps taken by then.
         version: The weights that trained on it.
         outcome: How the groups ended (an `Outcome`), or what else they are.
+        advantages: One for each trajectory, where there are any.
 
     Returns:
         `path`.
@@ -91,6 +94,8 @@ def write_groups(
         for index, group in enumerate(groups)
         for row in _rows(group, index, step=step, version=version, outcome=outcome)
     ]
+    for row, advantage in zip(rows, advantages or (), strict=False):
+        row["advantage"] = advantage
     table = pa.Table.from_pylist(rows, schema=_ONE_VALUE)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     columns = [

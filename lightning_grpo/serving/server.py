@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -31,7 +32,7 @@ from lightning_grpo.serving.client import (
 )
 from lightning_grpo.serving.event_loop import in_turns
 from lightning_grpo.serving.fitness import ServerFacts
-from lightning_grpo.types import NO_VERSION, Completion, Sampling
+from lightning_grpo.types import NO_VERSION, Completion, Sampling, ServerActivity
 
 CLOCK_S = 0.01
 """A timer may be early by so much."""
@@ -39,6 +40,9 @@ CLOCK_S = 0.01
 TAIL_LINES = 25
 
 TAIL_BYTES = 16 << 10
+
+MOST_ACTIVITIES = 10_000
+"""Kept of a server until they are asked for; of a run that nobody watches the oldest go."""
 
 
 # -- servers ---------------------------------------------------------------------------------------
@@ -151,6 +155,8 @@ class Member:
         self._serves_since: float | None = None
         self._faults_s: list[float] = []
         self._held: set[Held] = set()
+        self._activities: deque[ServerActivity] = deque(maxlen=MOST_ACTIVITIES)
+        self._doing, self._doing_since = "out", time.monotonic()
         self.replace(handle, client, facts)
 
     def replace(self, handle: ServerHandle, client: ServerClient, facts: ServerFacts) -> None:
@@ -244,12 +250,15 @@ class Member:
         """A request is given to it."""
         self._idle_s = self.idle_s
         self.in_flight += 1
+        if self.in_flight == 1:
+            self._note_activity()
 
     def give_back(self) -> None:
         """A request has ended, well or not."""
         self.in_flight -= 1
         if self.in_flight == 0:
             self._idle_since = time.monotonic()
+            self._note_activity()
             self.drained.set()
             self.drained = anyio.Event()
 
@@ -408,6 +417,36 @@ class Member:
         self._service_s = self.service_s
         serves = self.state is MemberState.CLEAN and not self.paused
         self._serves_since = time.monotonic() if serves else None
+        self._note_activity()
+
+    def drain_activities(self) -> list[ServerActivity]:
+        """What it has done since the last call, up to now."""
+        self._end_activity()
+        drained = list(self._activities)
+        self._activities.clear()
+        return drained
+
+    def _note_activity(self) -> None:
+        doing = self._activity()
+        if doing != self._doing:
+            self._end_activity()
+            self._doing = doing
+
+    def _end_activity(self) -> None:
+        now = time.monotonic()
+        seconds = now - self._doing_since
+        began_at = time.time() - seconds
+        self._activities.append(ServerActivity(self.slot, self._doing, began_at, seconds))
+        self._doing_since = now
+
+    def _activity(self) -> str:
+        if self.state in (MemberState.DIRTY, MemberState.DEAD):
+            return "out"
+        if self.state is MemberState.UPDATING:
+            return "updating"
+        if self.paused:
+            return "paused"
+        return "generating" if self.in_flight else "idle"
 
     def _settle(self) -> None:
         self._settled.set()

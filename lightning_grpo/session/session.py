@@ -51,7 +51,7 @@ from lightning_grpo.session.assembly import (
 )
 from lightning_grpo.session.material import Material, SessionSettings, open_material
 from lightning_grpo.session.proof import TrainerProof, is_adapted, policy_scores
-from lightning_grpo.types import Group, RolloutProgress, Sampling
+from lightning_grpo.types import Group, RolloutProgress, Sampling, ServerActivity
 from lightning_grpo.validation import EvaluationBatch, joined_groups, score_groups
 from lightning_grpo.weights.gather import gather_weights
 from lightning_grpo.weights.proof import SentScores, promised
@@ -142,6 +142,10 @@ class Session(ABC):
     def health(self) -> dict[str, float]:
         """`health/...` of rank 0; empty elsewhere."""
         return {}
+
+    def server_activities(self) -> list[ServerActivity]:
+        """What each server has done since the last call; rank 0 only, empty elsewhere."""
+        return []
 
     def dtypes(self) -> dict[str, str]:
         """Of the weights on the wire and in the servers, where there are any; rank 0 only."""
@@ -493,6 +497,16 @@ class RolloutSession(Session):
         if self._lead is None or self._lead.live is None:
             return {}
         return {"health/event_loop_lag_s": self._lead.service.lag_s()}
+
+    def server_activities(self) -> list[ServerActivity]:
+        """What each server has done since the last call; rank 0 only, empty elsewhere."""
+        lead = self._lead
+        if lead is None or lead.live is None or not lead.service.is_live:
+            return []
+        try:
+            return lead.service.call(lead.live.pool.drain_activities)
+        except GRPOError:  # it has ended meanwhile, which others will say
+            return []
 
     def dtypes(self) -> dict[str, str]:
         """Of the weights on the wire and in the servers; rank 0 only."""

@@ -41,12 +41,18 @@ class TinyRollout:
     index: int
     version: int
     groups: list[Group] | None
+    advantages: torch.Tensor = field(default_factory=lambda: torch.tensor([-1.0, 1.0, -1.0, 1.0]))
+    metrics: dict[str, float] = field(default_factory=lambda: {"time/wait_rollout_s": 0.5})
 
 
 @dataclass
 class TinyMinibatch:
     rollout: TinyRollout
     is_last: bool
+
+    @property
+    def is_first(self) -> bool:
+        return not self.is_last
 
 
 @dataclass

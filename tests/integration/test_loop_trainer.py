@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,8 @@ from tests.fakes.loops import (
     make_prompts,
     make_trainer,
 )
+
+SERVER_DOINGS = {"generating", "idle", "paused", "updating", "out"}
 
 
 class Validations(Callback):
@@ -197,6 +201,7 @@ def test_a_second_run_in_a_folder_that_is_taken_is_refused(tiny_model, server, t
 
 HOLD = """
 import sys
+from itertools import pairwise
 from pathlib import Path
 from lightning_grpo.session.folder import hold_folder
 hold_folder(Path(sys.argv[1]))
@@ -397,3 +402,19 @@ def test_servers_give_their_memory_back_while_the_trainer_steps(tiny_model, serv
     trainer.fit(make_module(tiny_model), data_with_validation(server, max_staleness=0))
     during, between = (True, False), (False, True)
     assert released == [between, during, between, during, between]
+
+
+def test_the_timeline_says_at_any_moment_what_each_server_does(tiny_model, server, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.fit(make_module(tiny_model), data_with_validation(server, max_staleness=0))
+    records = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
+    lane = [r for r in records if r.get("lane") == "server 0"]
+    doings = {r["what"] for r in lane}
+    assert {"generating", "updating"} < doings <= SERVER_DOINGS
+    for before, after in pairwise(lane):
+        assert before["at"] + before["s"] == pytest.approx(after["at"], abs=0.05)
+    steps = [(r["step"], r["what"]) for r in records if r.get("lane") == "trainer"]
+    assert steps[0] == (0, "validation")
+    for step in (1, 2, 3):
+        parts = [what for number, what in steps if number == step]
+        assert parts[:4] == ["waiting", "forward and backward", "optimizer", "weight sync"]

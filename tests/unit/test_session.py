@@ -52,7 +52,7 @@ def in_folder(data, run_dir):
 
 
 def settings_of(folder, tmp_path, **kwargs):
-    return in_folder(make_data(NeverServers(), **kwargs), tmp_path)._settings(str(folder))
+    return in_folder(make_data(NeverServers(), **kwargs), tmp_path).settings_for(str(folder))
 
 
 def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_path):
@@ -78,7 +78,7 @@ def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
 
     data = make_data(NeverServers())
     shouting = Shouting(data.prompts, data.workflow, data.servers)
-    material = open_material(in_folder(shouting, tmp_path)._settings(str(folder)))
+    material = open_material(in_folder(shouting, tmp_path).settings_for(str(folder)))
     assert "WHAT IS 0 + 0?" in material.prompts[""][0].text
 
 
@@ -141,7 +141,7 @@ def test_a_row_that_turns_out_to_be_none_is_left_to_be_given_up(folder, tmp_path
             return super().make_prompt(row, tokenizer)
 
     data = make_data(NeverServers(), cls=Choosy)
-    settings = in_folder(data, tmp_path)._settings(str(folder))
+    settings = in_folder(data, tmp_path).settings_for(str(folder))
     material = open_material(settings)
     with pytest.raises(PromptError, match=r"row 4 of .*KeyError\('hint'\)"):
         material.prompts[""].prompt(4)
@@ -325,7 +325,7 @@ class SlowServers(Servers):
 def test_closing_does_not_wait_until_servers_come_up(folder, tmp_path):
     servers = SlowServers()
     session = RolloutSession(
-        in_folder(make_data(servers), tmp_path)._settings(str(folder)), RankChannel()
+        in_folder(make_data(servers), tmp_path).settings_for(str(folder)), RankChannel()
     )
     session.start()
     assert servers.begun.wait(20)
@@ -335,7 +335,7 @@ def test_closing_does_not_wait_until_servers_come_up(folder, tmp_path):
 
 def test_closing_does_not_wait_until_a_server_is_restarted(folder, tmp_path):
     servers = SlowServers()
-    settings = in_folder(make_data(servers), tmp_path)._settings(str(folder))
+    settings = in_folder(make_data(servers), tmp_path).settings_for(str(folder))
     material = SimpleNamespace(requirements=Requirements, tokenizer=None)
 
     async def close_during_a_restart():

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.recording import TrajectoryWriter
@@ -25,6 +26,25 @@ def test_what_was_consumed_can_be_read_back(make_trainer, tmp_path):
     trainer = make_trainer(callbacks=[TrajectoryWriter()], enable_progress_bar=False)
     trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
     assert read_groups(tmp_path) == [[make_group(0), make_group(1)]]
+
+
+def test_each_trajectory_is_written_with_its_advantage(make_trainer, tmp_path):
+    trainer = make_trainer(callbacks=[TrajectoryWriter()], enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    rows = read_rows(tmp_path / "trajectories")
+    assert [(row["reward"], row["advantage"]) for row in rows] == [(0, -1), (1, 1)] * 2
+
+
+def test_one_advantage_per_token_is_not_written(make_trainer, tmp_path):
+    class PerToken(TinyData):
+        def train_dataloader(self):
+            for batch in super().train_dataloader():
+                batch.rollout.advantages = torch.zeros(16)
+                yield batch
+
+    trainer = make_trainer(callbacks=[TrajectoryWriter()], enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=PerToken(num_rollouts=1))
+    assert {row["advantage"] for row in read_rows(tmp_path / "trajectories")} == {None}
 
 
 def test_only_every_nth_rollout_batch_is_written_when_asked(make_trainer, tmp_path):

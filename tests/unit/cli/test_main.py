@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from importlib import import_module
@@ -18,6 +19,7 @@ from lightning_grpo.cli.environment import (
 from lightning_grpo.cli.main import COMMANDS, explain, main
 from lightning_grpo.cli.sources import ConfigProblem
 from lightning_grpo.errors import ConfigError, ServerStartError, StopRun
+from lightning_grpo.shipped import resolve_config
 
 
 def test_help_names_every_command_that_is_there(capsys):
@@ -95,6 +97,22 @@ def test_what_ended_a_command_decides_its_exit_code(error, code, words):
     exit_code, lines = explain(error)
     assert exit_code == code
     assert lines[0] == words
+
+
+def test_servers_that_do_not_start_name_the_command_that_starts_them_alone(capsys, tmp_path):
+    config = tmp_path / "dead.yaml"
+    quickstart = Path(resolve_config("quickstart.yaml")).read_text()
+    config.write_text(
+        re.sub(
+            r"  servers: .*",
+            "  servers: {class_path: lightning_grpo.RunningServers, "
+            "init_args: {urls: ['http://127.0.0.1:9'], connect_timeout_s: 0.1}}",
+            quickstart,
+        )
+    )
+    assert main(["fit", "--config", str(config)]) == 1
+    said = capsys.readouterr().err
+    assert f"lightning-grpo doctor --config {config} --start" in said
 
 
 def test_files_of_the_current_folder_can_be_imported_here_and_in_children(tmp_path):

@@ -1,0 +1,127 @@
+"""`lightning-grpo doctor`: what would stop a run, said before one is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning_grpo.cli.fit import split_configs, with_paths
+from lightning_grpo.cli.machine import Check, Finding, disk, gpus, machine, network, nodes, packages
+from lightning_grpo.cli.sources import Parser, collect
+from lightning_grpo.errors import ConfigError, GRPOError, printable
+
+_USAGE = """\
+usage: lightning-grpo doctor [--config FILE ...] [--start] [--json] [options of fit]
+
+Look at this machine and, with a config, at everything that a run would need of it. Nothing is
+trained, no server is started (but by --start) and no run folder is made. Under `srun` the ranks
+also look for each other's files and talk over their process group. Exit status: 0, or 1 after a
+failure.
+
+  --start   start the config's servers and sample one token
+  --json    one JSON object for each line
+"""
+
+
+Say = Callable[[Finding], None]
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """Look at the machine and the config, and print a line for each check."""
+    if "-h" in argv or "--help" in argv:
+        sys.stdout.write(_USAGE)
+        return 0
+    parser = Parser(prog="lightning-grpo doctor", allow_abbrev=False, add_help=False)
+    parser.add_argument("--start", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options, words = parser.parse_known_args(list(argv))
+    configs, rest = split_configs(words)
+    if not configs and (rest or options.start):
+        raise ConfigError("--config", "needs a file before other options", rest or "--start")
+    found: list[Finding] = []
+
+    def say(finding: Finding) -> None:
+        found.append(finding)
+        (say_json if options.json else say_line)(finding)
+
+    examine(configs, rest, say, start=options.start)
+    failed = sum(finding.verdict == "failure" for finding in found)
+    if not options.json:
+        sys.stdout.write(f"\n{failed} failure{'' if failed == 1 else 's'}\n")
+    return 1 if failed else 0
+
+
+def say_line(finding: Finding) -> None:
+    """Print a finding for a person."""
+    line = f"{finding.verdict:<8} {finding.check:<12} {finding.found}"
+    if finding.way_out:
+        line += f"\n{'':<21} -> {finding.way_out}"
+    sys.stdout.write(printable(line) + "\n")
+    sys.stdout.flush()
+
+
+def say_json(finding: Finding) -> None:
+    """Print a finding for a program."""
+    sys.stdout.write(json.dumps(asdict(finding)) + "\n")
+    sys.stdout.flush()
+
+
+def examine(
+    configs: Sequence[tuple[str, Path]], options: Sequence[str], say: Say, *, start: bool = False
+) -> None:
+    """Run every check that applies.
+
+    Args:
+        configs: (name as given, path) of each config file; none: the machine alone.
+        options: Other options of `fit`.
+        say: Given each finding as it is made.
+        start: Whether to start the servers.
+    """
+    for check in (packages, machine, gpus, network):
+        tell(check.__name__, check, say)
+    if configs:
+        examine_config(configs, options, say, start)
+    else:
+        tell("disk", lambda: disk(Path.cwd()), say)
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        tell("nodes", nodes, say)
+
+
+def tell(name: str, check: Check, say: Say) -> None:
+    """Say what a check finds; what it raises is a failure."""
+    try:
+        for finding in check():
+            say(finding)
+    except (GRPOError, OSError, RuntimeError, ImportError) as error:
+        say(Finding(name, "failure", str(error)))
+
+
+def examine_config(
+    configs: Sequence[tuple[str, Path]], options: Sequence[str], say: Say, start: bool
+) -> None:
+    """Look at what a run would look at before it starts servers, and at those on request."""
+    try:
+        options = with_paths(configs, options)
+        settings = collect(configs, options)
+        # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
+        import lightning_grpo.strategies.fsdp2  # noqa: F401
+        from lightning_grpo.cli.examine import run_checks
+        from lightning_grpo.cli.trainer_cli import build_run
+        from lightning_grpo.datamodule import RolloutDataModule
+        from lightning_grpo.module import GRPOModule
+
+        trainer = settings.plain().get("trainer") or {}
+        root = Path(str(trainer.get("default_root_dir") or "runs"))
+        with tempfile.TemporaryDirectory() as scratch:
+            options = [*options, f"--trainer.default_root_dir={scratch}"]
+            with build_run(configs, options, settings, GRPOModule, RolloutDataModule) as run:
+                say(Finding("config", "ok", "every setting is understood"))
+                for name, check in run_checks(run, root, Path(scratch), start):
+                    tell(name, check, say)
+    except (GRPOError, OSError, RuntimeError) as error:
+        say(Finding("config", "failure", str(error)))
