@@ -495,9 +495,9 @@ class GRPOModule(EvaluatedModule):
 
     def _num_steps_known(self) -> int:
         """How many optimizer steps the run certainly means to make."""
-        trainer = self._trainer
-        ends_by_steps = trainer is not None and trainer.max_epochs == -1
-        return max(1, trainer.max_steps) if ends_by_steps else 1
+        if self._trainer is None or self._trainer.max_epochs != -1:
+            return 1
+        return max(1, self._trainer.max_steps)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, and let a schedule see those that it waits for."""
