@@ -7,6 +7,7 @@ can't be restored: it is listed under `not_restored` and has to be passed again.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -14,10 +15,12 @@ import inspect
 import math
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -170,6 +173,57 @@ def _require_finite(name: str, optimizer: Optimizer) -> None:
                 raise ConfigError(
                     f"`{factor}` of `{name}` must be finite, got {value}. Change its arguments."
                 )
+
+
+class _Trial(Optimizer):
+    """Another optimizer's settings with nothing to train."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        nothing = {"params": [torch.zeros(())]}
+        super().__init__(
+            [copy.deepcopy({**group, **nothing}) for group in optimizer.param_groups],
+            optimizer.defaults,
+        )
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Train nothing."""
+
+
+_MOST_TRIED = 10_000
+
+
+def require_schedule(make: Callable[[Any], Any], optimizer: Optimizer, num_steps: int) -> None:
+    """Take a schedule of torch's through the steps of a run, on a copy.
+
+    Args:
+        make: Builds it from an optimizer.
+        optimizer: Whose learning rates it changes.
+        num_steps: Of the run; the first 10,000 are tried.
+
+    Raises:
+        ConfigError: It fails, or gives a learning rate that no step may have.
+    """
+    trial = _Trial(optimizer)
+    try:
+        schedule = make(trial)
+    except (TypeError, AttributeError):
+        return  # it wants an optimizer of its own kind
+    for step in range(1, min(num_steps, _MOST_TRIED) + 1):
+        trial.step()
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                schedule.step()
+        except (ArithmeticError, ValueError) as error:
+            raise ConfigError(
+                f"`lr_scheduler` must last for the run's {num_steps} steps, and fails after step "
+                f"{step}: {type(error).__name__}: {error}. Change its arguments."
+            ) from error
+        rates = [float(group["lr"]) for group in trial.param_groups]
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise ConfigError(
+                "`lr_scheduler` must give finite learning rates of at least 0, got "
+                f"{', '.join(map(str, rates))} after step {step}. Change its arguments."
+            )
 
 
 def loggable(value: Any, depth: int = 6) -> Any:

@@ -489,7 +489,15 @@ class GRPOModule(EvaluatedModule):
             # Lightning would step it by an interval, also while its metric is an old one.
             never = {"interval": "epoch", "frequency": sys.maxsize, "reduce_on_plateau": False}
             schedule |= never
+        elif type(scheduler).__module__ == torch.optim.lr_scheduler.__name__:
+            hparams.require_schedule(self._lr_scheduler, optimizer, self._num_steps_known())
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _num_steps_known(self) -> int:
+        """How many optimizer steps the run certainly means to make."""
+        if self._trainer is None or self._trainer.max_epochs != -1:
+            return 1
+        return max(1, self._trainer.max_steps)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, and let a schedule see those that it waits for."""

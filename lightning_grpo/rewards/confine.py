@@ -49,6 +49,7 @@ _REFUSED = {
     "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "setxattrat": (463, 463), "removexattrat": (466, 466), "flock": (73, 32),
+    "inotify_add_watch": (254, 27),
     # Other processes: their memory, descriptors, limits, order, and signals to them.
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
     "kcmp": (312, 272), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438),
@@ -66,6 +67,11 @@ _FORKS = {"fork": (57, _NO_CALL), "vfork": (58, _NO_CALL)}
 _REACHING = {"connect": (42, 203), "bind": (49, 200), "socket": (41, 198)}
 _SOCKET, _SOCKETPAIR, _PRLIMIT, _CLONE = (41, 198), (53, 199), (302, 261), (56, 220)
 _KILLS = {"kill": (62, 129), "tgkill": (234, 131)}
+# fcntl and ioctl have the kernel send others signals (F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN,
+# SIOCSPGRP), which Landlock holds back since Linux 6.12, and hold up or watch files (F_SETLEASE,
+# F_NOTIFY); prctl lets a process live on when its parent is killed.
+_BY_FILE = (((72, 25), (8, 10, 15, 1024, 1026)), ((16, 29), (0x8901, 0x8902)))
+_PRCTL = (157, 167)
 _CLONE3, _X32_BIT, _CLONE_THREAD = 435, 0x40000000, 0x00010000
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _SOCK_STREAM, _SOCK_KIND = 1, 2, 10, 16, 1, 0xF
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
@@ -235,6 +241,9 @@ def _program(machine: str, limits: Confinement) -> list[_Instruction]:
     program += _only(_PRLIMIT[column], _OF_FIRST_ARGUMENT, (0, os.getpid()))
     for numbers in _KILLS.values():
         program += _only(numbers[column], _OF_FIRST_ARGUMENT, (os.getpid(),))
+    for numbers, commands in _BY_FILE:
+        program += _except(numbers[column], _OF_SECOND_ARGUMENT, commands)
+    program += _except(_PRCTL[column], _OF_FIRST_ARGUMENT, (_PR_SET_PDEATHSIG,))
     if not limits.processes:
         # Its flags lie in memory, where no filter looks; told "unknown", libraries use `clone`.
         program += _refused(_CLONE3, _ENOSYS)
@@ -268,4 +277,16 @@ def _only(
         *[(_EQUAL, count - place, 0, value) for place, value in enumerate(values)],
         _refusal(_EPERM),
         (_RETURN, 0, 0, _ALLOW),
+    ]
+
+
+def _except(number: int, argument: int, values: tuple[int, ...]) -> list[_Instruction]:
+    """A call that is refused with these values of an argument."""
+    count = len(values)
+    return [
+        (_EQUAL, 0, count + 3, number),
+        (_LOAD, 0, 0, argument),
+        *[(_EQUAL, count - place, 0, value) for place, value in enumerate(values)],
+        (_RETURN, 0, 0, _ALLOW),
+        _refusal(_EPERM),
     ]

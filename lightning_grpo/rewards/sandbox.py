@@ -29,6 +29,10 @@ Ending = Literal["done", "raised", "exited", "timed_out", "too_much_output", "ki
 _OUT, _ERR, _IN, _ORDERS = "stdout", "stderr", "stdin", "orders"
 _BACKSTOP_S = 2
 _REAPED_WITHIN_S = 1.0
+_LOOKS_EVERY_S = 0.05
+_MOST_FILES, _MOST_DEPTH = 1000, 32
+_TIMES_IN_ALL = 100
+"""So many times `output_mb` may all files of a program take."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class CodeLimits:
     Args:
         timeout_s: Wall time; must be below the reward's own time limit.
         memory_mb: Memory beyond the interpreter's.
-        output_mb: Size of its output, and of any file that it writes.
+        output_mb: Size of its output, and of any file that it writes; 1,000 files and 100 times
+            that in all.
         network: Whether it may open network sockets.
     """
 
@@ -99,18 +104,18 @@ def run_python(
         began = time.monotonic()
         if not tests:
             running = held.enter_context(_started(program, limits, source=source, stdin=stdin))
-            ending = _ending(_waited(running, limits.timeout_s))
+            ending = _ending(_waited(running, limits.timeout_s, program, limits))
         else:
             (asked, ask), (answered, answer) = os.pipe(), os.pipe()
             running = held.enter_context(
                 _started(program, limits, (asked, answer), source=source, stdin=stdin)
             )
             testing = held.enter_context(_started(judge, limits, (answered, ask), tests=tests))
-            status = _waited(testing, limits.timeout_s)
+            status = _waited(testing, limits.timeout_s, program, limits)
             ending = _ending(status)
             if status == PROGRAM_ENDED:
                 left_s = limits.timeout_s - (time.monotonic() - began)
-                ending = _ending(_waited(running, max(0.0, left_s)))
+                ending = _ending(_waited(running, left_s, program, limits))
                 ending = "exited" if ending == "done" else ending
         held.close()
         stdout, stderr, missing = _output(program, limits)
@@ -176,12 +181,34 @@ def _started(
         process.wait()
 
 
-def _waited(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
-    """The exit status; None: the time was up."""
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
+def _waited(
+    process: subprocess.Popen[bytes], timeout_s: float, folder: Path, limits: CodeLimits
+) -> int | None:
+    """The exit status, that of a file too large where the folder is too full; None: time was up."""
+    until = time.monotonic() + timeout_s
+    while True:
+        left_s = until - time.monotonic()
+        try:
+            return process.wait(max(0.0, min(left_s, _LOOKS_EVERY_S)))
+        except subprocess.TimeoutExpired:
+            if _is_full(folder, limits.output_mb * _TIMES_IN_ALL << 20):
+                return -signal.SIGXFSZ
+            if left_s <= 0:
+                return None
+
+
+def _is_full(folder: Path, most_bytes: int) -> bool:
+    """Whether it holds more than anybody wants to remove again."""
+    count = size = 0
+    # By descriptors: names can be too long to be opened.
+    for name, folders, files, descriptor in os.fwalk(folder):
+        count += len(folders) + len(files)
+        if count > _MOST_FILES or name.count("/") - str(folder).count("/") > _MOST_DEPTH:
+            return True
+        for file in files:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                size += os.stat(file, dir_fd=descriptor, follow_symlinks=False).st_blocks * 512
+    return size > most_bytes
 
 
 # ---- the boundary around what confines itself ------------------------------------------------

@@ -484,9 +484,10 @@ class RewardScorer:
             raise self._timed_out(reward, timeout_s) from None
         except ProcessExpired as error:
             self.counts.crashed += 1
+            code = 0 if error.exitcode == _LEFT else error.exitcode
             raise _LostProcessError(
                 f"the process of reward {reward_name(reward)!r} ended by itself "
-                f"(exit code {error.exitcode}; -9 is often the kernel, out of memory)"
+                f"(exit code {code}; -9 is often the kernel, out of memory)"
             ) from None
         except RuntimeError as error:  # pebble's: the pool is broken
             await self._close(pool)
@@ -574,8 +575,22 @@ class TokenLock:
                 self._token.poll(left)
 
 
+_LEFT = 256
+"""No exit code: pebble takes 0 for an end that it asked for, and a lost call for a slow one."""
+
+
+class _Process(LokyContext.Process):
+    @property
+    def exitcode(self) -> int | None:
+        """Of 0, which is a reward's own `os._exit(0)`, something else."""
+        code: int | None = super().exitcode
+        return _LEFT if code == 0 else code
+
+
 class _Context(LokyContext):
     """loky's processes, which need no guarded main module, with locks that leave nothing behind."""
+
+    Process = _Process
 
     def RLock(self) -> TokenLock:
         return TokenLock(self)

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -457,7 +457,7 @@ class WeightPublisher:
     ) -> None:
         """Updates one server, in a few attempts; its failure is recorded, not raised."""
         client = target.client
-        for attempt in range(ATTEMPTS):
+        for attempt in self._attempts():
             if target.client is not client or not target.alive:
                 return
             target.mark_updating()
@@ -482,6 +482,13 @@ class WeightPublisher:
                     await self._fleet.resume()  # without the others
                 return
         self._fleet.give_up(client.url)
+
+    def _attempts(self) -> Iterator[int]:
+        """Of an update; none after a deadline has passed, since the trainer and signals wait."""
+        until = time.monotonic() + self._settings.request_timeout_s
+        for attempt in range(ATTEMPTS):
+            if attempt == 0 or time.monotonic() < until:
+                yield attempt
 
     async def _update(self, target: Target, client: UpdateClient, report: PublishReport) -> None:
         label = f"{self._run_id}:{report.version}"

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import yaml
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, StepLR
 
 from lightning_grpo import hparams
 from lightning_grpo.algorithm.corrections import TokenTIS
@@ -106,6 +107,32 @@ def test_a_factory_that_refuses_its_settings_is_named():
             functools.partial(torch.optim.AdamW, lr=-1.0),
             [torch.nn.Parameter(torch.zeros(1))],
         )
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (functools.partial(StepLR, step_size=0), "steps, and fails after step 1: ZeroDivision"),
+        (functools.partial(CosineAnnealingLR, T_max=0), "fails after step 1: ZeroDivisionError"),
+        (functools.partial(OneCycleLR, max_lr=0.1, total_steps=4), "fails after step 5: ValueErr"),
+        (functools.partial(ExponentialLR, gamma=-1.0), "at least 0, got -0.1 after step 1"),
+        (functools.partial(ExponentialLR, gamma=math.nan), "finite .*, got nan after step 1"),
+        (functools.partial(ExponentialLR, gamma=1e200), "finite .*, got inf after step 2"),
+    ],
+)
+def test_a_schedule_that_fails_at_a_later_step_is_refused_before_the_first(make, said):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ConfigError, match=said):
+        hparams.require_schedule(make, optimizer, 6)
+
+
+def test_a_schedule_is_tried_without_touching_the_optimizer():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+    make = functools.partial(OneCycleLR, max_lr=0.2, total_steps=6)
+    hparams.require_schedule(make, optimizer, 6)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert "step" not in vars(optimizer)
 
 
 def test_loggers_are_told_what_can_be_read_and_no_data_or_secrets():

@@ -120,6 +120,13 @@ def test_the_default_optimizer_is_adamw_for_rl_and_a_schedule_counts_steps(folde
     assert module.configure_optimizers()["lr_scheduler"]["interval"] == "step"
 
 
+def test_a_schedule_that_fails_at_the_first_step_is_refused_before_it(folder):
+    module = make_module(folder, lr_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 0))
+    module.configure_model()
+    with pytest.raises(ConfigError, match="`lr_scheduler` must last for the run's 1 steps"):
+        module.configure_optimizers()
+
+
 def test_arguments_are_kept_as_plain_data_and_a_class_without_arguments_is_none():
     module = make_module("shipped:quickstart", loss=CISPOLoss(clip_high=0.5))
     assert module.hparams["loss"]["class_path"].endswith("CISPOLoss")

@@ -49,6 +49,10 @@ def crash(completion):
     os._exit(3)
 
 
+def vanish(completion):
+    os._exit(0)
+
+
 def leave(completion):
     sys.exit("enough")
 
@@ -168,7 +172,8 @@ def test_a_stuck_reward_costs_no_other_its_score():
     assert (counts.timed_out, counts.scored) == (1, 40)
 
 
-def test_a_process_that_crashes_is_replaced():
+@pytest.mark.parametrize(("crash", "code"), [(crash, 3), (vanish, 0)])
+def test_a_process_that_crashes_or_leaves_is_replaced(crash, code):
     async def main(scorer):
         return [
             await value_or_error(scorer, crash, completion="x"),
@@ -176,7 +181,7 @@ def test_a_process_that_crashes_is_replaced():
         ]
 
     (error, after), counts = run(main, crash, exact)
-    assert re.search("ended by itself .exit code 3|were lost and start anew", error)
+    assert re.search(f"ended by itself .exit code {code};|were lost and start anew", error)
     assert after == 1.0
     assert counts.crashed == 2  # tried once more, in another process
 

@@ -66,6 +66,22 @@ def test_output_files_and_memory_have_limits():
     assert "MemoryError" in run("x = 'x' * 10**9").stderr
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        "open(str(n), 'wb').write(bytes(10**6))",
+        "open(str(n), 'x').close()",
+        "os.mkdir(str(n)); os.chdir(str(n))",
+    ],
+    ids=["bytes", "files", "folders"],
+)
+def test_all_that_it_writes_together_has_limits(write):
+    source = f"import itertools, os\nfor n in itertools.count(): {write}"
+    limits = CodeLimits(timeout_s=60.0)
+    assert run_python(source, limits=limits).ending == "too_much_output"
+    assert run_python(source, "pass", limits=limits).ending == "too_much_output"
+
+
 def test_a_crash_of_the_interpreter_is_told():
     assert run("import ctypes; ctypes.string_at(0)").ending == "killed"
 
@@ -125,6 +141,16 @@ CALLS = "import ctypes\ncall = ctypes.CDLL(None, use_errno=True)\n"
         "import os; os.kill(PID, 0)",
         "import os; os.kill(-1, 0)",
         "import fcntl; fcntl.flock(open(0), fcntl.LOCK_EX)",
+        # Whom the kernel shall signal when a socket can be read.
+        "import fcntl; fcntl.fcntl(0, fcntl.F_SETOWN, PID)",
+        "import fcntl; fcntl.fcntl(0, fcntl.F_SETSIG, 9)",
+        "import fcntl, socket, struct\n"
+        "fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack('i', PID))",
+        "import fcntl; fcntl.fcntl(open(fcntl.__file__), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+        # To live on when whoever started it is killed.
+        CALLS + "raise OSError(ctypes.get_errno()) if call.prctl(1, 0, 0, 0, 0) < 0 else 0",
+        # To watch the files of others.
+        CALLS + "call.inotify_add_watch(call.inotify_init(), b'/tmp', 4095) < 0 and 1 / 0",
     ],
 )
 def test_what_outlives_a_program_and_what_is_others_is_refused(source):
@@ -144,6 +170,9 @@ def test_what_a_program_needs_works():
         "print(open('/dev/stdin').read(), os.cpu_count() > 0, len(os.urandom(4)))\n"
         "with tempfile.TemporaryDirectory(dir='.') as d: open(d + '/x', 'w').write('x')\n"
         "os.kill(os.getpid(), 0)\n"
+        "import fcntl\n"
+        "fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_NONBLOCK)\n"
+        "os.get_terminal_size() if os.isatty(0) else ctypes.CDLL(None).prctl(15, b'name')\n"
     )
     result = run(source, stdin="in")
     assert (result.ending, result.stdout, result.stderr) == ("done", "in True 4\n", "")
