@@ -407,7 +407,9 @@ def test_servers_give_their_memory_back_while_the_trainer_steps(tiny_model, serv
 def test_the_timeline_says_at_any_moment_what_each_server_does(tiny_model, server, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=3)
     trainer.fit(make_module(tiny_model), data_with_validation(server, max_staleness=0))
-    records = [json.loads(line) for line in (tmp_path / "timeline.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in next(tmp_path.rglob("timeline.jsonl")).read_text().splitlines()
+    ]
     lane = [r for r in records if r.get("lane") == "server 0"]
     doings = {r["what"] for r in lane}
     assert {"generating", "updating"} < doings <= SERVER_DOINGS
