@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EMAWeightAveraging,
@@ -17,12 +18,22 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from lightning_grpo.contract import check_gpus, check_intervals, check_ranks, check_trainer
+from lightning_grpo.contract import (
+    check_gpus,
+    check_intervals,
+    check_ranks,
+    check_trainer,
+    describe_dtypes,
+)
+from lightning_grpo.datamodule import describe_data
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.rewards import code, gsm8k
+from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from tests.fakes.loops import NeverServers, make_data, make_trainer
 
 
-def make_trainer(**settings) -> L.Trainer:
+def own_trainer(**settings) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(accelerator="cpu", devices=1, **{**quiet, **settings})
 
@@ -80,13 +91,13 @@ def make_trainer(**settings) -> L.Trainer:
 )
 def test_what_can_t_work_is_refused_with_the_way_out(settings, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_trainer(make_trainer(**settings))
+        check_trainer(own_trainer(**settings))
 
 
 def test_a_sharded_strategy_takes_no_precision_but_its_own():
     with pytest.raises(ConfigError, match=r"`precision` must be 32-true with FSDP2.*param_dtype"):
-        make_trainer(strategy=FSDP2Strategy(), precision="bf16-mixed")
-    check_trainer(make_trainer(strategy=FSDP2Strategy()))
+        own_trainer(strategy=FSDP2Strategy(), precision="bf16-mixed")
+    check_trainer(own_trainer(strategy=FSDP2Strategy()))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +111,7 @@ def test_a_sharded_strategy_takes_no_precision_but_its_own():
     ],
 )
 def test_what_works_passes(settings):
-    trainer = make_trainer(**settings)
+    trainer = own_trainer(**settings)
     check_trainer(trainer)
     check_intervals(trainer, steps_per_rollout=1, epoch_steps=10)
 
@@ -136,7 +147,7 @@ def test_what_works_passes(settings):
 )
 def test_what_would_cut_a_rollout_batch_is_refused_with_the_nearest(settings, name, got, nearest):
     with pytest.raises(ConfigError) as refusal:
-        check_intervals(make_trainer(**settings), steps_per_rollout=4, epoch_steps=40)
+        check_intervals(own_trainer(**settings), steps_per_rollout=4, epoch_steps=40)
     assert str(refusal.value).startswith(f"`{name}` must be a multiple of 4")
     assert f"got {got} steps" in str(refusal.value)
     assert str(refusal.value).endswith(f"The nearest is {nearest}.")
@@ -145,7 +156,7 @@ def test_what_would_cut_a_rollout_batch_is_refused_with_the_nearest(settings, na
 @pytest.mark.parametrize(("limit", "longest"), [(None, 40), (12, 12), (0.5, 20), (60, 40)])
 def test_a_validation_that_no_epoch_reaches_is_refused_with_the_way_out(limit, longest):
     def check(interval, **settings):
-        trainer = make_trainer(val_check_interval=interval, limit_train_batches=limit, **settings)
+        trainer = own_trainer(val_check_interval=interval, limit_train_batches=limit, **settings)
         check_intervals(trainer, steps_per_rollout=1, epoch_steps=40)
 
     check(longest)
@@ -160,31 +171,31 @@ def test_a_validation_that_no_epoch_reaches_is_refused_with_the_way_out(limit, l
 
 
 def test_intervals_between_rollout_batches_pass():
-    trainer = make_trainer(
+    trainer = own_trainer(
         max_steps=12,
         val_check_interval=0.5,
         callbacks=[ModelCheckpoint(every_n_train_steps=8), ModelCheckpoint(monitor="eval/x")],
     )
     check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
-    check_intervals(make_trainer(fast_dev_run=2), steps_per_rollout=2, epoch_steps=40)
+    check_intervals(own_trainer(fast_dev_run=2), steps_per_rollout=2, epoch_steps=40)
 
 
 def test_a_clock_may_not_save_between_the_steps_of_a_rollout_batch():
     saving = {"callbacks": [ModelCheckpoint(train_time_interval=timedelta(minutes=5))]}
-    check_intervals(make_trainer(**saving), steps_per_rollout=1, epoch_steps=40)
+    check_intervals(own_trainer(**saving), steps_per_rollout=1, epoch_steps=40)
     with pytest.raises(ConfigError, match=r"train_time_interval` must be null.*0:05:00"):
-        check_intervals(make_trainer(**saving), steps_per_rollout=4, epoch_steps=40)
+        check_intervals(own_trainer(**saving), steps_per_rollout=4, epoch_steps=40)
 
 
 def test_a_clock_may_not_validate_between_the_steps_of_a_rollout_batch():
-    trainer = make_trainer(val_check_interval="00:00:05:00")
+    trainer = own_trainer(val_check_interval="00:00:05:00")
     check_intervals(trainer, steps_per_rollout=1, epoch_steps=40)
     with pytest.raises(ConfigError, match=r"`trainer\.val_check_interval` must be a number of"):
         check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
 
 
 def test_a_clock_may_not_stop_between_the_steps_of_a_rollout_batch():
-    trainer = make_trainer(max_time="00:00:05:00")
+    trainer = own_trainer(max_time="00:00:05:00")
     check_intervals(trainer, steps_per_rollout=1, epoch_steps=40)
     with pytest.raises(ConfigError, match=r"max_time` must be null .* got 300\.0 s.*SIGTERM"):
         check_intervals(trainer, steps_per_rollout=4, epoch_steps=40)
@@ -204,3 +215,43 @@ def test_gpus_that_train_and_serve_must_be_the_same_or_apart():
         check_gpus([0, 1], [1])
     with pytest.raises(ConfigError, match=r"name fewer in `servers\.devices`"):
         check_gpus([1], [0, 1])
+
+
+# ---- the line that names every precision --------------------------------------------------------
+
+
+def described(tmp_path, **settings) -> str:
+    policy = torch.nn.Linear(2, 2)
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.optimizers = [torch.optim.SGD(policy.parameters(), lr=0.1)]
+    return describe_dtypes(trainer, policy, {"wire": "bfloat16", "server": "auto"})
+
+
+def test_plain_training_computes_in_what_the_weights_are(tmp_path):
+    assert described(tmp_path) == (
+        "weights float32, compute float32, gradients float32, optimizer float32, wire bfloat16, "
+        "server auto"
+    )
+
+
+def test_autocast_and_the_sharding_policy_are_told(tmp_path):
+    assert "compute bfloat16 (autocast), grad" in described(tmp_path, precision="bf16-mixed")
+    strategy = FSDP2Strategy(param_dtype="bfloat16", reduce_dtype="float32")
+    assert "compute bfloat16, gradients float32, opt" in described(tmp_path, strategy=strategy)
+    assert "compute float32, gradients float32, opt" in described(tmp_path, strategy="fsdp2")
+
+
+def test_a_batch_of_more_prompts_than_there_are_is_said():
+    data = make_data(NeverServers(), batch_size=4)
+    few = "3 (fewer than a batch of 4: some are asked several times in each), and held out none"
+    assert describe_data(data, 3, {})["prompts"] == few
+    assert describe_data(data, 4, {})["prompts"] == "4, and held out none"
+
+
+def test_what_holds_programs_of_the_policy_is_said():
+    programs = make_data(NeverServers(), code, batch_size=4)
+    assert "resource limits" in describe_data(programs, 4, {})["programs"]
+    sampling = programs.workflow.sampling
+    several = PerDatasetWorkflow({"": programs.workflow, "sums": RLVRWorkflow(gsm8k, sampling)})
+    assert several.runs_programs
+    assert "programs" not in describe_data(make_data(NeverServers(), gsm8k), 4, {})

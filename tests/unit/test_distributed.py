@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.distributed.channel import what_happened
+from lightning_grpo.distributed.channel import most_urgent, signal_of, urgency, what_happened
 from lightning_grpo.distributed.heartbeat import (
     Failure,
     Heart,
@@ -293,3 +294,22 @@ def test_an_old_record_that_is_put_back_is_no_news():
 
 def test_processes_of_one_machine_know_it_by_the_same_name():
     assert this_machine() == this_machine() != ""
+
+
+# ---- which of several signals counts ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations(["SIGUSR1", "SIGTERM", "", "SIGINT"]))
+)
+def test_a_request_to_run_again_outweighs_requests_to_end_in_any_order(order):
+    assert most_urgent(order) == "SIGUSR1"
+
+
+def test_no_signal_is_no_request():
+    assert most_urgent([]) == most_urgent(["", ""]) == signal_of(urgency("")) == ""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGRTMAX"])
+def test_a_number_that_travels_names_its_signal_again(name):
+    assert signal_of(urgency(name)) == name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import pkgutil
 import re
 import subprocess
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from lightning_grpo.hparams import import_object
+from lightning_grpo.moved import MOVED
 
 PACKAGE = Path(__file__).parents[2] / "lightning_grpo"
 TORCH_FREE = ("types", "errors", "rewards", "rollout", "servers", "shipped")
@@ -108,3 +112,23 @@ def test_a_module_and_its_data_load_where_no_extra_is_installed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ---- paths of modules that moved ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_path_is_the_module_of_today(old):
+    today = importlib.import_module(f"lightning_grpo.{MOVED[old]}")
+    assert importlib.import_module(f"lightning_grpo.{old}") is today
+
+
+def test_a_class_by_its_old_path_is_the_class_of_today():
+    from lightning_grpo import SAPOLoss
+
+    assert import_object("lightning_grpo.algorithm.trust_losses.SAPOLoss") is SAPOLoss
+
+
+def test_a_path_that_never_was_is_no_module():
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("lightning_grpo.rollout.never_was")

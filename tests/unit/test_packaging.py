@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -123,3 +124,24 @@ def test_the_tests_that_the_security_page_names_are_there():
     named = set(re.findall(r"`((?:unit|integration)/[^`]*)`", page))
     assert len(named) > 10
     assert [name for name in named if not (REPOSITORY / "tests" / name).exists()] == []
+
+
+# ---- benchmarks: run seldom, but what they use of the package must be there ----
+
+ROOT = Path(__file__).parents[2]
+OPTIONAL = {"matplotlib", "trl"}  # of the extra `bench`
+PROGRAMS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in (ROOT / "benchmarks").rglob("*.py")
+    if file.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_benchmark_finds_all_that_it_imports(program):
+    try:
+        importlib.import_module(program)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        pytest.skip(f"needs {error.name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
@@ -19,7 +20,13 @@ from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import PerDatasetWorkflow, RLVRWorkflow, RolloutWorkflow
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.serving.fitness import Requirements
-from lightning_grpo.session.assembly import _open_pool, from_checkpoint, to_checkpoint
+from lightning_grpo.session.assembly import (
+    SHARE,
+    QuietHeap,
+    _open_pool,
+    from_checkpoint,
+    to_checkpoint,
+)
 from lightning_grpo.session.material import (
     check_ends,
     check_sampling,
@@ -366,3 +373,50 @@ def test_a_first_proof_has_long_sequences_on_both_sides_of_a_window(
     longest = material.longest_prompt + new_tokens
     assert all(len(material.probe.sequences[0]) < n <= longest for n in found)
     assert (longest in found) == reached
+
+
+# ---- how often the garbage collector looks at everything ----------------------------------------
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def look(heap, clock, generation, seconds):
+    heap.space_out("start", {"generation": generation})
+    clock.now += seconds
+    heap.space_out("stop", {"generation": generation})
+
+
+def test_a_look_at_everything_is_put_off_by_what_the_last_one_took():
+    clock, before = Clock(), gc.get_threshold()
+    heap = QuietHeap(clock)
+    try:
+        look(heap, clock, 2, 0.5)
+        assert gc.get_threshold()[:2] == before[:2]
+        assert gc.get_threshold()[2] > 1000 * before[2]
+        clock.now += 0.5 / SHARE - 1.0
+        look(heap, clock, 1, 0.0)
+        assert gc.get_threshold() != before
+        clock.now += 1.0
+        look(heap, clock, 0, 0.0)
+        assert gc.get_threshold() == before
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_everything_is_as_before_once_it_is_thawed():
+    callbacks, thresholds = list(gc.callbacks), gc.get_threshold()
+    heap = QuietHeap()
+    heap.freeze()
+    heap.freeze()
+    assert len(gc.callbacks) == len(callbacks) + 1
+    gc.collect()
+    heap.thaw()
+    heap.thaw()
+    assert gc.callbacks == callbacks
+    assert gc.get_threshold() == thresholds
+    assert gc.get_freeze_count() == 0

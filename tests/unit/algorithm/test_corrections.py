@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.off_policy import train
 from lightning_grpo.algorithm.corrections import (
     OPSM,
     CombinedCorrection,
@@ -134,3 +137,21 @@ def test_weights_are_finite_and_within_their_bounds(seed, cap, spread):
 def test_settings_that_drop_unchanged_weights_are_refused(make, name):
     with pytest.raises(ConfigError, match=f"`{name}`.* must .* got .*Way out"):
         make()
+
+
+# ---- a run that fails without a correction, and learns with one ---------------------------------
+
+START = 0.5
+
+
+def test_servers_that_sample_a_good_token_too_rarely_make_the_policy_unlearn_it():
+    assert train(None, seed=0, steps=100) < START - 0.01
+
+
+@pytest.mark.parametrize("correction", [TokenTIS(), SequenceTIS(), IcePop(0.5, 10.0)], ids=str)
+def test_a_correction_saves_the_run(correction):
+    assert train(correction, seed=0, steps=100) > START + 0.08
+
+
+def test_servers_that_agree_need_none():
+    assert train(None, seed=0, steps=100, bias=0.0) > START + 0.15

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,10 +8,16 @@ from torch import nn
 
 from lightning_grpo.policy.attention import (
     PackedLayout,
+    length_switches,
+    longest_steady,
     packed_attention_forward,
     padded_attention,
     shared_prefixes,
+    usable_context,
 )
+from lightning_grpo.policy.load import load_policy, materialize_from_folder
+from lightning_grpo.policy.packed import PackedPolicy
+from tests.fakes.causal_models import make_model_of, make_sequences, pack, plain_logprobs
 
 
 def first_with_the_same_past(sequences):
@@ -100,3 +108,118 @@ def test_a_call_without_bounds_is_refused_with_the_way_out():
     tokens = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="call the model through PackedPolicy"):
         packed_attention_forward(nn.Module(), tokens, tokens, tokens, None)
+
+
+# ---- rope ---------------------------------------------------------------------------------------
+
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24},
+    **{"factor": 4.0, **FACTORS},
+}
+PHI3 = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 24},
+}
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+    **{"original_max_position_embeddings": 24},
+}
+DEPENDING_ON_LENGTH = [
+    ("phi3", PHI3),
+    ("llama", {"rope_parameters": LONGROPE}),
+    ("phimoe", {"rope_parameters": {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.4}}),
+    (
+        "gemma3_text",  # full attention has its own RoPE
+        {
+            "rope_parameters": {
+                "full_attention": LONGROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+        },
+    ),
+    ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("qwen3", {"rope_parameters": YARN}),
+]
+LENGTHS = (12, 24, 9, 30, 27, 12, 25)
+
+
+@pytest.mark.parametrize(("kind", "settings"), DEPENDING_ON_LENGTH)
+def test_each_row_gets_the_factors_that_it_has_alone_whatever_it_is_packed_with(kind, settings):
+    model = make_model_of(kind, **settings)
+    sequences = make_sequences(LENGTHS, shared=9)  # the two of a pair begin alike
+    # Each alone in a fresh model: some remember the longest sequence they have seen.
+    alone = [plain_logprobs(copy.deepcopy(model), [ids])[0] for ids in sequences]
+    policy = PackedPolicy(model)
+    for _ in range(2):
+        together, _ = policy(*pack(sequences))
+        assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    for ids, expected in zip(sequences, alone, strict=True):
+        assert torch.allclose(policy(ids)[0], expected, atol=1e-5)
+
+
+def test_without_groups_a_long_row_would_change_the_short_ones():
+    model = make_model_of("phi3", **PHI3)
+    sequences = make_sequences(LENGTHS)
+    expected = torch.cat([plain_logprobs(copy.deepcopy(model), [ids])[0] for ids in sequences])
+    policy = PackedPolicy(model)
+    policy._factors._rotaries.clear()
+    assert not torch.allclose(policy(*pack(sequences))[0], expected, atol=0.1)
+
+
+def test_a_model_filled_on_the_meta_device_switches_too(tmp_path):
+    make_model_of("phi3", **PHI3).save_pretrained(tmp_path)
+    packed = pack(make_sequences(LENGTHS))
+    expected, _ = PackedPolicy(load_policy(str(tmp_path)))(*packed)
+    model = load_policy(str(tmp_path), meta=True)
+    policy = PackedPolicy(model)
+    materialize_from_folder(model, str(tmp_path))
+    assert torch.allclose(policy(*packed)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "switches", "steady"),
+    [
+        ("qwen3", {}, (), None),
+        ("llama", {"rope_parameters": LLAMA3}, (), None),
+        ("qwen3", {"rope_parameters": YARN}, (), None),
+        ("phi3", PHI3, (24,), 24),
+        ("phi3", {**PHI3, "sliding_window": 8}, (8, 24), 24),
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 48}, (48,), 48),
+        ("mistral", {"sliding_window": 16}, (16,), None),
+        ("mistral", {"sliding_window": None}, (), None),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, (), None),
+        (
+            "qwen2",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
+            (16,),
+            None,
+        ),
+        ("qwen2", {"layer_types": ["full_attention"] * 2, "use_sliding_window": True}, (), None),
+        (*DEPENDING_ON_LENGTH[3], (8, 24), 24),
+        (
+            "ministral3",  # queries are scaled by how far they are
+            {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}, "sliding_window": None},
+            (24,),
+            None,
+        ),
+    ],
+)
+def test_a_config_tells_the_lengths_at_which_a_model_computes_in_another_way(
+    kind, settings, switches, steady
+):
+    config = make_model_of(kind, **settings).config
+    assert length_switches(config) == switches
+    assert longest_steady(config) == steady
+
+
+def test_the_usable_context_ends_where_rope_switches_and_a_line_says_so(caplog):
+    assert usable_context(make_model_of("qwen3").config) == 128
+    assert not caplog.records
+    assert usable_context(make_model_of("phi3", **PHI3).config) == 24
+    assert "at most 24 tokens, although phi3 has a context of 128" in caplog.text

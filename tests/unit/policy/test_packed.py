@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +14,22 @@ from transformers import (
     GPT2LMHeadModel,
     Qwen3Config,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import checkpoint_activations
-from lightning_grpo.policy.packed import PackedPolicy, predicted_positions
+from lightning_grpo.policy.packed import (
+    PackedPolicy,
+    chunk_rows,
+    fuse_norms,
+    head_logprobs,
+    is_plain,
+    predicted_positions,
+)
 from tests.fakes.causal_models import (
     ARCHITECTURES,
     VOCAB,
@@ -268,3 +281,183 @@ def test_its_flops_are_those_of_the_matrix_products_and_of_half_of_the_attention
     attention = 6 * config.num_hidden_layers * width * (6 * 6 + 9 * 9)
     norms = 6 * 15 * sum(p.numel() for p in policy.parameters() if p.ndim == 1)
     assert policy.flops([6, 9], 13) == products + attention + norms
+
+
+# ---- norms --------------------------------------------------------------------------------------
+
+
+class NamedRMSNorm(nn.Module):
+    """Takes something else than a size."""
+
+    def __init__(self):
+        super().__init__()
+
+
+@pytest.mark.parametrize("kind", [Qwen2RMSNorm, Qwen3RMSNorm, LlamaRMSNorm])
+def test_norms_that_scale_by_their_weight_are_known(kind):
+    assert is_plain(kind)
+
+
+@pytest.mark.parametrize("kind", [Gemma2RMSNorm, NamedRMSNorm, nn.LayerNorm, nn.Linear])
+def test_others_are_left_alone(kind):
+    assert not is_plain(kind)
+
+
+def test_a_kind_is_known_also_where_the_model_is_made_without_storage():
+    with torch.device("meta"):
+        assert is_plain(Qwen3RMSNorm)
+
+
+def test_on_a_cpu_the_model_computes_what_it_did_and_can_be_copied():
+    model, packed = make_causal_model(), pack(make_sequences([9, 12]))
+    expected, _ = PackedPolicy(copy.deepcopy(model))(*packed)
+    fuse_norms(model)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(PackedPolicy(twin)(*packed)[0], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_values_and_gradients_are_the_same():
+    norm = Qwen3RMSNorm(256).cuda()
+    norm.weight.data.normal_()
+    rows = torch.randn(3, 5, 256, device="cuda", requires_grad=True)
+    expected = norm(rows)
+    wanted = torch.autograd.grad(expected.square().sum(), [rows, norm.weight])
+    fuse_norms(norm)
+    found = norm(rows)
+    assert torch.allclose(found, expected, atol=1e-5)
+    for mine, theirs in zip(
+        torch.autograd.grad(found.square().sum(), [rows, norm.weight]), wanted, strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+    half = norm.to(torch.bfloat16)
+    assert half(rows.bfloat16()).dtype == torch.bfloat16
+
+
+# ---- head ---------------------------------------------------------------------------------------
+
+ROWS, HIDDEN, HEAD_VOCAB = 13, 6, 17
+
+
+def head_inputs(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(HEAD_VOCAB, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(0, HEAD_VOCAB, (ROWS,), generator=generator)
+    temperature = 0.5 + torch.rand(ROWS, generator=generator)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, temperature
+
+
+def reference(hidden, weight, targets, temperature):
+    logits = hidden.double() @ weight.double().t() / temperature.double().unsqueeze(1)
+    log_softmax = logits.log_softmax(-1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    return log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
+
+
+@pytest.mark.parametrize("rows", [1, 4, 12, 13, 100])
+def test_values_and_gradients_equal_those_of_all_logits_at_once(rows):
+    hidden, weight, targets, temperature = head_inputs()
+    expected = reference(hidden, weight, targets, temperature)
+    found = head_logprobs(hidden, weight, targets, temperature, True, rows * HEAD_VOCAB)
+    probe = torch.randn(2, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for logprobs, entropy in (expected, found):
+        loss = (probe[0] * logprobs + probe[1] * entropy).sum()
+        gradients.append(torch.autograd.grad(loss, (hidden, weight)))
+    for left, right in zip((*expected, *gradients[0]), (*found, *gradients[1]), strict=True):
+        assert torch.allclose(left, right, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("max_logits", [3 * HEAD_VOCAB, 1000])
+def test_the_gradient_is_that_of_finite_differences(with_entropy, max_logits):
+    hidden, weight, targets, temperature = head_inputs()
+
+    def function(hidden, weight):
+        logprobs, entropy = head_logprobs(
+            hidden, weight, targets, temperature.double(), with_entropy, max_logits
+        )
+        return (logprobs, entropy) if with_entropy else logprobs
+
+    assert torch.autograd.gradcheck(function, (hidden, weight))
+
+
+class LargestVocabTensor(TorchDispatchMode):
+    """Remembers the most elements that any tensor with a vocabulary axis had."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == HEAD_VOCAB:
+                self.rows = max(self.rows, tensor.numel() // HEAD_VOCAB)
+        return out
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_no_more_than_one_chunk_of_logits_exists_forward_or_backward(with_entropy):
+    hidden, weight, targets, temperature = head_inputs()
+    # The weight's own gradient is [vocab, hidden]; its transpose would be mistaken for logits.
+    with LargestVocabTensor() as spy:
+        logprobs, entropy = head_logprobs(
+            hidden, weight.detach(), targets, temperature, with_entropy, 4 * HEAD_VOCAB
+        )
+        (logprobs.sum() + (entropy.sum() if with_entropy else 0.0)).backward()
+    assert 0 < spy.rows <= max(4, HIDDEN)
+    with LargestVocabTensor() as spy:
+        head_logprobs(hidden, weight.detach(), targets, temperature, with_entropy, 1000)
+    assert spy.rows == ROWS
+
+
+def test_logits_are_fp32_where_hidden_states_and_weights_are_bf16():
+    hidden, weight, targets, temperature = head_inputs(torch.bfloat16)
+    logprobs, entropy = head_logprobs(hidden, weight, targets, temperature, True)
+    expected, expected_entropy = reference(hidden, weight, targets, temperature)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    # Products and sums of bf16 numbers in fp32 are right to 1e-5; in bf16 they are not to 1e-2.
+    assert torch.allclose(logprobs.double(), expected, atol=1e-5)
+    assert torch.allclose(entropy.double(), expected_entropy, atol=1e-5)
+    logprobs.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+def test_no_rows_at_all_give_gradients_of_zero():
+    hidden, weight, targets, temperature = head_inputs()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    logprobs, _ = head_logprobs(
+        hidden[nothing], weight, targets[nothing], temperature[nothing], False
+    )
+    logprobs.sum().backward()
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+def test_a_chunk_is_at_least_one_row():
+    assert chunk_rows(1000, 10) == 1
+    assert chunk_rows(1000, 5500) == 5
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_rounds_what_comes_in_and_no_logits(rows, inside):
+    _, weight, targets, temperature = head_inputs(torch.float32)
+    hidden = head_inputs(torch.bfloat16)[0]
+    rounded = (hidden.detach().requires_grad_(), weight.detach().bfloat16().requires_grad_())
+    expected = head_logprobs(*rounded, targets, temperature, True, rows * HEAD_VOCAB)
+    sum(t.sum() for t in expected).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head_logprobs(hidden, weight, targets, temperature, True, rows * HEAD_VOCAB)
+        if inside:  # where a step has several micro-batches, the first ones' backward is
+            sum(t.sum() for t in found).backward()
+    if not inside:
+        sum(t.sum() for t in found).backward()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert torch.equal(hidden.grad, rounded[0].grad)
+    assert torch.equal(weight.grad, rounded[1].grad.float())

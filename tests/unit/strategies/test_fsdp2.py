@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -10,10 +11,20 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.strategies import fsdp2
-from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from lightning_grpo.strategies.fsdp2 import (
+    FSDP2Strategy,
+    gradient_sync,
+    is_sharded,
+    parallelize,
+    reshard,
+)
+from tests.fakes.tiny_lm import Policy, global_batch, make_lm
 
 
 def trainer(strategy: object, **kwargs: object) -> L.Trainer:
@@ -115,3 +126,123 @@ def test_the_ranks_of_gpus_can_reduce_what_lies_in_host_memory_too(device, backe
     strategy.cluster_environment = LightningEnvironment()
     strategy.parallel_devices = [torch.device(device, 0)]
     assert strategy._get_process_group_backend() == backend
+
+
+# ---- what `parallelize` shards, and with which precision ----------------------------------------
+
+
+class Scaled(nn.Module):
+    """Uses a float input beside its parameters, as a policy does with temperatures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.seen: torch.dtype | None = None
+
+    def forward(self, x: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        self.seen = temperature.dtype
+        return self.layer(x.to(self.layer.weight.dtype)) / temperature.unsqueeze(1)
+
+
+@pytest.fixture
+def mesh(process_group):
+    return init_device_mesh("cpu", (1,))
+
+
+def test_decoder_blocks_and_the_root_are_sharded_and_the_numbers_stay(mesh):
+    policy = Policy(make_lm())
+    ids = global_batch(0)
+    expected = policy(ids).detach()
+    assert parallelize(policy, mesh) is policy
+    assert is_sharded(policy)
+    sharded = [type(m).__name__ for m in policy.modules() if is_directly_sharded(m)]
+    assert sharded == ["FSDPPolicy", "FSDPQwen3DecoderLayer", "FSDPQwen3DecoderLayer"]
+    assert torch.equal(policy(ids).detach(), expected)
+
+
+def is_directly_sharded(module: nn.Module) -> bool:
+    return type(module).__name__.startswith("FSDP")
+
+
+def test_the_root_keeps_full_parameters_after_a_forward_until_they_are_given_back(mesh):
+    policy = parallelize(Policy(make_lm()), mesh)
+    with torch.no_grad():
+        policy(global_batch(0))
+    head = policy.model.lm_head
+    assert not isinstance(head.weight, DTensor)
+    reshard(policy)
+    assert isinstance(head.weight, DTensor)
+
+
+def test_bfloat16_is_for_the_computation_alone(mesh):
+    module = parallelize(Scaled(), mesh, blocks=[], param_dtype="bfloat16")
+    temperature = torch.full((2,), 0.7, requires_grad=True)
+    module(torch.ones(2, 4), temperature).sum().backward()
+    assert module.seen == torch.float32  # 0.7 is no bfloat16 number
+    assert module.layer.weight.dtype == torch.float32
+    assert module.layer.weight.grad.dtype == torch.float32
+
+
+def test_a_mesh_with_a_data_parallel_dimension_is_taken_apart(process_group):
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    assert is_sharded(parallelize(Policy(make_lm()), mesh))
+    other = init_device_mesh("cpu", (1, 1), mesh_dim_names=("a", "b"))
+    with pytest.raises(ConfigError, match="'data_parallel', got"):
+        parallelize(Policy(make_lm()), other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "`blocks` must be given for Scaled"),
+        ({"blocks": ["Block"]}, r"names \['Block'\], which the model has not. It has: Linear"),
+        ({"blocks": [], "param_dtype": "int8"}, "`param_dtype` must be one of auto, bfloat16"),
+        ({"blocks": [], "reduce_dtype": "half"}, "`reduce_dtype` must be one of"),
+        ({"cpu_offload": True}, "`cpu_offload` needs a GPU"),
+    ],
+)
+def test_a_setting_that_can_not_work_is_refused(mesh, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parallelize(Scaled(), mesh, **settings)
+
+
+# ---- micro-batches accumulate without communication; the last one reduces everything ------------
+
+
+class Module(nn.Module):
+    """As much of a LightningModule as is looked at."""
+
+    def __init__(self, root: nn.Module, wrapped: nn.Module | None = None) -> None:
+        super().__init__()
+        self.root = root
+        self.trainer = SimpleNamespace(strategy=SimpleNamespace(model=wrapped))
+
+
+def test_one_device_needs_nothing():
+    module = Module(nn.Linear(2, 2))
+    for enabled in (False, True):
+        with gradient_sync(module, enabled):
+            module.root(torch.ones(1, 2)).sum().backward()
+    assert torch.equal(module.root.weight.grad, torch.full((2, 2), 2.0))
+
+
+def test_ddp_reduces_in_the_last_micro_batch_only(process_group):
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    module = Module(wrapped.module, wrapped)
+    with gradient_sync(module, enabled=False):
+        assert not wrapped.require_backward_grad_sync
+    with gradient_sync(module, enabled=True):
+        assert wrapped.require_backward_grad_sync
+
+
+def test_sharded_gradients_appear_with_the_last_micro_batch(process_group):
+    root = parallelize(nn.Sequential(nn.Linear(2, 2)), init_device_mesh("cpu", (1,)), blocks=[])
+    assert isinstance(root, FSDPModule)
+    module = Module(root)
+    with gradient_sync(module, enabled=False):
+        root(torch.ones(1, 2)).sum().backward()
+    assert root[0].weight.grad is None  # held back, unreduced
+    with gradient_sync(module, enabled=True):
+        loss = root(torch.ones(1, 2)).sum()
+    loss.backward()  # as Lightning does it, after the block
+    assert torch.equal(root[0].weight.grad.full_tensor(), torch.full((2, 2), 2.0))

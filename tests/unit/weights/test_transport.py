@@ -1,11 +1,14 @@
 import json
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lightning_grpo.errors import ConfigError, WeightSyncError
+from lightning_grpo.session.assembly import choose_transport
+from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
 from lightning_grpo.weights.transport import DiskTransport, Place, check_version, write_version
 
 
@@ -110,3 +113,37 @@ def test_a_disk_that_takes_no_more_is_named_and_left_as_it_was(tmp_path):
 def test_keeping_none_is_refused():
     with pytest.raises(ConfigError, match="`keep` must be >= 1"):
         DiskTransport(keep=0)
+
+
+# ---- choose -------------------------------------------------------------------------------------
+
+
+def servers_on(*devices):
+    return SimpleNamespace(handles=[SimpleNamespace(devices=(each,)) for each in devices])
+
+
+@pytest.mark.parametrize(
+    ("trainer_gpu", "serving", "kind"),
+    [
+        (0, (0,), IPCTransport),
+        (0, (1,), ProcessGroupTransport),
+        (0, (1, 2, 3), ProcessGroupTransport),
+        (1, (0, 1), DiskTransport),
+        (0, (), ProcessGroupTransport),
+        (None, (), ProcessGroupTransport),
+    ],
+)
+def test_the_transport_follows_from_where_trainer_and_servers_are(trainer_gpu, serving, kind):
+    assert type(choose_transport(None, servers_on(*serving), trainer_gpu)) is kind
+
+
+def test_a_server_on_a_cpu_beside_a_trainer_on_a_gpu_joins_a_group_of_the_cpus():
+    # Of a running server that is local the only GPU is known, not whether it uses it.
+    chosen = choose_transport(None, servers_on(0), 0, on_cpu=True)
+    assert isinstance(chosen, ProcessGroupTransport)
+    assert chosen.backend == "gloo"
+
+
+def test_a_given_transport_is_kept():
+    given = DiskTransport()
+    assert choose_transport(given, servers_on(0), 0) is given
