@@ -159,15 +159,21 @@ class TimelineWriter(Callback):
     resumed run appends: where it repeats a step that a killed run had taken, the later lines count.
     """
 
+    def __init__(self) -> None:
+        self._path: Path | None = None  # none: what runs is no training
+        self._records: deque[dict[str, Any]] = deque()  # warnings come from any thread
+        self._failed = False
+        self._step = 0
+        self._part_began = 0.0
+        self._sync_began: float | None = None
+        self._listener = _Listener(self._hear)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the run's folder, and hear what the package warns of."""
         folder = run_folder(trainer)  # on all ranks, since Lightning broadcasts it
-        self._records: deque[dict[str, Any]] = deque()  # warnings come from any thread
         self._path = folder / TIMELINE if stage == TrainerFn.FITTING else None
         self._failed = not trainer.is_global_zero
         self._step = trainer.global_step
-        self._sync_began: float | None = None
-        self._listener = _Listener(self._hear)
         if self._path is not None:
             logging.getLogger("lightning_grpo").addHandler(self._listener)
 

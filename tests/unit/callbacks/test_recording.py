@@ -243,6 +243,17 @@ def test_a_run_that_goes_on_appends(make_trainer, tmp_path):
     assert [r["kind"] for r in read(tmp_path)].count("start") == 2
 
 
+def test_a_run_that_ends_before_its_folder_is_known_is_told_as_it_is(make_trainer, tmp_path):
+    class Refuses(Callback):
+        def setup(self, trainer, pl_module, stage) -> None:
+            raise ValueError("not like this")
+
+    trainer = make_trainer(callbacks=[Refuses(), TimelineWriter()], enable_progress_bar=False)
+    with pytest.raises(ValueError, match="not like this"):
+        trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    assert not (tmp_path / "timeline.jsonl").exists()
+
+
 def test_validate_records_nothing(make_trainer, tmp_path):
     trainer = make_trainer(
         callbacks=[TimelineWriter()], enable_progress_bar=False, limit_val_batches=1
