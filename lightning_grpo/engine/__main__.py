@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from aiohttp import web
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.checks import MOST, MOST_PORT, require_on_hub
-from lightning_grpo.engine.http import Door, EngineServer
-from lightning_grpo.engine.intake import Intake
+from lightning_grpo.engine.http import EngineServer
 from lightning_grpo.engine.model import (
     ModelRunner,
     check_servable,
@@ -32,6 +30,8 @@ from lightning_grpo.engine.model import (
     load_model,
     load_tokenizer,
 )
+from lightning_grpo.engine.openai import OpenAIRoutes
+from lightning_grpo.engine.requests import Intake
 from lightning_grpo.engine.scheduler import EngineThread, Limits, Scheduler
 from lightning_grpo.engine.updates import ModelWeights, WeightUpdates
 from lightning_grpo.errors import ConfigError
@@ -39,7 +39,6 @@ from lightning_grpo.keys import API_KEY_VARIABLE, is_reference, read_key
 
 _AT_LEAST_ONE = (("max-running-requests", 1, MOST), ("kv-memory-mb", 1, MOST))
 _MISUSED = 2
-_SHUTDOWN_S = 2.0
 _GIL_INTERVAL_S = 0.0005
 
 
@@ -150,23 +149,18 @@ async def serve(options: argparse.Namespace) -> None:
     if options.exit_with_stdin:
         _watch_stdin(loop, stop)
     engine.start()
-    runner = web.AppRunner(server.app(), handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S)
-    await runner.setup()
-    assert runner.server is not None
-    server.door = Door(runner.server)
     try:
-        listener = await server.door.listen(options.host, options.port)
+        runner, listener = await server.listen(options.host, options.port)
     except OSError as error:
         # An address that is taken, or not this machine's, is the system's to say.
         raise ConfigError(
             f"`--host` and `--port` must be a free address of this machine, got "
             f"{options.host}:{options.port}: {error.strerror or error}. Name another port, or 0."
         ) from error
-    port = listener.sockets[0].getsockname()[1]
     # What was loaded stays: to look through it for garbage stops both threads each time.
     gc.collect()
     gc.freeze()
-    print(f"READY http://{options.host}:{port}", flush=True)
+    print(f"READY http://{options.host}:{listener.sockets[0].getsockname()[1]}", flush=True)
     await stop.wait()
     # Whoever still waits gets what there is.
     await engine.call(lambda s: s.abort(None))
@@ -191,31 +185,29 @@ def build(
             f"{options.model!r}: {str(error).splitlines()[0]}"
         ) from error
     runner = ModelRunner(model, row_by_row=options.deterministic)
+    limits = _limits(options, runner)
+    engine = EngineThread(Scheduler(runner, tokenizer, limits, options.weight_version), loop)
+    end_ids = end_token_ids(model, tokenizer)
+    intake = Intake(
+        runner.vocab_size, runner.context_length, end_ids, tokenizer, options.deterministic
+    )
+    updates = WeightUpdates(engine, ModelWeights(model), options.model)
+    server = EngineServer(engine, updates, intake, limits, model, options.api_key)
+    OpenAIRoutes(engine, intake, lambda: updates.model_path).add_to(server.app)
+    return engine, server
+
+
+def _limits(options: argparse.Namespace, runner: ModelRunner) -> Limits:
     # One prompt through: shows what can't be served before anyone is told that this is ready.
     state = runner.prefill([[0, 0]])[0]
     token_bytes = state.kv[..., 0, :].numel() * state.kv.element_size()
-    limits = Limits(
+    wanted = options.max_running_requests * runner.context_length
+    most = min((options.kv_memory_mb << 20) // token_bytes, wanted)
+    return Limits(
         max_running=options.max_running_requests,
-        max_total_tokens=max(
-            runner.context_length,
-            min(
-                (options.kv_memory_mb << 20) // token_bytes,
-                options.max_running_requests * runner.context_length,
-            ),
-        ),
+        max_total_tokens=max(runner.context_length, most),
         deterministic=options.deterministic,
     )
-    scheduler = Scheduler(runner, tokenizer, limits, options.weight_version)
-    engine = EngineThread(scheduler, loop)
-    intake = Intake(
-        runner.vocab_size,
-        runner.context_length,
-        end_token_ids(model, tokenizer),
-        tokenizer,
-        options.deterministic,
-    )
-    updates = WeightUpdates(engine, ModelWeights(model), options.model)
-    return engine, EngineServer(engine, updates, intake, limits, model, options.api_key)
 
 
 def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

@@ -1,16 +1,12 @@
-"""The model of the engine, and its KV cache.
+"""The model, and the keys and values of the running requests.
 
-Keys and values of the running requests, one slot each, and of recent prompts.
-
-Slots are left-aligned: token `p` of a request lies at index `p` of its slot, so a prompt's keys and
-values are copied into as many slots as ask for them. Running requests always fill the first slots;
-when some finish, the last ones move into the gaps.
+A running request has a slot. Slots are left-aligned: token `p` of a request is at index `p` of its
+slot, so a prompt's keys and values are copied into as many slots as ask for them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,43 +31,27 @@ _GROWTH = 64
 
 
 class SlotCache:
-    """All slots of all layers in one tensor `[layers, 2, slots, kv_heads, capacity, head_dim]`.
+    """All slots of all layers: `store` is `[layers, 2, slots, kv_heads, capacity, head_dim]`.
 
     It grows to what is asked for, up to `max_slots` and `max_length`, and starts empty: the shape
-    of a layer is known after the first prefill.
-
-    Args:
-        max_slots: Most requests that run at once.
-        max_length: Longest sequence.
+    of a layer is known after the first prompt, whose `[layers, 2, kv_heads, tokens, head_dim]` are
+    handed in.
     """
 
     def __init__(self, max_slots: int, max_length: int) -> None:
         self._max_slots = max_slots
         self._max_length = max_length
-        self._store: Tensor | None = None
-        self._flat: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def num_tokens_allocated(self) -> int:
-        """Tokens that the memory in hand has room for."""
-        return 0 if self._store is None else self._store.shape[2] * self._store.shape[4]
+        self.clear()
 
     def clear(self) -> None:
         """Give all memory back; only while nothing runs."""
-        self._store = None
-        self._flat = []
+        self._set(torch.empty(0, 2, 0, 1, 0, 1))
 
     def reserve(self, num_slots: int, length: int, like: Tensor) -> None:
-        """Make room for `num_slots` slots of `length` tokens, keeping what is there.
-
-        Args:
-            num_slots: Slots needed.
-            length: Tokens needed in each.
-            like: Prompt keys and values `[layers, 2, kv_heads, tokens, head_dim]`.
-        """
+        """Make room for slots of a length for prompts like that one, keeping what is there."""
         layers, two, heads, _, dim = like.shape
-        old = self._store
-        slots, capacity = (0, 0) if old is None else (old.shape[2], old.shape[4])
+        old = self.store
+        slots, capacity = old.shape[2], old.shape[4]
         if num_slots <= slots and length <= capacity:
             return
         if num_slots > slots:
@@ -81,59 +61,40 @@ class SlotCache:
             capacity = min(self._max_length, -(-wanted // _GROWTH) * _GROWTH)
         # Zeros, since what the mask hides is still multiplied by zero, and 0 * nan is nan.
         store = torch.zeros(layers, two, slots, heads, capacity, dim, dtype=like.dtype)
-        if old is not None:
+        if old.numel():
             store[:, :, : old.shape[2], :, : old.shape[4]] = old
         self._set(store)
 
     def grow(self, length: int) -> None:
         """Make room for sequences of `length` tokens in the slots that there are."""
-        if self._store is None:
-            raise RuntimeError("no slot was ever filled")
-        if length > self._store.shape[4]:
-            self.reserve(self._store.shape[2], length, self._store[:, :, 0])
+        if length > self.store.shape[4]:
+            self.reserve(self.store.shape[2], length, self.store[:, :, 0])
 
     def place(self, first_slot: int, num_slots: int, prompt: Tensor) -> None:
-        """Copy a prompt's keys and values into consecutive slots (reserved before).
-
-        Args:
-            first_slot: The first of the slots.
-            num_slots: How many.
-            prompt: `[layers, 2, kv_heads, tokens, head_dim]`.
-        """
-        if self._store is None:
-            raise RuntimeError("reserve() comes before place()")
+        """Copy a prompt's keys and values into consecutive slots, which were reserved."""
         rows = slice(first_slot, first_slot + num_slots)
-        self._store[:, :, rows, :, : prompt.shape[3]] = prompt[:, :, None]
+        self.store[:, :, rows, :, : prompt.shape[3]] = prompt[:, :, None]
 
-    def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copy the first `length` tokens of some slots over others, `[moves]` each."""
-        if self._store is not None:
-            self._store[:, :, target, :, :length] = self._store[:, :, source, :, :length]
+    def move(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
+        """Copy the first `length` tokens of some slots over others."""
+        if source:
+            self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
 
-    def wipe(self, slots: Tensor) -> None:
-        """Zero some slots, so that no non-finite number stays behind the mask."""
-        if self._store is not None:
-            self._store[:, :, slots] = 0
+    def wipe(self, slot: int) -> None:
+        """Zero a slot, so that no non-finite number stays behind the mask."""
+        self.store[:, :, slot] = 0
 
     def step(self, positions: Tensor, max_length: int, first_slot: int = 0) -> DecodeStep:
-        """What one step of `len(positions)` slots writes to and reads from.
-
-        Args:
-            positions: Where the new tokens of each slot go, `[slots, tokens]`.
-            max_length: The largest of `positions`, plus one.
-            first_slot: Of them.
-        """
-        if self._store is None:
-            raise RuntimeError("no slot was ever filled")
-        heads, capacity = self._store.shape[3], self._store.shape[4]
+        """What a step writes to and reads from; `positions` of new tokens, `[slots, tokens]`."""
+        heads, capacity = self.store.shape[3], self.store.shape[4]
         end_slot = first_slot + len(positions)
         starts = torch.arange(first_slot * heads, end_slot * heads) * capacity
         index = starts.view(-1, heads, 1) + positions[:, None]
-        window = self._store[:, :, first_slot:end_slot, :, :max_length]
+        window = self.store[:, :, first_slot:end_slot, :, :max_length]
         return DecodeStep(self._flat, window, index.flatten())
 
     def _set(self, store: Tensor) -> None:
-        self._store = store
+        self.store = store
         dim = store.shape[-1]
         self._flat = [(layer[0].view(-1, dim), layer[1].view(-1, dim)) for layer in store]
 
@@ -150,9 +111,8 @@ class DecodeStep:
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values `[slots, kv_heads, tokens, head_dim]`; return all."""
-        flat_keys, flat_values = self._flat[layer_idx]
-        flat_keys.index_copy_(0, self._index, keys.reshape(-1, keys.shape[-1]))
-        flat_values.index_copy_(0, self._index, values.reshape(-1, values.shape[-1]))
+        for flat, new in zip(self._flat[layer_idx], (keys, values), strict=True):
+            flat.index_copy_(0, self._index, new.reshape(-1, new.shape[-1]))
         window = self._window[layer_idx]
         return window[0], window[1]
 
@@ -179,22 +139,16 @@ class PrefillCapture:
 
     def prompt(self, row: int, length: int) -> Tensor:
         """One prompt's keys and values, `[layers, 2, kv_heads, length, head_dim]`."""
-        return torch.stack([kv[row, :, :length] for layer in self._layers for kv in layer]).view(
-            len(self._layers), 2, *self._layers[0][0].shape[1:2], length, -1
-        )
+        tensors = [kv[row, :, :length] for layer in self._layers for kv in layer]
+        return torch.stack(tensors).unflatten(0, (-1, 2))
 
 
 @dataclass(frozen=True)
 class PromptState:
-    """What is left of a prompt that was read.
+    """What is left of a prompt that was read."""
 
-    Attributes:
-        kv: Keys and values `[layers, 2, kv_heads, tokens, head_dim]`.
-        logits: Logits of the token after the prompt, `[vocab]`.
-    """
-
-    kv: Tensor
-    logits: Tensor
+    kv: Tensor  # [layers, 2, kv_heads, tokens, head_dim]
+    logits: Tensor  # of the token after the prompt, [vocab]
 
     @property
     def num_tokens(self) -> int:
@@ -202,48 +156,9 @@ class PromptState:
         return self.kv.shape[3]
 
 
-class PromptCache:
-    """Recently read prompts, so that the samples of a group share one prefill.
-
-    Args:
-        max_tokens: Prompt tokens kept; the least recently used go first.
-    """
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._num_tokens = 0
-        self._states: OrderedDict[Hashable, PromptState] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def get(self, key: Hashable) -> PromptState | None:
-        """The state of a prompt, which becomes the most recent; None if it is not kept."""
-        state = self._states.get(key)
-        if state is not None:
-            self._states.move_to_end(key)
-        return state
-
-    def put(self, key: Hashable, state: PromptState) -> None:
-        """Keep a prompt, evicting old ones where there is no room."""
-        if state.num_tokens > self._max_tokens or key in self._states:
-            return
-        self._states[key] = state
-        self._num_tokens += state.num_tokens
-        while self._num_tokens > self._max_tokens:
-            _, old = self._states.popitem(last=False)
-            self._num_tokens -= old.num_tokens
-
-    def clear(self) -> None:
-        """Forget all prompts."""
-        self._states.clear()
-        self._num_tokens = 0
-
-
 ATTENTION_NAME = "lightning_grpo_slots"
 _EXTENDED_TOGETHER = 32
 """Slots whose tails are read in one pass: of similar length, since they are padded."""
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def slot_attention(
@@ -261,7 +176,7 @@ def slot_attention(
     Over slots the query heads that share a key-value head are laid out as queries of it, so that
     keys and values are read where they lie and never repeated.
     """
-    for name in _UNSUPPORTED:
+    for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnservableError(f"{type(module).__name__} has a `{name}`")
     _check_window(module, kwargs.get("sliding_window"))
@@ -275,11 +190,8 @@ def slot_attention(
             packed, key, value, attn_mask=attention_mask, scale=scaling
         )
         return mixed.reshape(batch, heads, queries, -1).transpose(1, 2), None
-    if heads != kv_heads:
-        key = key.repeat_interleave(heads // kv_heads, dim=1)
-        value = value.repeat_interleave(heads // kv_heads, dim=1)
     mixed = functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads
     )
     return mixed.transpose(1, 2), None
 
@@ -301,18 +213,19 @@ def load_model(path: str) -> PreTrainedModel:
         ConfigError: The folder lacks some of its weights.
     """
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
-    options: dict[str, Any] = {
-        "attn_implementation": ATTENTION_NAME,
-        "output_loading_info": True,
-        "trust_remote_code": False,
-    }
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        attn_implementation=ATTENTION_NAME,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
     model: PreTrainedModel = loaded[0]
-    info: dict[str, Any] = loaded[1]
-    if info["missing_keys"]:
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
         raise ConfigError(
             f"`model` must hold all weights of its config.json, {path!r} lacks "
-            f"{', '.join(sorted(info['missing_keys'])[:3])}. Way out: a complete checkpoint."
+            f"{', '.join(missing[:3])}. Way out: a complete checkpoint."
         )
     model.eval()
     return model.requires_grad_(False)
@@ -362,17 +275,14 @@ def end_token_ids(
 
     As SGLang, also `<|eom_id|>`, with which Llama ends a call of a tool.
     """
-    generation = model.generation_config
     sources: list[Any] = [
-        model.config.eos_token_id,
-        None if generation is None else generation.eos_token_id,
-        None if tokenizer is None else tokenizer.eos_token_id,
-        None if tokenizer is None else tokenizer.get_added_vocab().get("<|eom_id|>"),
+        getattr(each, "eos_token_id", None)
+        for each in (model.config, model.generation_config, tokenizer)
     ]
-    ids: set[int] = set()
-    for source in sources:
-        ids.update(source if isinstance(source, list) else [] if source is None else [source])
-    return frozenset(ids)
+    if tokenizer is not None:
+        sources.append(tokenizer.get_added_vocab().get("<|eom_id|>"))
+    lists = [source if isinstance(source, list) else [source] for source in sources]
+    return frozenset(each for ids in lists for each in ids if each is not None)
 
 
 class ModelRunner:
@@ -396,66 +306,43 @@ class ModelRunner:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptState]:
         """Read prompts, padded on the right to the longest."""
         lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : lengths[row]] = torch.tensor(prompt)
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         # The padding is behind each prompt, where causal attention never looks back from.
-        last = torch.tensor(lengths) - 1
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
         capture = PrefillCapture()
-        logits = self._forward(ids, capture, pick=(torch.arange(len(prompts)), last))
+        last = (torch.arange(len(prompts)), torch.tensor(lengths) - 1)
+        logits = self._forward(ids, capture, last)
         return [
-            PromptState(capture.prompt(row, lengths[row]), logits[row].clone())
-            for row in range(len(prompts))
+            PromptState(capture.prompt(row, length), logits[row].clone())
+            for row, length in enumerate(lengths)
         ]
 
     def score(self, prompt: Sequence[int], start: int) -> tuple[PromptState, Tensor]:
-        """Read one prompt and score its tokens after `start`.
-
-        Returns:
-            The state, and unscaled logprobs of tokens `start + 1` and on, `[tokens - start - 1]`.
-        """
+        """Read one prompt; also gives the unscaled logprobs of its tokens after `start`."""
         ids = torch.tensor(prompt)[None]
-        rows = torch.arange(start, len(prompt))
+        wanted = torch.arange(start, len(prompt))
         capture = PrefillCapture()
-        logits = self._forward(ids, capture, pick=(torch.zeros_like(rows), rows))
-        targets = ids[0, start + 1 :, None]
-        scores = logits[:-1].log_softmax(-1).gather(-1, targets)[:, 0]
+        logits = self._forward(ids, capture, (torch.zeros_like(wanted), wanted))
+        scores = logits[:-1].log_softmax(-1).gather(-1, ids[0, start + 1 :, None])[:, 0]
         return PromptState(capture.prompt(0, len(prompt)), logits[-1].clone()), scores
 
     def decode(self, slots: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Append one token to each of the first slots and return the next logits.
+        """Append a token to each of the first slots, which have `lengths`; the next logits.
 
-        Args:
-            slots: Where keys and values lie.
-            tokens: The newest token of each, not yet in its slot, `[running]`.
-            lengths: Tokens already in each slot, `[running]`.
-
-        Returns:
-            fp32 logits `[running, vocab]`.
+        Tokens and lengths are `[running]`, logits fp32 `[running, vocab]`.
         """
         slots.grow(int(lengths.max()) + 1)
-        if not self.row_by_row:
-            return self._append(slots, tokens[:, None], lengths[:, None])
-        rows = [
-            self._append(slots, tokens[row : row + 1, None], lengths[row : row + 1, None], row)
-            for row in range(len(tokens))
-        ]
-        return torch.cat(rows)
+        if self.row_by_row:
+            return self.extend(slots, tokens[:, None].tolist(), lengths, 0)
+        return self._append(slots, tokens[:, None], lengths[:, None], 0)
 
     def extend(
         self, slots: SlotCache, tails: Sequence[Sequence[int]], lengths: Tensor, first_slot: int
     ) -> Tensor:
-        """Append several tokens to each of some slots in a row and return the next logits.
+        """Append one or more tokens to each of some slots in a row; the next logits, as `decode`.
 
-        Args:
-            slots: Where keys and values lie, with room for the tails.
-            tails: The tokens, at least one for each slot.
-            lengths: Tokens already in each slot, `[slots]`.
-            first_slot: Of them.
-
-        Returns:
-            fp32 logits `[slots, vocab]`.
+        There must be room for them.
         """
         group = 1 if self.row_by_row else _EXTENDED_TOGETHER
         parts = []
@@ -470,36 +357,28 @@ class ModelRunner:
             parts.append(self._append(slots, ids, positions, first_slot + start))
         return torch.cat(parts)
 
-    def _append(
-        self, slots: SlotCache, ids: Tensor, positions: Tensor, first_slot: int = 0
-    ) -> Tensor:
+    def _append(self, slots: SlotCache, ids: Tensor, positions: Tensor, first_slot: int) -> Tensor:
         """Tokens and where they go, `[slots, tokens]`; the logits behind the last ones."""
         max_length = int(positions.max()) + 1
         mask = torch.zeros(*ids.shape, max_length)
         mask.masked_fill_(self._positions[:max_length] > positions[:, :, None], float("-inf"))
-        rows = torch.arange(len(ids))
-        return self._forward(
-            ids,
-            slots.step(positions, max_length, first_slot),
-            positions=positions,
-            mask=mask[:, None],
-            pick=None if ids.shape[1] == 1 else (rows, torch.full_like(rows, ids.shape[1] - 1)),
-        )
+        step = slots.step(positions, max_length, first_slot)
+        pick = None if ids.shape[1] == 1 else (torch.arange(len(ids)), torch.tensor([-1]))
+        return self._forward(ids, step, pick, positions, mask[:, None])
 
     def _forward(
         self,
         ids: Tensor,
         cache: Any,
+        pick: tuple[Tensor, Tensor] | None,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
-        pick: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if positions is None:
-            positions = self._positions[None, : ids.shape[1]]
+        """The logits behind the (rows, positions) of `pick`; None: behind each row's only token."""
         self._pick = pick
         output = self.model(
             input_ids=ids,
-            position_ids=positions,
+            position_ids=self._positions[None, : ids.shape[1]] if positions is None else positions,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
@@ -508,7 +387,4 @@ class ModelRunner:
 
     def _pick_positions(self, _: torch.nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:
         """Give the head only the positions whose logits are wanted: the rest are never made."""
-        if self._pick is None:
-            return None
-        hidden = args[0][self._pick]
-        return hidden[:, None]
+        return None if self._pick is None else args[0][self._pick][:, None]

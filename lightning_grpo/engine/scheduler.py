@@ -14,79 +14,99 @@ import queue
 import sys
 import threading
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.engine.model import ModelRunner, PromptCache, PromptState
-from lightning_grpo.engine.requests import BadRequestError, Output, Request, WeightUpdateError
-from lightning_grpo.engine.slots import ABORTED, Reason, RunningBatch
-from lightning_grpo.errors import GRPOError
+from lightning_grpo.engine.batch import ABORTED, Output, Reason, Request, RunningBatch
+from lightning_grpo.engine.model import ModelRunner, PromptState
+from lightning_grpo.engine.requests import BadRequestError, Generation, WeightUpdateError
+from lightning_grpo.errors import BusyError, GRPOError
+
+T = TypeVar("T")
+
+PAUSE_MODES = ("abort", "retract", "in_place")
+_MAX_OPEN = 1 << 16
+"""Most completions in flight, of all requests together; more are sent away for a moment."""
 
 Key = tuple[str | None, tuple[int, ...]]
 """(extra_key, tokens): requests with equal keys share keys and values."""
 
 
+@dataclass(eq=False)
 class PromptReader:
     """Makes the state that requests start from: keys, values and the next token's logits.
 
-    Args:
+    It is kept for a while, so that the samples of a group share one reading.
+
+    Attributes:
         runner: The model.
-        cache: States of recent prompts, all of the weights in place.
-        max_batch_tokens: Most tokens read in one pass, padding included; a longer prompt is read
-            alone.
+        max_batch_tokens: Most tokens read in one pass, padding included, unless of one prompt.
+        max_kept_tokens: Most tokens of prompts kept; the least recently used go first.
     """
 
-    def __init__(self, runner: ModelRunner, cache: PromptCache, max_batch_tokens: int) -> None:
-        self._runner = runner
-        self._cache = cache
-        self._max_batch_tokens = max_batch_tokens
+    runner: ModelRunner
+    max_batch_tokens: int
+    max_kept_tokens: int
+
+    def __post_init__(self) -> None:
+        self._kept: OrderedDict[Key, PromptState] = OrderedDict()
+
+    def forget(self) -> None:
+        """Keep none: other weights, or no more memory, for them."""
+        self._kept.clear()
 
     def read(self, requests: Sequence[Request]) -> list[PromptState]:
         """The state of each request's prompt."""
-        keys = [_key(request) for request in requests]
         states: dict[Key, PromptState] = {}
         unread: set[Key] = set()
-        for key, request in zip(keys, requests, strict=True):
+        for request in requests:
+            key = _key(request)
             if request.generation.logprob_start is not None and request.input_logprobs is None:
-                states[key] = self._score(request)
+                states[key] = self._score(request, request.generation.logprob_start)
                 continue
-            known = states.get(key) or self._cache.get(key)
-            if known is None and key not in unread:
+            if key not in states and key in self._kept:
+                states[key] = self._kept[key]
+            if key in states or key in unread:
+                # A retracted request keeps what was said at its first admission.
+                request.cached_tokens = request.cached_tokens or len(request.generation.input_ids)
+            else:
                 unread.add(key)
-                continue
-            if known is not None:
-                states[key] = known
-            # A retracted request keeps what was said at its first admission.
-            request.cached_tokens = request.cached_tokens or len(request.generation.input_ids)
         for batch in self._batches(unread):
-            states.update(zip(batch, self._runner.prefill([k[1] for k in batch]), strict=True))
+            states.update(zip(batch, self.runner.prefill([ids for _, ids in batch]), strict=True))
+        self._keep(states)
+        return [states[_key(request)] for request in requests]
+
+    def _keep(self, states: Mapping[Key, PromptState]) -> None:
         for key, state in states.items():
             # Non-finite weights leave nothing to share.
-            if bool(state.logits.isfinite().all()):
-                self._cache.put(key, state)
-        return [states[key] for key in keys]
+            if state.num_tokens <= self.max_kept_tokens and bool(state.logits.isfinite().all()):
+                self._kept[key] = state
+                self._kept.move_to_end(key)
+        excess = sum(state.num_tokens for state in self._kept.values()) - self.max_kept_tokens
+        while excess > 0:
+            excess -= self._kept.popitem(last=False)[1].num_tokens
 
     def _batches(self, keys: set[Key]) -> list[list[Key]]:
         """Prompts to read together, of about the same length since they are padded."""
         batches: list[list[Key]] = []
         for key in sorted(keys, key=lambda k: (len(k[1]), k[1], k[0] or "")):
-            if batches and (len(batches[-1]) + 1) * len(key[1]) <= self._max_batch_tokens:
+            if batches and (len(batches[-1]) + 1) * len(key[1]) <= self.max_batch_tokens:
                 batches[-1].append(key)
             else:
                 batches.append([key])
         return batches
 
-    def _score(self, request: Request) -> PromptState:
-        start = request.generation.logprob_start or 0
-        state, scores = self._runner.score(_key(request)[1], start)
-        count = len(request.generation.input_ids) - start - 1
-        request.input_logprobs = scores[:count].tolist()
+    def _score(self, request: Request, start: int) -> PromptState:
+        state, scores = self.runner.score(request.generation.input_ids, start)
+        request.input_logprobs = scores.tolist()
         return state
 
 
@@ -94,7 +114,9 @@ def _key(request: Request) -> Key:
     return (request.generation.extra_key, request.generation.input_ids)
 
 
-PAUSE_MODES = ("abort", "retract", "in_place")
+def _repeatable_order(request: Request) -> tuple[tuple[int, ...], int, int]:
+    asked = request.generation
+    return (asked.input_ids, asked.sampling_seed, asked.sample)
 
 
 @dataclass(frozen=True)
@@ -119,14 +141,7 @@ class Limits:
 
 
 class Scheduler:
-    """A slot engine: admits while others decode, one token for all running requests per step.
-
-    Args:
-        runner: The model.
-        tokenizer: Spells what was sampled, for stop strings.
-        limits: How much it takes on.
-        weight_version: The first weights' name.
-    """
+    """A slot engine: admits while others decode, one token for all running requests per step."""
 
     def __init__(
         self,
@@ -137,31 +152,18 @@ class Scheduler:
     ) -> None:
         self.weight_version = weight_version
         self.paused = False
-        self.outbox: list[tuple[Request, Output]] = []
+        self.outbox: list[Output] = []
+        self.running = RunningBatch(
+            *(runner, tokenizer, limits.max_running, self._tell, limits.deterministic)
+        )
         self._limits = limits
-        self._running = RunningBatch(
-            *(runner, tokenizer, limits.max_running, self._tell),
-            fresh_when_empty=limits.deterministic,
-        )
-        self._prompts = PromptCache(limits.prompt_cache_tokens)
         # The shape of a batch shows in the last bits of a float.
-        self._reader = PromptReader(
-            runner, self._prompts, 1 if limits.deterministic else limits.prefill_tokens
-        )
+        batch_tokens = 1 if limits.deterministic else limits.prefill_tokens
+        self._prompts = PromptReader(runner, batch_tokens, limits.prompt_cache_tokens)
         self._waiting: deque[Request] = deque()
         self._held: list[Request] = []
         self._holds = 0
         self._drained: list[Future[None]] = []
-
-    @property
-    def num_running(self) -> int:
-        """Requests in slots."""
-        return len(self._running)
-
-    @property
-    def tokens_sampled(self) -> int:
-        """Tokens sampled since the start."""
-        return self._running.tokens_sampled
 
     @property
     def num_waiting(self) -> int:
@@ -169,18 +171,22 @@ class Scheduler:
         return len(self._waiting) + len(self._held)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no request is in flight; held ones are not."""
+        return not (self.running or self._waiting)
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
-        return not self.paused and bool(len(self._running) or self._waiting)
+        return not (self.paused or self.is_idle)
 
-    def submit(self, requests: Iterable[Request]) -> None:
+    def submit(self, requests: Sequence[Request]) -> None:
         """Take requests in; they are held while generation is paused or weights are due.
 
         Raises:
             BadRequestError: If a request of that name is still here; none is taken then.
         """
-        requests = list(requests)
-        present = {r.generation.rid for r in self._all()}
+        present = {r.generation.rid for r in (*self.running.requests, *self._waiting, *self._held)}
         for request in requests:
             if request.generation.rid in present:
                 raise BadRequestError(
@@ -196,20 +202,19 @@ class Scheduler:
         def chosen(request: Request) -> bool:
             return names is None or request.generation.rid in names
 
-        for request in [*self._waiting, *self._held]:
+        for request in (*self._waiting, *self._held):
             if chosen(request):
                 self._tell(request, ABORTED)
         self._waiting = deque(r for r in self._waiting if not chosen(r))
         self._held = [r for r in self._held if not chosen(r)]
-        self._running.end([r for r in self._running.requests if chosen(r)], ABORTED)
+        self.running.end([r for r in self.running.requests if chosen(r)], ABORTED)
         self._settle()
 
     def pause(self, mode: str) -> None:
         """Stop generating.
 
-        Args:
-            mode: `abort` ends what is in flight with what it has; `retract` puts it back in the
-                queue, to be read again from prompt and output; `in_place` keeps it in its slots.
+        Mode `abort` ends what is in flight with what it has; `retract` puts it back in the queue,
+        to be read again from prompt and output; `in_place` keeps it in its slots.
         """
         if mode not in PAUSE_MODES:
             raise BadRequestError(f"`mode` must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
@@ -219,7 +224,7 @@ class Scheduler:
             self.abort(None)
             self._held = held
         elif mode == "retract":
-            self._waiting.extendleft(reversed(self._running.take_back()))
+            self._waiting.extendleft(reversed(self.running.take_back()))
         self._settle()
 
     def resume(self) -> None:
@@ -246,50 +251,40 @@ class Scheduler:
 
     def flush(self) -> bool:
         """Forget cached prompts; False (and nothing done) while requests are in flight."""
-        if len(self._running) or self._waiting:
-            return False
-        self._prompts.clear()
-        self._running.free_memory()
-        return True
+        if self.is_idle:
+            self._prompts.forget()
+            self.running.slots.clear()
+        return self.is_idle
 
     def set_version(self, version: str) -> None:
         """Name the weights; tokens from here on carry the name."""
-        for request in (*self._running.requests, *self._waiting):
-            if request.starts:
-                request.note_version(version, len(request.output_ids))
         self.weight_version = version
 
     def update(
         self, apply: Callable[[], None], version: str | None, flush_cache: bool = False
     ) -> None:
-        """Change the weights between two steps.
+        """Change the weights between two steps, and their name, unless that is None.
 
         Cached prompts are never used across weights, whatever `flush_cache` says.
 
-        Args:
-            apply: Writes them.
-            version: Their name; None keeps the name.
-            flush_cache: Refuse (with the old weights in place) if requests keep keys and values of
-                the old weights.
-
         Raises:
-            WeightUpdateError: If the flush can't be had.
+            WeightUpdateError: Requests keep keys and values of the old weights against
+                `flush_cache`; the old weights are in place.
         """
-        if flush_cache and len(self._running):
+        if flush_cache and len(self.running):
             raise WeightUpdateError(
                 f"`flush_cache` must be false while requests are paused in place, got true with "
-                f"{len(self._running)} of them; the weights are as before"
+                f"{len(self.running)} of them; the weights are as before"
             )
         apply()
-        self._prompts.clear()
-        if version is not None:
-            self.set_version(version)
+        self._prompts.forget()
+        self.set_version(self.weight_version if version is None else version)
 
     def step(self) -> None:
         """Admit what fits and sample one token for every running request."""
         if self.paused:
             return
-        self._running.step()
+        self.running.step(self.weight_version)
         if self._waiting and (self._waiting[0].only_scores or self._has_room()):
             self._admit()
         self._settle()
@@ -300,19 +295,16 @@ class Scheduler:
         Reading holds the running requests up by a pass of its own, so those that wait behind full
         slots come many at a time, not one for each that ends.
         """
-        free = self._limits.max_running - len(self._running)
+        free = self._limits.max_running - len(self.running)
         return free >= min(len(self._waiting), self._limits.max_running // 2)
 
     def _admit(self) -> None:
         batch = self._choose()
-        states = self._reader.read(batch)
-        for request in batch:
-            if not request.starts:
-                request.note_version(self.weight_version, 0)
-            if request.only_scores:
-                self._tell(request, {"type": "length", "length": 0})
-        if batch and not batch[0].only_scores:
-            self._running.add(list(zip(batch, states, strict=True)))
+        states = self._prompts.read(batch)
+        if batch and batch[0].only_scores:
+            self._tell(batch[0], {"type": "length", "length": 0})
+        elif batch:
+            self.running.add(list(zip(batch, states, strict=True)), self.weight_version)
 
     def _choose(self) -> list[Request]:
         """The next waiting requests that fit the slots, the memory and one round of reading.
@@ -321,47 +313,66 @@ class Scheduler:
         """
         if self._waiting[0].only_scores:
             return [self._waiting.popleft()]
-        longest = max((r.generation.num_positions for r in self._running.requests), default=0)
+        limits, running = self._limits, len(self.running)
+        longest = max((r.generation.num_positions for r in self.running.requests), default=0)
         chosen: list[Request] = []
         tokens, seen = 0, set()
-        while self._waiting and len(self._running) + len(chosen) < self._limits.max_running:
-            request = self._waiting[0]
-            longest = max(longest, request.generation.num_positions)
-            num = len(self._running) + len(chosen) + 1
+        while self._waiting and running + len(chosen) < limits.max_running:
+            request, num = self._waiting[0], running + len(chosen) + 1
             ids = request.generation.input_ids
-            cost = len(request.output_ids) + (0 if ids in seen else len(ids))
-            full = num > 1 and num * longest > self._limits.max_total_tokens
-            if full or (chosen and tokens + cost > self._limits.prefill_tokens):
+            longest = max(longest, request.generation.num_positions)
+            tokens += len(request.output_ids) + (0 if ids in seen else len(ids))
+            full = num > 1 and num * longest > limits.max_total_tokens
+            if full or (chosen and tokens > limits.prefill_tokens):
                 break
             seen.add(ids)
-            tokens += cost
             chosen.append(self._waiting.popleft())
         return chosen
 
     def _tell(self, request: Request, reason: Reason | None) -> None:
-        self.outbox.append((request, request.output(reason, self.weight_version)))
-
-    def _all(self) -> list[Request]:
-        return [*self._running.requests, *self._waiting, *self._held]
+        num_tokens = len(request.output_ids)
+        self.outbox.append(Output(request, num_tokens, reason, self.weight_version))
 
     def _open(self) -> None:
         if self.paused or self._holds:
             return
         if self._limits.deterministic:
-            self._held.sort(key=lambda r: (r.generation.input_ids, r.generation.seed))
+            self._held.sort(key=_repeatable_order)
         self._waiting.extend(r for r in self._held if not r.only_scores)
         self._waiting.extendleft(r for r in reversed(self._held) if r.only_scores)
         self._held = []
 
     def _settle(self) -> None:
         """Tell those who wait for the engine to be empty."""
-        if self._drained and (self.paused or not (len(self._running) or self._waiting)):
-            for future in self._drained:
+        if self.paused or self.is_idle:
+            drained, self._drained = self._drained, []
+            for future in drained:
                 future.set_result(None)
-            self._drained = []
 
 
-T = TypeVar("T")
+class Unread:
+    """What a stream has not told yet: the newest output of each completion, which holds the others.
+
+    So a reader who is slow, or stops, costs no more memory than one who waits for the end.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[int, Output] = {}
+        self._some = asyncio.Event()
+
+    def put(self, index: int, output: Output) -> None:
+        """What a completion is by now."""
+        self._newest[index] = output
+        self._some.set()
+
+    async def get(self) -> tuple[int, Output]:
+        """The completion that has waited longest to be told of, and what it is."""
+        await self._some.wait()
+        index = next(iter(self._newest))
+        output = self._newest.pop(index)
+        if not self._newest:
+            self._some.clear()
+        return index, output
 
 
 class EngineThread:
@@ -372,7 +383,7 @@ class EngineThread:
 
     Args:
         scheduler: What it runs.
-        loop: Where listeners are called.
+        loop: Of the server; listeners are called on it.
     """
 
     def __init__(self, scheduler: Scheduler, loop: asyncio.AbstractEventLoop) -> None:
@@ -380,6 +391,7 @@ class EngineThread:
         self._loop = loop
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._num_open = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -418,6 +430,50 @@ class EngineThread:
         """Run `function` on the engine's thread and don't wait; it must not raise."""
         self._commands.put(lambda: function(self._scheduler))
 
+    @asynccontextmanager
+    async def sample(
+        self, generations: Sequence[Generation], *, stream: bool
+    ) -> AsyncIterator[AsyncIterator[tuple[int, Output]]]:
+        """The outputs of completions, by index, until all have ended: of each token, if streamed.
+
+        Those that still run when the block is left, because nobody waits for them, are aborted.
+
+        Raises:
+            BadRequestError: A request of that name is in flight.
+            BusyError: Too many are.
+        """
+        if self._num_open + len(generations) > _MAX_OPEN:
+            raise BusyError(f"{self._num_open} completions are in flight, of at most {_MAX_OPEN}")
+        unread = Unread()
+        running: set[str] = set()
+
+        async def outputs() -> AsyncIterator[tuple[int, Output]]:
+            while running:
+                index, output = await unread.get()
+                if output.finish_reason is not None:
+                    running.discard(generations[index].rid)
+                yield index, output
+
+        requests = [Request(g, partial(unread.put, i), stream) for i, g in enumerate(generations)]
+        running.update(generation.rid for generation in generations)
+        self._num_open += len(generations)
+        try:
+            await self.call(lambda s: s.submit(requests))
+            yield outputs()
+        except BadRequestError:  # none was taken: the name is another's
+            running.clear()
+            raise
+        finally:
+            self._num_open -= len(generations)
+            if running:
+                self.post(lambda s: s.abort(sorted(running)))
+
+    async def finish(self, generations: Sequence[Generation]) -> list[Output]:
+        """What completions have become, in their order."""
+        async with self.sample(generations, stream=False) as outputs:
+            ended = {index: output async for index, output in outputs}
+        return [ended[index] for index in range(len(generations))]
+
     def _run(self) -> None:
         try:
             # OpenMP counts threads for each thread anew; a second one only costs at this size.
@@ -439,12 +495,8 @@ class EngineThread:
             # What the last command said must go out before the wait.
             self._deliver()
             self._commands.get()()
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                return
-            command()
+        while not self._commands.empty():  # nobody else takes any
+            self._commands.get()()
 
     def _deliver(self) -> None:
         outbox = self._scheduler.outbox
@@ -453,6 +505,6 @@ class EngineThread:
             self._loop.call_soon_threadsafe(_tell_listeners, outbox)
 
 
-def _tell_listeners(outbox: list[tuple[Request, Output]]) -> None:
-    for request, output in outbox:
-        request.listener(output)
+def _tell_listeners(outbox: list[Output]) -> None:
+    for output in outbox:
+        output.request.listener(output)

@@ -7,27 +7,22 @@ TCP rendezvous at the trainer's address and the group's name as prefix of its ke
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import pickle
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from anyio.to_thread import run_sync
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.distributed_c10d import (
-    GroupName,
-    PrefixStore,
-    _new_process_group_helper,
-    _world,
-)
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_grpo.engine.requests import (
@@ -40,60 +35,49 @@ from lightning_grpo.engine.requests import (
 )
 from lightning_grpo.engine.scheduler import EngineThread
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
     *(EOFError, SafetensorError, pickle.UnpicklingError),
 )
 """What transformers raises for folders that it can't make a model of (RuntimeError: also deep)."""
+_TIMEOUT = timedelta(seconds=300)
+"""How long joining a group, or one broadcast, may take."""
 
 
 class ModelWeights:
-    """The weights of the running model under the names of a Hugging Face checkpoint.
-
-    Args:
-        model: The model that generates.
-    """
+    """The weights of the running model under the names of a Hugging Face checkpoint."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._tensors: dict[str, Tensor] = dict(model.state_dict())
-        stored: dict[int, str] = {}
-        for name, tensor in model.named_parameters():  # nobody trains a buffer, or sends it
-            stored.setdefault(tensor.data_ptr(), name)
-        self._needed = frozenset(stored.values())
+        # Of tied weights one; nobody trains a buffer, or sends it.
+        self._needed = {t.data_ptr(): name for name, t in model.named_parameters()}
 
-    def check(self, shapes: Mapping[str, Sequence[int]], *, complete: bool = False) -> None:
-        """Check names and shapes of new weights.
-
-        Args:
-            shapes: Shape of each new tensor.
-            complete: Whether all must be there (tied ones once).
+    def check(self, tensors: Mapping[str, Tensor], *, complete: bool = False) -> None:
+        """Check names and shapes of new weights; if complete, that all are there, tied ones once.
 
         Raises:
             WeightUpdateError: Naming the first that is wrong.
         """
-        for name, shape in shapes.items():
+        for name, tensor in tensors.items():
             mine = self._tensors.get(name)
             if mine is None:
                 raise WeightUpdateError(f"the model has no weight {name!r}")
-            if list(mine.shape) != list(shape):
+            if mine.shape != tensor.shape:
                 raise WeightUpdateError(
-                    f"weight {name!r} must have shape {list(mine.shape)}, got {list(shape)}"
+                    f"weight {name!r} must have shape {list(mine.shape)}, got {list(tensor.shape)}"
                 )
-        if complete:
-            given = {self._tensors[name].data_ptr() for name in shapes}
-            missing = [n for n in sorted(self._needed) if self._tensors[n].data_ptr() not in given]
-            if missing:
-                raise WeightUpdateError(
-                    f"{len(missing)} weights of the model are missing, {missing[0]!r} first"
-                )
+        given = {self._tensors[name].data_ptr() for name in tensors}
+        missing = sorted(self._needed[place] for place in self._needed.keys() - given)
+        if complete and missing:
+            raise WeightUpdateError(
+                f"{len(missing)} weights of the model are missing, {missing[0]!r} first"
+            )
 
     def writer(
         self, tensors: Mapping[str, Tensor], *, complete: bool = False
     ) -> Callable[[], None]:
         """What writes new weights, after all of them were checked."""
-        self.check({name: tensor.shape for name, tensor in tensors.items()}, complete=complete)
+        self.check(tensors, complete=complete)
 
         def write() -> None:
             with torch.no_grad():
@@ -117,7 +101,7 @@ class ModelWeights:
             )
         try:
             tensors = _read_safetensors(Path(path))
-            if tensors is not None and tensors.keys() <= self._tensors.keys():
+            if tensors and tensors.keys() <= self._tensors.keys():
                 return tensors
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -126,80 +110,51 @@ class ModelWeights:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-            model, info = loaded
         except _UNREADABLE as error:
             raise WeightUpdateError(f"can't load weights from {path!r}: {error}") from error
         for problem in ("missing_keys", "mismatched_keys"):
-            if info.get(problem):
-                first = min(map(str, info[problem]))
-                raise WeightUpdateError(f"weights from {path!r} have {problem}: {first!r} first")
-        return dict(model.state_dict())
+            if found := sorted(map(str, loaded[1].get(problem, ()))):
+                raise WeightUpdateError(f"weights from {path!r} have {problem}: {found[0]!r} first")
+        return dict(loaded[0].state_dict())
 
 
-def _read_safetensors(folder: Path) -> dict[str, Tensor] | None:
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text())
-        files = sorted({Path(file).name for file in index["weight_map"].values()})
-    elif (folder / _SINGLE).is_file():
-        files = [_SINGLE]
-    else:
-        return None
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(folder / file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                tensors[name] = opened.get_tensor(name)
-    return tensors
+def _read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint in one file or, by its index, in several; empty without one."""
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        files = {Path(file).name for file in json.loads(index.read_text())["weight_map"].values()}
+    elif not (folder / "model.safetensors").is_file():
+        return {}
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
-TIMEOUT = timedelta(seconds=300)
-"""How long joining a group, or one broadcast, may take."""
-
-_FLAT = "flattened_bucket"
-
-
+@dataclass(eq=False)
 class TrainerGroup:
-    """A group that the trainer opened and this engine joined; the trainer is rank 0.
+    """A group that the trainer, its rank 0, opened and this engine joined.
 
-    Only here is torch's group in a variable: whatever else holds it, if only the traceback of an
-    error, would keep its connection open, and the other side waiting.
+    It is made of the parts that torch's `new_group` would use, which leaves torch's global state
+    alone. Only here is it in a variable: whatever else holds it, if only the traceback of an error,
+    would keep its connection open, and the other side waiting.
     """
 
-    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
-        self.name = name
-        self._group: dist.ProcessGroup | None = group
+    name: str
+    _group: Any
 
     @classmethod
-    def join(cls, body: InitGroupBody, timeout: timedelta = TIMEOUT) -> TrainerGroup:
+    def join(cls, body: InitGroupBody) -> TrainerGroup:
         """Join the group that the trainer opens; blocks until all members are there.
 
         Raises:
             WeightUpdateError: If they don't come.
         """
+        name, rank, size = body.group_name, body.rank_offset, body.world_size
         try:
-            store, rank, world_size = next(
-                rendezvous(
-                    f"tcp://{body.master_address}:{body.master_port}",
-                    rank=body.rank_offset,
-                    world_size=body.world_size,
-                    timeout=timeout,
-                )
-            )
-            store.set_timeout(timeout)
-            group, _ = _new_process_group_helper(
-                world_size,
-                rank,
-                [],
-                body.backend,
-                PrefixStore(body.group_name, store),
-                group_name=GroupName(body.group_name),
-                timeout=timeout,
-            )
+            store: Any = TCPStore(body.master_address, body.master_port, size, False, _TIMEOUT)
+            for prefix in (name, f"{name}/", "cpu/"):
+                store = PrefixStore(prefix, store)
+            return cls(name, dist.ProcessGroupGloo(store, rank, size, _TIMEOUT))
         except (RuntimeError, ValueError) as error:
-            raise WeightUpdateError(f"can't join group {body.group_name!r}: {error}") from error
-        # Lets `broadcast` take ranks of this group, there being no default group to number them.
-        _world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-        return cls(body.group_name, group)
+            raise WeightUpdateError(f"can't join group {name!r}: {error}") from error
 
     def receive(self, tensor: Tensor) -> None:
         """Fill a tensor with the trainer's next broadcast; blocks.
@@ -207,24 +162,45 @@ class TrainerGroup:
         Raises:
             WeightUpdateError: If the broadcast fails, or the group was left.
         """
-        failure = "it was left"
+        group, failure = self._group, "it was left"
         try:
-            if self._group is not None:
-                dist.broadcast(tensor, src=0, group=self._group)
+            if group is not None:
+                # Held until it is over: the end of a group waits for its broadcasts.
+                group.broadcast(tensor, 0).wait()
                 return
         except (RuntimeError, ValueError) as error:
             failure = str(error)
+        finally:
+            del group
         raise WeightUpdateError(f"the broadcast in {self.name!r} failed: {failure}")
 
-    def leave(self) -> None:
-        """Leave it; one that is already broken is no error.
+    def receive_bucket(
+        self, body: DistributedUpdateBody, dtypes: Sequence[torch.dtype]
+    ) -> dict[str, Tensor]:
+        """Receive all tensors of a bucket; blocks.
 
-        A broadcast under way ends when the trainer takes part in it or leaves, too.
+        Without a format each is one broadcast. A flattened bucket is one broadcast of bytes: the
+        tensors in the order of `names`, each flattened and viewed as uint8, with nothing between.
         """
-        group, self._group = self._group, None
-        if group is not None:
-            with contextlib.suppress(RuntimeError, ValueError):
-                dist.destroy_process_group(group)
+        tensors = {
+            name: torch.empty(shape, dtype=dtype)
+            for name, dtype, shape in zip(body.names, dtypes, body.shapes, strict=True)
+        }
+        if body.load_format is None:
+            for tensor in tensors.values():
+                self.receive(tensor)
+            return tensors
+        flat = torch.empty(sum(tensor.nbytes for tensor in tensors.values()), dtype=torch.uint8)
+        self.receive(flat)
+        pieces = flat.split([tensor.nbytes for tensor in tensors.values()])
+        for tensor, piece in zip(tensors.values(), pieces, strict=True):
+            # A piece may start between two elements of its type, so its bytes are copied.
+            tensor.view(-1).view(torch.uint8).copy_(piece)
+        return tensors
+
+    def leave(self) -> None:
+        """Leave it; a broadcast under way ends when the trainer takes part in it or leaves."""
+        self._group = None
 
 
 def check_bucket(body: DistributedUpdateBody) -> list[torch.dtype]:
@@ -236,129 +212,80 @@ def check_bucket(body: DistributedUpdateBody) -> list[torch.dtype]:
         )
     if len(set(body.names)) < len(body.names):
         raise BadRequestError("`names` must not repeat")
-    if body.load_format not in (None, _FLAT):
-        raise BadRequestError(f"`load_format` must be null or {_FLAT!r}, got {body.load_format!r}")
-    return [_dtype(name) for name in body.dtypes]
+    dtypes: list[Any] = [vars(torch).get(name.removeprefix("torch.")) for name in body.dtypes]
+    for name, dtype in zip(body.dtypes, dtypes, strict=True):
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise BadRequestError(f"`dtypes` must name floating point types, got {name!r}")
+    return dtypes
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = vars(torch).get(name.removeprefix("torch."))
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise BadRequestError(f"`dtypes` must name floating point types, got {name!r}")
-    return dtype
+# What is abandoned may wait in a collective for ever: it does not keep the process from ending.
+_in_thread = partial(run_sync, abandon_on_cancel=True)
 
 
-def receive_bucket(
-    group: TrainerGroup, body: DistributedUpdateBody, dtypes: Sequence[torch.dtype]
-) -> dict[str, Tensor]:
-    """Receive all tensors of a bucket from rank 0; blocks.
-
-    Without a format each tensor is one broadcast. A flattened bucket is one broadcast of bytes: the
-    tensors in the order of `names`, each flattened and viewed as uint8, with nothing between them.
-
-    Raises:
-        WeightUpdateError: If the broadcast fails.
-    """
-    tensors = {
-        name: torch.empty(shape, dtype=dtype)
-        for name, dtype, shape in zip(body.names, dtypes, body.shapes, strict=True)
-    }
-    if body.load_format is None:
-        for tensor in tensors.values():
-            group.receive(tensor)
-        return tensors
-    flat = torch.empty(sum(tensor.nbytes for tensor in tensors.values()), dtype=torch.uint8)
-    group.receive(flat)
-    pieces = flat.split([tensor.nbytes for tensor in tensors.values()])
-    for tensor, piece in zip(tensors.values(), pieces, strict=True):
-        # A piece may start between two elements of its type, so its bytes are copied into place.
-        tensor.view(-1).view(torch.uint8).copy_(piece)
-    return tensors
-
-
-T = TypeVar("T")
-
-
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run a blocking function on a thread that does not keep the process from ending."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        future.set_running_or_notify_cancel()
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - recorded for the caller
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="weights", daemon=True).start()
-    return await asyncio.wrap_future(future)
-
-
+@dataclass(eq=False)
 class WeightUpdates:
     """Changes the weights of a running engine, one update at a time.
 
     While generation is paused an update happens at once. Otherwise new requests are held and the
     update waits for those in flight, as in SGLang: each of them stays on one set of weights.
 
-    Args:
+    Attributes:
         engine: Where the weights are used.
         weights: The weights.
-        model_path: Where they were loaded from.
-
-    Attributes:
         model_path: The folder last loaded from.
     """
 
-    def __init__(self, engine: EngineThread, weights: ModelWeights, model_path: str) -> None:
-        self.model_path = model_path
-        self._engine = engine
-        self._weights = weights
+    engine: EngineThread
+    weights: ModelWeights
+    model_path: str
+
+    def __post_init__(self) -> None:
         self._groups: dict[str, TrainerGroup] = {}
         self._lock = asyncio.Lock()
 
     async def from_disk(self, body: DiskUpdateBody) -> None:
         """Load a Hugging Face folder; all weights or none."""
-        await self._replace(body, lambda: self._weights.read_folder(body.model_path), complete=True)
+        await self._replace(body, lambda: self.weights.read_folder(body.model_path), complete=True)
         self.model_path = body.model_path
 
     async def from_distributed(self, body: DistributedUpdateBody) -> None:
         """Receive a bucket; it is received whole, so that the group stays in step, then checked."""
         dtypes = check_bucket(body)
-        group = self._groups.get(body.group_name)
-        if group is None:
-            raise self._unknown(body.group_name)
-        await self._replace(body, lambda: receive_bucket(group, body, dtypes))
+        group = self._joined(body.group_name)
+        await self._replace(body, lambda: group.receive_bucket(body, dtypes))
 
     async def init_group(self, body: InitGroupBody) -> None:
         """Join a group of the trainer's."""
-        if body.backend != "gloo":
-            raise BadRequestError(
-                f"`backend` must be 'gloo' (the embedded engine runs on CPUs), got {body.backend!r}"
-            )
         if body.rank_offset >= body.world_size:
             raise BadRequestError(
                 f"`rank_offset` must be in [1, world_size ({body.world_size})) (the trainer is "
                 f"rank 0), got {body.rank_offset}"
+            )
+        if body.backend != "gloo":
+            raise BadRequestError(
+                f"`backend` must be 'gloo' (the embedded engine runs on CPUs), got {body.backend!r}"
             )
         if body.group_name in self._groups:
             raise BadRequestError(
                 f"`group_name` must be new, got {body.group_name!r}, which was joined before"
             )
         async with self._lock:
-            self._groups[body.group_name] = await in_thread(lambda: TrainerGroup.join(body))
+            self._groups[body.group_name] = await _in_thread(TrainerGroup.join, body)
 
     async def destroy_group(self, body: DestroyGroupBody) -> None:
         """Leave a group; buckets that wait for their turn in it are refused."""
-        group = self._groups.pop(body.group_name, None)
-        if group is None:
-            raise self._unknown(body.group_name)
-        await in_thread(group.leave)
+        group = self._joined(body.group_name)
+        del self._groups[body.group_name]
+        await _in_thread(group.leave)
 
-    def _unknown(self, name: str) -> BadRequestError:
-        known = ", ".join(sorted(self._groups)) or "none"
-        return BadRequestError(
-            f"`group_name` must name a group that was joined ({known}), got {name!r}"
-        )
+    def _joined(self, name: str) -> TrainerGroup:
+        if name not in self._groups:
+            known = ", ".join(sorted(self._groups)) or "none"
+            raise BadRequestError(
+                f"`group_name` must name a group that was joined ({known}), got {name!r}"
+            )
+        return self._groups[name]
 
     async def _replace(
         self,
@@ -370,13 +297,13 @@ class WeightUpdates:
         """Fetch new weights and write them while nothing is sampled."""
         async with self._lock:
             if body.abort_all_requests:
-                await self._engine.call(lambda s: s.abort(None))
-            drained = await self._engine.call(lambda s: s.hold())
+                await self.engine.call(lambda s: s.abort(None))
+            drained = await self.engine.call(lambda s: s.hold())
             try:
                 await asyncio.wrap_future(drained)
-                write = self._weights.writer(await in_thread(fetch), complete=complete)
-                await self._engine.call(
+                write = self.weights.writer(await _in_thread(fetch), complete=complete)
+                await self.engine.call(
                     lambda s: s.update(write, body.weight_version, body.flush_cache)
                 )
             finally:
-                await self._engine.call(lambda s: s.release())
+                await self.engine.call(lambda s: s.release())

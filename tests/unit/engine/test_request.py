@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from lightning_grpo.engine.requests import Request, VersionSpan
+from lightning_grpo.engine.batch import Output, Request
 from tests.fakes.engine_requests import PLAIN, ignore
 
 
+def spans(versions: str) -> list[tuple[str, int, int]]:
+    """Those of a completion whose tokens were sampled by these weights, one letter each."""
+    request = Request(PLAIN, ignore, output_ids=[5] * len(versions), versions=list(versions))
+    output = Output(request, len(versions), None, "now")
+    return [(span["version"], span["start"], span["end"]) for span in output.spans]
+
+
 def test_spans_follow_the_versions_and_leave_no_empty_one() -> None:
-    request = Request(PLAIN, ignore)
-    assert request.spans(0) == ()
-    request.note_version("a", 0)
-    assert request.spans(0) == ()
-    assert request.spans(4) == (VersionSpan("a", 0, 4),)
-    request.note_version("b", 4)
-    request.note_version("c", 4)
-    assert request.spans(4) == (VersionSpan("a", 0, 4),)
-    assert request.spans(6) == (VersionSpan("a", 0, 4), VersionSpan("c", 4, 6))
-    request.note_version("c", 6)
-    assert request.spans(7) == (VersionSpan("a", 0, 4), VersionSpan("c", 4, 7))
+    assert spans("") == []
+    assert spans("aaaa") == [("a", 0, 4)]
+    assert spans("aaaacc") == [("a", 0, 4), ("c", 4, 6)]
+    assert spans("aaaacca") == [("a", 0, 4), ("c", 4, 6), ("a", 6, 7)]
 
 
-def test_a_version_before_the_first_token_replaces_the_first() -> None:
-    request = Request(PLAIN, ignore)
-    request.note_version("a", 0)
-    request.note_version("b", 0)
-    assert request.spans(2) == (VersionSpan("b", 0, 2),)
+def test_spans_end_where_the_output_does() -> None:
+    request = Request(PLAIN, ignore, output_ids=[5] * 4, versions=["a", "a", "b", "b"])
+    assert [s["end"] for s in Output(request, 3, None, "b").spans] == [2, 3]

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 import torch
 
+from lightning_grpo.engine.batch import Output, Request
 from lightning_grpo.engine.model import ModelRunner, load_model
-from lightning_grpo.engine.requests import BadRequestError, Output, Request
-from lightning_grpo.engine.scheduler import Limits, Scheduler
+from lightning_grpo.engine.requests import BadRequestError
+from lightning_grpo.engine.scheduler import Limits, PromptReader, Scheduler
 from tests.fakes.engine_requests import PLAIN, ignore
 from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
@@ -77,8 +78,7 @@ def requests(count: int, **changes: Any) -> list[Request]:
                     {
                         "rid": f"r{i}",
                         "input_ids": tuple(range(3 + i, 8 + 2 * i)),
-                        "seed": i,
-                        "top_k": 512,
+                        "sampling_seed": i,
                         "max_new_tokens": 6,
                     }
                     | changes
@@ -94,7 +94,7 @@ def drain(scheduler: Scheduler) -> dict[str, Output]:
     """Run until nothing is left; the outputs by name."""
     while scheduler.has_work:
         scheduler.step()
-    outputs = {request.generation.rid: output for request, output in scheduler.outbox}
+    outputs = {output.request.generation.rid: output for output in scheduler.outbox}
     scheduler.outbox.clear()
     return outputs
 
@@ -106,10 +106,10 @@ def test_only_those_that_stream_are_told_of_before_their_end(runner: ModelRunner
     scheduler.submit([quiet, streams])
     scheduler.step()
     scheduler.step()
-    told = [(request, len(output.token_ids)) for request, output in scheduler.outbox]
+    told = [(output.request, len(output.token_ids)) for output in scheduler.outbox]
     assert told == [(streams, 1), (streams, 2)]
     scheduler.step()
-    assert [output.token_ids for _, output in scheduler.outbox[2:]] == [
+    assert [output.token_ids for output in scheduler.outbox[2:]] == [
         quiet.output_ids,
         streams.output_ids,
     ]
@@ -155,12 +155,12 @@ def test_what_is_only_scored_waits_neither_for_a_slot_nor_for_others(runner: Mod
     scheduler.submit(requests(1, rid="score", max_new_tokens=0, logprob_start=0))
     scheduler.resume()
     scheduler.step()
-    assert [request.generation.rid for request, _ in scheduler.outbox] == ["score"]
+    assert [output.request.generation.rid for output in scheduler.outbox] == ["score"]
     scheduler.step()
     scheduler.submit(requests(1, rid="again", max_new_tokens=0, logprob_start=0))
-    assert scheduler.num_running == 2
+    assert len(scheduler.running) == 2
     scheduler.step()
-    assert [request.generation.rid for request, _ in scheduler.outbox] == ["score", "again"]
+    assert [output.request.generation.rid for output in scheduler.outbox] == ["score", "again"]
 
 
 def test_slots_times_the_longest_request_stay_within_the_memory(runner: ModelRunner) -> None:
@@ -186,7 +186,52 @@ def test_equal_prompts_are_read_once_in_one_round_and_in_later_ones(runner: Mode
     scheduler.submit(requests(2, input_ids=(9, 8, 7)))
     drain(scheduler)
     assert counting.prefilled == [[3]]
-    assert [o.cached_tokens for o in first.values()].count(0) == 1
+    assert [o.request.cached_tokens for o in first.values()].count(0) == 1
+
+
+def test_the_least_recently_used_prompt_goes_first(runner: ModelRunner) -> None:
+    counting = CountingRunner(runner)
+    reader = PromptReader(counting, max_batch_tokens=100, max_kept_tokens=10)
+    one, two, three = ([request] for request in requests(3))
+    for number, request in enumerate((one, two, three)):
+        request[0].generation = msgspec.structs.replace(
+            request[0].generation, input_ids=(number,) * 4
+        )
+    state = reader.read(one)[0]
+    reader.read(two)
+    assert reader.read(one)[0] is state
+    reader.read(three)
+    assert reader.read(one)[0] is state
+    reader.read(three)
+    assert counting.prefilled == [[4], [4], [4]]
+    reader.read(two)
+    assert len(counting.prefilled) == 4
+    reader.forget()
+    assert reader.read(one)[0] is not state
+
+
+def test_a_prompt_that_would_evict_all_is_not_kept(runner: ModelRunner) -> None:
+    counting = CountingRunner(runner)
+    reader = PromptReader(counting, max_batch_tokens=100, max_kept_tokens=10)
+    small, large = requests(1, input_ids=(1,) * 4), requests(1, input_ids=(1,) * 11)
+    for _ in range(2):
+        reader.read(small)
+        reader.read(large)
+    assert counting.prefilled == [[4], [11], [11]]
+
+
+def test_weights_that_are_renamed_before_the_first_token_name_it(runner: ModelRunner) -> None:
+    scheduler = make(runner)
+    scheduler.submit(requests(1))
+    scheduler.set_version("new")
+    scheduler.step()
+    scheduler.set_version("newer")
+    scheduler.set_version("newest")
+    (output,) = drain(scheduler).values()
+    assert output.spans == [
+        {"version": "new", "start": 0, "end": 1},
+        {"version": "newest", "start": 1, "end": 6},
+    ]
 
 
 def test_a_round_of_reading_is_bounded_so_that_others_decode(runner: ModelRunner) -> None:
@@ -194,7 +239,7 @@ def test_a_round_of_reading_is_bounded_so_that_others_decode(runner: ModelRunner
     scheduler = make(counting, prefill_tokens=12)
     scheduler.submit(requests(3, max_new_tokens=40))
     scheduler.step()
-    assert scheduler.num_running < 3
+    assert len(scheduler.running) < 3
     scheduler.submit(requests(1, rid="long", input_ids=tuple(range(3, 60))))
     assert set(drain(scheduler)) == {"r0", "r1", "r2", "long"}
     assert [57] in counting.prefilled
@@ -221,13 +266,13 @@ def test_a_retracted_request_ends_as_if_it_had_not_been(runner: ModelRunner) -> 
     for _ in range(70):
         scheduler.step()
     scheduler.pause("retract")
-    assert (scheduler.num_running, scheduler.num_waiting) == (0, 3)
+    assert (len(scheduler.running), scheduler.num_waiting) == (0, 3)
     assert not scheduler.has_work
     scheduler.resume()
     for name, output in drain(scheduler).items():
         assert output.token_ids == expected[name].token_ids
         assert output.logprobs == pytest.approx(expected[name].logprobs, abs=1e-5)
-        assert output.num_retractions == 1
+        assert output.request.num_retractions == 1
 
 
 def test_retracted_requests_read_their_prompt_once_and_only_their_own_tokens_behind_it(
