@@ -100,6 +100,12 @@ def no_leaked_process_group() -> Iterator[None]:
         pytest.fail("the default process group is still there: take `ends_its_group`")
 
 
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Only the one that the package runs on, also where a tool has brought Trio along."""
+    return "asyncio"
+
+
 @pytest.fixture
 def ends_its_group() -> Iterator[None]:
     """For a strategy that makes a process group in this process, which Lightning never ends."""

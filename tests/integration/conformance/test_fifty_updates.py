@@ -33,11 +33,6 @@ MANY_UPDATES = 50
 EXACT = 1e-4
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def syncing(
     server: Server, tmp_path: Path, transport: Transport, mode: Interruption

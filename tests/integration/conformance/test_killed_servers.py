@@ -27,11 +27,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 POLICY = HealthPolicy(interval_s=0.2, check_timeout_s=5.0, failed_checks=2, max_restarts=20)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def started(
     servers: OwnedServers, model: Path, run_dir: Path, signum: signal.Signals = signal.SIGKILL

@@ -31,11 +31,6 @@ FAST = HealthPolicy(interval_s=0.2, check_timeout_s=10.0, failed_checks=3)
 PROMPT = [10, 20, 30, 40]
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Models of several seeds: what a trainer has after several rollout batches."""

@@ -34,11 +34,6 @@ from tests.fakes.server import FakeServer, Fault
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 @asynccontextmanager
 async def client_of(server, api_key=None, **options):
     async with server, new_session(api_key) as session:

@@ -29,11 +29,6 @@ from tests.fakes.rollouts import make_producer
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 async def turns_until(done):
     """How many turns of the loop it takes."""
     turns = 0

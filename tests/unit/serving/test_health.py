@@ -22,11 +22,6 @@ FAST = HealthPolicy(
 QUICK = PoolLimits(grace_s=0.1, assumed_tokens_per_s=2000.0)
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 @asynccontextmanager
 async def pool_of(*servers, restore=None, is_gone=None, **options):
     async with asyncio.timeout(30):

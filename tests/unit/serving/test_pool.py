@@ -32,11 +32,6 @@ pytestmark = pytest.mark.anyio
 FAST = HealthPolicy(interval_s=0.02, check_timeout_s=2.0, failed_checks=2)
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 def decode(ids):
     return " ".join(map(str, ids))
 

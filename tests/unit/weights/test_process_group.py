@@ -18,11 +18,6 @@ ALLOWED = ("builtins", "collections", "multiprocessing", "torch", "types")
 """Modules of the names that SGLang's reader lets a message use."""
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 @pytest.fixture(autouse=True)
 def no_sharing_thread():
     """CPU tensors are shared by a thread that serves their descriptors; GPU tensors need none."""

@@ -26,11 +26,6 @@ PROBE = Probe(((1, 2, 3, 4), (5, 6, 7)))
 TIMEOUT_S = 3.0
 
 
-@pytest.fixture
-def anyio_backend():
-    return "asyncio"
-
-
 @pytest.fixture(params=["disk", "group"])
 def transport(request):
     if request.param == "disk":
