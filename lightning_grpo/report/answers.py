@@ -1,0 +1,419 @@
+"""What a run answered: which groups of its trajectory files a report holds, ready to be shown.
+
+Files can be far larger than a page may be: groups are taken whole, evenly over the steps, and what
+is left out is said. Held-out prompts are the same ones at every validation, so that one can see
+what became of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from lightning_grpo.errors import ConfigError, UnreadableError
+from lightning_grpo.report.run import Run
+from lightning_grpo.rollout.records import read_table, to_rows
+from lightning_grpo.shipped import resolve_path
+
+Row = dict[str, Any]
+Key = tuple[str, int]
+"""(dataset, row): a prompt, whenever it is asked."""
+T = TypeVar("T")
+
+TRAINED, HELD_OUT = "trained", "held-out"
+MOST_TRAJECTORIES = 2000
+MOST_TOKENS = 1_000_000
+"""Tokens of a page that can be coloured; further answers are there as text alone."""
+_MOST_FILES = {TRAINED: 100, HELD_OUT: 10}
+_HELD_OUT_SHARE = 0.4
+_PER_TOKEN = ("tokens", "logprobs", "versions")
+_LOGPROB_STEPS = 100
+
+
+@dataclass
+class Answers:
+    """The groups that a report holds.
+
+    Attributes:
+        groups: Each with its prompt, where it is from, and its answers.
+        pieces: Every text of a token that an answer names by its place in here.
+        notes: What was left out, and how to get it.
+    """
+
+    groups: list[Row] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_trajectories(self) -> int:
+        """How many answers there are."""
+        return sum(len(group["answers"]) for group in self.groups)
+
+
+def choose_answers(
+    runs: Sequence[Run],
+    limit: int = MOST_TRAJECTORIES,
+    wanted: Callable[[int], bool] = lambda step: True,
+) -> Answers:
+    """Take whole groups, evenly over runs and steps, up to about `limit` trajectories.
+
+    Args:
+        runs: Whose.
+        limit: The most trajectories; a group more where that is less than a group for each run.
+        wanted: Whether a step is to be shown.
+    """
+    out = Answers()
+    tables: list[tuple[Run, str, pa.Table]] = []
+    for index, run in enumerate(runs):
+        taken, total = 0, 0
+        for kind, count in _shares(run, limit // len(runs)).items():
+            found, there = _choose(_files(run, kind, wanted, out.notes), kind, count)
+            total += there
+            taken += sum(table.num_rows for table in found)
+            tables += [(run, kind, table) for table in found]
+        _tell_left_out(out, run, taken, total, index == 0)
+    room = _Room(sum(_num_response_tokens(table) for *_, table in tables))
+    places: dict[str, int] = {}
+    spell = {run.name: _speller(run, out, places) for run in runs}
+    for run, kind, table in tables:
+        for group in _group_rows(table):
+            out.groups.append(_group(run, kind, group, spell[run.name], room))
+    if room.wanted > MOST_TOKENS:
+        out.notes.append(
+            f"Of {room.wanted:,} tokens the first {MOST_TOKENS:,} can be coloured; a smaller "
+            "--limit, or --steps, keeps them all."
+        )
+    return out
+
+
+def _tell_left_out(out: Answers, run: Run, taken: int, total: int, first: bool) -> None:
+    if taken < total:
+        how = " Whole groups, evenly over the steps; --limit N takes more, --steps 10-14 takes "
+        out.notes.append(
+            f"{run.name}: {taken:,} of {total:,} trajectories are on this page."
+            + (how + "others." if first else "")
+        )
+
+
+def _shares(run: Run, limit: int) -> dict[str, int]:
+    """How many trajectories of each kind; all of them, where there is one kind alone."""
+    held_out = bool(run.trajectory_files(held_out=True))
+    trained = bool(run.trajectory_files())
+    share = _HELD_OUT_SHARE if held_out and trained else float(held_out)
+    return {TRAINED: round(limit * (1 - share)), HELD_OUT: round(limit * share)}
+
+
+def _files(run: Run, kind: str, wanted: Callable[[int], bool], notes: list[str]) -> list[pa.Table]:
+    """The tables of the files to choose from, evenly, the first and the last among them."""
+    files = [f for f in run.trajectory_files(kind == HELD_OUT) if wanted(step_of(f))]
+    chosen = spread(files, _MOST_FILES[kind])
+    if len(chosen) < len(files):
+        notes.append(f"{run.name}: {len(chosen)} of {len(files)} files of {kind} steps were read.")
+    tables = []
+    for file in chosen:
+        try:
+            tables.append(read_table(file))
+        except UnreadableError as error:
+            notes.append(str(error))
+    return tables
+
+
+def step_of(file: Path) -> int:
+    """The step of a trajectory file, by its name."""
+    digits = re.sub(r"\D", "", file.stem)
+    return int(digits or 0)
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items at even distances, the last and then the first among them."""
+    if count >= len(items):
+        return list(items)
+    if count <= 1:
+        return list(items[len(items) - count :])
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _choose(tables: list[pa.Table], kind: str, count: int) -> tuple[list[pa.Table], int]:
+    """The rows of whole groups out of each table, and how many rows there are in all."""
+    total = sum(table.num_rows for table in tables)
+    if total <= count:
+        return tables, total
+    groups = [_groups(table) for table in tables]
+    size = max(len(rows) for each in groups for rows in each.values())
+    chosen = spread(list(zip(tables, groups, strict=True)), max(1, count // size))
+    share = max(1, count // size // len(chosen))
+    common: set[Key] | None = None
+    if kind == HELD_OUT:
+        shared = set.intersection(*({key[1] for key in each} for _, each in chosen))
+        common = set(spread(sorted(shared), share)) or None
+    out = []
+    for table, each in chosen:
+        keys = [key for key in each if common is None or key[1] in common]
+        rows = [row for key in spread(keys, share) for row in each[key]]
+        out.append(table.take(rows))
+    return out, total
+
+
+def _groups(table: pa.Table) -> dict[tuple[int, Key], list[int]]:
+    """The rows of each group: (its place, its prompt) -> places in the table."""
+    out: dict[tuple[int, Key], list[int]] = {}
+    names = ("group", "dataset", "row")
+    columns = [table[name].to_pylist() for name in names]
+    for index, (group, dataset, row) in enumerate(zip(*columns, strict=True)):
+        out.setdefault((group, (dataset or "", row)), []).append(index)
+    return out
+
+
+def light_rows(file: Path) -> list[Row]:
+    """The rows of a file without what there is for each token, but with `length`."""
+    table = read_table(file)
+    lengths = _lengths(table).tolist()
+    rows: list[Row] = to_rows(table.drop_columns([*_PER_TOKEN, "response_mask"]))
+    return [row | {"length": length} for row, length in zip(rows, lengths, strict=True)]
+
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    """How many tokens of each row the policy sampled."""
+    column = table["response_mask"].combine_chunks()
+    sampled = np.concatenate([[0], np.cumsum(column.values.to_numpy(zero_copy_only=False))])
+    offsets = column.offsets.to_numpy()
+    return sampled[offsets[1:]] - sampled[offsets[:-1]]
+
+
+def _num_response_tokens(table: pa.Table) -> int:
+    return int(_lengths(table).sum())
+
+
+# -- one group ------------------------------------------------------------------------------------
+
+
+class _Room:
+    """How many tokens may still be taken with what is known of each."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted, self._left = wanted, MOST_TOKENS
+
+    def take(self, count: int) -> bool:
+        self._left -= count
+        return self._left >= 0
+
+
+def _group_rows(table: pa.Table) -> Iterator[list[Row]]:
+    """The rows of one group after the other."""
+    for _, rows in groupby(
+        to_rows(table), key=lambda row: (row["group"], row["dataset"], row["row"])
+    ):
+        yield list(rows)
+
+
+def _group(
+    run: Run, kind: str, rows: Sequence[Row], spell: Callable[[list[int]], list[int]], room: _Room
+) -> Row:
+    """One group: the prompt, where it is from, and the answers."""
+    first = rows[0]
+    asked = _messages(first)
+    return {
+        "run": run.name,
+        "kind": kind,
+        "step": first["step"],
+        "dataset": first["dataset"] or "",
+        "row": first["row"],
+        "pass": first["pass_index"],
+        "outcome": first["outcome"],
+        "prompt": asked,
+        "columns": _columns(first, asked),
+        "version": first["version"],
+        "attempts": first["attempts"],
+        "answers": [_answer(row, spell, room) for row in rows],
+    }
+
+
+def _answer(row: Mapping[str, Any], spell: Callable[[list[int]], list[int]], room: _Room) -> Row:
+    sampled = [v for v, on in zip(row["versions"], row["response_mask"], strict=True) if on]
+    out: Row = {
+        "reward": _json_number(row["reward"]),
+        "rewards": {name: _json_number(value) for name, value in dict(row["rewards"]).items()},
+        "length": len(sampled),
+        "versions": [min(sampled, default=row["version"]), max(sampled, default=row["version"])],
+        "truncated": row["truncated"],
+        "text": row["completion"],
+        "turns": read_turns(row.get("transcript") or ""),
+    }
+    if row["temperature"] == 0:
+        out["greedy"] = True
+    if row.get("advantage") is not None:
+        out["advantage"] = _json_number(row["advantage"])
+    first = row["num_prompt_tokens"]
+    if room.take(len(row["tokens"]) - first):
+        out["tokens"] = {
+            "pieces": spell(row["tokens"][first:]),
+            "logprobs": [_hundredths(value) for value in row["logprobs"][first:]],
+            "versions": _runs_of(row["versions"][first:]),
+        }
+    return out
+
+
+def _json_number(value: float) -> float | str:
+    """A number that JSON has, or its name."""
+    return round(value, 6) if np.isfinite(value) else str(value)
+
+
+def _hundredths(logprob: float) -> int:
+    return round(max(logprob, -1e4) * _LOGPROB_STEPS) if np.isfinite(logprob) else 0
+
+
+def _runs_of(values: Iterable[int]) -> list[int]:
+    """Values that follow each other: value, how often, next value, how often."""
+    return [part for value, same in groupby(values) for part in (value, len(list(same)))]
+
+
+# -- tokens ---------------------------------------------------------------------------------------
+
+
+def _speller(run: Run, out: Answers, places: dict[str, int]) -> Callable[[list[int]], list[int]]:
+    """Gives places in `out.pieces` for token ids; none where there is no tokenizer on this disk."""
+    name = str(run.setting("model.model") or "")
+    tokenizer = find_tokenizer(name)
+    if tokenizer is None:
+        out.notes.append(
+            f"{run.name}: tokens can't be coloured, since the tokenizer of {name or 'its model'} "
+            "is not on this machine."
+        )
+        return lambda ids: []
+
+    def spell(ids: list[int]) -> list[int]:
+        found = []
+        for piece in spelled(tokenizer, ids):
+            if piece not in places:
+                places[piece] = len(out.pieces)
+                out.pieces.append(piece)
+            found.append(places[piece])
+        return found
+
+    return spell
+
+
+def find_tokenizer(model: str) -> Tokenizer | None:
+    """The tokenizer of a model that is a folder, ships, or is in the hub's cache, offline."""
+    try:
+        file: Any = Path(resolve_path(model)) / "tokenizer.json"
+        if model and not file.is_file():
+            file = huggingface_hub.try_to_load_from_cache(model, "tokenizer.json")
+        return Tokenizer.from_file(str(file)) if file and Path(file).is_file() else None
+    except Exception:  # noqa: BLE001 - the library raises no other for what it can't read
+        return None
+
+
+def spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text of each token; of a character of several tokens the last one has it."""
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer, each) or "" for each in ids]
+
+
+# -- messages -------------------------------------------------------------------------------------
+
+_BEGINS = re.compile(
+    r"(?:<\|im_start\|>|<start_of_turn>|<\|start_header_id\|>)([\w-]+)(?:<\|end_header_id\|>)?\n+"
+)
+_ENDS = re.compile(r"<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>")
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.S)
+_RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.S)
+_ROLES = {"model": "assistant", "ipython": "tool"}
+
+
+def read_turns(transcript: str) -> list[Row]:
+    """A conversation from its first sampled token on, turn by turn; [] for a single answer.
+
+    Templates of Qwen's, Llama's and Gemma's kind are known; others stay one text.
+    """
+    if not transcript:
+        return []
+    parts = _BEGINS.split(transcript)
+    roles = ["assistant", *parts[1::2]]
+    turns = [_turn(role, text) for role, text in zip(roles, parts[::2], strict=True)]
+    return [turn for turn in turns if turn["text"] or turn["calls"]]
+
+
+def _turn(role: str, text: str) -> Row:
+    text = _ENDS.sub("", text).strip()
+    results = _RESULT.findall(text)
+    if results and not _RESULT.sub("", text).strip():
+        role, text = "tool", "\n".join(results)
+    calls = [_call(found) for found in _CALL.findall(text)]
+    return {
+        "role": _ROLES.get(role, role),
+        "text": _CALL.sub("", text).strip() if calls else text,
+        "calls": calls,
+    }
+
+
+def _call(text: str) -> str:
+    """A call as `name(a=1)`, or as it stands where it can't be read."""
+    try:
+        found = json.loads(text)
+        arguments = found.get("arguments", found.get("parameters", {}))
+        inside = ", ".join(f"{k}={json.dumps(v)}" for k, v in arguments.items())
+        return f"{found['name']}({inside})"
+    except (ValueError, KeyError, AttributeError):
+        return text
+
+
+def _messages(row: Mapping[str, Any]) -> list[Row]:
+    """The prompt as chat messages; as one text where it was no chat."""
+    found = _json(row["messages"], [])
+    messages = [
+        {"role": str(each.get("role", "")), "text": _content(each)}
+        for each in found
+        if isinstance(each, Mapping)
+    ]
+    return messages or [{"role": "", "text": row["prompt"]}]
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else json.dumps(message, ensure_ascii=False)
+
+
+def _columns(row: Mapping[str, Any], asked: Sequence[Row]) -> Row:
+    """The row's other columns: what a reward compares with."""
+    known = {message["text"].strip() for message in asked} | {(row.get("asked") or "").strip()}
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in _json(row["columns"], {}).items()
+    }
+    return {name: text for name, text in texts.items() if text.strip() not in known}
+
+
+def _json(text: Any, default: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return default
+
+
+def steps_wanted(text: str) -> Callable[[int], bool]:
+    """`12`, `10-14` or `0,20,40` as a rule.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    spans = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part)
+        if not found:
+            raise ConfigError("--steps", "must be steps such as 12, 10-14 or 0,20,40", text)
+        spans.append((int(found[1]), int(found[2] or found[1])))
+    return lambda step: any(low <= step <= high for low, high in spans)
