@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.cli.sources import Parser, whole_number
-from lightning_grpo.errors import ConfigError, printable
+from lightning_grpo.errors import printable
 from lightning_grpo.report.answers import MOST_TRAJECTORIES, choose_answers, steps_wanted
 from lightning_grpo.report.charts import write_pictures
 from lightning_grpo.report.page import PageServer, page_data, render_page
-from lightning_grpo.report.run import chrome_trace, find_folder, read_runs
+from lightning_grpo.report.run import chrome_trace, find_folder, read_runs, stamp
 from lightning_grpo.report.text import markdown
 
 _OUT = "report.html"
@@ -35,7 +35,7 @@ def report(argv: Sequence[str]) -> int:
         return page_data(runs, choose_answers(runs, options.limit, wanted))
 
     if options.serve is not None:
-        _serve(PageServer(read, options.serve))
+        _serve(PageServer(read, lambda: stamp(options.runs), options.serve, _REFRESH_S))
         return 0
     runs = read_runs(options.runs)
     if options.trace:
@@ -121,5 +121,5 @@ def _parser() -> argparse.ArgumentParser:
 def _port(text: str) -> int:
     port = int(text)
     if not 0 <= port <= _MOST_PORT:
-        raise ConfigError("--serve", f"must be a port from 0 to {_MOST_PORT}", port)
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to {_MOST_PORT}, got {text}")
     return port

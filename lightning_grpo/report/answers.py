@@ -15,7 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -39,6 +38,7 @@ _MOST_FILES = {TRAINED: 100, HELD_OUT: 10}
 _HELD_OUT_SHARE = 0.4
 _PER_TOKEN = ("tokens", "logprobs", "versions")
 _LOGPROB_STEPS = 100
+_PARENTS = 4
 
 
 @dataclass
@@ -75,14 +75,20 @@ def choose_answers(
     """
     out = Answers()
     tables: list[tuple[Run, str, pa.Table]] = []
-    for index, run in enumerate(runs):
-        taken, total = 0, 0
-        for kind, count in _shares(run, limit // len(runs)).items():
-            found, there = _choose(_files(run, kind, wanted, out.notes), kind, count)
-            total += there
-            taken += sum(table.num_rows for table in found)
-            tables += [(run, kind, table) for table in found]
-        _tell_left_out(out, run, taken, total, index == 0)
+    for run in runs:
+        found = {kind: _files(run, kind, wanted, out.notes) for kind in (TRAINED, HELD_OUT)}
+        totals = {kind: sum(t.num_rows for t in each) for kind, each in found.items()}
+        taken = 0
+        for kind, count in _shares(totals, limit // len(runs)).items():
+            chosen = _choose(found[kind], kind, count)
+            taken += sum(table.num_rows for table in chosen)
+            tables += [(run, kind, table) for table in chosen]
+        if taken < sum(totals.values()):
+            out.notes.append(
+                f"{run.name}: {taken:,} of {sum(totals.values()):,} trajectories are on this page, "
+                "in whole groups and evenly over the steps. --limit N takes more, --steps 10-14 "
+                "takes those steps alone."
+            )
     room = _Room(sum(_num_response_tokens(table) for *_, table in tables))
     places: dict[str, int] = {}
     spell = {run.name: _speller(run, out, places) for run in runs}
@@ -97,21 +103,11 @@ def choose_answers(
     return out
 
 
-def _tell_left_out(out: Answers, run: Run, taken: int, total: int, first: bool) -> None:
-    if taken < total:
-        how = " Whole groups, evenly over the steps; --limit N takes more, --steps 10-14 takes "
-        out.notes.append(
-            f"{run.name}: {taken:,} of {total:,} trajectories are on this page."
-            + (how + "others." if first else "")
-        )
-
-
-def _shares(run: Run, limit: int) -> dict[str, int]:
-    """How many trajectories of each kind; all of them, where there is one kind alone."""
-    held_out = bool(run.trajectory_files(held_out=True))
-    trained = bool(run.trajectory_files())
-    share = _HELD_OUT_SHARE if held_out and trained else float(held_out)
-    return {TRAINED: round(limit * (1 - share)), HELD_OUT: round(limit * share)}
+def _shares(totals: Mapping[str, int], limit: int) -> dict[str, int]:
+    """How many trajectories of each kind; what one kind does not need is the other's."""
+    held_out = max(round(limit * _HELD_OUT_SHARE), limit - totals[TRAINED])
+    held_out = min(held_out, totals[HELD_OUT])
+    return {TRAINED: limit - held_out, HELD_OUT: held_out}
 
 
 def _files(run: Run, kind: str, wanted: Callable[[int], bool], notes: list[str]) -> list[pa.Table]:
@@ -144,11 +140,10 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _choose(tables: list[pa.Table], kind: str, count: int) -> tuple[list[pa.Table], int]:
-    """The rows of whole groups out of each table, and how many rows there are in all."""
-    total = sum(table.num_rows for table in tables)
-    if total <= count:
-        return tables, total
+def _choose(tables: list[pa.Table], kind: str, count: int) -> list[pa.Table]:
+    """The rows of whole groups out of the tables, `count` or a little less."""
+    if sum(table.num_rows for table in tables) <= count:
+        return tables
     groups = [_groups(table) for table in tables]
     size = max(len(rows) for each in groups for rows in each.values())
     chosen = spread(list(zip(tables, groups, strict=True)), max(1, count // size))
@@ -160,9 +155,8 @@ def _choose(tables: list[pa.Table], kind: str, count: int) -> tuple[list[pa.Tabl
     out = []
     for table, each in chosen:
         keys = [key for key in each if common is None or key[1] in common]
-        rows = [row for key in spread(keys, share) for row in each[key]]
-        out.append(table.take(rows))
-    return out, total
+        out.append(table.take([row for key in spread(keys, share) for row in each[key]]))
+    return out
 
 
 def _groups(table: pa.Table) -> dict[tuple[int, Key], list[int]]:
@@ -284,12 +278,13 @@ def _runs_of(values: Iterable[int]) -> list[int]:
 def _speller(run: Run, out: Answers, places: dict[str, int]) -> Callable[[list[int]], list[int]]:
     """Gives places in `out.pieces` for token ids; none where there is no tokenizer on this disk."""
     name = str(run.setting("model.model") or "")
-    tokenizer = find_tokenizer(name)
+    tokenizer = find_tokenizer(name, run.folder)
     if tokenizer is None:
-        out.notes.append(
-            f"{run.name}: tokens can't be coloured, since the tokenizer of {name or 'its model'} "
-            "is not on this machine."
-        )
+        if run.trajectory_files() or run.trajectory_files(held_out=True):
+            out.notes.append(
+                f"{run.name}: tokens can't be coloured: the tokenizer of {name or 'its model'} was "
+                "not found from this folder, nor from the run's."
+            )
         return lambda ids: []
 
     def spell(ids: list[int]) -> list[int]:
@@ -304,15 +299,30 @@ def _speller(run: Run, out: Answers, places: dict[str, int]) -> Callable[[list[i
     return spell
 
 
-def find_tokenizer(model: str) -> Tokenizer | None:
-    """The tokenizer of a model that is a folder, ships, or is in the hub's cache, offline."""
+def find_tokenizer(model: str, run_folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model that ships, is a folder, or is in the hub's cache; offline.
+
+    Args:
+        model: As the config names it; a relative path is one from where the run was started, which
+            is mostly above its folder.
+        run_folder: The run's.
+    """
     try:
-        file: Any = Path(resolve_path(model)) / "tokenizer.json"
-        if model and not file.is_file():
-            file = huggingface_hub.try_to_load_from_cache(model, "tokenizer.json")
-        return Tokenizer.from_file(str(file)) if file and Path(file).is_file() else None
+        bases = (Path(), *run_folder.resolve().parents[:_PARENTS]) if model else ()
+        folders = [base / resolve_path(model) for base in bases]
+        files = [f / "tokenizer.json" for f in folders if (f / "tokenizer.json").is_file()]
+        file = files[0] if files else _cached(model)
+        return Tokenizer.from_file(str(file)) if file else None
     except Exception:  # noqa: BLE001 - the library raises no other for what it can't read
         return None
+
+
+def _cached(model: str) -> Path | None:
+    """The hub's file of a model that was downloaded before."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(model, "tokenizer.json") if model else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def spelled(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

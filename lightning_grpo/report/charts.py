@@ -56,7 +56,10 @@ CHARTS = (
 
 
 def drawn(chart: Chart, runs: Sequence[Run]) -> list[str]:
-    """The metrics of a chart that the runs have, in the chart's order."""
+    """The metrics of a chart that the runs have, in the chart's order; of several runs one each."""
+    if len(runs) > 1:
+        mains = [_main(chart, run) for run in runs]
+        return list(dict.fromkeys(name for name in mains if name))
     names = {name for run in runs for name in run.table if not name.endswith("_ci95")}
     found: list[str] = []
     for pattern in chart.metrics:
@@ -64,6 +67,12 @@ def drawn(chart: Chart, runs: Sequence[Run]) -> list[str]:
     # One named reward alone is the reward once more.
     named = [name for name in found if fnmatchcase(name, "reward/*/mean")]
     return [n for n in found if len(named) != 1 or n not in named or "reward/mean" not in found]
+
+
+def _main(chart: Chart, run: Run) -> str | None:
+    """The metric of a chart that runs are compared by."""
+    found = drawn(chart, [run])
+    return run.score if run.score in found else next(iter(found), None)
 
 
 @dataclass(frozen=True)

@@ -113,17 +113,10 @@ def command_to_go_on(run: Run) -> str:
     return f"lightning-grpo fit --config {shlex.quote(str(config))} --ckpt_path last"
 
 
-def main_score(run: Run) -> str | None:
-    """The held-out score that a run is judged by."""
-    names = [n for n in run.table if n.startswith("eval/") and not n.endswith("_ci95")]
-    order = ("eval/avg_at_*", "eval/*/avg_at_*", "eval/greedy", "eval/*")
-    return next((n for p in order for n in sorted(names) if fnmatchcase(n, p)), None)
-
-
 def best_step(run: Run) -> Finding | None:
     """By the held-out score, else by the reward's mean over some steps."""
     question = "Which step was best?"
-    score = main_score(run)
+    score = run.score
     if score is None:
         return _best_by_reward(run, question)
     points = run.series(score)
@@ -301,6 +294,7 @@ _COUNTED = {
     "health/event_loop_lag_s": "The rollout client's loop was {:.1f} s late.",
 }
 """What may make a step long, in words."""
+_FAR = 1.25
 
 
 def _counts(run: Run, step: int) -> list[tuple[str, float]]:
@@ -309,7 +303,7 @@ def _counts(run: Run, step: int) -> list[tuple[str, float]]:
     for name in _COUNTED:
         points = dict(run.series(name))
         value = points.get(step, 0.0)
-        if value > max(1.25 * median(points.values()), 0.5 if points else 0.0) and value > 0:
+        if value > _FAR * median(points.values() or [0.0]) and value >= 1:  # a second, or one group
             found.append((name, value))
     return found
 
@@ -421,7 +415,7 @@ def is_it_gamed(run: Run) -> Finding | None:
     ]
     alarming = [text for flagged, text in signs if flagged]
     answer = (
-        f"{len(alarming)} of {len(signs)} signs point to it."
+        f"{len(alarming)} of {len(signs)} signs point{'s' * (len(alarming) == 1)} to it."
         if alarming
         else f"None of {len(signs)} signs points to it; no count sees everything, so read some."
     )
@@ -441,7 +435,7 @@ Sign = tuple[bool, str]
 
 
 def _held_out_behind(run: Run) -> Sign | None:
-    score, ends = main_score(run), _ends(run.series("reward/mean"))
+    score, ends = run.score, _ends(run.series("reward/mean"))
     points = run.series(score) if score else []
     if ends is None or len(points) < 2:  # noqa: PLR2004 - a change has two ends
         return None
@@ -638,10 +632,11 @@ def _with_interval(value: float, width: float | None) -> str:
 
 
 def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 120:  # noqa: PLR2004 - two minutes
         return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"  # noqa: PLR2004
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"  # noqa: PLR2004
 
 
 def _short(text: str, most: int = 60) -> str:

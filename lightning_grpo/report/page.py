@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -23,7 +24,7 @@ import jinja2
 
 from lightning_grpo.report.answers import Answers
 from lightning_grpo.report.charts import CHARTS, drawn, explained
-from lightning_grpo.report.findings import command_to_go_on, findings, main_score, why_slow
+from lightning_grpo.report.findings import command_to_go_on, findings, why_slow
 from lightning_grpo.report.run import PHASES, Run, Span, lanes_of, reconstructed, step_times
 
 _STATIC = Path(__file__).parent / "static"
@@ -70,7 +71,7 @@ def _run_data(run: Run) -> dict[str, Any]:
         "steps": run.steps,
         "trained": run.trained,
         "metrics": {name: [_rounded(v) for v in values] for name, values in run.table.items()},
-        "score": main_score(run),
+        "score": run.score,
         "times": {step: [_rounded(v) for v in parts.values()] for step, parts in times.items()},
         "slow": why_slow(run),
         "findings": [asdict(finding) for finding in findings(run)],
@@ -136,14 +137,21 @@ def render_page(data: dict[str, Any], refresh_s: float = 0.0) -> str:
     names = ", ".join(run["name"] for run in data["runs"])
     styles = [_static("uPlot.min.css"), _static("page.css")]
     scripts = [_static("uPlot.iife.min.js"), _static("page.js")]
+    body = packed(data)
     return _template().render(
         title=names,
         styles=styles,
         scripts=scripts,
         policy=_policy(styles, scripts),
-        data=base64.b64encode(packed(data)).decode("ascii"),
+        data=base64.b64encode(body).decode("ascii"),
+        tag=_tag(body),
         refresh_s=refresh_s,
     )
+
+
+def _tag(body: bytes) -> str:
+    """Names a state of the data."""
+    return f'"{hashlib.sha256(body).hexdigest()}"'
 
 
 def _policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
@@ -181,15 +189,31 @@ class PageServer(ThreadingHTTPServer):
 
     Args:
         read: The page's data, as the files are now.
+        stamp: Changes when they do.
         port: 0 takes a free one.
         refresh_s: How often a page asks.
     """
 
     def __init__(
-        self, read: Callable[[], dict[str, Any]], port: int = 0, refresh_s: float = 5.0
+        self,
+        read: Callable[[], dict[str, Any]],
+        stamp: Callable[[], object],
+        port: int = 0,
+        refresh_s: float = 5.0,
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.read, self.refresh_s = read, refresh_s
+        self.refresh_s = refresh_s
+        self._read, self._stamp = read, stamp
+        self._known: tuple[object, dict[str, Any]] | None = None
+        self._one_at_a_time = threading.Lock()
+
+    def data(self) -> dict[str, Any]:
+        """The page's data, read again where the files have changed."""
+        with self._one_at_a_time:
+            now = self._stamp()
+            if self._known is None or self._known[0] != now:
+                self._known = (now, self._read())
+            return self._known[1]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -201,11 +225,11 @@ class _Handler(BaseHTTPRequestHandler):
         if host not in ("127.0.0.1", "localhost"):
             self._answer(HTTPStatus.FORBIDDEN)
         elif self.path == "/":
-            page = render_page(self.server.read(), self.server.refresh_s)
+            page = render_page(self.server.data(), self.server.refresh_s)
             self._answer(HTTPStatus.OK, page.encode(), "text/html; charset=utf-8")
         elif self.path == "/data":
-            body = packed(self.server.read())
-            tag = f'"{hashlib.sha256(body).hexdigest()}"'
+            body = packed(self.server.data())
+            tag = _tag(body)
             known = self.headers.get("If-None-Match") == tag
             status = HTTPStatus.NOT_MODIFIED if known else HTTPStatus.OK
             self._answer(status, b"" if known else body, "application/gzip", tag)

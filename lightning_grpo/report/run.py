@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ METRICS, CONFIG, TIMELINE = "metrics.csv", "config.yaml", "timeline.jsonl"
 TRAJECTORIES, HELD_OUT = "trajectories", "trajectories/held_out"
 _PARTS = (METRICS, CONFIG, TIMELINE, TRAJECTORIES)
 _VERSION = "version_"
+_SCORES = ("eval/avg_at_*", "eval/*/avg_at_*", "eval/greedy", "eval/*")
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class Run:
             if any(values[index] is not None for values in other)
         ]
 
+    @property
+    def score(self) -> str | None:
+        """The held-out score that it is judged by."""
+        names = [n for n in self.table if n.startswith("eval/") and not n.endswith("_ci95")]
+        return next((n for p in _SCORES for n in sorted(names) if fnmatchcase(n, p)), None)
+
     def series(self, metric: str) -> list[tuple[int, float]]:
         """The steps at which a metric was measured, and what it was."""
         values = self.table.get(metric, [])
@@ -181,6 +189,14 @@ def find_folder(path: Path) -> Path:
             f"`runs/NAME/version_N`) with {METRICS} or {TRAJECTORIES}/ in it."
         )
     return max(versions, key=_last_trained)
+
+
+def stamp(run_paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Changes when a file that a report reads does: names, times and sizes."""
+    folders = [find_folder(path) for path in run_paths]
+    parts = (METRICS, CONFIG, TIMELINE, f"{TRAJECTORIES}/*.parquet", f"{HELD_OUT}/*.parquet")
+    files = sorted(file for folder in folders for part in parts for file in folder.glob(part))
+    return [(str(f), s.st_mtime_ns, s.st_size) for f in files if (s := f.stat())]
 
 
 def _last_trained(version: Path) -> tuple[bool, float]:

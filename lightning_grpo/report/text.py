@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from lightning_grpo.report.charts import CHARTS, drawn
-from lightning_grpo.report.findings import command_to_go_on, findings, main_score
+from lightning_grpo.report.findings import command_to_go_on, findings
 from lightning_grpo.report.run import Run
 
 _ROWS = 12
@@ -24,7 +24,7 @@ def _comparison(runs: Sequence[Run]) -> str:
     """The runs beside each other."""
     rows = []
     for run in runs:
-        score = main_score(run)
+        score = run.score
         scores = [value for _, value in run.series(score)] if score else []
         rewards = [value for _, value in run.series("reward/mean")][-5:]
         times = [value for _, value in run.series("time/step_s")]
@@ -65,7 +65,7 @@ def _curve(run: Run) -> Iterator[str]:
     last = len(run.steps) - 1
     places = sorted({round(i * last / (_ROWS - 1)) for i in range(_ROWS)})
     # Validations are few: each has its row.
-    score = main_score(run)
+    score = run.score
     measured = {step for step, _ in run.series(score)} if score else set()
     places = sorted({*places, *(run.steps.index(step) for step in list(measured)[-_ROWS:])})
     rows = [

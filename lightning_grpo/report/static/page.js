@@ -171,7 +171,7 @@ function draw() {
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
   $("theme").textContent = theme === "dark" ? "Light" : "Dark";
-  if (data) { drawn.overview = null; drawn.answers = null; draw(); }
+  if (data) { drawn.overview = drawn.answers = drawn.timeline = null; draw(); }
 }
 
 const themeNow = () => document.documentElement.dataset.theme;
@@ -223,7 +223,7 @@ function hideTip() { $("tip").hidden = true; }
 
 /** A select with its choices: [value, text] pairs. */
 function choice(name, label, pairs, onchange = (text) => set({ [name]: text })) {
-  const box = el("select", { id: `choose-${name}`, onchange: (event) => onchange(event.target.value) },
+  const box = el("select", { "data-choose": name, onchange: (event) => onchange(event.target.value) },
     pairs.map(([key, text]) => el("option", { value: key, selected: key === state[name] }, text)));
   return el("label", {}, label, box);
 }
@@ -362,8 +362,8 @@ function drawStep() {
   const score = run.score && value(run, run.score, step);
   const facts = [...FACTS, ...(score !== null && score !== undefined ? [run.score] : [])]
     .filter((name) => value(run, name, step) !== null && run.metrics[name])
-    .map((name) => el("div", { title: explain(name) }, el("span", {}, name), show(value(run, name, step), name.endsWith("fraction") ? "%" : "")));
-  const marks = run.marks.filter((mark) => mark.step === step);
+    .map((name) => el("div", { title: explain(name) }, el("span", {}, name.replace(/[/_]/g, "$&\u200b")), show(value(run, name, step), name.endsWith("fraction") ? "%" : "")));
+  const marks = run.slow[step] ? [] : run.marks.filter((mark) => mark.step === step); // else in the words
   const input = el("input.num", { id: "step-number", type: "number", min: run.steps[0], max: run.steps[run.steps.length - 1], value: step,
     "aria-label": "Step", onchange: (event) => set({ step: event.target.value }) });
   $("step").replaceChildren(
@@ -385,6 +385,7 @@ function explain(metric) {
 // Charts.
 
 const SYNC = "steps";
+const unfolded = new Set();
 let zooming = false;
 
 function drawCharts() {
@@ -394,7 +395,8 @@ function drawCharts() {
   const extra = state.extra ? state.extra.split(",").filter((name) => data.runs.some((run) => run.metrics[name])) : [];
   const charts = [...data.charts, ...extra.map((name) => ({ title: name, metrics: [name], unit: "", low: null }))];
   const figures = charts.map(lineChart);
-  data.runs.forEach((run) => { if (Object.keys(run.times).length) figures.splice(2, 0, timeChart(run)); });
+  const times = data.runs.filter((run) => Object.keys(run.times).length).map(timeChart);
+  figures.splice(times.length > 1 ? figures.length : 2, 0, ...times);
   $("charts").replaceChildren(...figures.map((each) => each.figure));
   // Measured in one go, then drawn: no chart changes the width of another.
   const widths = figures.map((each) => each.place.clientWidth);
@@ -436,7 +438,7 @@ function lineChart(chart) {
     const values = steps.map((step) => (at.has(step) ? at.get(step) : null));
     columns.push(values);
     lines.push({ stroke, dash, width: 1.6, spanGaps: true, points: { show: few, size: 5, fill: stroke } });
-    keys.push({ name: [data.runs.length > 1 ? run.name : "", chart.metrics.length > 1 || data.runs.length === 1 ? metric : ""].filter(Boolean).join(" "), stroke, index: columns.length - 1 });
+    keys.push({ name: data.runs.length > 1 ? run.name : metric, stroke, index: columns.length - 1 });
     const widths = new Map(series(run, `${metric}_ci95`));
     if (widths.size) {
       for (const sign of [1, -1]) {
@@ -447,7 +449,8 @@ function lineChart(chart) {
     }
   }));
   const marks = [...new Set(data.runs.flatMap((run) => run.marks.map((mark) => mark.step)))];
-  const what = chart.metrics.some((name) => data.runs.some((run) => run.metrics[`${name}_ci95`])) ? "with 95 % interval" : chart.unit === "%" ? "" : chart.unit;
+  const shown = data.runs.length > 1 ? `${chart.metrics.join(", ")} ` : "";
+  const what = shown + (chart.metrics.some((name) => data.runs.some((run) => run.metrics[`${name}_ci95`])) ? "with 95 % interval" : chart.unit === "%" ? "" : chart.unit);
   const range = (_, low, high) => {
     if (low === null) return [0, 1];
     const least = chart.low === null ? low : Math.min(low, chart.low);
@@ -494,7 +497,7 @@ function plotted(title, what, keys, metrics, make, unit) {
     el("figcaption", {}, el("h3", {}, title, el("span.unit", {}, what)),
       keys.map((key, index) => el("span.key", {}, el(key.box ? "span.swatch.box" : "span.swatch", { style: { color: key.stroke } }), key.name, " ", values[index]))),
     place,
-    about.length ? el("details.why", {}, el("summary", {}, "What is it, and what is healthy?"), el("dl", {}, about.flatMap((name) => {
+    about.length ? el("details.why", { open: unfolded.has(title), ontoggle: (event) => unfolded[event.target.open ? "add" : "delete"](title) }, el("summary", {}, "What is it, and what is healthy?"), el("dl", {}, about.flatMap((name) => {
       const known = data.explained[name];
       return [el("dt", {}, name), el("dd", {}, `${known.meaning}. Healthy: ${known.healthy || "-"}. If not: ${known.remedy || "-"}`)];
     }))) : null);
@@ -559,7 +562,7 @@ function drawMarks(plot, marks) {
     ctx.restore();
   };
   for (const step of marks) line(step, css("--warn"), [4, 3]);
-  if (state.step !== "") line(Number(state.step), css("--accent"), []);
+  if (state.step !== "") line(Number(state.step), css("--ink"), []);
 }
 
 function markTip(plot, event) {
@@ -708,7 +711,7 @@ function fillFilters() {
   }
   for (const name of ["truncated", "mixed", "reverse"]) $(`f-${name}`).checked = state[name];
   for (const name of ["run", "kind", "dataset", "mode", "sort", "colour"]) {
-    const box = document.querySelector(`#answers #choose-${name}`);
+    const box = document.querySelector(`#answers [data-choose="${name}"]`);
     if (box) box.value = state[name];
   }
 }
@@ -1205,18 +1208,20 @@ function listen(canvas) {
 
 /** Ask for newer data; what is open, chosen and scrolled to stays. */
 async function refresh(every) {
-  let tag = "";
+  let tag = document.body.dataset.tag;
   for (;;) {
     await new Promise((done) => setTimeout(done, every * 1000));
     try {
-      const reply = await fetch("data", { headers: tag ? { "If-None-Match": tag } : {} });
+      const reply = await fetch("data", { headers: { "If-None-Match": tag } });
       if (reply.status === 200) {
         tag = reply.headers.get("ETag");
         const at = scrollY;
+        const typing = document.activeElement.id;
         take(await inflate(await reply.arrayBuffer()));
         drawn.timeline = null;
         draw();
         scrollTo(0, at);
+        if (typing && $(typing)) $(typing).focus({ preventScroll: true });
       }
       $("live").textContent = `live, read at ${new Date().toLocaleTimeString()}`;
     } catch (error) {
