@@ -147,15 +147,16 @@ def _choose(tables: list[pa.Table], kind: str, count: int) -> list[pa.Table]:
     groups = [_groups(table) for table in tables]
     size = max(len(rows) for each in groups for rows in each.values())
     chosen = spread(list(zip(tables, groups, strict=True)), max(1, count // size))
-    share = max(1, count // size // len(chosen))
+    share, more = divmod(max(len(chosen), count // size), len(chosen))
     common: set[Key] | None = None
     if kind == HELD_OUT:
         shared = set.intersection(*({key[1] for key in each} for _, each in chosen))
         common = set(spread(sorted(shared), share)) or None
     out = []
-    for table, each in chosen:
+    for index, (table, each) in enumerate(chosen):
         keys = [key for key in each if common is None or key[1] in common]
-        out.append(table.take([row for key in spread(keys, share) for row in each[key]]))
+        taken = spread(keys, share + (index < more))
+        out.append(table.take([row for key in taken for row in each[key]]))
     return out
 
 

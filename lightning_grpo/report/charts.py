@@ -35,7 +35,7 @@ class Chart:
 CHARTS = (
     Chart("Reward", ("reward/mean", "reward/*/mean", "dataset/*/reward_mean")),
     Chart("Held-out score", ("eval/*",)),
-    Chart("Groups without a spread of rewards", ("reward/zero_variance_fraction",), "%", 0),
+    Chart("Groups of equal rewards", ("reward/zero_variance_fraction",), "%", 0),
     Chart("Length", ("completion/length_mean", "completion/length_max"), "tokens", 0),
     Chart("Truncated", ("completion/truncated_fraction",), "%", 0),
     Chart("Entropy", ("policy/entropy",), low=0),

@@ -223,9 +223,9 @@ def where_time_went(run: Run) -> Finding | None:
         fmean(_values(run, f"idle/{who}_fraction") or [0.0]) for who in ("trainer", "server")
     )
     if trainer > server + _FLAT_SHARE:
-        details.append("The trainer waits for the servers more than they for it: see `Idle`.")
+        details.append("The trainer waits for the servers more than they for it.")
     elif server > trainer + _FLAT_SHARE:
-        details.append("The servers wait for the trainer more than it for them: see `Idle`.")
+        details.append("The servers wait for the trainer more than it for them.")
     validation = sum(s.seconds for s in run.timeline.spans if s.what == "validation")
     if validation:
         details.append(f"Validations took {_seconds(validation)} besides.")
@@ -245,7 +245,7 @@ def slow_steps(run: Run) -> Finding | None:
         return Finding("Which steps took long, and why?", answer)
     listed = ", ".join(f"{step} ({_seconds(times[step])})" for step in slowest)
     more = f", and {len(words) - len(slowest)} more" if len(words) > len(slowest) else ""
-    answer = f"Steps {listed}{more}, where the median is {_seconds(middle)}."
+    answer = f"Step{'s' * (len(words) > 1)} {listed}{more}, where the median is {_seconds(middle)}."
     details = [f"Step {step}: {words[step]}" for step in slowest]
     return Finding("Which steps took long, and why?", answer, details)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "lightning_grpo"
-TORCH_FREE = ("types", "errors", "rewards", "rollout", "servers", "shipped")
+TORCH_FREE = ("types", "errors", "report", "rewards", "rollout", "servers", "shipped")
 MAX_LINES = 600
 
 BLOCKED_IMPORT = """

@@ -27,7 +27,7 @@ function el(kind, props = {}, ...children) {
 function show(value, unit = "") {
   if (value === null || value === undefined) return "-";
   if (typeof value === "string") return value; // nan and inf have their name
-  if (unit === "%") return `${(100 * value).toFixed(Math.abs(value) < 0.1 ? 1 : 0)} %`;
+  if (unit === "%") return `${Math.abs(value) < 0.1 ? Number((100 * value).toPrecision(2)) : (100 * value).toFixed(0)} %`;
   const size = Math.abs(value);
   if (value === 0) return "0";
   if (size >= 1e5) return value.toLocaleString("en", { maximumFractionDigits: 0 });
@@ -46,7 +46,12 @@ function seconds(value) {
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const themed = new Map();
+/** A variable of the style sheet, as the theme has it. */
+function css(name) {
+  if (!themed.has(name)) themed.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
+  return themed.get(name);
+}
 const COLOURS = 6;
 const colour = (index) => css(`--c${index % COLOURS}`);
 const WHAT_COLOURS = {
@@ -170,6 +175,7 @@ function draw() {
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
+  themed.clear();
   $("theme").textContent = theme === "dark" ? "Light" : "Dark";
   if (data) { drawn.overview = drawn.answers = drawn.timeline = null; draw(); }
 }
@@ -422,9 +428,18 @@ function axes(unit) {
   ];
 }
 
+const allSteps = () => [...new Set(data.runs.flatMap((run) => run.steps))].sort((a, b) => a - b);
+
+/** The same steps in every chart, whole bars at both ends. */
+function stepScale(steps) {
+  const [first, last] = [steps[0], steps[steps.length - 1]];
+  const whole = (low, high) => low === null || (low <= first && high >= last);
+  return { time: false, range: (_, low, high) => (whole(low, high) ? [first - 0.5, last + 0.5] : [low, high]) };
+}
+
 /** A chart of one metric or some, of every run. */
 function lineChart(chart) {
-  const steps = [...new Set(data.runs.flatMap((run) => run.steps))].sort((a, b) => a - b);
+  const steps = allSteps();
   const columns = [steps];
   const lines = [{}];
   const bands = [];
@@ -459,16 +474,16 @@ function lineChart(chart) {
   };
   return plotted(chart.title, what, keys, chart.metrics, (place, width, caption) => new uPlot({
     width, height: 160, series: lines, bands, axes: axes(chart.unit), legend: { show: false },
-    scales: { x: { time: false }, y: { range } },
+    scales: { x: stepScale(steps), y: { range } },
     cursor: cursor(), hooks: hooks(marks, caption),
   }, columns, place), chart.unit);
 }
 
 /** The time of each step of a run, by part. */
 function timeChart(run) {
-  const steps = Object.keys(run.times).map(Number);
-  const rows = data.phases.map((_, index) => steps.map((step) => run.times[step][index]));
-  const stacked = rows.map((_, index) => steps.map((__, at) => rows.slice(0, index + 1).reduce((sum, row) => sum + row[at], 0)));
+  const steps = allSteps();
+  const rows = data.phases.map((_, index) => steps.map((step) => (run.times[step] ? run.times[step][index] : null)));
+  const stacked = rows.map((_, index) => steps.map((__, at) => rows.slice(0, index + 1).reduce((sum, row) => (row[at] === null ? null : sum + row[at]), 0)));
   const bars = uPlot.paths.bars({ size: [0.92, 40], gap: 0 });
   // The highest first: each next one is painted over its lower part.
   const order = data.phases.map((_, index) => index).reverse();
@@ -479,7 +494,7 @@ function timeChart(run) {
   const marks = run.marks.map((mark) => mark.step);
   return plotted(title, "s", keys, [], (place, width, caption) => new uPlot({
     width, height: 160, series: lines, axes: axes("s"), legend: { show: false },
-    scales: { x: { time: false }, y: { range: (_, low, high) => [0, (high || 1) * 1.05] } },
+    scales: { x: stepScale(allSteps()), y: { range: (_, low, high) => [0, (high || 1) * 1.05] } },
     cursor: cursor(), hooks: hooks(marks, caption),
   }, columns, place), "s");
 }
@@ -494,7 +509,7 @@ function plotted(title, what, keys, metrics, make, unit) {
   const place = el("div.plot");
   const about = metrics.filter((name) => data.explained[name]);
   const figure = el("figure", { "data-chart": title },
-    el("figcaption", {}, el("h3", {}, title, el("span.unit", {}, what)),
+    el("figcaption", {}, el("h3", {}, el("span", {}, title), el("span.unit", { title: what }, what)),
       keys.map((key, index) => el("span.key", {}, el(key.box ? "span.swatch.box" : "span.swatch", { style: { color: key.stroke } }), key.name, " ", values[index]))),
     place,
     about.length ? el("details.why", { open: unfolded.has(title), ontoggle: (event) => unfolded[event.target.open ? "add" : "delete"](title) }, el("summary", {}, "What is it, and what is healthy?"), el("dl", {}, about.flatMap((name) => {
@@ -506,7 +521,7 @@ function plotted(title, what, keys, metrics, make, unit) {
       const column = key.values || plot.data[key.index];
       const at = plot.cursor.idx;
       const known = at !== null && at !== undefined ? column[at] : column.findLast((each) => each !== null);
-      const text = key.values ? (known === undefined ? "-" : seconds(known)) : show(known, unit);
+      const text = key.values ? (typeof known === "number" ? seconds(known) : "-") : show(known, unit);
       if (values[index].textContent !== text) values[index].textContent = text;
     });
   };
@@ -918,8 +933,10 @@ function card(answer, group, item) {
       answer.turns.length ? chip(plural(answer.turns.filter((turn) => turn.role === "assistant").length, "turn")) : null,
       chip(answer.greedy ? "greedy" : ""),
       chip(answer.truncated ? "truncated" : "", true)),
-    state.colour ? coloured(answer, group, item, key) : answer.turns.length ? conversation(answer, item, key) : long(item, key, answer.text, "p"));
+    state.colour ? coloured(answer, group, item, key) : plainAnswer(answer, item, key));
 }
+
+const plainAnswer = (answer, item, key) => (answer.turns.length ? conversation(answer, item, key) : long(item, key, answer.text, "p"));
 
 function conversation(answer, item, key) {
   return el("div", {}, answer.turns.map((turn, index) => el("div", { className: `turn ${turn.role === "assistant" ? "assistant" : ""}` },
@@ -962,7 +979,7 @@ const MOST_COLOURED = 600;
 
 function coloured(answer, group, item, key) {
   const { tokens } = answer;
-  if (!tokens || !tokens.pieces.length) return long(item, key, answer.shown, "p");
+  if (!tokens || !tokens.pieces.length) return plainAnswer(answer, item, key);
   const versions = [];
   for (let at = 0; at < tokens.versions.length; at += 2) for (let n = 0; n < tokens.versions[at + 1]; n += 1) versions.push(tokens.versions[at]);
   const newest = Math.max(...group.answers.map((each) => each.versions[1]));
@@ -1235,6 +1252,7 @@ async function start() {
   readAddress();
   take(await embedded());
   draw();
+  performance.mark("ready");
   document.body.dataset.ready = "1";
   const every = Number(document.body.dataset.refresh);
   if (every > 0) { $("live").textContent = "live"; refresh(every); }

@@ -169,7 +169,7 @@ def test_a_slow_step_says_what_was_slow_and_what_happened_meanwhile(run):
         "9.0 s instead of 2.0 s: waiting 7.5 s (usually 500 ms). 3 attempts at a group failed and "
         "were made again. server 1 was out for 7.5 s of it. Said then: server 1 is out."
     )
-    assert slow_steps(run).answer == "Steps 3 (9.0 s), where the median is 2.0 s."
+    assert slow_steps(run).answer == "Step 3 (9.0 s), where the median is 2.0 s."
 
 
 def test_where_no_step_was_slow_none_is_named(tmp_path):
