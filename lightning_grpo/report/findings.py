@@ -310,7 +310,8 @@ def _counts(run: Run, step: int) -> list[tuple[str, float]]:
 
 def _servers_meanwhile(run: Run, step: int) -> list[str]:
     """How long servers were out, or stood still, in a step's time."""
-    own = [span for span in run.timeline.spans if span.step == step and span.lane == "trainer"]
+    after = ("weight sync", "validation")  # of a step, which come behind it
+    own = [s for s in run.timeline.spans if s.step == step and s.what not in after]
     if not own:
         return []
     begin, end = min(s.at for s in own), max(s.at + s.seconds for s in own)

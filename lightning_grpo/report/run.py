@@ -23,6 +23,7 @@ METRICS, CONFIG, TIMELINE = "metrics.csv", "config.yaml", "timeline.jsonl"
 TRAJECTORIES, HELD_OUT = "trajectories", "trajectories/held_out"
 _PARTS = (METRICS, CONFIG, TIMELINE, TRAJECTORIES)
 _VERSION = "version_"
+_TRAINER = "trainer"
 _SCORES = ("eval/avg_at_*", "eval/*/avg_at_*", "eval/greedy", "eval/*")
 
 
@@ -339,7 +340,10 @@ def _parsed(line: Mapping[str, Any]) -> Start | Span | Mark | End | None:
             described, versions = (_strings(line.get(key)) for key in ("described", "versions"))
             found = Start(at, step or 0, described, versions, str(line.get("machine") or ""))
         case "span" if seconds is not None and seconds >= 0:
-            found = Span(at, seconds, str(line.get("lane")), str(line.get("what")), step)
+            lane = str(line.get("lane"))
+            # A server's spans name the step at which they were written down.
+            own = step if lane == _TRAINER else None
+            found = Span(at, seconds, lane, str(line.get("what")), own)
         case "line":
             found = Mark(step or 0, str(line.get("level") or "INFO"), text, at)
         case "end":
@@ -391,7 +395,7 @@ def reconstructed(run: Run) -> list[Span]:
     for step, parts in step_times(run).items():
         for what in ("weight sync", "waiting", "forward and backward", "optimizer", "other"):
             if parts[what] > 0:
-                spans.append(Span(at, parts[what], "trainer", what, step))
+                spans.append(Span(at, parts[what], _TRAINER, what, step))
                 at += parts[what]
     return spans
 
@@ -421,7 +425,7 @@ def chrome_trace(runs: Iterable[Run]) -> dict[str, Any]:
 def lanes_of(spans: Iterable[Span]) -> list[str]:
     """The trainer, then the servers by number."""
     found = {span.lane for span in spans}
-    return sorted(found, key=lambda lane: (lane != "trainer", len(lane), lane))
+    return sorted(found, key=lambda lane: (lane != _TRAINER, len(lane), lane))
 
 
 def _name_event(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:

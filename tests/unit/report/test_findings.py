@@ -20,6 +20,7 @@ from tests.fakes.report_runs import (
     BEGAN,
     answer,
     group,
+    span_line,
     start_line,
     step_row,
     write_batch,
@@ -170,6 +171,20 @@ def test_a_slow_step_says_what_was_slow_and_what_happened_meanwhile(run):
         "were made again. server 1 was out for 7.5 s of it. Said then: server 1 is out."
     )
     assert slow_steps(run).answer == "Step 3 (9.0 s), where the median is 2.0 s."
+
+
+def test_what_servers_do_behind_a_step_is_no_reason_for_it(tmp_path):
+    rows = [step_row(step) for step in (1, 2, 3)]
+    write_metrics(tmp_path, [*rows, step_row(4, time__step_s=8.0, time__wait_rollout_s=6.5)])
+    spans = [
+        span_line(0, 6.5, "waiting", step=4),
+        span_line(8, 20, "validation", step=4),
+        span_line(8, 20, "paused", "server 0", step=4),
+    ]
+    write_timeline(tmp_path, [start_line(), *spans])
+    assert why_slow(read(tmp_path))[4] == (
+        "8.0 s instead of 2.0 s: waiting 6.5 s (usually 500 ms)."
+    )
 
 
 def test_where_no_step_was_slow_none_is_named(tmp_path):

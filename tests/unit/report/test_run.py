@@ -190,6 +190,12 @@ def test_what_is_torn_or_unknown_is_passed_over(tmp_path):
     ]
 
 
+def test_a_server_s_span_belongs_to_no_step(tmp_path):
+    write_timeline(tmp_path, [span_line(1, 2, "generating", "server 0", step=7)])
+    (span,) = read(tmp_path).timeline.spans
+    assert span.step is None
+
+
 def test_after_a_kill_the_steps_that_were_taken_again_are_there_once(tmp_path):
     first = [span_line(step, 1, "waiting", step=step) for step in (1, 2, 3)]
     said = {"kind": "line", "at": BEGAN + 3, "step": 3, "level": "WARNING", "text": "first time"}
