@@ -261,6 +261,7 @@ function drawOverview() {
   }
   drawRun();
   drawStep();
+  plots.forEach((plot) => plot.redraw(false));
 }
 
 /** The runs beside each other, in figures. */
@@ -346,16 +347,20 @@ function moveStep(by) {
 const FACTS = ["reward/mean", "completion/length_mean", "completion/truncated_fraction", "policy/entropy",
   "policy/grad_norm", "staleness/mean", "reward/zero_variance_fraction", "throughput/tokens_per_s"];
 
+/** How long a step took and, where that was long, why. */
+function stepWords(run, step) {
+  const sum = (parts) => parts.reduce((a, b) => a + b, 0);
+  if (run.slow[step] || !run.times[step]) return run.slow[step] || "";
+  return `${seconds(sum(run.times[step]))}; the median step takes ${seconds(median(Object.values(run.times).map(sum)))}.`;
+}
+
 function drawStep() {
   const run = theRun();
   const step = chosenStep(run);
   if (step === null) { $("step").replaceChildren(el("p.soft", {}, "No step was trained.")); return; }
   const parts = run.times[step];
   const all = Object.values(run.times);
-  const totals = all.map((each) => each.reduce((a, b) => a + b, 0));
-  const total = parts ? parts.reduce((a, b) => a + b, 0) : 0;
   const usual = data.phases.map((_, index) => median(all.map((each) => each[index])));
-  const words = run.slow[step] || (parts ? `${seconds(total)}; the median step takes ${seconds(median(totals))}.` : "");
   const most = Math.max(...(parts || [0]), ...usual);
   const width = (amount) => `${(100 * amount) / (most || 1)}%`;
   const bars = parts ? data.phases.flatMap((phase, index) => [
@@ -378,7 +383,7 @@ function drawStep() {
       button("Its answers", () => look({ view: "answers", run: run.name, kind: "trained", steps: String(step) })),
       button("On the timeline", () => { set({ view: "timeline", run: run.name, step: String(step) }); jump(step); }),
       data.runs.length > 1 ? el("span.soft", {}, run.name) : null),
-    el("div", {}, el("p", {}, words), marks.map((mark) => el("p.warn", {}, mark.text)), el("div.facts", {}, facts)),
+    el("div", {}, el("p", {}, stepWords(run, step)), marks.map((mark) => el("p.warn", {}, mark.text)), el("div.facts", {}, facts)),
     el("div", {}, el("div.bars", {}, bars)),
   );
 }
@@ -519,8 +524,8 @@ function plotted(title, what, keys, metrics, make, unit) {
   const caption = (plot) => {
     keys.forEach((key, index) => {
       const column = key.values || plot.data[key.index];
-      const at = plot.cursor.idx;
-      const known = at !== null && at !== undefined ? column[at] : column.findLast((each) => each !== null);
+      const under = plot.cursor.idx ?? (state.step === "" ? -1 : plot.data[0].indexOf(Number(state.step)));
+      const known = under >= 0 ? column[under] : column.findLast((each) => each !== null);
       const text = key.values ? (typeof known === "number" ? seconds(known) : "-") : show(known, unit);
       if (values[index].textContent !== text) values[index].textContent = text;
     });
@@ -547,7 +552,7 @@ function hooks(marks, caption) {
       zoom([plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x")]);
       setTimeout(() => { zooming = false; }, 0);
     }],
-    draw: [(plot) => drawMarks(plot, marks)],
+    draw: [(plot) => { drawMarks(plot, marks); caption(plot); }],
   };
 }
 
@@ -1014,7 +1019,7 @@ function drawTimeline() {
   const { lanes, recorded, left_out: leftOut, kinds } = run.timeline;
   if (drawn.timeline !== run) {
     drawn.timeline = run;
-    const step = el("input.num", { type: "number", id: "jump", value: chosenStep(run) === null ? "" : chosenStep(run), "aria-label": "Step to go to", onchange: (event) => { state.step = event.target.value; jump(Number(state.step)); } });
+    const step = el("input.num", { type: "number", id: "jump", value: chosenStep(run) === null ? "" : chosenStep(run), "aria-label": "Step to go to", onchange: (event) => jump(Number(event.target.value)) });
     const rows = lanes.flatMap((lane) => {
       const sums = new Map();
       for (const [, long_, kind] of lane.spans) sums.set(kind, (sums.get(kind) || 0) + long_);
@@ -1034,6 +1039,7 @@ function drawTimeline() {
         : "This run recorded no timeline: the trainer's steps are laid end to end as metrics.csv has their parts, without validations and pauses; servers are unknown."),
       leftOut ? el("p.soft.small", {}, `${leftOut.toLocaleString("en")} of the shortest spans are left out.`) : "",
       lanes.length ? el("canvas", { id: "lanes", tabIndex: 0, role: "img", "aria-label": "What the trainer and each server did over time" }) : el("p.empty", {}, "Nothing was recorded."),
+      el("p", { id: "jumped" }),
       el("div.scroll", { style: { marginTop: ".8rem" } }, el("table", {}, el("tbody", {}, rows))));
     lanesRun = run;
     if (lanes.length) listen($("lanes"));
@@ -1066,8 +1072,9 @@ function zoomLanes(factor, share = 0.5) {
 function jump(step) {
   const run = theRun();
   const spans = run.timeline.lanes.flatMap((lane) => lane.spans).filter((span) => span[3] === step);
+  state.step = String(step);
   if ($("jump")) $("jump").value = step;
-  if (!spans.length) return;
+  if (!spans.length) { paintLanes(); return; }
   const from = Math.min(...spans.map((span) => span[0]));
   const to = Math.max(...spans.map((span) => span[0] + span[1]));
   const room = Math.max(0.05, (to - from) * 0.4);
@@ -1113,6 +1120,8 @@ function paintLanes() {
       ctx.fill();
     }
   }
+  const chosen = Number(state.step);
+  $("jumped").textContent = state.step === "" ? "" : `Step ${chosen}: ${stepWords(lanesRun, chosen) || "no time is known of it."}`;
   $("span").textContent = `${seconds(from)} to ${seconds(to)} of ${seconds(extent())}`;
 }
 
@@ -1144,6 +1153,10 @@ function paintSpans(ctx, spans, x, top, colours, kinds, width) {
     ctx.fillStyle = colours[kind];
     ctx.fillRect(left, top, Math.max(0.8, right - left), LANE - 8);
     painted = left + 0.8;
+    if (step !== null && String(step) === state.step) {
+      ctx.fillStyle = css("--ink");
+      ctx.fillRect(left, top + LANE - 8, Math.max(0.8, right - left), 3);
+    }
     if (right - left > 54) {
       ctx.save();
       ctx.beginPath();
@@ -1191,7 +1204,7 @@ function listen(canvas) {
   canvas.addEventListener("pointerup", (event) => {
     const found = held && !held.moved ? spanAt(canvas, event) : null;
     held = null;
-    if (found && found.step !== null) { state.step = String(found.step); $("jump").value = found.step; writeAddress(); }
+    if (found && found.step !== null) { state.step = String(found.step); $("jump").value = found.step; writeAddress(); paintLanes(); }
   });
   canvas.addEventListener("pointermove", (event) => {
     if (held) {

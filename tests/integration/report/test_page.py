@@ -349,6 +349,7 @@ def test_the_timeline_is_zoomed_by_keys_wheel_and_buttons_and_jumps_to_a_step(pa
     assert shown_span(page) not in (zoomed, whole)
     page.type("#jump", "5\ue007")
     page.wait(lambda: shown_span(page).startswith("4.60 s to"))
+    assert page.text("#jumped").startswith("Step 5: 9.0 s instead of 2.0 s: waiting 7.5 s")
 
 
 def test_a_span_says_what_it_was(page, large):
