@@ -280,8 +280,8 @@ def _why(
     words += [
         f"Said then: {mark.text.rstrip('.')}." for mark in run.timeline.marks if mark.step == step
     ]
-    if step == min(run.trained, default=0):
-        words.append("It was the first step: caches were cold.")
+    if step in {start.step + 1 for start in run.timeline.starts}:
+        words.append("It was the first step since a start, when nothing was sampled ahead.")
     return " ".join(words)
 
 

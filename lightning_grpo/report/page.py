@@ -25,7 +25,7 @@ import jinja2
 from lightning_grpo.report.answers import Answers
 from lightning_grpo.report.charts import CHARTS, drawn, explained
 from lightning_grpo.report.findings import command_to_go_on, findings, why_slow
-from lightning_grpo.report.run import PHASES, Run, Span, lanes_of, reconstructed, step_times
+from lightning_grpo.report.run import PHASES, Run, Span, lanes_of, reconstructed, step_times, uptime
 
 _STATIC = Path(__file__).parent / "static"
 _MOST_SPANS = 100_000
@@ -75,7 +75,7 @@ def _run_data(run: Run) -> dict[str, Any]:
         "times": {step: [_rounded(v) for v in parts.values()] for step, parts in times.items()},
         "slow": why_slow(run),
         "findings": [asdict(finding) for finding in findings(run)],
-        "marks": [asdict(mark) for mark in run.timeline.marks]
+        "marks": [asdict(mark) for mark in uptime(run.timeline).marks]
         + [
             {"step": step, "level": "WARNING", "text": f"{metric} was {text}", "at": None}
             for step, metric, text in run.not_finite
@@ -100,7 +100,7 @@ def _settings(run: Run) -> dict[str, str]:
 def _timeline_data(run: Run) -> dict[str, Any]:
     """Spans by lane, as short rows: beginning, seconds, what, step."""
     recorded = bool(run.timeline.spans)
-    spans: Sequence[Span] = run.timeline.spans or reconstructed(run)
+    spans: Sequence[Span] = uptime(run.timeline).spans or reconstructed(run)
     left_out = max(0, len(spans) - _MOST_SPANS)
     if left_out:
         longest = sorted(spans, key=lambda span: -span.seconds)[:_MOST_SPANS]

@@ -10,7 +10,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ TRAJECTORIES, HELD_OUT = "trajectories", "trajectories/held_out"
 _PARTS = (METRICS, CONFIG, TIMELINE, TRAJECTORIES)
 _VERSION = "version_"
 _TRAINER = "trainer"
+_PAUSE_S = 10.0
 _SCORES = ("eval/avg_at_*", "eval/*/avg_at_*", "eval/greedy", "eval/*")
 
 
@@ -313,6 +314,22 @@ def read_timeline(file: Path) -> Timeline:
     return Timeline(starts, sorted(spans, key=lambda span: span.at), marks, end)
 
 
+def uptime(timeline: Timeline) -> Timeline:
+    """The same without the time between an end and the next start, in which nothing ran."""
+    cuts: list[tuple[float, float]] = []
+    for start in timeline.starts[1:]:
+        ended = max((s.at + s.seconds for s in timeline.spans if s.at < start.at), default=start.at)
+        if start.at - ended > _PAUSE_S:
+            cuts.append((ended, start.at - ended))
+
+    def shift(at: float) -> float:
+        return at - sum(seconds for place, seconds in cuts if at > place)
+
+    spans = [replace(span, at=shift(span.at)) for span in timeline.spans]
+    marks = [replace(mark, at=shift(mark.at)) for mark in timeline.marks]
+    return replace(timeline, spans=spans, marks=marks)
+
+
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
@@ -404,7 +421,7 @@ def chrome_trace(runs: Iterable[Run]) -> dict[str, Any]:
     """The timelines in the format that Perfetto and chrome://tracing open; microseconds."""
     events: list[dict[str, Any]] = []
     for pid, run in enumerate(runs, 1):
-        spans = run.timeline.spans or reconstructed(run)
+        spans = uptime(run.timeline).spans or reconstructed(run)
         began = min((span.at for span in spans), default=0.0)
         lanes = {lane: tid for tid, lane in enumerate(lanes_of(spans), 1)}
         events.append(_name_event("process_name", pid, 0, run.name))

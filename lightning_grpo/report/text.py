@@ -6,11 +6,20 @@ import re
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
-from lightning_grpo.report.charts import CHARTS, drawn
 from lightning_grpo.report.findings import command_to_go_on, findings
 from lightning_grpo.report.run import Run
 
 _ROWS = 12
+_COLUMNS = (
+    "reward/mean",
+    "completion/length_mean",
+    "completion/truncated_fraction",
+    "policy/entropy",
+    "policy/grad_norm",
+    "staleness/mean",
+    "throughput/tokens_per_s",
+    "time/step_s",
+)
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#])")
 
 
@@ -58,8 +67,8 @@ def _run(run: Run) -> Iterator[str]:
 
 
 def _curve(run: Run) -> Iterator[str]:
-    """One metric of each chart, at some steps."""
-    names = [metrics[0] for chart in CHARTS if (metrics := drawn(chart, [run]))]
+    """What a run is judged by, at some steps."""
+    names = [name for name in (run.score, *_COLUMNS) if name and run.series(name)]
     if not names:
         return
     last = len(run.steps) - 1

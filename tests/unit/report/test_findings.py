@@ -187,6 +187,15 @@ def test_what_servers_do_behind_a_step_is_no_reason_for_it(tmp_path):
     )
 
 
+def test_the_first_step_after_a_start_says_so(tmp_path):
+    rows = [step_row(step) for step in (1, 2, 3)]
+    write_metrics(tmp_path, [*rows, step_row(4, time__step_s=4.0, time__wait_rollout_s=2.5)])
+    write_timeline(tmp_path, [start_line(), start_line(3)])
+    assert why_slow(read(tmp_path))[4].endswith(
+        "It was the first step since a start, when nothing was sampled ahead."
+    )
+
+
 def test_where_no_step_was_slow_none_is_named(tmp_path):
     write_metrics(tmp_path, [step_row(step) for step in (1, 2, 3)])
     finding = slow_steps(read(tmp_path))

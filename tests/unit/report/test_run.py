@@ -16,6 +16,7 @@ from lightning_grpo.report.run import (
     reconstructed,
     stamp,
     step_times,
+    uptime,
 )
 from tests.fakes.report_runs import (
     BEGAN,
@@ -207,6 +208,17 @@ def test_after_a_kill_the_steps_that_were_taken_again_are_there_once(tmp_path):
     assert timeline.spans[2].at == BEGAN + 13
     assert timeline.marks == []
     assert timeline.end is None, "it went on since"
+
+
+def test_the_night_between_two_starts_is_cut_out(tmp_path):
+    spans = [span_line(0, 5, "waiting", step=1), span_line(40_010, 5, "waiting", step=2)]
+    said = {"kind": "line", "at": BEGAN + 40_012, "step": 2, "level": "WARNING", "text": "late"}
+    write_timeline(
+        tmp_path, [start_line(), spans[0], start_line(1, BEGAN + 40_000), spans[1], said]
+    )
+    timeline = uptime(read(tmp_path).timeline)
+    assert [span.at - BEGAN for span in timeline.spans] == [0, 15]
+    assert timeline.marks[0].at - BEGAN == 17
 
 
 # -- trace ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def test_the_text_answers_each_question_and_shows_the_curve(tmp_path):
     text = markdown(read_runs([write_run(tmp_path / "mine/version_0")]))
     assert text.startswith("# mine\n\n**How did it end?** It ran to its end at step 6.")
     assert "**Which step was best?** Step 6: eval/avg\\_at\\_1 0.750" in text
-    assert "| 3 | 0.3 |" in text
+    assert "| 3 |  | 0.3 | 23 |" in text
     assert "- step 3: server 1 is out" in text
     assert "torch 2.13.0" in text
 
