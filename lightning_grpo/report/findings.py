@@ -108,9 +108,9 @@ def how_it_ended(run: Run) -> Finding:
 
 
 def command_to_go_on(run: Run) -> str:
-    """What to type to train on."""
-    config = run.folder / "config.yaml"
-    return f"lightning-grpo fit --config {shlex.quote(str(config))} --ckpt_path last"
+    """What to type to train on, or again where there is no checkpoint."""
+    config = shlex.quote(str(run.folder / "config.yaml"))
+    return f"lightning-grpo fit --config {config}" + " --ckpt_path last" * run.has_checkpoint
 
 
 def best_step(run: Run) -> Finding | None:
@@ -499,7 +499,7 @@ def _truncated_but_rewarded(rows: Sequence[Row], threshold: float) -> Sign | Non
 
 
 def _length_pays(run: Run, rows: Sequence[Row]) -> Sign | None:
-    """Whether longer answers of the same prompt get more, and answers have grown."""
+    """Whether longer, or shorter, answers to the same prompt get more."""
     pairs = []
     for members in _by_prompt(rows).values():
         reward, length = (fmean(row[name] for row in members) for name in ("reward", "length"))
@@ -509,12 +509,10 @@ def _length_pays(run: Run, rows: Sequence[Row]) -> Sign | None:
     if across <= 0 or ends is None:
         return None
     r = sum(a * b for a, b in pairs) / across**0.5
-    grown = ends.last > 1.5 * ends.first
-    behind = _held_out_behind(run)
-    flagged = grown and r > 0.5 and behind is not None and behind[0]  # noqa: PLR2004
-    return flagged, (
+    decides = abs(r) > 0.8  # noqa: PLR2004 - length explains two thirds of the reward
+    return decides, (
         f"Length went from {ends.first:.0f} to {ends.last:.0f} tokens; within a group, reward and "
-        f"length correlate by {r:+.2f}."
+        f"length correlate by {r:+.2f}" + (": length nearly decides." if decides else ".")
     )
 
 

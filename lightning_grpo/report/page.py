@@ -113,6 +113,7 @@ def _timeline_data(run: Run) -> dict[str, Any]:
         lanes[span.lane].append(row)
     return {
         "recorded": recorded,
+        "starts": len(run.timeline.starts),
         "began": began if recorded else None,
         "kinds": kinds,
         "lanes": [{"name": name, "spans": rows} for name, rows in lanes.items()],

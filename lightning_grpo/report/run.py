@@ -157,6 +157,12 @@ class Run:
             found = found[part]
         return found
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        stopped = self.folder.parent.glob("hpc_ckpt_*.ckpt")
+        return any(stopped) or any((self.folder / "checkpoints").glob("*.ckpt"))
+
     def trajectory_files(self, held_out: bool = False) -> list[Path]:
         """The recorded rollout batches, or validations, in order of step."""
         return sorted((self.folder / (HELD_OUT if held_out else TRAJECTORIES)).glob("*.parquet"))
@@ -315,15 +321,16 @@ def read_timeline(file: Path) -> Timeline:
 
 
 def uptime(timeline: Timeline) -> Timeline:
-    """The same without the time between an end and the next start, in which nothing ran."""
+    """The same without the time between an end and what was done first after the next start."""
     cuts: list[tuple[float, float]] = []
     for start in timeline.starts[1:]:
         ended = max((s.at + s.seconds for s in timeline.spans if s.at < start.at), default=start.at)
-        if start.at - ended > _PAUSE_S:
-            cuts.append((ended, start.at - ended))
+        began = min((s.at for s in timeline.spans if s.at >= start.at), default=start.at)
+        if began - ended > _PAUSE_S:
+            cuts.append((ended, began - ended - 1.0))  # a second is left to be seen
 
     def shift(at: float) -> float:
-        return at - sum(seconds for place, seconds in cuts if at > place)
+        return at - sum(min(seconds, at - place) for place, seconds in cuts if at > place)
 
     spans = [replace(span, at=shift(span.at)) for span in timeline.spans]
     marks = [replace(mark, at=shift(mark.at)) for mark in timeline.marks]

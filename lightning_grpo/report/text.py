@@ -94,7 +94,12 @@ def _setup(run: Run) -> Iterator[str]:
         yield from ("## How it was set up", "")
         yield from (f"- {escaped(k)}: {escaped(v)}" for k, v in lines.items() if v)
         yield ""
-    yield from ("To go on:", "", f"    {command_to_go_on(run)}", "")
+    yield from (
+        "To go on:" if run.has_checkpoint else "To run it again:",
+        "",
+        f"    {command_to_go_on(run)}",
+        "",
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

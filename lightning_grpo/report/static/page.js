@@ -314,7 +314,7 @@ function drawRun() {
   $("setup").replaceChildren(
     el("h2", {}, "How it was set up"),
     el("dl.setup", {}, lines.flatMap(([label, text]) => [el("dt", {}, label), el("dd", {}, text)])),
-    el("h2", {}, "To go on from its last checkpoint"),
+    el("h2", {}, run.command.includes("--ckpt_path") ? "To go on from its last checkpoint" : "To run it again"),
     el("div.command", {}, el("code", {}, run.command), button("Copy", (event) => copy(run.command, event.target))),
   );
 }
@@ -1016,7 +1016,7 @@ let lanesRun = null;
 
 function drawTimeline() {
   const run = theRun();
-  const { lanes, recorded, left_out: leftOut, kinds } = run.timeline;
+  const { lanes, recorded, starts, left_out: leftOut, kinds } = run.timeline;
   if (drawn.timeline !== run) {
     drawn.timeline = run;
     const step = el("input.num", { type: "number", id: "jump", value: chosenStep(run) === null ? "" : chosenStep(run), "aria-label": "Step to go to", onchange: (event) => jump(Number(event.target.value)) });
@@ -1035,7 +1035,7 @@ function drawTimeline() {
         button("All", () => frameLanes(null)),
         el("span.soft.small", { id: "span" })),
       el("p.soft.small", {}, recorded
-        ? "Wheel or + and \u2212 zoom, drag or the arrow keys move, click a span for its step."
+        ? "Wheel or + and \u2212 zoom, drag or the arrow keys move, click a span for its step." + (starts > 1 ? " The time between its starts is left out." : "")
         : "This run recorded no timeline: the trainer's steps are laid end to end as metrics.csv has their parts, without validations and pauses; servers are unknown."),
       leftOut ? el("p.soft.small", {}, `${leftOut.toLocaleString("en")} of the shortest spans are left out.`) : "",
       lanes.length ? el("canvas", { id: "lanes", tabIndex: 0, role: "img", "aria-label": "What the trainer and each server did over time" }) : el("p.empty", {}, "Nothing was recorded."),

@@ -84,10 +84,12 @@ def test_a_run_without_a_timeline_does_not_say_how_it_ended(tmp_path):
 
 
 def test_the_command_to_go_on_can_be_pasted(tmp_path):
-    run = read(tmp_path / "my runs")
-    assert command_to_go_on(run) == (
-        f"lightning-grpo fit --config '{tmp_path}/my runs/config.yaml' --ckpt_path last"
-    )
+    folder = tmp_path / "my runs"
+    command = f"lightning-grpo fit --config '{folder}/config.yaml'"
+    assert command_to_go_on(read(folder)) == command, "there is no checkpoint"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/last.ckpt").touch()
+    assert command_to_go_on(read(folder)) == f"{command} --ckpt_path last"
 
 
 # -- the best step --------------------------------------------------------------------------------
@@ -323,3 +325,21 @@ def test_answers_that_are_cut_off_and_rewarded_are_a_sign(tmp_path):
     groups = [group(row, [answer(f"#### {2 * row}", truncated=True)]) for row in range(1, 9)]
     _, found = signs(write_steps(tmp_path, groups))
     assert found == ["! 24 of 24 answers that were cut off got the reward all the same."]
+
+
+def test_a_length_that_decides_the_reward_is_a_sign(tmp_path):
+    def of_length(tokens, reward):
+        sampled = tokens - 2
+        return answer(
+            "#### 2",
+            reward,
+            input_ids=(5,) * tokens,
+            response_mask=(False, False, *[True] * sampled),
+            logprobs=(0.0,) * tokens,
+            versions=(-1, -1, *[0] * sampled),
+        )
+
+    groups = [group(1, [of_length(4, 1.0), of_length(5, 1.0), of_length(30, 0.0)])]
+    _, found = signs(write_steps(tmp_path, groups))
+    assert len(found) == 1
+    assert "reward and length correlate by -1.00: length nearly decides." in found[0]

@@ -217,8 +217,8 @@ def test_the_night_between_two_starts_is_cut_out(tmp_path):
         tmp_path, [start_line(), spans[0], start_line(1, BEGAN + 40_000), spans[1], said]
     )
     timeline = uptime(read(tmp_path).timeline)
-    assert [span.at - BEGAN for span in timeline.spans] == [0, 15]
-    assert timeline.marks[0].at - BEGAN == 17
+    assert [span.at - BEGAN for span in timeline.spans] == [0, 6]
+    assert timeline.marks[0].at - BEGAN == 8
 
 
 # -- trace ----------------------------------------------------------------------------------------
