@@ -28,8 +28,11 @@ _FEW = 5
 _SLOW, _MOST_SLOW = 1.5, 50
 _LAST_FILES = 3
 _SHORT_ANSWER = 8
+_SIGN = "! "
 _NOTABLE, _FLAT_SHARE, _MANY_TRUNCATED = 0.05, 0.1, 0.2
 _SAME_FOR = 3
+_TELLING = 10
+"""Answers that are enough for a verdict."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,15 @@ class Finding:
 
 def findings(run: Run) -> list[Finding]:
     """Every question that the run's files answer."""
+    learning, gamed = is_it_learning(run), is_it_gamed(run)
+    if learning and gamed and any(line.startswith(_SIGN) for line in gamed.details):
+        learning.details.append("It is the reward that says so, and it may be gamed: see there.")
     found = (
         how_it_ended(run),
         best_step(run),
-        is_it_learning(run),
+        learning,
         what_is_wrong(run),
-        is_it_gamed(run),
+        gamed,
         where_time_went(run),
         slow_steps(run),
     )
@@ -369,11 +375,11 @@ def _about_wrong(wrong: Sequence[Row], right: Sequence[Row]) -> Iterable[str]:
     known = [(row, number) for row, number in expected if number is not None]
     if known:
         there = sum(number in _numbers(row["completion"]) for row, number in known)
+        fails = "form" if there > len(known) / 2 else "reasoning"
+        verdict = f": {fails} is what mostly fails." if len(known) >= _TELLING else "."
         yield (
             f"In {there:,} of {len(known):,} wrong ones the expected number is somewhere in the "
-            "answer: "
-            + ("form" if there > len(known) / 2 else "reasoning")
-            + " is what mostly fails."
+            f"answer{verdict}"
         )
     for name in sorted({name for row in wrong for name in dict(row["rewards"])}):
         values = [dict(row["rewards"]).get(name, 0.0) for row in wrong]
@@ -420,7 +426,7 @@ def is_it_gamed(run: Run) -> Finding | None:
         if alarming
         else f"None of {len(signs)} signs points to it; no count sees everything, so read some."
     )
-    details = [("! " if flagged else "") + text for flagged, text in sorted(signs, reverse=True)]
+    details = [_SIGN * flagged + text for flagged, text in sorted(signs, reverse=True)]
     state = _state(run, TRAINED, _range(rows)) | {"sort": "reward", "reverse": True}
     looks = [
         Look("Read the best rewarded", state),

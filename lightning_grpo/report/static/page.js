@@ -248,19 +248,19 @@ function drawOverview() {
       ...(several ? [comparison()] : []),
       ...(several ? [el("div.bar", {}, choice("run", "Run", data.runs.map((run) => [run.name, run.name])))] : []),
       el("div", { id: "questions" }),
-      el("h2", {}, "One step"),
+      ...(allSteps().length ? [el("h2", {}, "One step"),
       el("div.step", { id: "step" }),
       el("h2", {}, "Over the steps"),
       el("p.soft.small", {}, "Click a chart for a step, drag to zoom all of them, double-click to zoom out. Dashed lines: something was said at that step."),
       el("div.charts", { id: "charts" }),
-      el("div.bar", { id: "more", style: { marginTop: "1rem" } }),
+      el("div.bar", { id: "more", style: { marginTop: "1rem" } })] : []),
       el("div", { id: "said" }),
       el("div", { id: "setup" }),
     );
-    drawCharts();
+    if (allSteps().length) drawCharts();
   }
   drawRun();
-  drawStep();
+  if (allSteps().length) drawStep();
   plots.forEach((plot) => plot.redraw(false));
 }
 

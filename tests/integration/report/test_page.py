@@ -435,6 +435,7 @@ def test_a_run_that_failed_before_its_first_step_has_a_page(page, tmp_path):
     ):
         page.open(url, f"view={view}")
         assert words in page.text(f"#{view}")
+    assert page.count("canvas, #step") == 0, "there is no step to show"
 
 
 def test_a_served_page_takes_in_new_steps_and_keeps_what_was_chosen(page, tmp_path):

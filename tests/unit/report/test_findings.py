@@ -213,8 +213,7 @@ def test_what_is_wrong_is_counted_at_the_last_validation(run):
     assert finding.details == [
         "1 of the wrong ones were cut off at the length limit.",
         "Wrong answers have 4 tokens on average, right ones 4.",
-        "In 1 of 1 wrong ones the expected number is somewhere in the answer: form is what mostly "
-        "fails.",
+        "In 1 of 1 wrong ones the expected number is somewhere in the answer.",
         "Mean of form among them: 1.",
         "Mean of right among them: 0.",
         "Since step 0, of 4 prompts: 3 became right, 0 became wrong, 1 were wrong both times.",
@@ -250,6 +249,17 @@ def test_an_answer_without_a_number_as_reward_counts_as_wrong(tmp_path):
 )
 def test_the_expected_number_is_the_last_one_of_the_row_s_answer(columns, number):
     assert expected_number({"columns": columns}) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "fails"), [("6, it seems", 10, "form"), ("I give up", 0, "reasoning")]
+)
+def test_many_wrong_answers_tell_what_fails(tmp_path, text, count, fails):
+    write_batch(tmp_path, 1, [group(3, [answer(text, 0.0)] * 10)])
+    assert (
+        f"In {count} of 10 wrong ones the expected number is somewhere in the answer: {fails} is "
+        "what mostly fails."
+    ) in what_is_wrong(read(tmp_path)).details
 
 
 # -- gaming ---------------------------------------------------------------------------------------
@@ -297,6 +307,14 @@ def test_a_reward_without_the_expected_answer_is_a_sign(tmp_path):
     groups = [group(row, [answer(f"{row}: I am sure.")]) for row in range(1, 9)]
     _, found = signs(write_steps(tmp_path, groups))
     assert found == ["! 24 of 24 rewarded answers don't hold the expected number."]
+
+
+def test_where_the_reward_may_be_gamed_its_rise_is_not_taken_for_learning(tmp_path):
+    groups = [group(row, [answer(f"{row}: I am sure.")]) for row in range(1, 9)]
+    found = {finding.question: finding for finding in findings(write_steps(tmp_path, groups))}
+    assert found["Is it learning?"].details[-1] == (
+        "It is the reward that says so, and it may be gamed: see there."
+    )
 
 
 def test_named_rewards_that_part_are_a_sign(tmp_path):
