@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +36,19 @@ MOST_TOKENS = 1_000_000
 """Tokens of a page that can be coloured; further answers are there as text alone."""
 _MOST_FILES = {TRAINED: 100, HELD_OUT: 10}
 _HELD_OUT_SHARE = 0.4
-_PER_TOKEN = ("tokens", "logprobs", "versions")
+_ONE_VALUE = (
+    "step",
+    "dataset",
+    "row",
+    "group",
+    "completion",
+    "reward",
+    "rewards",
+    "truncated",
+    "columns",
+    "response_mask",
+)
+"""What is counted over whole files."""
 _LOGPROB_STEPS = 100
 _PARENTS = 4
 
@@ -77,29 +89,32 @@ def choose_answers(
     tables: list[tuple[Run, str, pa.Table]] = []
     for run in runs:
         found = {kind: _files(run, kind, wanted, out.notes) for kind in (TRAINED, HELD_OUT)}
-        totals = {kind: sum(t.num_rows for t in each) for kind, each in found.items()}
+        totals = {kind: sum(f.num_rows for f in files) for kind, files in found.items()}
         taken = 0
         for kind, count in _shares(totals, limit // len(runs)).items():
-            chosen = _choose(found[kind], kind, count)
-            taken += sum(table.num_rows for table in chosen)
-            tables += [(run, kind, table) for table in chosen]
+            for file, rows in _choose(found[kind], kind, count):
+                tables += [(run, kind, table) for table in _take(file, rows, out.notes)]
+                taken += len(rows)
         if taken < sum(totals.values()):
             out.notes.append(
                 f"{run.name}: {taken:,} of {sum(totals.values()):,} trajectories are on this page, "
                 "in whole groups and evenly over the steps. --limit N takes more, --steps 10-14 "
                 "takes those steps alone."
             )
-    room = _Room(sum(_num_response_tokens(table) for *_, table in tables))
+    num_tokens = sum(_num_response_tokens(table) for *_, table in tables)
+    share = min(1.0, MOST_TOKENS / max(1, num_tokens))
+    if share < 1:
+        out.notes.append(
+            f"Tokens of {share:.0%} of the groups can be coloured, evenly over all: they have "
+            f"{num_tokens:,}. A smaller --limit, or --steps, keeps more of them."
+        )
     places: dict[str, int] = {}
     spell = {run.name: _speller(run, out, places) for run in runs}
     for run, kind, table in tables:
-        for group in _group_rows(table):
-            out.groups.append(_group(run, kind, group, spell[run.name], room))
-    if room.wanted > MOST_TOKENS:
-        out.notes.append(
-            f"Of {room.wanted:,} tokens the first {MOST_TOKENS:,} can be coloured; a smaller "
-            "--limit, or --steps, keeps them all."
-        )
+        for rows_ in _group_rows(table):
+            index = len(out.groups)
+            coloured = int((index + 1) * share) > int(index * share)
+            out.groups.append(_group(run, kind, rows_, spell[run.name] if coloured else None))
     return out
 
 
@@ -110,19 +125,40 @@ def _shares(totals: Mapping[str, int], limit: int) -> dict[str, int]:
     return {TRAINED: limit - held_out, HELD_OUT: held_out}
 
 
-def _files(run: Run, kind: str, wanted: Callable[[int], bool], notes: list[str]) -> list[pa.Table]:
-    """The tables of the files to choose from, evenly, the first and the last among them."""
-    files = [f for f in run.trajectory_files(kind == HELD_OUT) if wanted(step_of(f))]
-    chosen = spread(files, _MOST_FILES[kind])
-    if len(chosen) < len(files):
-        notes.append(f"{run.name}: {len(chosen)} of {len(files)} files of {kind} steps were read.")
-    tables = []
-    for file in chosen:
+@dataclass(frozen=True)
+class _File:
+    """A trajectory file and the places of its groups' rows: (place, prompt) -> rows."""
+
+    path: Path
+    groups: dict[tuple[int, Key], list[int]]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.groups.values()))
+
+
+def _files(run: Run, kind: str, wanted: Callable[[int], bool], notes: list[str]) -> list[_File]:
+    """The files to choose from, evenly, the first and the last among them."""
+    paths = [f for f in run.trajectory_files(kind == HELD_OUT) if wanted(step_of(f))]
+    chosen = spread(paths, _MOST_FILES[kind])
+    if len(chosen) < len(paths):
+        notes.append(f"{run.name}: {len(chosen)} of {len(paths)} files of {kind} steps were read.")
+    files = []
+    for path in chosen:
         try:
-            tables.append(read_table(file))
+            files.append(_File(path, _groups(read_table(path, ["group", "dataset", "row"]))))
         except UnreadableError as error:
             notes.append(str(error))
-    return tables
+    return files
+
+
+def _take(path: Path, rows: list[int], notes: list[str]) -> list[pa.Table]:
+    """The rows of one file; none, with a note, where they can't be read."""
+    try:
+        return [read_table(path).take(rows)]
+    except UnreadableError as error:
+        notes.append(str(error))
+        return []
 
 
 def step_of(file: Path) -> int:
@@ -140,23 +176,22 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _choose(tables: list[pa.Table], kind: str, count: int) -> list[pa.Table]:
-    """The rows of whole groups out of the tables, `count` or a little less."""
-    if sum(table.num_rows for table in tables) <= count:
-        return tables
-    groups = [_groups(table) for table in tables]
-    size = max(len(rows) for each in groups for rows in each.values())
-    chosen = spread(list(zip(tables, groups, strict=True)), max(1, count // size))
+def _choose(files: list[_File], kind: str, count: int) -> list[tuple[Path, list[int]]]:
+    """The rows of whole groups out of each file, `count` or a little less."""
+    if sum(file.num_rows for file in files) <= count:
+        return [(file.path, list(chain.from_iterable(file.groups.values()))) for file in files]
+    size = max(len(rows) for file in files for rows in file.groups.values())
+    chosen = spread(files, max(1, count // size))
     share, more = divmod(max(len(chosen), count // size), len(chosen))
     common: set[Key] | None = None
     if kind == HELD_OUT:
-        shared = set.intersection(*({key[1] for key in each} for _, each in chosen))
+        shared = set.intersection(*({key[1] for key in file.groups} for file in chosen))
         common = set(spread(sorted(shared), share)) or None
     out = []
-    for index, (table, each) in enumerate(chosen):
-        keys = [key for key in each if common is None or key[1] in common]
+    for index, file in enumerate(chosen):
+        keys = [key for key in file.groups if common is None or key[1] in common]
         taken = spread(keys, share + (index < more))
-        out.append(table.take([row for key in taken for row in each[key]]))
+        out.append((file.path, [row for key in taken for row in file.groups[key]]))
     return out
 
 
@@ -172,9 +207,9 @@ def _groups(table: pa.Table) -> dict[tuple[int, Key], list[int]]:
 
 def light_rows(file: Path) -> list[Row]:
     """The rows of a file without what there is for each token, but with `length`."""
-    table = read_table(file)
+    table = read_table(file, list(_ONE_VALUE))
     lengths = _lengths(table).tolist()
-    rows: list[Row] = to_rows(table.drop_columns([*_PER_TOKEN, "response_mask"]))
+    rows: list[Row] = to_rows(table.drop_columns(["response_mask"]))
     return [row | {"length": length} for row, length in zip(rows, lengths, strict=True)]
 
 
@@ -193,17 +228,6 @@ def _num_response_tokens(table: pa.Table) -> int:
 # -- one group ------------------------------------------------------------------------------------
 
 
-class _Room:
-    """How many tokens may still be taken with what is known of each."""
-
-    def __init__(self, wanted: int) -> None:
-        self.wanted, self._left = wanted, MOST_TOKENS
-
-    def take(self, count: int) -> bool:
-        self._left -= count
-        return self._left >= 0
-
-
 def _group_rows(table: pa.Table) -> Iterator[list[Row]]:
     """The rows of one group after the other."""
     for _, rows in groupby(
@@ -212,9 +236,10 @@ def _group_rows(table: pa.Table) -> Iterator[list[Row]]:
         yield list(rows)
 
 
-def _group(
-    run: Run, kind: str, rows: Sequence[Row], spell: Callable[[list[int]], list[int]], room: _Room
-) -> Row:
+Speller = Callable[[list[int]], list[int]]
+
+
+def _group(run: Run, kind: str, rows: Sequence[Row], spell: Speller | None) -> Row:
     """One group: the prompt, where it is from, and the answers."""
     first = rows[0]
     asked = _messages(first)
@@ -230,11 +255,11 @@ def _group(
         "columns": _columns(first, asked),
         "version": first["version"],
         "attempts": first["attempts"],
-        "answers": [_answer(row, spell, room) for row in rows],
+        "answers": [_answer(row, spell) for row in rows],
     }
 
 
-def _answer(row: Mapping[str, Any], spell: Callable[[list[int]], list[int]], room: _Room) -> Row:
+def _answer(row: Mapping[str, Any], spell: Speller | None) -> Row:
     sampled = [v for v, on in zip(row["versions"], row["response_mask"], strict=True) if on]
     out: Row = {
         "reward": _json_number(row["reward"]),
@@ -250,7 +275,7 @@ def _answer(row: Mapping[str, Any], spell: Callable[[list[int]], list[int]], roo
     if row.get("advantage") is not None:
         out["advantage"] = _json_number(row["advantage"])
     first = row["num_prompt_tokens"]
-    if room.take(len(row["tokens"]) - first):
+    if spell is not None:
         out["tokens"] = {
             "pieces": spell(row["tokens"][first:]),
             "logprobs": [_hundredths(value) for value in row["logprobs"][first:]],
@@ -276,7 +301,7 @@ def _runs_of(values: Iterable[int]) -> list[int]:
 # -- tokens ---------------------------------------------------------------------------------------
 
 
-def _speller(run: Run, out: Answers, places: dict[str, int]) -> Callable[[list[int]], list[int]]:
+def _speller(run: Run, out: Answers, places: dict[str, int]) -> Speller:
     """Gives places in `out.pieces` for token ids; none where there is no tokenizer on this disk."""
     name = str(run.setting("model.model") or "")
     tokenizer = find_tokenizer(name, run.folder)

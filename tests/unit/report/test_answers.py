@@ -115,6 +115,16 @@ def test_rewards_that_are_no_numbers_keep_their_names(tmp_path):
     assert [each["reward"] for each in found] == ["nan", "inf"]
 
 
+def test_a_file_of_which_the_tokens_are_torn_is_named(tmp_path):
+    file = write_run(tmp_path) / "trajectories" / "step_000002.parquet"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2 - 200 : len(whole) // 2 + 200] = b"\xff" * 400
+    file.write_bytes(bytes(whole))
+    answers = chosen(tmp_path)
+    assert any("step_000002.parquet" in note for note in answers.notes)
+    assert {1, 3} <= {each["step"] for each in answers.groups}
+
+
 # -- tokens ---------------------------------------------------------------------------------------
 
 
@@ -137,6 +147,22 @@ def test_each_token_has_its_text_logprob_and_version(tmp_path, tokenizer):
     assert spelt == tokenizer.decode([7, 8, 9, 10], skip_special_tokens=False)
     assert tokens["logprobs"] == [-10, -200, -50, 0]
     assert tokens["versions"] == [3, 2, 4, 2], "two tokens of version 3, two of version 4"
+
+
+def test_of_more_tokens_than_a_page_may_have_groups_are_coloured_evenly(tmp_path):
+    ids = (5,) * 40_000
+    long = answer(
+        input_ids=(5, 6, *ids),
+        response_mask=(False, False, *[True] * len(ids)),
+        logprobs=(0.0,) * (len(ids) + 2),
+        versions=(-1, -1, *[0] * len(ids)),
+    )
+    write_batch(tmp_path, 1, [group(row, [long]) for row in range(50)])
+    (tmp_path / "config.yaml").write_text("model: {model: shipped:quickstart}\n")
+    answers = chosen(tmp_path)
+    coloured = ["tokens" in each["answers"][0] for each in answers.groups]
+    assert coloured == [False, True] * 25
+    assert "Tokens of 50% of the groups can be coloured" in answers.notes[0]
 
 
 def test_where_the_tokenizer_is_not_there_the_text_is(tmp_path):
