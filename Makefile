@@ -15,13 +15,14 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
 
-.PHONY: help install quickstart test lint format test-gpu test-ray test-sglang test-slow test-slurm chaos base bench wheel clean
+.PHONY: help install quickstart test lint format test-browser test-gpu test-ray test-sglang test-slow test-slurm chaos base bench wheel clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the small model on this CPU"
 	@echo "make test         unit and integration tests"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make test-slow    what takes a process minutes: signals, ranks, memory, whole examples"
+	@echo "make test-browser the report's page in Chromium, which \`make test\` does, too, where there is one"
 	@echo "make chaos        something breaks every few seconds of a run: MINUTES=60 EVERY_S=30 SEED=1"
 	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
 	@echo "make base         make the quickstart's model and data again, from nothing"
@@ -45,6 +46,10 @@ format: $(VENV)/.dev
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m "slow and $(subst and not slow ,,$(ELSEWHERE))" $(PYTEST_ARGS)
+
+# Also part of `make test`, where a browser is on the path.
+test-browser: $(VENV)/.test
+	$(BIN)/python -m pytest -m browser tests/integration/report $(PYTEST_ARGS)
 
 test-slurm test-ray: $(VENV)/.test
 	$(BIN)/python -m pytest -m $(subst test-,,$@) $(PYTEST_ARGS)

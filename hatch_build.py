@@ -1,4 +1,4 @@
-"""Puts the configs and the quickstart beside `lightning_grpo/shipped` in the wheel."""
+"""Puts the configs, the page of metrics and the quickstart beside `lightning_grpo/shipped`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SHIPPED = ("configs", "examples/quickstart/data", "examples/quickstart/model")
+SHIPPED = (
+    "configs",
+    "docs/metrics.md",
+    "examples/quickstart/data",
+    "examples/quickstart/model",
+)
 
 
 class ShippedFiles(BuildHookInterface):
     """An editable install needs none of it: there the names resolve to the repository."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Adds the folders to a wheel proper."""
+        """Adds them to a wheel proper."""
         if version == "editable":
             return
-        for folder in SHIPPED:
-            build_data["force_include"][folder] = f"lightning_grpo/shipped/{folder}"
+        for path in SHIPPED:
+            build_data["force_include"][path] = f"lightning_grpo/shipped/{path}"

@@ -17,8 +17,9 @@ GRACE_S = 5.0
 LONG_LIVED_THREADS = ("QueueFeederThread", "TMonitor", "ExecutorManagerThread", "pymp-")
 """Name parts of threads that a library keeps for the whole process."""
 
-LONG_LIVED_CHILDREN = ("resource_tracker", "forkserver")
-"""Parts of the command line of helpers that multiprocessing and loky keep for the process."""
+LONG_LIVED_CHILDREN = ("resource_tracker", "forkserver", "--type=")
+"""Parts of the command line of helpers that multiprocessing and loky keep for the process, and of
+those that a browser starts when it likes and ends with itself."""
 
 SET_BY_LIBRARIES = {
     "CUBLAS_WORKSPACE_CONFIG", "CUDA_MODULE_LOADING", "GROUP_RANK", "KMP_DUPLICATE_LIB_OK",

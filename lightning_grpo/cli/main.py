@@ -28,6 +28,7 @@ COMMANDS = {
     "test": ("fit.test", "the same on the test prompts"),
     "serve": ("server.serve", "start the embedded engine for a model on this machine's CPU"),
     "show": ("trajectories.show", "read the trajectories that a run has written"),
+    "report": ("report.report", "look at runs: a page of curves, answers and the timeline"),
     "export": ("export.export", "turn a checkpoint into a Hugging Face folder"),
     "launch": ("launch.launch", "write or submit a Slurm or Ray job"),
     "install-server": ("server.install", "make the servers' own environment"),

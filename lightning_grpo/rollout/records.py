@@ -132,7 +132,8 @@ def _lists(column: pa.ChunkedArray) -> list[list[Any]]:
     return [values[start:end] for start, end in pairwise(offsets)]
 
 
-def _to_rows(table: pa.Table) -> list[dict[str, Any]]:
+def to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table, or of a part of one, as `read_rows` gives them."""
     names = [name for name in _PER_TOKEN if name in table.column_names]
     rows = table.drop_columns(names).to_pylist()
     for name in names:
@@ -147,7 +148,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: There is none, or it was not written by this package.
     """
-    return [row for file in trajectory_files(path) for row in _to_rows(_read_table(file))]
+    return [row for file in trajectory_files(path) for row in to_rows(read_table(file))]
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class RecordedBatch:
 def read_batch(file: Path) -> RecordedBatch:
     """The rollout batch of one file."""
     by_group: dict[int, list[dict[str, Any]]] = {}
-    rows = _to_rows(_read_table(file))
+    rows = to_rows(read_table(file))
     for row in rows:
         by_group.setdefault(row["group"], []).append(row)
     return RecordedBatch(rows[0]["version"], [_group(part) for part in by_group.values()])
@@ -174,7 +175,7 @@ def read_batch(file: Path) -> RecordedBatch:
 
 def recorded_version(file: Path) -> int:
     """The weights that trained on a file's rollout batch; reads that column only."""
-    version: int = _read_table(file, ["version"])["version"][0].as_py()
+    version: int = read_table(file, ["version"])["version"][0].as_py()
     return version
 
 
@@ -252,7 +253,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     return Trajectory(**own)
 
 
-def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
+def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     """One file, if it is one of ours."""
     try:
         table = pq.read_table(file, columns=columns)

@@ -72,6 +72,12 @@ def shipped_configs() -> dict[str, Path]:
     return {file.name: file for file in files if file.suffix == ".yaml"}
 
 
+def metrics_page() -> Path | None:
+    """The page that explains every metric; None where it was not installed."""
+    places = (_HERE / "docs/metrics.md", _REPOSITORY / "docs/metrics.md")
+    return next((place for place in places if place.is_file()), None)
+
+
 def _existing(in_wheel: Path, in_repository: Path) -> list[Path]:
     """What the first of the two folders that exists holds, in order of name."""
     folder = in_wheel if in_wheel.is_dir() else in_repository

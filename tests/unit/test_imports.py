@@ -16,7 +16,7 @@ from lightning_grpo.hparams import import_object
 from lightning_grpo.moved import MOVED
 
 PACKAGE = Path(__file__).parents[2] / "lightning_grpo"
-TORCH_FREE = ("types", "errors", "rewards", "rollout", "servers", "shipped")
+TORCH_FREE = ("types", "errors", "report", "rewards", "rollout", "servers", "shipped")
 MAX_LINES = 600
 
 BLOCKED_IMPORT = """

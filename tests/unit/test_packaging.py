@@ -67,6 +67,10 @@ def test_the_wheel_is_small_and_carries_the_quickstart_the_configs_and_the_type_
     shipped = "lightning_grpo/shipped"
     assert {
         "lightning_grpo/py.typed",
+        "lightning_grpo/report/static/page.html.j2",
+        "lightning_grpo/report/static/uPlot.LICENSE",
+        "lightning_grpo/report/static/uPlot.iife.min.js",
+        f"{shipped}/docs/metrics.md",
         f"{shipped}/configs/quickstart.yaml",
         f"{shipped}/configs/gsm8k.yaml",
         f"{shipped}/examples/quickstart/data/train.jsonl",

@@ -1,0 +1,1 @@
+"""A run's files as a page, as text, as a trace, as pictures: read from disk, without torch."""
