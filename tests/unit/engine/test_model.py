@@ -7,7 +7,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.contract import check_engine
-from lightning_grpo.engine.model import ModelRunner, SlotCache, check_servable, load_model
+from lightning_grpo.engine.model import (
+    ModelRunner,
+    PrefillCapture,
+    SlotCache,
+    check_servable,
+    load_model,
+)
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import RunningServers
 from lightning_grpo.servers.process import EmbeddedServers
@@ -79,3 +85,100 @@ def test_a_folder_that_lacks_weights_is_not_served_with_random_ones(tmp_path):
     model.save_pretrained(tmp_path, state_dict=values)
     with pytest.raises(ConfigError, match=r"lacks model\.layers\.1\.input_layernorm"):
         load_model(str(tmp_path))
+
+
+# ---- slots keep what was put in them through growth and moves -----------------------------------
+
+LAYERS, HEADS, DIM = 2, 3, 4
+
+
+def allocated(slots: SlotCache) -> int:
+    """Tokens that the memory in hand has room for."""
+    return slots.store.shape[2] * slots.store.shape[4]
+
+
+def prompt(length: int, seed: int) -> torch.Tensor:
+    """Keys and values of a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(LAYERS, 2, HEADS, length, DIM, generator=generator)
+
+
+def window(slots: SlotCache, lengths: list[int]) -> list[torch.Tensor]:
+    """What attention would see of each slot, `[layers, 2, kv_heads, length, head_dim]`."""
+    step = slots.step(torch.tensor(lengths)[:, None], max(lengths) + 1)
+    new = torch.full((len(lengths), HEADS, 1, DIM), 7.0)
+    layers = [torch.stack(step.update(new, 2 * new, layer)) for layer in range(LAYERS)]
+    seen = torch.stack(layers)
+    return [seen[:, :, row, :, : length + 1] for row, length in enumerate(lengths)]
+
+
+def test_slots_hold_prompts_of_different_lengths_and_the_new_token_behind_them() -> None:
+    slots = SlotCache(max_slots=4, max_length=200)
+    short, long = prompt(2, 0), prompt(5, 1)
+    slots.reserve(3, 6, short)
+    slots.place(0, 2, short)
+    slots.place(2, 1, long)
+    first, second, third = window(slots, [2, 2, 5])
+    for seen, expected in ((first, short), (second, short), (third, long)):
+        assert torch.equal(seen[..., :-1, :], expected)
+        assert bool((seen[:, 0, :, -1] == 7).all())
+        assert bool((seen[:, 1, :, -1] == 14).all())
+
+
+def test_growth_in_slots_and_length_keeps_what_is_there() -> None:
+    slots = SlotCache(max_slots=8, max_length=300)
+    kept = prompt(3, 0)
+    slots.reserve(1, 4, kept)
+    slots.place(0, 1, kept)
+    slots.grow(150)
+    slots.reserve(5, 200, kept)
+    other = prompt(199, 1)
+    slots.place(4, 1, other)
+    seen = window(slots, [3, 0, 0, 0, 199])
+    assert torch.equal(seen[0][..., :-1, :], kept)
+    assert torch.equal(seen[4][..., :-1, :], other)
+    assert allocated(slots) <= 8 * 300
+
+
+def test_growth_stops_at_the_limits() -> None:
+    slots = SlotCache(max_slots=3, max_length=70)
+    slots.reserve(2, 65, prompt(1, 0))
+    assert allocated(slots) == 2 * 70
+    slots.reserve(3, 70, prompt(1, 0))
+    assert allocated(slots) == 3 * 70
+    slots.clear()
+    assert allocated(slots) == 0
+
+
+def test_moved_slots_bring_their_tokens() -> None:
+    slots = SlotCache(max_slots=3, max_length=64)
+    states = [prompt(4, seed) for seed in range(3)]
+    slots.reserve(3, 5, states[0])
+    for slot, state in enumerate(states):
+        slots.place(slot, 1, state)
+    slots.move([2], [0], 4)
+    first, second = window(slots, [4, 4])
+    assert torch.equal(first[..., :-1, :], states[2])
+    assert torch.equal(second[..., :-1, :], states[1])
+
+
+def test_a_wiped_slot_holds_no_nan() -> None:
+    slots = SlotCache(max_slots=2, max_length=64)
+    slots.reserve(2, 5, prompt(4, 0))
+    slots.place(0, 2, torch.full_like(prompt(4, 0), float("nan")))
+    slots.wipe(1)
+    first, second = window(slots, [4, 4])
+    assert bool(first.isnan().any())
+    assert not bool(second.isnan().any())
+
+
+def test_a_capture_gives_each_prompt_without_its_padding() -> None:
+    capture = PrefillCapture()
+    layers = [(torch.randn(2, HEADS, 5, DIM), torch.randn(2, HEADS, 5, DIM)) for _ in range(LAYERS)]
+    for index, (keys, values) in enumerate(layers):
+        assert capture.update(keys, values, index)[0] is keys
+    state = capture.prompt(1, 3)
+    assert state.shape == (LAYERS, 2, HEADS, 3, DIM)
+    for index, (keys, values) in enumerate(layers):
+        assert torch.equal(state[index, 0], keys[1, :, :3])
+        assert torch.equal(state[index, 1], values[1, :, :3])

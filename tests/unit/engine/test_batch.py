@@ -1,23 +1,174 @@
-"""Noise without state, and sampling that follows the distribution."""
+"""Rows of the running batch: they end, close their gaps, and say what the sampler needs."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
+import msgspec
 import pytest
 import torch
+from msgspec import structs
 
 from lightning_grpo.engine.batch import (
+    NOT_FINITE,
+    Output,
+    Request,
     SamplingPlan,
+    end_tokens_banned,
     filter_logprobs,
+    find_stop,
     mix_,
+    record,
+    remove,
     sample,
     sample_seed,
     uniform,
 )
+from lightning_grpo.engine.http import reply_text
+from tests.fakes.engine_requests import PLAIN, VOCAB, ignore
+from tests.fakes.tiny_model import make_tiny_tokenizer
 
-VOCAB = 12
+
+def request(output: tuple[int, ...] = (), **changes: Any) -> Request:
+    """A request that differs from the plain one in some ways."""
+    return Request(
+        msgspec.structs.replace(PLAIN, **changes),
+        ignore,
+        output_ids=list(output),
+        output_logprobs=[-1.0] * len(output),
+    )
+
+
+def ends(rows: list[Request], tokens: list[int]) -> list[bool]:
+    """Append one token to every row with logprob -0.5; which of them end."""
+    reasons = record(rows, torch.tensor(tokens), torch.full((len(tokens),), -0.5), "v")
+    return [row in reasons for row in range(len(tokens))]
+
+
+def test_rows_end_at_their_own_stop_ids_and_lengths() -> None:
+    rows = [
+        request(stop_ids=frozenset({5})),
+        request(max_new_tokens=2),
+        request(stop_ids=frozenset({6, 7, 8})),
+        request(),
+    ]
+    assert ends(rows, [6, 5, 5, 5]) == [False, False, False, False]
+    assert ends(rows, [5, 1, 8, 6]) == [True, True, True, False]
+
+
+def test_a_logprob_that_is_not_finite_ends_a_row() -> None:
+    rows = [request(), request()]
+    ended = record(rows, torch.tensor([1, 1]), torch.tensor([float("nan"), -1.0]), "v")
+    assert ended == {0: NOT_FINITE}
+
+
+def test_each_row_keeps_its_own_output() -> None:
+    first, second = rows = [request(max_new_tokens=500), request(max_new_tokens=500)]
+    for step in range(150):
+        ends(rows, [step % VOCAB, 3])
+    assert first.output_ids == [step % VOCAB for step in range(150)]
+    assert first.output_logprobs == [-0.5] * 150
+    assert second.output_ids == [3] * 150
+
+
+def test_the_last_rows_fill_the_gaps_and_nothing_is_mixed_up() -> None:
+    rows = [request(rid=str(i), sampling_seed=i, stop_ids=frozenset({10 + i})) for i in range(5)]
+    ends(rows, [0, 1, 2, 3, 4])
+    assert remove(rows, [0, 3]) == ([4], [0])
+    assert [r.generation.rid for r in rows] == ["4", "1", "2"]
+    assert [r.output_ids for r in rows] == [[4], [1], [2]]
+    assert SamplingPlan.of(rows).seeds.tolist() == [4, 1, 2]
+    assert ends(rows, [14, 10, 12]) == [True, False, True]
+    assert remove(rows, [0, 1, 2]) == ([], [])
+    assert rows == []
+
+
+def test_a_request_that_comes_back_has_its_output() -> None:
+    rows = [request(output=tuple(range(70)), max_new_tokens=72)]
+    assert SamplingPlan.of(rows).positions.tolist() == [73]
+    assert ends(rows, [5]) == [False]
+    assert ends(rows, [6]) == [True]
+    assert rows[0].output_ids == [*range(70), 5, 6]
+
+
+def test_end_tokens_are_banned_until_the_row_is_long_enough() -> None:
+    rows = [
+        request(min_new_tokens=1, stop_ids=frozenset({4, 9})),
+        request(stop_ids=frozenset({4})),
+        request(),
+    ]
+    banned = end_tokens_banned(rows, VOCAB)
+    assert banned is not None
+    assert banned.nonzero().tolist() == [[0, 4], [0, 9]]
+    ends(rows, [1, 1, 1])
+    assert end_tokens_banned(rows, VOCAB) is None
+
+
+def test_the_plan_says_what_the_batch_needs() -> None:
+    rows = [request()]
+    plain = SamplingPlan.of(rows)
+    needs = [plain.any_scaled, plain.any_greedy, plain.all_greedy, plain.any_filtered]
+    assert not any(needs)
+    rows += [request(temperature=0.5, top_k=1), request(top_k=3)]
+    mixed = SamplingPlan.of(rows)
+    assert mixed.any_scaled
+    assert mixed.any_greedy
+    assert mixed.any_filtered
+    assert not mixed.all_greedy
+    assert SamplingPlan.of(rows[1:2]).all_greedy
+    assert not SamplingPlan.of(rows[:2]).any_filtered
+    assert mixed.temperatures.tolist() == [1.0, 0.5, 1.0]
+
+
+# ---- stop strings that are spelled by any tokens ------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", ["apples", "\n####", "s.\n", "<|im_end|>", "\u2603"])
+def test_a_stop_string_is_found_whatever_tokens_spell_it(stop: str) -> None:
+    tokenizer = make_tiny_tokenizer()
+    text = f"Tom has many things {stop}"
+    whole = tokenizer(text)["input_ids"]
+    # Byte by byte, as a random model may write it.
+    bytewise = [i for character in text for i in tokenizer(character)["input_ids"]]
+    for ids in (whole, bytewise):
+        found = [k for k in range(1, len(ids) + 1) if find_stop(tokenizer, [stop], ids[:k])]
+        assert found[:1] == [len(ids)]
+        # What came long ago is not looked through again.
+        assert find_stop(tokenizer, [stop], ids * 2 + whole[:1] * 100) is None
+
+
+def test_the_first_listed_string_is_named_and_none_is_none() -> None:
+    tokenizer = make_tiny_tokenizer()
+    ids = tokenizer("one two")["input_ids"]
+    assert find_stop(tokenizer, ["two", "one"], ids) == "two"
+    assert find_stop(tokenizer, ["three"], ids) is None
+
+
+def said(text: str, matched: str | int | None, **asked: Any) -> str:
+    """The reply's text of a completion that spells `text`."""
+    tokenizer = make_tiny_tokenizer()
+    ids = tokenizer(text)["input_ids"]
+    request = Request(structs.replace(PLAIN, **asked), ignore, output_ids=ids)
+    return reply_text(Output(request, len(ids), {"matched": matched}, "default"), tokenizer)
+
+
+def test_text_is_cut_at_its_string_and_not_at_a_token() -> None:
+    assert said("a STOP b STOP", "STOP") == "a "
+    assert said("a STOP b STOP", "STOP", no_stop_trim=True) == "a STOP b STOP"
+    assert said("a 2 b.", 2) == "a 2 b"
+    assert said("a", None) == "a"
+
+
+def test_decoding_can_leave_special_tokens_out() -> None:
+    assert said("hi<|im_end|>", None) == "hi"
+    assert said("hi<|im_end|>", None, skip_special_tokens=False) == "hi<|im_end|>"
+
+
+# ---- noise without state, and sampling that follows the distribution ----------------------------
+
+SMALL_VOCAB = 12
 
 
 def plan(rows: int, **changes: object) -> SamplingPlan:
@@ -110,20 +261,20 @@ def test_logits_that_are_not_finite_have_no_finite_logprob() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_samples_follow_the_temperature_scaled_distribution(temperature: float) -> None:
-    logits = torch.linspace(-2, 2, VOCAB)
+    logits = torch.linspace(-2, 2, SMALL_VOCAB)
     rows = 40_000
     tokens, logprobs = sample(
-        logits.expand(rows, VOCAB),
+        logits.expand(rows, SMALL_VOCAB),
         plan(rows, temperatures=torch.full((rows,), temperature)),
     )
     expected = (logits / temperature).softmax(-1)
-    counts = torch.bincount(tokens, minlength=VOCAB) / rows
+    counts = torch.bincount(tokens, minlength=SMALL_VOCAB) / rows
     assert float((counts - expected).abs().max()) < 0.01
     torch.testing.assert_close(logprobs, expected.log()[tokens])
 
 
 def test_greedy_rows_take_the_best_beside_rows_that_sample() -> None:
-    logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(6, SMALL_VOCAB, generator=torch.Generator().manual_seed(0))
     greedy = torch.tensor([True, False] * 3)
     top_k = torch.where(greedy, 1, 1 << 31)
     tokens, _ = sample(logits, plan(6, top_k=top_k))
@@ -154,19 +305,19 @@ def test_filters_keep_what_they_say() -> None:
 
 
 def test_top_k_keeps_exactly_k_of_equal_tokens() -> None:
-    logprobs = torch.full((1, VOCAB), 1 / VOCAB).log()
+    logprobs = torch.full((1, SMALL_VOCAB), 1 / SMALL_VOCAB).log()
     kept = filter_logprobs(logprobs, plan(1, top_k=torch.tensor([3])))
     assert int(kept.isfinite().sum()) == 3
 
 
 def test_banned_tokens_are_never_sampled_and_logprobs_are_of_the_full_distribution() -> None:
     rows = 500
-    logits = torch.zeros(rows, VOCAB)
-    banned = torch.zeros(rows, VOCAB, dtype=torch.bool)
+    logits = torch.zeros(rows, SMALL_VOCAB)
+    banned = torch.zeros(rows, SMALL_VOCAB, dtype=torch.bool)
     banned[:, 2:] = True
     tokens, logprobs = sample(logits, plan(rows), banned)
     assert set(tokens.tolist()) == {0, 1}
-    torch.testing.assert_close(logprobs, torch.full((rows,), 1 / VOCAB).log())
+    torch.testing.assert_close(logprobs, torch.full((rows,), 1 / SMALL_VOCAB).log())
 
 
 @pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 1}, {"min_p": 0.5}])
