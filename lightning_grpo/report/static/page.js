@@ -1163,7 +1163,7 @@ function paintSpans(ctx, spans, x, top, colours, kinds, width) {
       ctx.beginPath();
       ctx.rect(left, top, right - left - 4, LANE - 8);
       ctx.clip();
-      ctx.fillStyle = css("--paper");
+      ctx.fillStyle = css(["idle", "other"].includes(kinds[kind]) ? "--ink" : "--paper");
       ctx.fillText(step === null ? kinds[kind] : `${kinds[kind]} ${step}`, left + 5, top + LANE / 2);
       ctx.restore();
     }
