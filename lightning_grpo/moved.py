@@ -35,7 +35,6 @@ MOVED = {
     "callbacks.progress": "callbacks.screen",
     "callbacks.stop_flag": "callbacks.signals",
     "callbacks.summary": "callbacks.screen",
-    "callbacks.timing": "callbacks.screen",
     "callbacks.trajectories": "callbacks.recording",
     "callbacks.views": "contract",
     "cli.check": "cli.mistakes",

@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 
 from lightning_grpo._compat import last_saved_step
 from lightning_grpo.callbacks.health import HealthMonitor
-from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary, StepTimer
+from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
 from lightning_grpo.callbacks.signals import SignalHandling
+from lightning_grpo.callbacks.timing import StepTimer
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.checks import require_count
 from lightning_grpo.contract import (

@@ -60,7 +60,7 @@ from lightning_grpo.serving.health import (
     stop_generation,
 )
 from lightning_grpo.serving.server import Decode, Member, MemberState, Partial, ServerHandle
-from lightning_grpo.types import Completion, Interruption, Sampling, ServerActivity
+from lightning_grpo.types import Completion, Interruption, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -407,10 +407,6 @@ class ServerPool:
     def failure(self) -> Exception | None:
         """The error that ended the pool, if one did: the run can't go on."""
         return self._router.error
-
-    def drain_activities(self) -> list[ServerActivity]:
-        """What each server has done since the last call."""
-        return [done for member in self._members for done in member.drain_activities()]
 
     @property
     def num_in_flight(self) -> int:

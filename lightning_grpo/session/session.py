@@ -504,7 +504,7 @@ class RolloutSession(Session):
         if lead is None or lead.live is None or not lead.service.is_live:
             return []
         try:
-            return lead.service.call(lead.live.pool.drain_activities)
+            return lead.service.call(lead.live.drain_activities)
         except GRPOError:  # it has ended meanwhile, which others will say
             return []
 

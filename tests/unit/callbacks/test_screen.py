@@ -257,7 +257,10 @@ def test_what_to_run_next_names_the_checkpoint():
     lines = list(end_lines(Tally(seconds=2.0, samples=8), [], "runs/a/x.ckpt", "runs/a"))
     assert "speed         8 samples in 2 s without validation: 4 samples/s" in lines
     assert "next          lightning-grpo export runs/a/x.ckpt runs/a/model" in lines
-    assert "              lightning-grpo show runs/a" in lines
+    assert lines[-2:] == [
+        "              lightning-grpo report runs/a",
+        "              lightning-grpo show runs/a",
+    ]
 
 
 def test_a_run_prints_its_settings_first_and_its_result_last(
