@@ -58,9 +58,9 @@ def doctor(argv: Sequence[str]) -> int:
 
 def say_line(finding: Finding) -> None:
     """Print a finding for a person."""
-    line = f"{finding.verdict:<8} {finding.check:<12} {finding.found}"
+    line = f"{finding.verdict:<8} {finding.check:<13} {finding.found}"
     if finding.way_out:
-        line += f"\n{'':<21} -> {finding.way_out}"
+        line += f"\n{'':<22} -> {finding.way_out}"
     sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()
 

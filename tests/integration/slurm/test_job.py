@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -145,3 +146,17 @@ def test_ranks_and_servers_have_the_cores_of_their_nodes(tmp_path):
     job = Job(tmp_path, number)
     job.wait(lambda: {"fit 2 x 1 of 2", "launch 1 x 2 of 2"} <= set(job.log.splitlines()))
     job.wait_for_end()
+
+
+def test_doctor_sees_one_folder_from_all_nodes_and_ranks_that_reach_each_other(tmp_path):
+    asked = subprocess.run(
+        ["srun", "-N2", "-n2", sys.executable, "-m", "lightning_grpo.cli.main", "doctor", "--json"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stdout + asked.stderr
+    found = [json.loads(line) for line in asked.stdout.splitlines()]
+    shared = [each["found"] for each in found if each["check"] == "shared folder"]
+    assert len(shared) == 2
+    assert all("sees the files of 2 of 2 ranks" in words for words in shared)
+    assert len([each for each in found if each["check"] == "ranks"]) == 2
+    assert not list(tmp_path.iterdir())
