@@ -149,8 +149,9 @@ def test_ranks_and_servers_have_the_cores_of_their_nodes(tmp_path):
 
 
 def test_doctor_sees_one_folder_from_all_nodes_and_ranks_that_reach_each_other(tmp_path):
+    doctor = [sys.executable, "-m", "lightning_grpo.cli.main", "doctor", "--json"]
     asked = subprocess.run(
-        ["srun", "-N2", "--ntasks-per-node=1", sys.executable, "-m", "lightning_grpo.cli.main", "doctor", "--json"],
+        ["srun", "-N2", "--ntasks-per-node=1", *doctor],
         cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert asked.returncode == 0, asked.stdout + asked.stderr
