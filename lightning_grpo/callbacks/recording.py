@@ -163,7 +163,7 @@ class TimelineWriter(Callback):
     def __init__(self) -> None:
         self._path: Path | None = None  # none: what runs is no training
         self._records: deque[dict[str, Any]] = deque()  # warnings come from any thread
-        self._failed = False
+        self._failed = self._began = False
         self._step = 0
         self._part_began = 0.0
         self._sync_began: float | None = None
@@ -186,14 +186,13 @@ class TimelineWriter(Callback):
             if isinstance(part, Described):
                 described |= part.describe()
         self._record("start", described=described, versions=_versions(), machine=_machine())
-        self._write(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Minibatch, batch_idx: int
     ) -> None:
         """Record the wait for a rollout batch."""
         self._end_sync(trainer)
-        self._part_began = now = time.time()
+        self._began, self._part_began = True, (now := time.time())
         self._step = trainer.global_step + 1
         if batch.is_first:
             waited_s = batch.rollout.metrics["time/wait_rollout_s"]
@@ -221,7 +220,7 @@ class TimelineWriter(Callback):
         """Note when."""
         if self._path is not None:
             self._end_sync(trainer)
-            self._part_began = time.time()
+            self._began, self._part_began = True, time.time()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the validation."""
@@ -237,8 +236,8 @@ class TimelineWriter(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Record what ended the run."""
-        if self._path is not None:
+        """Record what ended the run; one that was refused leaves nothing behind."""
+        if self._began:
             stopped = isinstance(exception, StopRun | KeyboardInterrupt)
             text = str(exception) or type(exception).__name__
             self._end(trainer, "stopped" if stopped else "failed", text)

@@ -141,6 +141,9 @@ def test_what_the_pages_say_to_write_can_be_run_in_order(tmp_path):
     assert printed.count("parsed block") == num_configs > 0
 
 
+ONLY_ON_GPUS = {"health/gpu_peak_gb", "throughput/mfu"}
+
+
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory) -> set[str]:
     """Names of all metrics of a real run."""
@@ -178,7 +181,7 @@ def test_every_metric_that_is_explained_is_logged(logged):
     never = {
         name for name, p in documented().items() if not any(p.fullmatch(each) for each in logged)
     }
-    assert not never
+    assert never == ONLY_ON_GPUS  # of which the run has none
 
 
 def test_every_metric_has_a_meaning():

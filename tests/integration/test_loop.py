@@ -143,8 +143,13 @@ def test_without_a_proof_weights_are_published_and_the_trainer_scores_nothing(
 def test_weights_that_changed_are_seen_by_the_servers_and_the_probe_tells_them_apart(
     tiny_model, server, tmp_path
 ):
+    answers = itertools.count()
+
+    def alternating(completion: str) -> float:
+        return float(next(answers) % 2)  # each group has something to learn
+
     trainer, module = make_trainer(tmp_path, max_steps=4), make_module(tiny_model)
-    data = make_data(server)
+    data = make_data(server, alternating)
     _, recorder = run(trainer, module, data)
     # The recorder's turn comes before WeightSync's: each reading is the step before's.
     agreed = [m["mismatch/probe"] for m in recorder.metrics[1:]]

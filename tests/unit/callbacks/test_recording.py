@@ -243,6 +243,17 @@ def test_a_run_that_goes_on_appends(make_trainer, tmp_path):
     assert [r["kind"] for r in read(tmp_path)].count("start") == 2
 
 
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_timeline(make_trainer, tmp_path):
+    class Refuses(Callback):
+        def on_fit_start(self, trainer, pl_module) -> None:
+            raise ConfigError("model.optimizer.lr", "must be >= 0", -1)
+
+    trainer = make_trainer(callbacks=[TimelineWriter(), Refuses()], enable_progress_bar=False)
+    with pytest.raises(ConfigError):
+        trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    assert not (tmp_path / "timeline.jsonl").exists()
+
+
 def test_a_run_that_ends_before_its_folder_is_known_is_told_as_it_is(make_trainer, tmp_path):
     class Refuses(Callback):
         def setup(self, trainer, pl_module, stage) -> None:
