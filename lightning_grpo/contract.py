@@ -99,7 +99,7 @@ class Rolling(Protocol):
 class Served(Protocol):
     """A data module that knows what its servers do."""
 
-    def server_activities(self) -> Sequence[ServerActivity]:
+    def server_activities(self, *, ongoing: bool = False) -> Sequence[ServerActivity]:
         """What each server has done since the last call."""
         ...
 

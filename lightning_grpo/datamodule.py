@@ -322,9 +322,13 @@ class RolloutDataModule(L.LightningDataModule):
         """`health/...` of rank 0's event loop; empty elsewhere."""
         return {} if self.session is None else self.session.health()
 
-    def server_activities(self) -> list[ServerActivity]:
-        """What each server has done since the last call; rank 0 only, empty elsewhere."""
-        return [] if self.session is None else self.session.server_activities()
+    def server_activities(self, *, ongoing: bool = False) -> list[ServerActivity]:
+        """What each server has done since the last call; rank 0 only, empty elsewhere.
+
+        Args:
+            ongoing: Whether what it does now is added, as far as it has lasted.
+        """
+        return [] if self.session is None else self.session.server_activities(ongoing=ongoing)
 
     def describe(self) -> dict[str, str]:
         """What is rolled out, as resolved: lines for the summary at the start."""

@@ -208,22 +208,22 @@ def require_schedule(make: Callable[[Any], Any], optimizer: Optimizer, num_steps
         schedule = make(trial)
     except (TypeError, AttributeError):
         return  # it wants an optimizer of its own kind
-    for step in range(1, min(num_steps, _MOST_TRIED) + 1):
-        trial.step()
-        try:
-            with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"):
+        for step in range(1, min(num_steps, _MOST_TRIED) + 1):
+            trial.step()
+            try:
                 schedule.step()
-        except (ArithmeticError, ValueError) as error:
-            raise ConfigError(
-                f"`lr_scheduler` must last for the run's {num_steps} steps, and fails after step "
-                f"{step}: {type(error).__name__}: {error}. Change its arguments."
-            ) from error
-        rates = [float(group["lr"]) for group in trial.param_groups]
-        if not all(0 <= rate < math.inf for rate in rates):
-            raise ConfigError(
-                "`lr_scheduler` must give finite learning rates of at least 0, got "
-                f"{', '.join(map(str, rates))} after step {step}. Change its arguments."
-            )
+            except (ArithmeticError, ValueError) as error:
+                raise ConfigError(
+                    f"`lr_scheduler` must last for the run's {num_steps} steps, and fails after "
+                    f"step {step}: {type(error).__name__}: {error}. Change its arguments."
+                ) from error
+            rates = [float(group["lr"]) for group in trial.param_groups]
+            if not all(0 <= rate < math.inf for rate in rates):
+                raise ConfigError(
+                    "`lr_scheduler` must give finite learning rates of at least 0, got "
+                    f"{', '.join(map(str, rates))} after step {step}. Change its arguments."
+                )
 
 
 def loggable(value: Any, depth: int = 6) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -262,7 +263,7 @@ class TimelineWriter(Callback):
     def _end(self, trainer: L.Trainer, how: str, text: str) -> None:
         self._end_sync(trainer)
         self._record("end", how=how, text=text)
-        self._write(trainer)
+        self._write(trainer, ongoing=True)
 
     def _span(self, what: str, began: float, ended: float) -> None:
         self._record("span", at=began, s=ended - began, lane="trainer", what=what)
@@ -275,12 +276,12 @@ class TimelineWriter(Callback):
         if not self._failed:
             self._records.append({"kind": kind, "at": time.time(), "step": self._step, **fields})
 
-    def _write(self, trainer: L.Trainer) -> None:
-        """Append what was recorded, or say once why not."""
+    def _write(self, trainer: L.Trainer, *, ongoing: bool = False) -> None:
+        """Append what was recorded, or say once why not; at the end with what servers still do."""
         if self._failed or self._path is None:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        for done in data.server_activities() if isinstance(data, Served) else ():
+        for done in data.server_activities(ongoing=ongoing) if isinstance(data, Served) else ():
             lane = f"server {done.slot}"
             self._record("span", at=done.began_at, s=done.seconds, lane=lane, what=done.what)
         records = [self._records.popleft() for _ in range(len(self._records))]
@@ -302,13 +303,20 @@ class _Listener(logging.Handler):
         self._hear = hear
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a warning on."""
-        self._hear(record)
+        """Pass a warning on; one that is malformed is no fault of who listens."""
+        try:
+            self._hear(record)
+        except Exception:  # noqa: BLE001 - as every handler of the standard library
+            self.handleError(record)
 
 
 def _versions() -> dict[str, str]:
-    """Versions of Python and of what a run depends on most."""
-    return {"python": platform.python_version()} | {p: metadata.version(p) for p in _PACKAGES}
+    """Versions of Python and of what a run depends on most; a bare checkout has none itself."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _machine() -> str:

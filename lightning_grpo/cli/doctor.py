@@ -11,7 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning_grpo.cli.fit import split_configs, with_paths
-from lightning_grpo.cli.machine import Check, Finding, disk, gpus, machine, network, nodes, packages
+from lightning_grpo.cli.machine import (
+    Check,
+    CheckResult,
+    disk,
+    gpus,
+    machine,
+    network,
+    nodes,
+    packages,
+)
 from lightning_grpo.cli.sources import Parser, collect
 from lightning_grpo.errors import ConfigError, GRPOError, printable
 
@@ -28,7 +37,7 @@ failure.
 """
 
 
-Say = Callable[[Finding], None]
+Say = Callable[[CheckResult], None]
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -43,9 +52,9 @@ def doctor(argv: Sequence[str]) -> int:
     configs, rest = split_configs(words)
     if not configs and (rest or options.start):
         raise ConfigError("--config", "needs a file before other options", rest or "--start")
-    found: list[Finding] = []
+    found: list[CheckResult] = []
 
-    def say(finding: Finding) -> None:
+    def say(finding: CheckResult) -> None:
         found.append(finding)
         (say_json if options.json else say_line)(finding)
 
@@ -56,7 +65,7 @@ def doctor(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def say_line(finding: Finding) -> None:
+def say_line(finding: CheckResult) -> None:
     """Print a finding for a person."""
     line = f"{finding.verdict:<8} {finding.check:<13} {finding.found}"
     if finding.way_out:
@@ -65,7 +74,7 @@ def say_line(finding: Finding) -> None:
     sys.stdout.flush()
 
 
-def say_json(finding: Finding) -> None:
+def say_json(finding: CheckResult) -> None:
     """Print a finding for a program."""
     sys.stdout.write(json.dumps(asdict(finding)) + "\n")
     sys.stdout.flush()
@@ -98,7 +107,7 @@ def tell(name: str, check: Check, say: Say) -> None:
         for finding in check():
             say(finding)
     except (GRPOError, OSError, RuntimeError, ImportError) as error:
-        say(Finding(name, "failure", str(error)))
+        say(CheckResult(name, "failure", str(error)))
 
 
 def examine_config(
@@ -120,8 +129,8 @@ def examine_config(
         with tempfile.TemporaryDirectory() as scratch:
             options = [*options, f"--trainer.default_root_dir={scratch}"]
             with build_run(configs, options, settings, GRPOModule, RolloutDataModule) as run:
-                say(Finding("config", "ok", "every setting is understood"))
+                say(CheckResult("config", "ok", "every setting is understood"))
                 for name, check in run_checks(run, root, Path(scratch), start):
                     tell(name, check, say)
     except (GRPOError, OSError, RuntimeError) as error:
-        say(Finding("config", "failure", str(error)))
+        say(CheckResult("config", "failure", str(error)))

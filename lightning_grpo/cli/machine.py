@@ -21,12 +21,13 @@ from lightning_grpo.servers.base import device_names, machine_devices
 
 _CORES, _MEMORY_GB, _DISK_GB, _FILES, _SKEW_S = 2, 4, 5, 4096, 2.0
 _SHARED_WAIT_S = 60.0
+_INSTALL = "install it again, from the checkout: pip install -c constraints.txt -e ."
 
 Verdict = Literal["ok", "warning", "failure"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the doctor's.
 
     Attributes:
@@ -42,10 +43,10 @@ class Finding:
     way_out: str = ""
 
 
-Check = Callable[[], Iterator[Finding]]
+Check = Callable[[], Iterator[CheckResult]]
 
 
-def packages() -> Iterator[Finding]:
+def packages() -> Iterator[CheckResult]:
     """Versions, against what this package asks for."""
     wrong = []
     for text in metadata.requires("lightning-grpo") or ():
@@ -62,18 +63,18 @@ def packages() -> Iterator[Finding]:
     shown = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "lightning"))
     about = f"Python {platform.python_version()}, {shown}"
     if wrong:
-        yield Finding("packages", "failure", "; ".join(wrong), "pip install -U lightning-grpo")
+        yield CheckResult("packages", "failure", "; ".join(wrong), _INSTALL)
     else:
-        yield Finding("packages", "ok", about)
+        yield CheckResult("packages", "ok", about)
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[CheckResult]:
     """Cores, memory, open files, shared memory."""
     import resource
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().available / 2**30
     few = cores < _CORES or memory < _MEMORY_GB
-    yield Finding(
+    yield CheckResult(
         "machine",
         "warning" if few else "ok",
         f"{cores} CPU cores, {memory:.0f} GiB of memory free",
@@ -81,38 +82,38 @@ def machine() -> Iterator[Finding]:
     )
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if most != resource.RLIM_INFINITY and most < _FILES:
-        yield Finding(
+        yield CheckResult(
             "open files", "warning", f"at most {most}", f"ulimit -Hn {_FILES} before the run"
         )
     shared = shutil.disk_usage("/dev/shm").free / 2**30 if Path("/dev/shm").is_dir() else 0.0
     if device_names() and shared < 1.0:
-        yield Finding(
+        yield CheckResult(
             "shared memory", "warning", f"/dev/shm has {shared:.1f} GiB free",
             "in a container: --shm-size 16g, or --ipc host",
         )  # fmt: skip
 
 
-def gpus() -> Iterator[Finding]:
+def gpus() -> Iterator[CheckResult]:
     """What the driver has, and what torch sees of it."""
     import torch
 
     present, hidden = machine_devices(), os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not present and not count:
-        yield Finding("GPUs", "ok", "none: EmbeddedServers train small models on the CPU")
+        yield CheckResult("GPUs", "ok", "none: EmbeddedServers train small models on the CPU")
     elif not count:
         built = torch.version.cuda
         why = f"torch is built for CUDA {built}" if built else "torch is a build for CPUs"
         if hidden is not None:
             why += f"; CUDA_VISIBLE_DEVICES={hidden!r}"
-        yield Finding(
+        yield CheckResult(
             "GPUs", "failure", f"the driver has {len(present)}, torch sees none: {why}",
             "install the torch that pytorch.org names for this driver",
         )  # fmt: skip
     for index in range(count):
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
         taken = free < 0.9 * total
-        yield Finding(
+        yield CheckResult(
             "GPUs",
             "warning" if taken else "ok",
             f"{index}: {torch.cuda.get_device_name(index)}, {free:.0f} of {total:.0f} GiB free",
@@ -120,24 +121,16 @@ def gpus() -> Iterator[Finding]:
         )
 
 
-def network() -> Iterator[Finding]:
+def network() -> Iterator[CheckResult]:
     """Loopback, on which trainer and servers of one machine talk."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
         with socket.create_connection(address, timeout=5.0):
             pass
-    proxies = [name for name in ("http_proxy", "HTTP_PROXY") if os.environ.get(name)]
-    exempt = os.environ.get("no_proxy", "") + os.environ.get("NO_PROXY", "")
-    if proxies and "127.0.0.1" not in exempt:
-        yield Finding(
-            "network", "warning", f"{proxies[0]} is set, and 127.0.0.1 is not in no_proxy",
-            "export no_proxy=127.0.0.1,localhost",
-        )  # fmt: skip
-    else:
-        yield Finding("network", "ok", "loopback works")
+    yield CheckResult("network", "ok", "loopback works")
 
 
-def disk(folder: Path, needed_gb: float = _DISK_GB) -> Iterator[Finding]:
+def disk(folder: Path, needed_gb: float = _DISK_GB) -> Iterator[CheckResult]:
     """Room where the run writes, and the clock of that file system."""
     place = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     free = shutil.disk_usage(place).free / 1e9
@@ -145,26 +138,26 @@ def disk(folder: Path, needed_gb: float = _DISK_GB) -> Iterator[Finding]:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
             skew = os.stat(file.name).st_mtime - time.time()
     except OSError as error:
-        yield Finding(
+        yield CheckResult(
             "disk", "failure", f"{place} can't be written to: {error.strerror}",
             "set trainer.default_root_dir to a folder that can",
         )  # fmt: skip
         return
     enough = free >= needed_gb
-    yield Finding(
+    yield CheckResult(
         "disk",
         "ok" if enough else "failure",
         f"{free:.0f} GB free in {place}" + ("" if enough else f", {needed_gb:.0f} GB are needed"),
         "" if enough else "free some, or set trainer.default_root_dir to another disk",
     )
     if abs(skew) > _SKEW_S:
-        yield Finding(
+        yield CheckResult(
             "clock", "warning", f"{place} is {skew:+.0f} s away from this machine's clock",
             "run an NTP client on both: checkpoints are ordered by time",
         )  # fmt: skip
 
 
-def nodes() -> Iterator[Finding]:
+def nodes() -> Iterator[CheckResult]:
     """Under `srun`: whether ranks see each other's files, and talk over their process group."""
     rank, count = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     job = f"{os.environ.get('SLURM_JOB_ID')}-{os.environ.get('SLURM_STEP_ID')}"
@@ -176,19 +169,18 @@ def nodes() -> Iterator[Finding]:
             seen = len(list(Path.cwd().glob(f".doctor-{job}-*")))
             time.sleep(0.2)
         shared = seen == count
-        yield Finding(
+        yield CheckResult(
             "shared folder",
             "ok" if shared else "failure",
             f"rank {rank} on {socket.gethostname()} sees the files of {seen} of {count} ranks",
             "" if shared else f"{Path.cwd()} must be one folder on all nodes: start elsewhere",
         )
-        yield from process_group(rank, count)
-        time.sleep(1.0)  # the others may still look
+        yield from process_group(rank, count)  # behind it all have looked
     finally:
         mine.unlink(missing_ok=True)
 
 
-def process_group(rank: int, count: int) -> Iterator[Finding]:
+def process_group(rank: int, count: int) -> Iterator[CheckResult]:
     """Whether the ranks of a Slurm step add up a tensor."""
     from datetime import timedelta
 
@@ -216,7 +208,7 @@ def process_group(rank: int, count: int) -> Iterator[Finding]:
     finally:
         dist.destroy_process_group()
     seconds = time.monotonic() - began
-    yield Finding(
+    yield CheckResult(
         "ranks",
         "ok" if right else "failure",
         f"{count} ranks added up over {backend} in {seconds:.1f} s",

@@ -25,7 +25,15 @@ import jinja2
 from lightning_grpo.report.answers import Answers
 from lightning_grpo.report.charts import CHARTS, drawn, explained
 from lightning_grpo.report.findings import command_to_go_on, findings, why_slow
-from lightning_grpo.report.run import PHASES, Run, Span, lanes_of, reconstructed, step_times, uptime
+from lightning_grpo.report.run import (
+    PHASES,
+    Run,
+    TimelineSpan,
+    lanes_of,
+    reconstructed,
+    step_times,
+    uptime,
+)
 
 _STATIC = Path(__file__).parent / "static"
 _MOST_SPANS = 100_000
@@ -100,7 +108,7 @@ def _settings(run: Run) -> dict[str, str]:
 def _timeline_data(run: Run) -> dict[str, Any]:
     """Spans by lane, as short rows: beginning, seconds, what, step."""
     recorded = bool(run.timeline.spans)
-    spans: Sequence[Span] = uptime(run.timeline).spans or reconstructed(run)
+    spans: Sequence[TimelineSpan] = uptime(run.timeline).spans or reconstructed(run)
     left_out = max(0, len(spans) - _MOST_SPANS)
     if left_out:
         longest = sorted(spans, key=lambda span: -span.seconds)[:_MOST_SPANS]

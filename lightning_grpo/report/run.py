@@ -46,7 +46,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Span:
+class TimelineSpan:
     """A stretch of time that one part of the run spent on one thing.
 
     Attributes:
@@ -65,7 +65,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """What a run said of itself when it began, or went on.
 
     Attributes:
@@ -97,8 +97,8 @@ class End:
 class Timeline:
     """What `timeline.jsonl` holds; empty for a run that has none."""
 
-    starts: list[Start] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    starts: list[RunStart] = field(default_factory=list)
+    spans: list[TimelineSpan] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     end: End | None = None
 
@@ -300,18 +300,18 @@ def read_timeline(file: Path) -> Timeline:
     A run that was killed and went on from an earlier step takes steps again: of the trainer's spans
     and the lines of such a step those of the last time count.
     """
-    starts: list[Start] = []
-    spans: list[Span] = []
+    starts: list[RunStart] = []
+    spans: list[TimelineSpan] = []
     marks: list[Mark] = []
     end: End | None = None
     for line in _json_lines(file):
         match _parsed(line):
-            case Start() as start:
+            case RunStart() as start:
                 starts.append(start)
                 end = None
                 spans = [s for s in spans if s.step is None or s.step <= start.step]
                 marks = [m for m in marks if m.step <= start.step]
-            case Span() as span:
+            case TimelineSpan() as span:
                 spans.append(span)
             case Mark() as mark:
                 marks.append(mark)
@@ -350,7 +350,7 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def _parsed(line: Mapping[str, Any]) -> Start | Span | Mark | End | None:
+def _parsed(line: Mapping[str, Any]) -> RunStart | TimelineSpan | Mark | End | None:
     """One line as what it is; None for what this version does not know."""
     seconds, step = _finite(line.get("s")), line.get("step")
     at = _finite(line.get("at"))
@@ -358,16 +358,16 @@ def _parsed(line: Mapping[str, Any]) -> Start | Span | Mark | End | None:
         return None
     step = step if isinstance(step, int) else None
     text = str(line.get("text") or "")
-    found: Start | Span | Mark | End | None = None
+    found: RunStart | TimelineSpan | Mark | End | None = None
     match line.get("kind"):
         case "start":
             described, versions = (_strings(line.get(key)) for key in ("described", "versions"))
-            found = Start(at, step or 0, described, versions, str(line.get("machine") or ""))
+            found = RunStart(at, step or 0, described, versions, str(line.get("machine") or ""))
         case "span" if seconds is not None and seconds >= 0:
             lane = str(line.get("lane"))
             # A server's spans name the step at which they were written down.
             own = step if lane == _TRAINER else None
-            found = Span(at, seconds, lane, str(line.get("what")), own)
+            found = TimelineSpan(at, seconds, lane, str(line.get("what")), own)
         case "line":
             found = Mark(step or 0, str(line.get("level") or "INFO"), text, at)
         case "end":
@@ -412,14 +412,14 @@ def step_times(run: Run) -> dict[int, dict[str, float]]:
     return out
 
 
-def reconstructed(run: Run) -> list[Span]:
+def reconstructed(run: Run) -> list[TimelineSpan]:
     """The trainer's spans laid end to end, for a run without a timeline; it begins at 0."""
-    spans: list[Span] = []
+    spans: list[TimelineSpan] = []
     at = 0.0
     for step, parts in step_times(run).items():
         for what in ("weight sync", "waiting", "forward and backward", "optimizer", "other"):
             if parts[what] > 0:
-                spans.append(Span(at, parts[what], _TRAINER, what, step))
+                spans.append(TimelineSpan(at, parts[what], _TRAINER, what, step))
                 at += parts[what]
     return spans
 
@@ -446,7 +446,7 @@ def chrome_trace(runs: Iterable[Run]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def lanes_of(spans: Iterable[Span]) -> list[str]:
+def lanes_of(spans: Iterable[TimelineSpan]) -> list[str]:
     """The trainer, then the servers by number."""
     found = {span.lane for span in spans}
     return sorted(found, key=lambda lane: (lane != _TRAINER, len(lane), lane))

@@ -94,8 +94,9 @@ def write_groups(
         for index, group in enumerate(groups)
         for row in _rows(group, index, step=step, version=version, outcome=outcome)
     ]
-    for row, advantage in zip(rows, advantages or (), strict=False):
-        row["advantage"] = advantage
+    if advantages is not None:
+        for row, advantage in zip(rows, advantages, strict=True):
+            row["advantage"] = advantage
     table = pa.Table.from_pylist(rows, schema=_ONE_VALUE)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     columns = [

@@ -6,6 +6,7 @@ is interrupted, or whose server is lost, is a `Partial` until it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -156,7 +157,7 @@ class Member:
         self._faults_s: list[float] = []
         self._held: set[Held] = set()
         self._activities: deque[ServerActivity] = deque(maxlen=MOST_ACTIVITIES)
-        self._doing, self._doing_since = "out", time.monotonic()
+        self._doing = ("out", time.monotonic())
         self.replace(handle, client, facts)
 
     def replace(self, handle: ServerHandle, client: ServerClient, facts: ServerFacts) -> None:
@@ -419,25 +420,27 @@ class Member:
         self._serves_since = time.monotonic() if serves else None
         self._note_activity()
 
-    def drain_activities(self) -> list[ServerActivity]:
-        """What it has done since the last call, up to now."""
-        self._end_activity()
-        drained = list(self._activities)
-        self._activities.clear()
-        return drained
+    def take_activities(self, *, ongoing: bool = False) -> list[ServerActivity]:
+        """What it has done since the last call, from any thread; nobody waits for the event loop.
+
+        Args:
+            ongoing: Whether what it does now is added, as far as it has lasted.
+        """
+        taken: list[ServerActivity] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._activities.popleft())
+        return [*taken, self._until_now(*self._doing)] if ongoing else taken
 
     def _note_activity(self) -> None:
-        doing = self._activity()
-        if doing != self._doing:
-            self._end_activity()
-            self._doing = doing
+        doing, since = self._doing
+        if self._activity() != doing:
+            self._activities.append(self._until_now(doing, since))
+            self._doing = (self._activity(), time.monotonic())
 
-    def _end_activity(self) -> None:
-        now = time.monotonic()
-        seconds = now - self._doing_since
-        began_at = time.time() - seconds
-        self._activities.append(ServerActivity(self.slot, self._doing, began_at, seconds))
-        self._doing_since = now
+    def _until_now(self, doing: str, since: float) -> ServerActivity:
+        seconds = time.monotonic() - since
+        return ServerActivity(self.slot, doing, time.time() - seconds, seconds)
 
     def _activity(self) -> str:
         if self.state in (MemberState.DIRTY, MemberState.DEAD):

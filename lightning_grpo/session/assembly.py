@@ -33,7 +33,6 @@ from lightning_grpo.serving.health import HealthPolicy, check_memory_release, ch
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.session.material import Material, SessionSettings
-from lightning_grpo.types import ServerActivity
 from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import DiskTransport, Place, Transport
@@ -201,10 +200,6 @@ class Live:
         # In a thread: millions of tokens would hold the loop, and with it the requests in flight.
         batch = await anyio.to_thread.run_sync(RolloutBatch.from_groups, groups, version, index)
         return Taken(index, version, batch, rollout_metrics(batch) | counted, groups)
-
-    def drain_activities(self) -> list[ServerActivity]:
-        """What each server has done since the last call."""
-        return [done for member in self.pool.members for done in member.drain_activities()]
 
     def count(self) -> dict[str, float]:
         """`rollout/...`, `staleness/dropped_...`, `idle/...`: what happened since the last call."""

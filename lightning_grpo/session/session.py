@@ -143,8 +143,12 @@ class Session(ABC):
         """`health/...` of rank 0; empty elsewhere."""
         return {}
 
-    def server_activities(self) -> list[ServerActivity]:
-        """What each server has done since the last call; rank 0 only, empty elsewhere."""
+    def server_activities(self, *, ongoing: bool = False) -> list[ServerActivity]:
+        """What each server has done since the last call; rank 0 only, empty elsewhere.
+
+        Args:
+            ongoing: Whether what it does now is added, as far as it has lasted.
+        """
         return []
 
     def dtypes(self) -> dict[str, str]:
@@ -498,15 +502,11 @@ class RolloutSession(Session):
             return {}
         return {"health/event_loop_lag_s": self._lead.service.lag_s()}
 
-    def server_activities(self) -> list[ServerActivity]:
+    def server_activities(self, *, ongoing: bool = False) -> list[ServerActivity]:
         """What each server has done since the last call; rank 0 only, empty elsewhere."""
-        lead = self._lead
-        if lead is None or lead.live is None or not lead.service.is_live:
-            return []
-        try:
-            return lead.service.call(lead.live.drain_activities)
-        except GRPOError:  # it has ended meanwhile, which others will say
-            return []
+        live = None if self._lead is None else self._lead.live
+        members = () if live is None else live.pool.members
+        return [done for each in members for done in each.take_activities(ongoing=ongoing)]
 
     def dtypes(self) -> dict[str, str]:
         """Of the weights on the wire and in the servers; rank 0 only."""

@@ -200,15 +200,32 @@ def test_a_warning_of_the_package_is_kept_with_its_step(make_trainer, tmp_path):
     assert not [h for h in logging.getLogger("lightning_grpo").handlers if "Listener" in repr(h)]
 
 
+def test_a_malformed_warning_ends_nothing(make_trainer, tmp_path, capsys):
+    class Malformed(Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            # %-style arguments that don't fit: the standard library tells and goes on.
+            record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "%d", ("three",), None)
+            (listener,) = logging.getLogger("lightning_grpo").handlers
+            listener.handle(record)
+
+    trainer = make_trainer(callbacks=[TimelineWriter(), Malformed()], enable_progress_bar=False)
+    trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    assert trainer.global_step == 2
+    assert "--- Logging error ---" in capsys.readouterr().err
+
+
 def test_what_servers_did_is_a_lane_each(make_trainer, tmp_path):
     class Served(TinyData):
-        def server_activities(self):
-            return [ServerActivity(1, "generating", 100.0, 2.0)]
+        def server_activities(self, *, ongoing=False):
+            now = [ServerActivity(1, "out", 102.0, 1.0)] if ongoing else []
+            return [ServerActivity(1, "generating", 100.0, 2.0), *now]
 
     trainer = make_trainer(callbacks=[TimelineWriter()], enable_progress_bar=False)
     trainer.fit(TinyModule(), datamodule=Served(num_rollouts=1))
     records = [r for r in read(tmp_path) if r.get("lane") == "server 1"]
-    assert {(r["what"], r["at"], r["s"]) for r in records} == {("generating", 100.0, 2.0)}
+    done = [(r["what"], r["at"], r["s"]) for r in records]
+    assert set(done[:-1]) == {("generating", 100.0, 2.0)}
+    assert done[-1] == ("out", 102.0, 1.0)  # what it does while the run ends
 
 
 def test_a_validation_is_a_span_of_the_step_it_followed(make_trainer, tmp_path):

@@ -43,7 +43,7 @@ def test_a_config_that_can_run_has_no_finding_but_good_ones_and_leaves_nothing(t
     status, said = findings("--start")
     assert status == 0
     assert {verdict for verdict, _ in said.values()} == {"ok"}
-    assert {"config", "trainer", "disk", "model", "prompts", "reward", "servers"} < set(said)
+    assert {"config", "trainer", "model", "disk", "prompts", "reward", "servers"} < set(said)
     assert "sampled [" in said["start"][1]
     assert [path for path in sorted(task.rglob("*")) if "__pycache__" not in str(path)] == before
 
@@ -83,12 +83,18 @@ def in_no_module(task):
         (None, ["--trainer.accelerator", "gpu"], "config", "failure", "there is no GPU"),
         (None, ["--trainer.max_step", "3"], "config", "failure", "did you mean"),
         (None, ["--data.group_size", "1"], "config", "failure", "group_size"),
-        (None, ["--model.model", "nowhere/at/all"], "disk", "failure", "folder that exists"),
+        (None, ["--model.model", "nowhere/at/all"], "model", "failure", "folder that exists"),
         (no_weights, ["--model.model", "model"], "model", "failure", "no weights"),
         (no_rows, [], "prompts", "failure", "train.jsonl"),
         (no_question, [], "prompts", "failure", "question"),
         (None, ["--data.prompts.path", "none.jsonl"], "prompts", "failure", "none.jsonl"),
-        (always_zero, [], "reward", "warning", "gives 0.0, 0.0 to the row's own answer"),
+        (
+            always_zero,
+            [],
+            "reward",
+            "warning",
+            "gives 0.0 to the first answer tried and 0.0 to an empty one",
+        ),
         (raises, [], "reward", "failure", "'str' object has no attribute 'no'"),
         (asks_for_more, [], "prompts", "failure", "asks for 'gold', which is no column"),
         (in_no_module, [], "config", "failure", "reward.reward"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,6 +12,7 @@ import yaml
 from lightning_grpo.cli.init import write_task
 from lightning_grpo.cli.main import main
 from lightning_grpo.rewards import gsm8k
+from tests.fakes.report_runs import write_run
 
 
 @pytest.fixture
@@ -55,6 +57,17 @@ def test_its_reward_agrees_with_the_ready_one_on_its_prompts(task):
     for row, other in pairwise(rows):
         for said in (row["answer"], other["answer"]):
             assert scope["reward"](said, row["answer"]) == gsm8k(said, row["answer"])
+
+
+def test_what_its_readme_says_of_a_run_can_be_typed(task, monkeypatch, capsys):
+    monkeypatch.chdir(task)
+    monkeypatch.delitem(sys.modules, "reward", raising=False)
+    write_run(task / "runs/config/version_0")
+    lines = (task / "README.md").read_text().splitlines()
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if " runs/config" in line]
+    assert [words[0] for words in commands] == ["report", "show", "score"]
+    for words in commands:
+        assert main(words) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("extra", [[], ["gpu.yaml"]])

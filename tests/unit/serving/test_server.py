@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
 from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo
-from lightning_grpo.serving.server import Partial
+from lightning_grpo.serving.server import Member, Partial
 from lightning_grpo.types import Sampling
 
 END, SPECIAL = 9, 8
@@ -95,3 +96,27 @@ def test_a_server_that_went_past_a_stop_string_of_its_own_is_believed():
     sampling = Sampling(max_new_tokens=3, stop=("b",))
     done = completed(([0, 1, 2], "length"), sampling=sampling)
     assert (done.token_ids, done.truncated) == ((0, 1, 2), True)
+
+
+def make_member():
+    info = SimpleNamespace(tp_size=1, precision="float32", device="cpu", disable_radix_cache=None)
+    handle = SimpleNamespace(url="http://server")
+    return Member(2, handle, SimpleNamespace(), SimpleNamespace(info=info), bound=4)
+
+
+def test_what_a_server_does_changes_with_its_state_and_its_first_and_last_request():
+    member = make_member()
+    member.mark_updating()
+    member.mark_clean(0, "v0")
+    member.take()
+    member.take()
+    member.give_back()
+    member.give_back()
+    member.mark_dead("gone")
+    done = member.take_activities()
+    assert [each.what for each in done] == ["out", "updating", "idle", "generating", "idle"]
+    assert {each.slot for each in done} == {2}
+    for before, after in pairwise(done):
+        assert before.began_at + before.seconds == pytest.approx(after.began_at, abs=0.05)
+    assert member.take_activities() == []
+    assert [each.what for each in member.take_activities(ongoing=True)] == ["out"]
