@@ -36,6 +36,13 @@ from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
 
 GROUPS, GROUP, PROMPT_TOKENS, MEAN_TOKENS, SIGMA, LONGEST = 8, 8, 128, 600, 0.6, 2048
 WARM = 3
+COLUMNS = {
+    "share": "throughput/mfu",
+    "peak_gib": "health/gpu_peak_gb",
+    "forward_backward_s": "time/forward_backward_s",
+    "optimizer_s": "time/optimizer_s",
+    "wait_s": "time/wait_rollout_s",
+}
 TOKENS = "--model.max_tokens_per_microbatch"
 COMPILED = ["--model.compile", "true"]
 VARIANTS: dict[str, list[str]] = {
@@ -96,11 +103,19 @@ def measured(folder: Path) -> dict[str, Any]:
         "step_s": round(statistics.median(seconds[WARM:]), 4),
         "all_steps_s": [round(each, 3) for each in seconds],
     }
-    for name, column in (("share", "throughput/mfu"), ("peak_gib", "health/gpu_peak_gb")):
+    for name, column in COLUMNS.items():
         values = [float(row[column]) for row in rows[WARM:] if row.get(column)]
         if values:
             found[name] = round(statistics.median(values), 4)
     return found
+
+
+def callbacks(profiling: bool, out: Path) -> str:
+    """None of the shipped config's; one that profiles, if that is asked."""
+    name = "benchmarks.h200.profiling.ProfileStep"
+    return json.dumps(
+        [{"class_path": name, "init_args": {"out": str(out)}}] if profiling else []
+    )
 
 
 def main() -> None:
@@ -110,13 +125,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a sequence")
+    parser.add_argument("--profile", action="store_true", help="the seventh step, beside --out")
     parser.add_argument("--smoke", action="store_true", help="small, on this CPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("more", nargs="*", help="further options of replay, after --")
     args = parser.parse_args()
     model = Path(resolve_path("shipped:quickstart")) if args.smoke else make_model(args.model)
     if args.smoke:
-        args.steps = 5
+        args.steps = 8
         args.more += ["--trainer.accelerator", "cpu", "--model.optimizer.init_args.fused", "false"]
     work = Path(tempfile.mkdtemp())
     record(work / "recorded", args.steps, AutoConfig.from_pretrained(model).vocab_size, args.mean)
@@ -127,7 +143,9 @@ def main() -> None:
         words = ["replay", "--from", str(work / "recorded"), "--config", "gsm8k.yaml"]
         words += ["--model.model", str(model), "--trainer.default_root_dir", str(folder)]
         words += ["--trainer.max_steps", str(args.steps), "--trainer.devices", "1"]
-        words += ["--trainer.callbacks", "[]", *VARIANTS[name], *args.more]
+        profiled = args.out.absolute().with_name(f"{args.out.stem}_{folder.name}.json")
+        words += ["--trainer.callbacks", callbacks(args.profile, profiled)]
+        words += [*VARIANTS[name], *args.more]
         began = time.monotonic()
         done = subprocess.run(
             lightning_grpo(folder, *words), cwd=folder, capture_output=True, text=True, check=False
