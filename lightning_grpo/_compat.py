@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from subprocess import Popen
 from typing import Any
 
@@ -118,6 +118,11 @@ def start_method(trainer: Trainer) -> str | None:
     """`fork` or `spawn` where ranks are children that share this program; None elsewhere."""
     launcher = trainer.strategy.launcher
     return vars(launcher).get("_start_method") if launcher is not None else None
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Have something called when the backward pass that runs now has ended; FSDP2 does so, too."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def no_split_modules(module: nn.Module) -> set[str]:

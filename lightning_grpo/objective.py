@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lightning_grpo.algorithm.batch import MicroBatch
+from lightning_grpo.algorithm.batch import MicroBatch, to_device
 from lightning_grpo.algorithm.corrections import Correction
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import (
@@ -18,7 +18,7 @@ from lightning_grpo.algorithm.losses import (
 )
 from lightning_grpo.algorithm.metrics import Metrics, Sum, masked_mean, merge, mismatch_metrics
 from lightning_grpo.checks import MOST, require_number
-from lightning_grpo.loader import Minibatch, Rollout, token_rows
+from lightning_grpo.loader import Minibatch, Rollout, on_device, token_rows
 
 TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, Metrics]]
 
@@ -151,13 +151,14 @@ class Objective:
             device: Where it is computed.
             token_loss: Takes the place of `loss` (a subclass's hook).
         """
-        batch = minibatch.micro_batch(k, device)
+        host = minibatch.micro_batch(k)
+        batch = on_device(host, device)
         logprobs, entropy = policy(
-            batch.input_ids,
-            batch.cu_seqlens,
+            host.input_ids,
+            host.cu_seqlens,
             batch.temperature,
             with_entropy=True,
-            positions_mask=batch.loss_mask,
+            positions_mask=host.loss_mask,
         )
         if not self.entropy_coefficient:
             entropy = entropy.detach()
@@ -184,11 +185,11 @@ def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
     for index, plan in enumerate(rollout.plans):
         minibatch = Minibatch(rollout, index, 0, is_first=False, is_last=False)
         for k, rows in enumerate(plan):
-            batch: MicroBatch = minibatch.micro_batch(k, device)
+            batch: MicroBatch = minibatch.micro_batch(k)
             logprobs, _ = policy(
                 batch.input_ids,
                 batch.cu_seqlens,
-                batch.temperature,
+                to_device(batch.temperature, device),
                 positions_mask=batch.response_mask,
             )
             if rows:

@@ -83,7 +83,11 @@ class ProfileStep(Callback):
         }
         self.out.write_text(json.dumps(report, indent=1) + "\n")
         rows = sorted(kernels, key=lambda e: -e.self_device_time_total)[:60]
-        lines = [f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d} {e.key[:150]}" for e in rows]
-        by_cpu = averages.table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=60)
+        lines = [
+            f"{e.self_device_time_total / 1e3:9.2f} ms {e.count:6d} {e.key[:150]}" for e in rows
+        ]
+        by_cpu = averages.table(
+            sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=60
+        )
         self.out.with_suffix(".txt").write_text("\n".join(lines) + "\n\n" + by_cpu)
         print(json.dumps(report))

@@ -45,9 +45,14 @@ COLUMNS = {
 }
 TOKENS = "--model.max_tokens_per_microbatch"
 COMPILED = ["--model.compile", "true"]
+# As on several ranks: block by block, with FSDP's own hooks.
+SHARDED = ["--trainer.strategy", "lightning_grpo.FSDP2Strategy"]
+SHARDED += ["--trainer.strategy.reshard_after_forward", "false"]
 VARIANTS: dict[str, list[str]] = {
     "eager, 8k": [TOKENS, "8192"],
     "compiled, 8k": [TOKENS, "8192", *COMPILED],
+    "compiled, 8k, sharded": [TOKENS, "8192", *COMPILED, *SHARDED],
+    "compiled, 10k": [TOKENS, "10240", *COMPILED],
     "compiled, 12k": [TOKENS, "12288", *COMPILED],
     "compiled, 16k": [TOKENS, "16384", *COMPILED],
     "eager, 16k": [TOKENS, "16384"],
@@ -113,9 +118,7 @@ def measured(folder: Path) -> dict[str, Any]:
 def callbacks(profiling: bool, out: Path) -> str:
     """None of the shipped config's; one that profiles, if that is asked."""
     name = "benchmarks.h200.profiling.ProfileStep"
-    return json.dumps(
-        [{"class_path": name, "init_args": {"out": str(out)}}] if profiling else []
-    )
+    return json.dumps([{"class_path": name, "init_args": {"out": str(out)}}] if profiling else [])
 
 
 def main() -> None:
@@ -145,7 +148,7 @@ def main() -> None:
         words += ["--trainer.max_steps", str(args.steps), "--trainer.devices", "1"]
         profiled = args.out.absolute().with_name(f"{args.out.stem}_{folder.name}.json")
         words += ["--trainer.callbacks", callbacks(args.profile, profiled)]
-        words += [*VARIANTS[name], *args.more]
+        words += ["--trainer.enable_checkpointing", "false", *VARIANTS[name], *args.more]
         began = time.monotonic()
         done = subprocess.run(
             lightning_grpo(folder, *words), cwd=folder, capture_output=True, text=True, check=False

@@ -29,6 +29,14 @@ def sequence_ids(cu_seqlens: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device, without a wait for what a GPU computes meanwhile."""
+    device = torch.device(device)
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def token_positions(cu_seqlens: Tensor) -> Tensor:
     """Positions that restart in each sequence, int64 `[tokens]`."""
     cu_seqlens = cu_seqlens.long()

@@ -14,6 +14,7 @@ the longest. Here each row gets the factors that it has alone.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,15 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from types import MethodType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from lightning_grpo._compat import window_in_mask
-from lightning_grpo.algorithm.batch import token_positions
+from lightning_grpo.algorithm.batch import to_device, token_positions
 from lightning_grpo.errors import ConfigError
 
 try:  # Prototype in torch, seen in 2.11 to 2.13; without it the padded form serves.
@@ -152,6 +154,7 @@ class PackedLayout:
         max_length: Tokens of the longest sequence.
         unique: Positions of the unique tokens, int64 `[unique]`.
         unique_of: Which unique token each token is, int64 `[tokens]`.
+        repeats: Positions of the tokens that are not among the unique ones, int64.
         positions: Of each unique token within its sequences, int64 `[unique]`.
     """
 
@@ -170,13 +173,15 @@ class PackedLayout:
         if len(self.lengths) == 1:  # in few steps: a proof waits for them
             self.unique = torch.arange(self.num_tokens, device=cu_seqlens.device)
             self.unique_of = self.positions = self.unique
+            self.repeats = self.unique[:0]
         else:
             positions = token_positions(cu_seqlens)
-            source = torch.arange(len(positions), device=cu_seqlens.device)
+            source = tokens = torch.arange(len(positions), device=cu_seqlens.device)
             if input_ids is not None:
                 source = shared_prefixes(input_ids, cu_seqlens)
             self.unique, self.unique_of = torch.unique(source, return_inverse=True)
             self.positions = positions[self.unique]
+            self.repeats = (self.unique[self.unique_of] != tokens).nonzero().squeeze(1)
         self._padded: tuple[list[LengthBucket], Tensor] | None = None
 
     @classmethod
@@ -184,6 +189,15 @@ class PackedLayout:
         """The layout of a single sequence, without a wait for the device."""
         bounds = [0, num_tokens]
         return cls(torch.tensor(bounds).to(device, non_blocking=True), bounds=bounds)
+
+    def to(self, device: torch.device) -> Self:
+        """The same layout for tokens on a device."""
+        if self.cu_seqlens.device == device:
+            return self
+        moved = copy.copy(self)
+        for name in ("cu_seqlens", "unique", "unique_of", "positions", "repeats"):
+            setattr(moved, name, to_device(getattr(self, name), device))
+        return moved
 
     @property
     def num_sequences(self) -> int:
@@ -327,11 +341,48 @@ def varlen_attention(
     window: int | None = None,
 ) -> Tensor:
     """Causal attention within each sequence by torch's kernel; as `padded_attention`."""
-    shares = len(packing.unique) < len(packing.unique_of)
+    shares = len(packing.repeats) > 0
     if shares:
-        query, key, value = (t.index_select(0, packing.unique_of) for t in (query, key, value))
+        query, key, value = (_Spread.apply(t, packing) for t in (query, key, value))
     out = packed_kernel(query, key, value, packing.cu_seqlens, packing.max_length, scale, window)
-    return out.index_select(0, packing.unique) if shares else out
+    return cast("Tensor", _Pick.apply(out, packing)) if shares else out
+
+
+class _Spread(torch.autograd.Function):
+    """Values of unique tokens to all tokens.
+
+    As `index_select` does it, whose backward adds every row by atomic operations, in bf16 by far
+    the slowest of a step's small kernels: here only what is really a repetition is added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, packing: PackedLayout) -> Tensor:
+        ctx.packing = packing
+        return values.index_select(0, packing.unique_of)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        packing: PackedLayout = ctx.packing
+        summed = grad.index_select(0, packing.unique)
+        again = packing.unique_of[packing.repeats]
+        return summed.index_add_(0, again, grad.index_select(0, packing.repeats)), None
+
+
+class _Pick(torch.autograd.Function):
+    """Values of all tokens to those of unique ones; what repeats has no use."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, packing: PackedLayout) -> Tensor:
+        ctx.packing = packing
+        return values.index_select(0, packing.unique)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        packing: PackedLayout = ctx.packing
+        spread = grad.new_zeros(packing.num_tokens, *grad.shape[1:])
+        return spread.index_copy_(0, packing.unique, grad), None
 
 
 def padded_attention(

@@ -22,6 +22,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from lightning_grpo._compat import no_split_modules
+from lightning_grpo.algorithm.batch import to_device
 from lightning_grpo.checks import require_count
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import (
@@ -299,6 +300,9 @@ class PackedPolicy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Logprobs under softmax(logits / temperature), as the servers report them.
 
+        Ids, bounds and mask are best in host memory: where sequences start and what they share is
+        then known without a wait for the GPU.
+
         Args:
             input_ids: int64 `[tokens]`.
             cu_seqlens: `[sequences + 1]`; None: the tokens are one sequence.
@@ -314,7 +318,14 @@ class PackedPolicy(nn.Module):
         """
         layout = self._layout(input_ids, cu_seqlens)
         predicted = predicted_positions(layout, positions_mask)
-        return self.score(input_ids, layout, predicted, temperature, with_entropy)
+        device = next(self.model.parameters()).device
+        return self.score(
+            to_device(input_ids, device),
+            layout.to(device),
+            to_device(predicted, device),
+            temperature,
+            with_entropy,
+        )
 
     def score(
         self,

@@ -250,6 +250,10 @@ CAUSES: tuple[tuple[str, str], ...] = (
         "the Python package {0} is missing in the server's environment",
     ),
     (r"CUDA out of memory|OutOfMemoryError", "the GPU's memory is full: lower `memory_fraction`"),
+    (
+        r"leave no GPU memory for the KV cache",
+        "the GPU's memory is taken by others, or `memory_fraction` is too small: raise it",
+    ),
     (r"MemoryError|Cannot allocate memory", "the machine's memory is full"),
     (
         r"Repository Not Found|not a valid model identifier|No such file or directory: '([^']*)'"
@@ -263,11 +267,14 @@ CAUSES: tuple[tuple[str, str], ...] = (
 
 def likely_cause(log: str, returncode: int | None) -> str:
     """One phrase on why a start failed; empty when the log tells nothing known."""
-    if returncode == -signal.SIGKILL or "Killed" in log:
-        return "it was killed, most often for want of memory"
     for pattern, cause in CAUSES:
         if match := re.search(pattern, log):
             return cause.format(*match.groups())
+    # SGLang kills itself after any failure of its scheduler, which the log then ends with.
+    if errors := re.findall(r"^\w*(?:Error|Exception): .+", log, re.MULTILINE):
+        return str(errors[-1])
+    if returncode == -signal.SIGKILL or "Killed" in log:
+        return "it was killed, most often for want of memory"
     return ""
 
 

@@ -94,6 +94,9 @@ SHORT_PROBE_TOKENS = 12
 LONG_PROBE_TOKENS = 512
 BEYOND_TOKENS = 32
 """Behind a switch: as many as a proof compares at a stretch."""
+RESERVED_TOKENS = 8
+"""SGLang's longest input is six tokens shorter than its context, and after an interruption prompt
+and partial completion are one input."""
 CONTEXT_STEP = 64
 MEASURED_PROMPTS = 20_000
 FINGERPRINT_ROWS = 64
@@ -168,6 +171,8 @@ class Material:
         if settings.workflow.asks_once:
             needed = self._needed(_longest_of_all)
         if needed is not None:
+            probed = max(map(len, (*self.probe.sequences, *self.probe.thorough)), default=0)
+            needed = max(needed, probed) + RESERVED_TOKENS
             needed = -(-needed // CONTEXT_STEP) * CONTEXT_STEP
         known = [tokens for tokens in (context, needed) if tokens is not None]
         size = model_size(self.config)
@@ -233,7 +238,9 @@ class Material:
         lengths = {min(most, LONG_PROBE_TOKENS)}
         lengths |= {s + BEYOND_TOKENS for s in length_switches(self.config)}
         thorough = (tuple(itertools.islice(whole, n)) for n in sorted(lengths) if n <= most)
-        short = (joined[: self.context_tokens], alone[: self.context_tokens])
+        short = (joined, alone)
+        if self.context_tokens is not None:
+            short = (joined[: self.context_tokens - RESERVED_TOKENS], alone[: self.context_tokens])
         return Probe(
             tuple(ids for ids in short if len(ids) > 1),
             tuple(ids for ids in thorough if len(ids) > len(joined)),

@@ -66,6 +66,7 @@ from lightning_grpo.strategies.checkpoints import (
     shapes,
 )
 from lightning_grpo.strategies.checkpoints import is_sharded as is_folder_of_shards
+from lightning_grpo.strategies.working_copy import WorkingCopy, working_copies
 
 
 @runtime_checkable
@@ -95,6 +96,8 @@ def gradient_sync(module: L.LightningModule, enabled: bool) -> Iterator[None]:
             yield
         return
     sharded = [each for each in module.modules() if isinstance(each, FSDPModule)]
+    for copy in working_copies(module):
+        copy.keeps = not enabled
     strategy = module.trainer.strategy
     keeps = isinstance(strategy, KeepsParameters) and not strategy.reshard_after_forward
     _set(sharded, enabled, keeps)
@@ -176,8 +179,9 @@ def parallelize(
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to it or to something inside."""
-    return any(isinstance(each, FSDPModule) for each in module.modules())
+    """Whether it, or something inside, is sharded, or computes with a copy as on a single rank."""
+    sharded = any(isinstance(each, FSDPModule) for each in module.modules())
+    return sharded or bool(working_copies(module))
 
 
 def reshard(module: nn.Module) -> None:
@@ -277,7 +281,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         reduce_dtype: Of the gradients' reduction over ranks.
         reshard_after_forward: Free a block's full parameters between forward and backward; if not,
             they stay gathered until the step's last backward (faster, and more memory). None: free
-            them where there are several ranks.
+            them where there are several ranks; on a single one nothing is sharded, and passes
+            compute with a copy of the parameters (see `WorkingCopy`).
         cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
         save_distributed_checkpoint: Each rank writes its shards into a folder; otherwise rank 0
             writes one file. Either can be resumed on another number of ranks.
@@ -374,13 +379,17 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def shard(self, module: nn.Module, cpu_offload: bool) -> None:
         """Shard a module over the ranks, in this strategy's blocks and precision."""
+        if self.world_size == 1 and self._reshard_after_forward is None and not cpu_offload:
+            _find_blocks(module, self._blocks)  # a name that is wrong is wrong here, too
+            WorkingCopy(module, _DTYPES[self.compute_dtype])
+            return
         parallelize(
             module,
             self.device_mesh,
             blocks=self._blocks,
             param_dtype=self.compute_dtype,
             reduce_dtype=self.reduce_dtype,
-            reshard_after_forward=self.reshard_after_forward,
+            reshard_after_forward=self._reshard_after_forward,
             cpu_offload=cpu_offload,
         )
 
@@ -452,7 +461,21 @@ class FSDP2Strategy(ModelParallelStrategy):
         with _stepping_without_loss(self.optimizers), reading(path):
             if is_folder_of_shards(path):
                 return self._load_shards(Path(path))
+            assert self.model is not None
+            if not any(isinstance(p, DTensor) for p in self.model.parameters()):
+                return self._load_plain(path, safe)  # Lightning's own asks for shards
             return super().load_checkpoint(path, weights_only=safe)
+
+    def _load_plain(self, path: str | Path, weights_only: bool) -> dict[str, Any]:
+        """One file into a model that is not sharded."""
+        assert self.model is not None
+        assert self.lightning_module is not None
+        found = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+        strict = self.lightning_module.strict_loading
+        self.model.load_state_dict(found.pop("state_dict"), strict=strict)
+        for optimizer, state in zip(self.optimizers, found["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+        return dict(found)
 
     def _load_shards(self, path: Path) -> dict[str, Any]:
         """As Lightning does it, by readers that run no code of the checkpoint's."""

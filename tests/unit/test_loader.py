@@ -311,6 +311,11 @@ def test_a_budget_of_ten_packs_seven_with_three_and_six_with_four():
     assert plan_micro_batches([3, 7, 4, 6], 10) == [[0, 1], [2, 3]]
 
 
+def test_neighbours_who_share_a_prompt_stay_together_unless_that_takes_a_pass_more():
+    assert plan_micro_batches([1, 3, 2, 2, 1, 3, 2, 2], 8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(plan_micro_batches([1, 5, 1, 5, 2, 2], 8)) == 2
+
+
 @settings(deadline=None)
 @given(PACKING_LENGTHS, st.integers(1, 8))
 def test_shares_cover_all_and_differ_by_at_most_one_sequence_in_cost(costs, num_ranks):

@@ -128,6 +128,18 @@ def test_held_out_prompts_may_be_sampled_as_training_must_not(folder, tmp_path):
     assert asked >= longest + 200 > alike.load_of(settings).context_tokens
 
 
+def test_servers_are_asked_for_a_context_that_takes_every_input_of_the_run(folder, tmp_path):
+    """Of SGLang's context six tokens are no input; the probe may be longer than what is sampled."""
+    for new_tokens in (1, *range(30, 50, 4)):
+        data = make_data(NeverServers(), sampling=Sampling(max_new_tokens=new_tokens))
+        settings = in_folder(data, tmp_path).settings_for(str(folder))
+        material = open_material(settings)
+        inputs = [material.longest_prompt + new_tokens - 1]
+        inputs += [len(ids) for ids in (*material.probe.sequences, *material.probe.thorough)]
+        assert max(inputs) <= material.load_of(settings).context_tokens - 6
+        assert material.load_of(settings).context_tokens % 64 == 0
+
+
 def test_prompts_are_the_same_ones_on_another_day(folder, tmp_path):
     dated = shutil.copytree(folder, tmp_path / "dated")
     tokenizer = AutoTokenizer.from_pretrained(dated)

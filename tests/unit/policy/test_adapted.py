@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -32,6 +34,23 @@ def test_it_computes_what_peft_s_layer_does_gradients_included(bias):
     assert torch.allclose(*outs, atol=1e-5)
     for mine, theirs in zip(*gradients, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_in_half_precision_are_those_of_the_exact_layer_rounded():
+    layer, x = make_layer(AdaptedLinear, bias=True).bfloat16(), torch.randn(40, 256).bfloat16()
+    layer.get_base_layer().weight.requires_grad_()
+    exact, wide = copy.deepcopy(layer).double(), x.double().requires_grad_()
+    own = x.requires_grad_()
+    probe = torch.randn(40, 128)
+    (layer(own).float() * probe).sum().backward()
+    (exact(wide) * probe).sum().backward()
+    found, expected = (
+        [tensor.grad, *(p.grad for p in each.parameters() if p.requires_grad)]
+        for tensor, each in ((own, layer), (wide, exact))
+    )
+    assert len(found) == 4
+    for mine, right in zip(found, expected, strict=True):
+        assert (mine.double() - right).norm() < 0.01 * right.norm()
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_A_GPU])

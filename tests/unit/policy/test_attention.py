@@ -8,6 +8,8 @@ from torch import nn
 
 from lightning_grpo.policy.attention import (
     PackedLayout,
+    _Pick,
+    _Spread,
     length_switches,
     longest_steady,
     packed_attention_forward,
@@ -102,6 +104,25 @@ def test_a_group_computes_its_prompt_once():
     assert layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 5, 4]
     assert layout.unique_of.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 6, 0, 1, 2, 3, 7]
     assert len(PackedLayout(cu_seqlens).unique) == 17
+
+
+def test_gradients_of_tokens_that_sequences_share_add_up():
+    sequences = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7], [9, 2]]
+    cu_seqlens = torch.tensor([0, *map(len, sequences)]).cumsum(0)
+    layout = PackedLayout(cu_seqlens, torch.tensor([t for s in sequences for t in s]))
+    assert layout.repeats.tolist() == [4, 5, 6, 9, 10]
+    values = torch.randn(len(layout.unique), 2, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(layout.num_tokens, 2, 3, dtype=torch.float64)
+    found, expected = _Spread.apply(values, layout), values.index_select(0, layout.unique_of)
+    for ours, plain in (
+        (found, expected),
+        (_Pick.apply(found * weights, layout), (expected * weights).index_select(0, layout.unique)),
+    ):
+        assert torch.equal(ours, plain)
+        probe = torch.randn_like(plain)
+        (mine,) = torch.autograd.grad(ours, values, probe, retain_graph=True)
+        (theirs,) = torch.autograd.grad(plain, values, probe, retain_graph=True)
+        assert torch.allclose(mine, theirs, atol=1e-12)
 
 
 def test_a_call_without_bounds_is_refused_with_the_way_out():

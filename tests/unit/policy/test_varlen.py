@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from lightning_grpo.policy import attention as _varlen
-from lightning_grpo.policy.attention import PackedLayout, padded_attention, varlen_attention
+from lightning_grpo.policy.attention import (
+    PackedLayout,
+    has_packed_kernel,
+    padded_attention,
+    varlen_attention,
+)
 from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import make_causal_model, make_sequences, pack
 
@@ -23,7 +27,7 @@ def test_the_kernel_equals_padded_attention(lengths, window):
     layout = PackedLayout(cu_seqlens, ids)
     query = torch.randn(len(layout.unique), 4, 64, **shape)
     key, value = (torch.randn(len(layout.unique), 2, 64, **shape) for _ in range(2))
-    assert _varlen.is_available(query)
+    assert has_packed_kernel(query)
     found = varlen_attention(query, key, value, layout, None, window)
     wide = (query.double(), key.double(), value.double())
     expected = padded_attention(*wide, layout, None, window)

@@ -166,8 +166,14 @@ def test_likely_causes(log, cause):
     assert bool(found) == bool(cause)
 
 
-def test_a_kill_points_at_memory():
-    assert "memory" in likely_cause("", -9)
+def test_a_kill_points_at_memory_unless_the_log_tells_why_a_server_ended_itself():
+    assert "want of memory" in likely_cause("", -9)
+    log = (
+        "  File x.py, line 3\nValueError: {} is odd.\nkill_process_tree called: include_parent=True"
+    )
+    assert likely_cause(log.format("The head dim 65"), -9) == "ValueError: The head dim 65 is odd."
+    full = "Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.2."
+    assert "`memory_fraction`" in likely_cause(f"ValueError: {full}", -9)
 
 
 SLOW_TO_END = """

@@ -1,0 +1,95 @@
+"""Mixed precision of one rank: passes compute with a copy of the parameters in another dtype.
+
+What FSDP2 does on a single rank beside sharding nothing: its hooks, casts and gradient buffers for
+each block cost the CPU more than launching the block's kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_grpo._compat import after_backward
+
+_ATTRIBUTE = "_working_copy"
+
+
+class WorkingCopy:
+    """The parameters of a module as its passes see them, in `dtype`.
+
+    The module's own parameters stay the master weights, and are what `parameters()` gives outside
+    of a pass. Gradients reach them through the cast, and add up over micro-batches in their dtype.
+
+    Args:
+        module: Root of all that computes; its forward is hooked.
+        dtype: Of parameters in forward and backward.
+
+    Attributes:
+        keeps: Whether the copy serves further passes after a backward: that of the next micro-batch
+            of the same step does. It is made anew wherever a parameter has changed.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.keeps = False
+        self._dtype = dtype
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = [
+            (owner, name, parameter)
+            for owner in module.modules()
+            for name, parameter in owner.named_parameters(recurse=False)
+            if parameter.is_floating_point() and parameter.dtype != dtype
+        ]
+        self._copies: dict[nn.Parameter, Tensor] = {}
+        self._made_of: tuple[bool, list[int]] | None = None
+        module.register_forward_pre_hook(self._enter)
+        module.register_forward_hook(self._leave, always_call=True)
+        setattr(module, _ATTRIBUTE, self)
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        self._make(differentiable=torch.is_grad_enabled())
+        self._swap(with_copies=True)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._swap(with_copies=False)
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        with_grad = [tensor for tensor in tensors if tensor.requires_grad]
+        for tensor in with_grad:
+            tensor.register_hook(self._begin_backward)
+        if self._made_of is not None and not self._made_of[0]:
+            self._drop()
+
+    def _begin_backward(self, grad: Tensor) -> None:
+        """Activations that are computed again need the copy as much as the first time."""
+        self._make(differentiable=True)  # hooks run without gradients, a second forward does not
+        self._swap(with_copies=True)
+        after_backward(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._swap(with_copies=False)
+        if not self.keeps:
+            self._drop()
+
+    def _make(self, *, differentiable: bool) -> None:
+        versions = [parameter._version for _, _, parameter in self._places]
+        if self._made_of in ((True, versions), (differentiable, versions)):
+            return
+        self._made_of = differentiable, versions
+        with torch.set_grad_enabled(differentiable):
+            parameters = {parameter: None for _, _, parameter in self._places}
+            self._copies = {each: each.to(self._dtype) for each in parameters}
+
+    def _drop(self) -> None:
+        self._copies, self._made_of = {}, None
+
+    def _swap(self, with_copies: bool) -> None:
+        for owner, name, parameter in self._places:
+            # Straight into the dictionary: a module takes nothing but parameters by assignment.
+            used = self._copies[parameter] if with_copies else parameter
+            owner._parameters[name] = used  # type: ignore[assignment]
+
+
+def working_copies(module: nn.Module) -> list[WorkingCopy]:
+    """Those of a module and of what is inside."""
+    return [each for m in module.modules() if (each := vars(m).get(_ATTRIBUTE)) is not None]
