@@ -7,7 +7,7 @@ import inspect
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -275,8 +275,18 @@ class GRPOModule(EvaluatedModule):
             )
         builds_own = type(self).build_policy is not GRPOModule.build_policy
         if not builds_own and self.policy is None:
-            check_architecture(self.model_path, self._model_kwargs, self._prepare)
+            check_architecture(self.model_path, self._model_kwargs, self._try_out)
         self._reference.check()
+
+    def _try_out(self, model: PreTrainedModel) -> None:
+        """Prepare a model without values, and build optimizer and schedule for its shapes."""
+        self._prepare(model)
+        if type(self).configure_optimizers is not GRPOModule.configure_optimizers:
+            return
+        shapes = [p.shape for p in model.parameters() if p.requires_grad]
+        with suppress(RuntimeError, AttributeError, LookupError):  # it wants the real ones
+            # Of one stored value each, on a device that every optimizer takes.
+            self._optimizers_of([nn.Parameter(torch.zeros(()).expand(shape)) for shape in shapes])
 
     def check_passes(self) -> None:
         """Refuse a policy that gives equal tokens unequal logprobs; on every rank.
@@ -478,7 +488,9 @@ class GRPOModule(EvaluatedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all trainable parameters; a schedule steps with it."""
-        trained = [p for p in self.parameters() if p.requires_grad]
+        return self._optimizers_of([p for p in self.parameters() if p.requires_grad])
+
+    def _optimizers_of(self, trained: list[nn.Parameter]) -> OptimizerLRScheduler:
         optimizer = hparams.build("optimizer", self._optimizer, trained)
         if self._lr_scheduler is None:
             return optimizer

@@ -129,6 +129,33 @@ def test_a_schedule_that_fails_at_the_first_step_is_refused_before_it(folder):
         module.configure_optimizers()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 0)},
+            "`lr_scheduler` must last for the run's 1 steps",
+        ),
+        ({"optimizer": lambda p: torch.optim.AdamW(p, lr=-1.0)}, "Invalid learning rate: -1.0"),
+        ({"optimizer": lambda p: torch.optim.AdamW(p, rate=1.0)}, "unexpected keyword .*rate"),
+    ],
+)
+def test_optimizer_and_schedule_are_tried_before_anything_is_started(folder, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make_module(folder, **arguments).check_model()
+
+
+def test_an_optimizer_that_wants_the_real_parameters_is_no_mistake(folder):
+    def by_name(parameters):
+        known = {id(p): name for name, p in module.named_parameters()}
+        return torch.optim.AdamW([{"params": [p], "name": known[id(p)]} for p in parameters])
+
+    module = make_module(folder, optimizer=by_name)
+    module.check_model()
+    module.configure_model()
+    assert module.configure_optimizers().param_groups[0]["name"]
+
+
 def test_arguments_are_kept_as_plain_data_and_a_class_without_arguments_is_none():
     module = make_module("shipped:quickstart", loss=CISPOLoss(clip_high=0.5))
     assert module.hparams["loss"]["class_path"].endswith("CISPOLoss")
