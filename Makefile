@@ -15,7 +15,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
 
-.PHONY: help install quickstart test lint format test-browser test-gpu test-ray test-sglang test-slow test-slurm chaos base bench wheel clean
+.PHONY: help install quickstart test lint format test-browser test-gpu test-ray test-sglang test-slow test-slurm chaos docs base bench wheel clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the small model on this CPU"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-browser the report's page in Chromium, which \`make test\` does, too, where there is one"
 	@echo "make chaos        something breaks every few seconds of a run: MINUTES=60 EVERY_S=30 SEED=1"
 	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
+	@echo "make docs         the pages and the API as a site of static files: build/site/index.html"
 	@echo "make base         make the quickstart's model and data again, from nothing"
 	@echo "make bench        this package against TRL;  make wheel: build the package"
 
@@ -67,6 +68,10 @@ test-sglang: $(VENV)/.test
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu tests $(PYTEST_ARGS)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 base: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/make_base.py --out examples/quickstart
 
@@ -86,6 +91,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.installed
+$(VENV)/.test $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e ".[$*]"
 	@touch $@
