@@ -7,6 +7,7 @@ lead there.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 FENCE = re.compile(r"^( *`{3})(\w*)(.*)$")
 FILE = re.compile(r"file=(\S+)")
-SHOWN = (".py", ".yaml", ".sh", ".toml")
+SHOWN = (".py", ".yaml", ".sh", ".toml", ".ipynb")
 ROOMS = {
     "agents": "Several turns and tools",
     "algorithm": "Losses, advantages, corrections",
@@ -88,9 +89,21 @@ def shown(path: Path) -> str:
     readme = path / "README.md"
     parts = [readme.read_text() if readme.exists() else f"# {path.relative_to(ROOT)}"]
     for each in sorted(path.iterdir()):
-        if each.suffix in SHOWN:
+        if each.suffix == ".ipynb":
+            parts += cells(each)
+        elif each.suffix in SHOWN:
             parts.append(f"## {each.name}\n\n```{each.suffix[1:]}\n{each.read_text()}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def cells(notebook: Path) -> list[str]:
+    """A notebook's cells as Markdown; its first heading one deeper."""
+    found = json.loads(notebook.read_text())["cells"]
+    texts = [(each["cell_type"], "".join(each["source"])) for each in found]
+    return [
+        f"```python\n{text}\n```" if kind == "code" else re.sub(r"^#", "##", text, count=1)
+        for kind, text in texts
+    ]
 
 
 def origin_of(path: Path) -> Path:
