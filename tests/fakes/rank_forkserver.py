@@ -100,6 +100,7 @@ def _origin(number: int) -> socket.socket:
         [sys.executable, __file__, str(its.fileno()), str(number)],
         pass_fds=[its.fileno()],
         stdin=subprocess.DEVNULL,
+        start_new_session=True,
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
