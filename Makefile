@@ -9,19 +9,22 @@ SGLANG_VENV ?= .venv-sglang
 PIP_TORCH_ARGS ?=
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
+# A file's tests stay together, and share what a fixture of the file has started.
+IN_PROCESSES = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 ELSEWHERE = not gpu and not ray and not sglang and not slow and not slurm
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
 
-.PHONY: help install quickstart test lint format test-browser test-gpu test-ray test-sglang test-slow test-slurm chaos docs base bench wheel clean
+.PHONY: help install quickstart test lint format test-browser test-gpu test-python test-ray test-sglang test-slow test-slurm chaos docs base bench wheel clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the small model on this CPU"
 	@echo "make test         unit and integration tests"
 	@echo "make lint         ruff, mypy, import-linter"
 	@echo "make test-slow    what takes a process minutes: signals, ranks, memory, whole examples"
+	@echo "make test-python  what needs no torch, on another Python: PYTHON=python3.13 VENV=build/python3.13"
 	@echo "make test-browser the report's page in Chromium, which \`make test\` does, too, where there is one"
 	@echo "make chaos        something breaks every few seconds of a run: MINUTES=60 EVERY_S=30 SEED=1"
 	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
@@ -35,7 +38,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/lightning-grpo fit --config quickstart.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "$(ELSEWHERE)" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(IN_PROCESSES) -m "$(ELSEWHERE)" $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -54,6 +57,21 @@ test-browser: $(VENV)/.test
 
 test-slurm test-ray: $(VENV)/.test
 	$(BIN)/python -m pytest -m $(subst test-,,$@) $(PYTEST_ARGS)
+
+# On another Python what runs without torch, whose gigabytes it does not fetch: the event loop,
+# processes and everything around them, where versions of Python differ most.
+#   make test-python PYTHON=python3.13 VENV=build/python3.13
+NEEDED = aiohttp anyio cloudpickle jinja2 loky msgspec numpy packaging pebble psutil pyarrow pyyaml \
+  rich typing-extensions hypothesis pytest pytest-timeout pytest-xdist
+WITHOUT_TORCH = rewards serving test_errors.py report/test_run.py \
+  $(addsuffix .py,$(addprefix rollout/test_,gate ledger producer scoring workflow) \
+  $(addprefix servers/test_,base other_nodes supervisor))
+test-python:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install -q -c constraints.txt $(NEEDED)
+	$(PIP) install -q --no-deps -e .
+	$(BIN)/python -m pytest $(IN_PROCESSES) -m "$(ELSEWHERE)" $(PYTEST_ARGS) \
+	  $(addprefix tests/unit/,$(WITHOUT_TORCH))
 
 # Ten minutes in each of two modes by default, and one undisturbed run; seeds are printed.
 chaos: $(VENV)/.test

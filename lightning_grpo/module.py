@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
-from lightning_grpo._compat import forget_metrics, given_hyperparameters, is_compiled
+from lightning_grpo._compat_lightning import forget_metrics, given_hyperparameters, is_compiled
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage, Truncation
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction

@@ -21,6 +21,9 @@ LONG_LIVED_CHILDREN = ("resource_tracker", "forkserver", "--type=")
 """Parts of the command line of helpers that multiprocessing and loky keep for the process, and of
 those that a browser starts when it likes and ends with itself."""
 
+RANKS = "rank_forkserver.py"
+"""Part of the command line of ranks, and of what they are forked from, which stays."""
+
 SET_BY_LIBRARIES = {
     "CUBLAS_WORKSPACE_CONFIG", "CUDA_MODULE_LOADING", "GROUP_RANK", "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -78,8 +81,9 @@ def no_leaked_processes() -> Iterator[None]:
 def _is_ours(child: psutil.Process) -> bool:
     try:
         command = " ".join(child.cmdline())
-        return child.status() != psutil.STATUS_ZOMBIE and not any(
-            part in command for part in LONG_LIVED_CHILDREN
+        is_rank = RANKS in command and child.ppid() != os.getpid()
+        return child.status() != psutil.STATUS_ZOMBIE and (
+            is_rank or not any(part in command for part in LONG_LIVED_CHILDREN)
         )
     except psutil.NoSuchProcess:
         return False

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
-from lightning_grpo._compat import last_saved_step
+from lightning_grpo._compat_lightning import last_saved_step
 from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
 from lightning_grpo.callbacks.signals import SignalHandling

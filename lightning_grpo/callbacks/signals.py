@@ -38,7 +38,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_grpo._compat import (
+from lightning_grpo._compat_lightning import (
     cluster_environment,
     hpc_checkpoint_path,
     launched_processes,

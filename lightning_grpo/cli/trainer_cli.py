@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_grpo._compat import start_method
+from lightning_grpo._compat_lightning import start_method
 from lightning_grpo.checks import require_number
 from lightning_grpo.cli.environment import (
     is_first_rank,

@@ -24,7 +24,7 @@ import torch
 from torch import distributed, nn
 from typing_extensions import override
 
-from lightning_grpo._compat import launched_processes
+from lightning_grpo._compat_lightning import launched_processes
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel

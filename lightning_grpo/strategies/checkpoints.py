@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
-from lightning_grpo._compat import SelfDescribedLoadPlanner, load_whole_state
+from lightning_grpo._compat_lightning import SelfDescribedLoadPlanner, load_whole_state
 from lightning_grpo.errors import CheckpointError, ConfigError
 
 METADATA = "meta.pt"

@@ -43,9 +43,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import Protocol, override, runtime_checkable
 
-from lightning_grpo._compat import (
+from lightning_grpo._compat import no_split_modules
+from lightning_grpo._compat_lightning import (
     destroy_dist_connection,
-    no_split_modules,
     optimizers_to_device,
     set_data_parallel_size,
 )

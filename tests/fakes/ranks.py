@@ -5,7 +5,8 @@
         results = ranks.join(timeout_s=30)
 
 Every process runs `function(*args)` in its own session, with the environment that torch and
-Lightning expect of a launched rank. Nothing is left behind when the block is left.
+Lightning expect of a launched rank, and with both imported already. Nothing is left behind when the
+block is left.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fakes.rank_forkserver import ROOT, Fork, forked
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RankResult:
 
 
 class Ranks:
-    def __init__(self, folder: Path, processes: list[subprocess.Popen]) -> None:
+    def __init__(self, folder: Path, processes: list[Fork]) -> None:
         self.folder = folder
         self.processes = processes
 
@@ -144,7 +145,7 @@ def _rank_environment(rank: int, world_size: int, port: str) -> dict[str, str]:
     }
 
 
-def _start(folder: Path, rank: int, environment: dict[str, str]) -> subprocess.Popen:
+def _start(folder: Path, rank: int, environment: dict[str, str]) -> Fork:
     env = {
         **os.environ,
         **environment,
@@ -154,14 +155,8 @@ def _start(folder: Path, rank: int, environment: dict[str, str]) -> subprocess.P
         "PYTHONUNBUFFERED": "1",
     }
     with (folder / f"out.{rank}").open("wb") as out:
-        return subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), str(folder), str(rank)],
-            env=env,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        return forked(
+            [str(Path(__file__).resolve()), str(folder), str(rank)], env, folder, out, rank % 2
         )
 
 

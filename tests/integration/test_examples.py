@@ -109,6 +109,7 @@ GSM8K_ROWS = [
 LOOK_AT_AREAL = """
 import json, sys
 from gsm8k import gsm8k_reward_fn, process_gsm8k_rl_dataset
+from lightning_grpo.cli.main import main
 from lightning_grpo import Prompts, RLVRWorkflow
 from lightning_grpo.policy.load import load_tokenizer
 from lightning_grpo.rollout.scoring import BoundReward
@@ -122,21 +123,28 @@ for prompt in loaded:
     for said in (prompt.columns["answer"], "#### 9", "9"):
         arguments = BoundReward(gsm8k_reward_fn).arguments(prompt, said, [1])
         scores.append(gsm8k_reward_fn(**arguments))
-print(json.dumps([loaded.columns, scores]))
+print(json.dumps([loaded.columns, scores]), flush=True)
+main(["fit", "--config", "gsm8k_grpo.yaml", "--print_config"])
 """
 
 
-def test_areal_s_reward_and_dataset_function_take_gsm8k_s_columns(tmp_path):
-    rows = tmp_path / "gsm8k.jsonl"
+@pytest.fixture(scope="module")
+def areal(tmp_path_factory) -> tuple[str, str]:
+    """What the example's functions give, and its config as it is parsed."""
+    rows = tmp_path_factory.mktemp("areal") / "gsm8k.jsonl"
     rows.write_text("\n".join(map(json.dumps, GSM8K_ROWS)))
-    columns, scores = json.loads(python(AREAL, "-c", LOOK_AT_AREAL, rows))
+    given, _, config = python(AREAL, "-c", LOOK_AT_AREAL, rows).partition("\n")
+    return given, config
+
+
+def test_areal_s_reward_and_dataset_function_take_gsm8k_s_columns(areal):
+    columns, scores = json.loads(areal[0])
     assert columns == ["answer"]
     assert scores == [1, 1, 0, 1, 0, 0]
 
 
-def test_areal_s_config_parses():
-    arguments = ("-m", "lightning_grpo.cli.main", "fit", "--config", "gsm8k_grpo.yaml")
-    config = yaml.safe_load(python(AREAL, *arguments, "--print_config"))
+def test_areal_s_config_parses(areal):
+    config = yaml.safe_load(areal[1])
     assert config["data"]["workflow"]["init_args"]["reward"] == "gsm8k.gsm8k_reward_fn"
     assert config["data"]["max_staleness"] == 2
 

@@ -168,7 +168,7 @@ def test_loggers_are_told_what_can_be_read_and_no_data_or_secrets():
         "transformers.pipeline",
         "lightning_grpo.servers.process.ServerProcess",
         "lightning_grpo.servers.process.subprocess",
-        "lightning_grpo._compat.Popen",
+        "lightning_grpo._compat_lightning.Popen",
     ],
 )
 def test_a_checkpoint_s_settings_do_not_name_what_is_run(path):

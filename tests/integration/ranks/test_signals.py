@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo._compat import launched_processes
+from lightning_grpo._compat_lightning import launched_processes
 from lightning_grpo.callbacks.signals import SignalHandling, save_for_resume
 from lightning_grpo.distributed import RankChannel
 from tests.fakes.ranks import run_ranks, start_launcher, start_ranks

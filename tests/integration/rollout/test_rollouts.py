@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -20,6 +19,7 @@ from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.types import Completion, Sampling
 from tests.fakes.generator import FakeGenerator
+from tests.fakes.rewards_that_fail import hangs_on_some_digits
 from tests.fakes.tiny_model import make_tiny_tokenizer
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
@@ -90,12 +90,6 @@ def test_prompts_become_scored_groups_and_evaluation_runs_beside():
         loop.close()
 
 
-def sometimes_stuck(completion, answer):
-    if completion.endswith(("1", "5", "9")):
-        time.sleep(60)
-    return 1.0
-
-
 def train_until_it_ends(loop, producer, generator):
     for version in range(1, 100):
         groups = loop.run(producer.take).result(timeout=60)
@@ -106,7 +100,7 @@ def train_until_it_ends(loop, producer, generator):
 
 def test_rewards_that_hang_end_the_run_and_say_so_and_never_count_as_zero():
     limits = RolloutLimits(reward_processes=2, reward_timeout_s=0.2, max_attempts=1)
-    loop, producer, _, generator = open_producer(sometimes_stuck, limits)
+    loop, producer, _, generator = open_producer(hangs_on_some_digits, limits)
     try:
         with pytest.raises(FailureBudgetError, match="`reward_timeout_s`"):
             train_until_it_ends(loop, producer, generator)

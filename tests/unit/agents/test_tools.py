@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import builtins
 import contextlib
 import ctypes
@@ -31,6 +30,7 @@ from lightning_grpo.agents.tools import (
 from lightning_grpo.errors import ConfigError
 from tests.fakes.agents import make_chat_tokenizer
 from tests.fakes.tokenizer import CharTokenizer
+from tests.fakes.tools import add, sleep
 
 LIMITS = ToolLimits(timeout_s=1.5, memory_mb=256, output_mb=1, processes=1)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp")
@@ -61,15 +61,6 @@ def secret_environment():
         yield
     finally:
         del os.environ["LEFT_API_KEY"]
-
-
-def add(a, b):
-    return a + b
-
-
-async def sleep(seconds):
-    await asyncio.sleep(seconds)
-    return "slept"
 
 
 def test_a_function_and_a_coroutine_give_a_text():
@@ -312,12 +303,15 @@ def described(a: int, b: int = 2) -> int:
 
 
 def test_a_function_is_described_by_its_hints_and_docstring():
+    def bare(a, b):
+        return a + b
+
     (schema,) = ToolBox([described], LIMITS).schemas
     function = schema["function"]
     assert (function["name"], function["description"]) == ("described", "Adds.")
     assert function["parameters"]["required"] == ["a"]
-    with pytest.raises(ConfigError, match=r"tool 'add' can't be described .*under `Args:`"):
-        ToolBox([add], LIMITS)
+    with pytest.raises(ConfigError, match=r"tool 'bare' can't be described .*under `Args:`"):
+        ToolBox([bare], LIMITS)
     with pytest.raises(ConfigError, match="different names, two are named 'described'"):
         ToolBox([described, described], LIMITS)
     with pytest.raises(ConfigError, match="got none"):

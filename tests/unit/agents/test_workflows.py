@@ -12,6 +12,7 @@ from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.workflow import check_trajectory
 from lightning_grpo.types import Prompt, Sampling
 from tests.fakes.agents import ScriptedContext, call_text, make_chat_tokenizer, make_prompt
+from tests.fakes.tools import add, echo
 
 
 def right(completion, answer):
@@ -129,16 +130,6 @@ def test_an_answer_that_the_prompt_began_is_one_message_of_what_rewards_and_feed
 # ---- an episode with tools ----------------------------------------------------------------------
 
 
-def add(a: int, b: int) -> int:
-    """Adds.
-
-    Args:
-        a: One number.
-        b: Another.
-    """
-    return a + b
-
-
 def play_with_tools(replies, *, truncated=(), **settings):
     tokenizer = make_chat_tokenizer()
     context = ScriptedContext(tokenizer, replies, truncated=truncated)
@@ -184,15 +175,6 @@ def test_a_mistake_is_told_to_the_policy_and_counted(said, told):
     assert f"<tool_response>{told}" in tokenizer.decode(trajectory.input_ids)
     assert trajectory.rewards["tool_failures"] == 1.0
     assert workflow.counts.raised == 1
-
-
-def echo(text: str) -> str:
-    """Says it again.
-
-    Args:
-        text: What.
-    """
-    return text
 
 
 def test_what_no_tokenizer_can_read_reaches_the_policy_as_what_it_can():

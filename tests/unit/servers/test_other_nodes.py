@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.servers.base import ServerLoad, answer
@@ -24,7 +23,7 @@ from lightning_grpo.servers.other_nodes import (
 )
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.servers.sglang import SGLangServers
-from tests.fakes.tiny_model import make_tiny_model
+from tests.fakes.small_servers import PythonServers
 
 
 def answers(url):
@@ -58,12 +57,10 @@ def nodes(folder: Path, count: int) -> Iterator[list[threading.Thread]]:
 
 
 def test_every_node_starts_restarts_and_ends_its_servers_and_leaves_at_the_end(tmp_path):
-    disable_progress_bar()  # its monitor thread would outlive the test
-    model = make_tiny_model(tmp_path / "model", num_layers=1)
     folder = tmp_path / "nodes"
-    servers = NodeServers(2, str(folder), EmbeddedServers(), connect_timeout_s=30)
+    servers = NodeServers(2, str(folder), PythonServers(), connect_timeout_s=30)
     with nodes(folder, 2) as threads:
-        handles = servers.start(str(model), tmp_path / "run")
+        handles = servers.start("model", tmp_path / "run")
         assert len(handles) == len({h.url for h in handles}) == 2
         assert all(answers(h.url) for h in handles)
         assert {h.log_path.parent.parent.name for h in handles} == {"node-0", "node-1"}

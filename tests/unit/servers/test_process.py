@@ -24,31 +24,8 @@ from lightning_grpo.servers.base import likely_cause
 from lightning_grpo.servers.other_nodes import NodeMailbox, TrainerMailbox, build_servers
 from lightning_grpo.servers.process import EmbeddedServers, Launch, OwnedServers
 from lightning_grpo.serving.health import process_alive
+from tests.fakes.small_servers import SERVER, PythonServers
 from tests.fakes.tiny_model import make_tiny_model
-
-SERVER = """
-import http.server, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-    def log_message(self, *args): pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-print("loading", flush=True)
-print(f"READY http://127.0.0.1:{server.server_port}", flush=True)
-server.serve_forever()
-"""
-
-
-class PythonServers(OwnedServers):
-    def __init__(self, code, num_servers=1, start_timeout_s=20.0):
-        super().__init__()
-        self.code, self.num_servers, self.start_timeout_s = code, num_servers, start_timeout_s
-
-    def launches(self, model_path, run_dir):
-        return [
-            Launch([sys.executable, "-u", "-c", self.code], run_dir / f"{slot}.log", {})
-            for slot in range(self.num_servers)
-        ]
 
 
 def test_servers_start_answer_restart_and_leave_nothing(tmp_path):
@@ -85,7 +62,7 @@ def test_a_restart_replaces_a_server_that_still_runs(tmp_path):
 def test_a_server_is_told_from_another_that_writes_to_the_same_log(tmp_path):
     # As two runs in one folder did: each took the first READY of the log for its own engine's.
     stranger = "READY http://127.0.0.1:9"
-    code = f"open({str(tmp_path / '0.log')!r}, 'a').write('{stranger}\\n')\n{SERVER}"
+    code = f"open({str(tmp_path / 'servers/0.log')!r}, 'a').write('{stranger}\\n')\n{SERVER}"
     first, second = PythonServers(code), PythonServers(code)
     try:
         ours, theirs = first.start("model", tmp_path), second.start("model", tmp_path)
@@ -143,7 +120,7 @@ def test_a_stop_while_starting_ends_the_start(tmp_path):
 
     thread = threading.Thread(target=start)
     thread.start()
-    while not (tmp_path / "0.log").exists() or not servers._processes:
+    while not (tmp_path / "servers/0.log").exists() or not servers._processes:
         time.sleep(0.01)
     servers.stop()
     thread.join(30)
