@@ -23,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lightning_grpo._compat_lightning import last_saved_step
+from lightning_grpo.callbacks.curve import CurveKeeper
 from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
 from lightning_grpo.callbacks.signals import SignalHandling
@@ -374,6 +375,7 @@ class StepZeroValidation(Callback):
 
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
+    CurveKeeper,
     StepTimer,
     TimelineWriter,  # after StepTimer, which waits for the GPU; before WeightSync
     # Before the run may end behind a batch, which counts as trained on.

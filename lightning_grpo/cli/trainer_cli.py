@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat_lightning import start_method
+from lightning_grpo.callbacks.curve import going_on_without
 from lightning_grpo.checks import require_number
 from lightning_grpo.cli.environment import (
     is_first_rank,
@@ -35,7 +36,6 @@ from lightning_grpo.cli.runs import (
     board_tells_itself,
     default_loggers,
     folder_beside,
-    going_on_without,
     held_version,
     last_checkpoint,
     listed,

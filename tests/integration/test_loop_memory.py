@@ -8,9 +8,9 @@ import psutil
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from lightning_grpo.callbacks.curve import CurveLogger
 from lightning_grpo.callbacks.recording import TrajectoryWriter
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.cli.runs import CurveLogger
 from lightning_grpo.types import Sampling
 from tests.fakes.loops import make_data, make_module, make_prompts, make_trainer
 

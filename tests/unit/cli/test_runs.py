@@ -6,12 +6,16 @@ import csv
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
+import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lightning_grpo.callbacks.curve import CurveKeeper, CurveWriter
 from lightning_grpo.cli.runs import (
     BoardLogger,
-    CurveWriter,
     board_tells_itself,
     folder_beside,
     last_checkpoint,
@@ -150,3 +154,36 @@ def test_what_reads_a_run_writes_beside_it_and_not_beside_the_current_folder(tmp
     assert folder_beside(Path("runs/a-replay"), "replay") == Path("runs/a-replay")
     assert folder_beside(Path(), "validate") == Path("validate")
     assert folder_beside(tmp_path.parent, "test") == tmp_path.parent / "test"
+
+
+class Anywhere(Logger):
+    """A service's."""
+
+    name, version = "anywhere", "1"
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("logger", "stage", "curves"),
+    [
+        ("service", "fit", 1),
+        ("service", "validate", 0),
+        (False, "fit", 0),
+        ("csv", "fit", 1),
+    ],
+)
+def test_a_run_that_is_logged_anywhere_has_its_curve_in_its_folder(tmp_path, logger, stage, curves):
+    made = {"service": Anywhere(), "csv": CSVLogger(tmp_path, name="", version="")}
+    trainer = L.Trainer(logger=made.get(logger, logger), accelerator="cpu", barebones=False)
+    trainer.datamodule = SimpleNamespace(run_dir=tmp_path)
+    CurveKeeper().setup(trainer, L.LightningModule(), stage)
+    for each in trainer.loggers:
+        each.log_metrics({"reward/mean": 0.5}, 1)
+        each.save()
+    assert len([each for each in trainer.loggers if isinstance(each, CSVLogger)]) == curves
+    assert (tmp_path / "metrics.csv").exists() == bool(curves)
