@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from lightning_grpo._compat_lightning import last_saved_step
 from lightning_grpo.callbacks.curve import CurveKeeper
 from lightning_grpo.callbacks.health import HealthMonitor
+from lightning_grpo.callbacks.samples import SampleTables
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.timing import StepTimer
@@ -380,6 +381,7 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     TimelineWriter,  # after StepTimer, which waits for the GPU; before WeightSync
     # Before the run may end behind a batch, which counts as trained on.
     TrajectoryWriter,
+    SampleTables,
     # Before the hooks that take long: until it has taken over, signals reach Lightning's handlers.
     SignalHandling,
     WeightSync,
