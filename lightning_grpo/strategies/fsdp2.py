@@ -162,16 +162,17 @@ def parallelize(
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     if reshard_after_forward is None:
         reshard_after_forward = mesh.size() > 1
+    # Float inputs are no activations: temperatures, and the factors of RoPE that some models keep in
+    # fp32, as servers do. Rounding them would be wrong.
+    policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
     for block in _find_blocks(module, blocks):
         fully_shard(
             block,
             mesh=mesh,
-            mp_policy=MixedPrecisionPolicy(compute, reduce),
+            mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=reshard_after_forward,
         )
-    # The root's float inputs (temperatures) are no activations: rounding them would be wrong.
-    policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
     fully_shard(
         module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
     )

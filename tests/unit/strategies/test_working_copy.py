@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.strategies.fsdp2 import (
     FSDP2Strategy,
     gradient_sync,
@@ -19,6 +20,7 @@ from lightning_grpo.strategies.fsdp2 import (
     parallelize,
 )
 from lightning_grpo.strategies.working_copy import WorkingCopy, working_copies
+from tests.fakes.causal_models import make_model_of, make_sequences, pack
 from tests.fakes.tiny_lm import Policy, global_batch, make_lm
 
 HALF = torch.bfloat16
@@ -168,3 +170,15 @@ def test_one_rank_of_the_strategy_shards_nothing_unless_it_is_asked_to(
     wrong.parallel_devices, wrong._device_mesh = strategy.parallel_devices, strategy.device_mesh
     with pytest.raises(ConfigError, match=r"`blocks` names \['Block'\]"):
         wrong.shard(Policy(make_lm()), cpu_offload=False)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind", ["olmo2", "qwen3"])
+def test_passes_are_those_of_a_model_in_half_precision(process_group, kind, sharded):
+    """OLMo 2 keeps its factors of RoPE in fp32 then, as servers do."""
+    ids, cu_seqlens = pack(make_sequences((12, 20, 7), shared=3))
+    policy, half = PackedPolicy(make_model_of(kind)), PackedPolicy(make_model_of(kind).to(HALF))
+    mesh = init_device_mesh("cpu", (1,))
+    parallelize(policy, mesh, param_dtype="bfloat16") if sharded else WorkingCopy(policy, HALF)
+    with torch.no_grad():
+        assert torch.equal(policy(ids, cu_seqlens)[0], half(ids, cu_seqlens)[0])
