@@ -1,0 +1,232 @@
+"""`lightning-grpo plan` for machines that are only named, and for runs that were."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config
+
+from lightning_grpo.cli.main import main
+from lightning_grpo.servers.sglang import SGLangServers
+from lightning_grpo.shipped import resolve_config, resolve_path
+
+ON_GPUS = [
+    *("--config", "quickstart.yaml", "--trainer.accelerator", "gpu"),
+    *("--trainer.strategy", "fsdp2", "--data.servers", "lightning_grpo.SGLangServers"),
+    *("--data.prompts.limit", "20", "--data.val_prompts.limit", "20"),
+]
+SEVEN_B = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "eos_token_id": 0,
+    "architectures": ["Qwen2ForCausalLM"],
+}
+
+
+@pytest.fixture(scope="module")
+def seven_b(tmp_path_factory):
+    """A model of that shape without weights, and the quickstart's tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "seven-b"
+    Qwen2Config(**SEVEN_B).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(Path(resolve_path("shipped:quickstart")) / name, folder / name)
+    return str(folder)
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """The exit status and the plan of some words."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        status = main(["plan", *words, "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_a_run_on_a_cpu_is_planned_and_nothing_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--config", "quickstart.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "It runs on the CPU. A step takes about" in printed
+    assert "completions of 28 tokens on average, 56 at most" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpus_serve_and_train_as_fit_would_have_them(planned):
+    status, plan = planned(*ON_GPUS, "--gpus", "3", "--gpu", "a100")
+    assert status == 0
+    roles = [(gpu["index"], bool(gpu["training"]), gpu["num_servers"]) for gpu in plan["gpus"]]
+    assert roles == [(0, True, 0), (1, False, 1), (2, False, 1)]
+    _, shared = planned(*ON_GPUS, "--gpus", "1", "--gpu", "a100")
+    (gpu,) = shared["gpus"]
+    assert gpu["training"]
+    assert gpu["num_servers"] == 1
+
+
+def test_servers_are_those_that_fit_would_start(planned):
+    """64 x 8 requests of a small model: two servers on the GPU, each with half of two batches."""
+    _, plan = planned(*ON_GPUS, "--gpus", "1", "--gpu", "h100", "--data.batch_size", "64")
+    assert plan["servers"][:3] == [
+        "512 requests in flight",
+        "256 decoded at once, all by graphs",
+        "context 128",
+    ]
+    assert SGLangServers.machine is None
+
+
+def test_flags_and_limits_of_the_users_are_heeded(planned):
+    _, plan = planned(
+        *(*ON_GPUS, "--gpus", "2", "--gpu", "h100", "--data.batch_size", "64"),
+        *("--data.servers.flags", '{"max-running-requests": 32}'),
+    )
+    assert "32 decoded at once, all by graphs" in plan["servers"]
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        ["--gpus", "8", "--gpu", "h100"],
+        ["--gpus", "2", "--gpu", "h200"],
+        ["--gpus", "4", "--gpu", "l4"],
+    ],
+)
+def test_what_is_named_to_change_first_makes_it_fit(planned, seven_b, machine):
+    words = [*ON_GPUS, "--model.model", seven_b, *machine]
+    words += ["--data.batch_size", "512", "--model.max_tokens_per_microbatch", "32768"]
+    status, plan = planned(*words)
+    assert status == 1
+    assert not plan["fits"]
+    assert plan["parts"] is None
+    assert "GiB" in plan["problems"][0]
+    for change in plan["changes"]:
+        status, changed = planned(*words, *shlex.split(change["options"]))
+        assert status == 0, changed["problems"]
+        taken = max(sum((*g["training"].values(), *g["serving"].values())) for g in changed["gpus"])
+        assert taken == change["taken"]
+        assert changed["parts"]["step"] == pytest.approx(change["step"])
+
+
+def test_where_nothing_helps_it_is_said(tmp_path, monkeypatch, capsys, seven_b):
+    monkeypatch.chdir(tmp_path)
+    words = [*ON_GPUS, "--model.model", seven_b, "--gpus", "1", "--gpu", "rtx-4090"]
+    assert main(["plan", *words]) == 1
+    assert "more GPUs, or a smaller model" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_named_to_go_faster_does(planned, seven_b):
+    words = [*ON_GPUS, "--model.model", seven_b, "--gpus", "8", "--gpu", "h200"]
+    words += ["--model.gradient_checkpointing", "true", "--data.max_staleness", "0"]
+    _, plan = planned(*words)
+    assert plan["fits"]
+    assert plan["changes"]
+    for change in plan["changes"]:
+        assert change["step"] < plan["parts"]["step"]
+        _, changed = planned(*words, *shlex.split(change["options"]))
+        assert changed["parts"]["step"] == pytest.approx(change["step"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "2"], "`--config` needs a file"),
+        (["--config", "none.yaml"], "No config file 'none.yaml' here"),
+        ([*ON_GPUS], "Name the machine that is planned for: `--gpus 1 --gpu h200`"),
+        ([*ON_GPUS, "--gpus", "0"], "must be >= 1, got 0"),
+        ([*ON_GPUS, "--gpu", "h2000"], "Did you mean `h200`?"),
+        ([*ON_GPUS, "--gpus", "2", "--trainer.max_step", "3"], "did you mean"),
+        ([*ON_GPUS, "--gpus", "1", "--model.model", "no/such"], "a folder that exists or a hub id"),
+        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "3"], "must be at most 2"),
+        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "[5]"], "must be GPUs of [0, 1]"),
+        ([*ON_GPUS, "--gpus", "2", "--data.servers.tp", "4"], "the number of serving GPUs"),
+        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "2"], "must not overlap"),
+        (["--check", "nowhere"], "'nowhere' does not exist"),
+        (["--check", "."], "holds no run"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *words]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+# -- a run that was --------------------------------------------------------------------------------
+
+STEPS = {
+    "time/step_s": 0.8,
+    "time/wait_rollout_s": 0.2,
+    "time/forward_backward_s": 0.3,
+    "time/optimizer_s": 0.01,
+    "time/weight_sync_s": 0.25,
+    "completion/length_mean": 30.0,
+    "completion/length_max": 45.0,
+    "reward/zero_variance_fraction": 0.25,
+    "health/gpu_peak_gb": 5.5,
+}
+
+
+def write_run(folder, config, machine, steps=8):
+    """What `plan --check` reads of a run; the first steps are slow."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    start = {"kind": "start", "at": 1.0, "step": 0, "machine": machine}
+    (folder / "timeline.jsonl").write_text(json.dumps(start) + "\n")
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", *STEPS])
+        writer.writeheader()
+        for step in range(1, steps + 1):
+            slow = {"time/step_s": 9.0} if step <= 3 else {}
+            writer.writerow({"step": step, **STEPS, **slow})
+
+
+def test_a_run_is_compared_line_by_line(planned, tmp_path):
+    config = Path(resolve_config("quickstart.yaml")).read_text()
+    write_run(tmp_path / "run", config, "2 CPU cores, 24 GiB")
+    status, found = planned("--check", "run")
+    assert status == 0
+    lines = {line["what"]: line for line in found["lines"]}
+    assert lines["a step"]["measured"] == pytest.approx(0.8)  # without the slow ones
+    assert lines["weight sync"]["measured"] == pytest.approx(0.25)
+    for line in lines.values():
+        assert line["ratio"] == pytest.approx(line["predicted"] / line["measured"])
+    assert "30 tokens; 75% of the trajectories trained" in found["notes"][0]
+    assert "memory of the trainer" not in lines
+
+
+def test_a_run_on_gpus_is_planned_for_the_machine_that_it_names(planned, tmp_path):
+    config = Path(resolve_config("quickstart.yaml")).read_text()
+    config = config.replace("accelerator: cpu", "accelerator: gpu, strategy: fsdp2")
+    config = config.replace("EmbeddedServers ", "SGLangServers ")
+    config = config.replace(
+        "accelerator: gpu, strategy: fsdp2", "accelerator: gpu\n  strategy: fsdp2"
+    )
+    write_run(tmp_path / "run", config, "2 x NVIDIA H200, 32 CPU cores, 251 GiB")
+    status, found = planned("--check", "run")
+    assert status == 0
+    lines = {line["what"]: line for line in found["lines"]}
+    assert lines["memory of the trainer"]["measured"] == 5.5
+    assert any("H200" in note for note in found["notes"])
+    _, other = planned("--check", "run", "--gpus", "2", "--gpu", "l4")
+    assert any("L4" in note for note in other["notes"])
+
+
+def test_a_run_without_a_step_or_a_config_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "none", "trainer: {}", "2 CPU cores, 24 GiB", steps=0)
+    assert main(["plan", "--check", "none"]) == 2
+    assert "has no step" in capsys.readouterr().err
+    (tmp_path / "none/config.yaml").unlink()
+    assert main(["plan", "--check", "none"]) == 2
+    assert "config.yaml" in capsys.readouterr().err
