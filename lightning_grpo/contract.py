@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -36,6 +37,7 @@ from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Prepared
+from lightning_grpo.policy.packed import largest_chunk
 from lightning_grpo.policy.size import ADAPTER_FRACTION, TrainingSetup
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
@@ -376,6 +378,7 @@ def training_setup(
         trained_fraction=ADAPTER_FRACTION if module.lora is not None else 1.0,
         offloaded=sharding is not None and sharding.cpu_offload,
         reference=reference,
+        chunk_logits=largest_chunk(torch.device(device_type)),
     )
 
 

@@ -223,8 +223,6 @@ def _assumed(facts: RunFacts, completion: int | None) -> list[str]:
         found.append("nothing else runs on the GPUs")
     if facts.speed is not None:
         found.append(facts.speed.words)
-    if not facts.training:
-        found.append("memory is what Python takes, about 0.7 GiB a process, and the model's")
     if facts.training and not isinstance(facts.servers, SGLangServers):
         kind = type(facts.servers).__name__
         found.append(f"{kind} are sized elsewhere: of servers the time alone is planned, as one")
@@ -317,10 +315,12 @@ def compare(made: Plan, facts: RunFacts, run: Run) -> list[Compared]:
         sync = _mean(run, PHASES["weight sync"])
         if sync is not None:
             lines.append(Compared("weight sync", parts.sync, sync, "s"))
-    peak = max((value for _, value in run.series("health/gpu_peak_gb")), default=None)
-    if peak is not None and facts.training:
-        memory = memory_of(facts).allocated / GIB
-        lines.append(Compared("memory of the trainer", memory, peak, "GiB"))
+    memory, metric = memory_of(facts).allocated, "health/gpu_peak_gb"
+    if not facts.training:
+        memory, metric = made.process, "health/rss_gb"
+    peak = max((value for _, value in run.series(metric)), default=None)
+    if peak is not None:
+        lines.append(Compared("memory of the trainer", memory / GIB, peak, "GiB"))
     return lines
 
 

@@ -18,6 +18,8 @@ from lightning_grpo.servers.sglang import ServerLayout, ServersTooLargeError, SG
 GIB = 1 << 30
 USABLE = 0.96
 """Of a GPU's memory, that trainer and servers may take (as `servers/sglang.py` has it)."""
+PROCESS_BYTES = 600 << 20
+"""Of a process that has torch and transformers."""
 FASTER = 0.95
 """Of a step's time, at most, that a change is worth naming for."""
 LEAST_TOKENS = 1024
@@ -151,6 +153,7 @@ class Plan:
 
     Attributes:
         gpus: What each is for.
+        process: Bytes of the trainer's process where it trains on the CPU; 0 where it does not.
         problems: Why it does not fit; none where it does.
         servers: What was chosen for them, in words.
         parts: Seconds of a rollout batch by part; None where the hardware's speed is not known.
@@ -158,6 +161,7 @@ class Plan:
     """
 
     gpus: list[GPUUse]
+    process: int
     problems: list[str]
     servers: list[str]
     parts: StepParts | None
@@ -220,7 +224,8 @@ def _plan(facts: RunFacts) -> Plan:
             )
     words = list(layout.size.notes) if layout is not None and layout.size is not None else []
     parts = None if problems else _parts(facts, layout)
-    return Plan(gpus, problems, words, parts)
+    process = 0 if facts.training else PROCESS_BYTES + memory.allocated
+    return Plan(gpus, process, problems, words, parts)
 
 
 def memory_of(facts: RunFacts) -> TrainingMemory:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from lightning_grpo.loader import balance, plan_ranks
 from lightning_grpo.plan.hardware import Speed
 from lightning_grpo.policy.size import (
-    CHUNK_LOGITS,
     FULL,
     HALF,
     ModelSize,
@@ -37,6 +36,8 @@ CAST_BYTES, ADD_BYTES = FULL + HALF, HALF + 2 * FULL
 STEP_BYTES = 40
 """Of a parameter in an optimizer step: Adam reads four numbers and writes three; the norm reads the
 gradient and clipping reads and writes it."""
+STEP_LAUNCHES = 0.2
+"""What an optimizer step launches, beside a forward and a backward pass."""
 HOST_STEP = 18e9
 """Bytes a second of the same in host memory (`cpu_offload` in `h200_options.json`)."""
 HOST_LINK, HOST_GATHER = 25e9, 4e9
@@ -45,8 +46,8 @@ SEND = 150e9
 """Bytes a second from trainer to server by CUDA IPC or NVLink (`h200_weight_sync.json`)."""
 DECODE_BYTES = 300
 """Of a logit of a decoding step: softmax, sampling and logprob by torch's kernels. With it a server
-of the 1.5B shape decodes 26k, 46k and 55k tokens/s of 64, 256 and 512 requests, and four on one GPU
-hardly more than one (`benchmarks/h200/README.md`)."""
+of the 1.5B shape decodes 21k, 45k and 55k tokens/s of 64, 256 and 512 requests, where 26k, 48k and
+55k were measured, and four on one GPU hardly more than one (`benchmarks/h200/README.md`)."""
 MERGE_PASSES = 50
 """How often an adapter's merge, which rounds by chance, reads and writes each weight in fp32."""
 
@@ -171,7 +172,11 @@ def _pass_seconds(
     predicted = round(tokens * predicted_share)
     blocks, head = training_flops(size, packed.lengths, predicted, setup.trained_fraction)
     blocks *= packed.unique / tokens
-    again = 2 * size.vocab * size.hidden * predicted if predicted * size.vocab > CHUNK_LOGITS else 0
+    again = (
+        2 * size.vocab * size.hidden * predicted
+        if predicted * size.vocab > setup.chunk_logits
+        else 0
+    )
     factor = 4 / 3 if setup.checkpointing else 1.0
     each = PASSES * kept_numbers(size, compiled=setup.compiled)
     if setup.trained_fraction < 1:
@@ -225,9 +230,10 @@ def scoring_seconds(
 
 
 def optimizer_seconds(size: ModelSize, setup: TrainingSetup, speed: Speed) -> float:
-    """One step of Adam on one rank's share."""
+    """One step of Adam on one rank's share, with the norm and the clipping of its gradients."""
     moved = STEP_BYTES * size.parameters * setup.trained_fraction / setup.shards
-    return moved / (HOST_STEP if setup.offloaded else speed.bandwidth)
+    launched = size.layers * speed.block_s * STEP_LAUNCHES
+    return launched + moved / (HOST_STEP if setup.offloaded else speed.bandwidth)
 
 
 def sync_seconds(

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.policy.packed import MAX_CHUNK_LOGITS
+from lightning_grpo.policy.packed import largest_chunk
 
 HALF, FULL = 2, 4
 """Bytes of a number in bf16 and in fp32."""
 ADAM_STATES = 2
 ADAPTER_FRACTION = 0.02
 """Of the parameters, that an adapter of the usual rank trains."""
-CHUNK_LOGITS = 4 * MAX_CHUNK_LOGITS
-"""What `policy/packed.py` computes at once on a GPU."""
+CHUNK_LOGITS = largest_chunk(torch.device("cuda"))
 LOGIT_COPIES = 5
 """Of a chunk's logits while logprob and entropy are computed: as the head gives them, scaled, their
 log-softmax, its exponential and the product of both, in fp32."""
@@ -102,6 +101,7 @@ class TrainingSetup:
         trained_fraction: Of the parameters; an adapter trains a hundredth.
         offloaded: Whether parameters and optimizer state are in host memory.
         reference: Where the reference policy of a KL penalty is: `gpu`, `host`, or there is none.
+        chunk_logits: Logits that are computed at once.
     """
 
     max_tokens: int
@@ -114,6 +114,7 @@ class TrainingSetup:
     trained_fraction: float = 1.0
     offloaded: bool = False
     reference: str = ""
+    chunk_logits: int = CHUNK_LOGITS
 
     @property
     def shards(self) -> int:
@@ -214,7 +215,7 @@ def training_memory(size: ModelSize, setup: TrainingSetup) -> TrainingMemory:
         copies=setup.bytes_each * gathered + HALF * whole,
         reference=FULL * whole // setup.shards if setup.reference == "gpu" else 0,
         activations=setup.max_tokens * kept * setup.bytes_each,
-        logits=LOGIT_COPIES * FULL * min(CHUNK_LOGITS, setup.max_tokens * size.vocab),
+        logits=LOGIT_COPIES * FULL * min(setup.chunk_logits, setup.max_tokens * size.vocab),
     )
 
 

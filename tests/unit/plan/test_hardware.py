@@ -1,5 +1,7 @@
 """GPUs are found by the table's names and by the driver's."""
 
+from pathlib import Path
+
 import pytest
 
 from lightning_grpo.errors import ConfigError
@@ -50,8 +52,11 @@ def test_an_h200_achieves_what_was_measured():
     assert named_machine(2, "H200", 32).gpu_bytes == 143_771 << 20
 
 
-def test_every_gpu_has_a_speed_in_words():
-    assert all(name.upper() in gpu_speed(name).words for name in GPUS)
+def test_every_gpu_has_a_speed_in_words_and_stands_in_the_docs():
+    page = (Path(__file__).parents[3] / "docs/plan.md").read_text()
+    for name in GPUS:
+        assert name.upper() in gpu_speed(name).words
+        assert f"`{name}`" in page
 
 
 def test_this_cpu_multiplies():

@@ -63,7 +63,7 @@ def test_ranks_minibatches_and_equal_rewards_leave_fewer_sequences():
 
 def test_a_pass_is_its_products_its_traffic_and_its_parameters():
     packed = Packed(lengths=(30, 30), unique=50)
-    # 6 operations a parameter and token, 6 * 16 * 4 * n^2 of attention; half of the tokens predicted.
+    # 6 operations a parameter and token, 6 * 16 * 4 * n^2 of attention; half are predicted.
     blocks = (6 * 800 * 60 + 6 * 16 * 4 * 2 * 30**2) * 50 / 60
     head = 6 * 25 * 8 * 30
     # 19 passes over what is kept in bf16, 22 over fp32 logits.
