@@ -27,6 +27,7 @@ class GPU:
         words: Of the driver's name for it, all of which must be there.
         mib: Memory, as the driver tells it.
         tflops: bf16 products summed in fp32, without sparsity, by the data sheet.
+        single: TFLOP/s of fp32 products, by the data sheet.
         terabytes: A second, of its memory, by the data sheet.
         link: Between GPUs.
     """
@@ -34,6 +35,7 @@ class GPU:
     words: str
     mib: int
     tflops: float
+    single: float
     terabytes: float
     link: float = NVLINK
 
@@ -41,24 +43,24 @@ class GPU:
 # NVIDIA's data sheets of each product (bf16 with sparsity there is halved here); memory as
 # `nvidia-smi` shows it. Where a name has the words of several lines the first one counts.
 GPUS = {
-    "b200": GPU("B200", 183_359, 2250, 8.0),
-    "h200": GPU("H200", 143_771, 989, 4.8),
-    "gh200": GPU("GH200", 97_871, 989, 4.0),
-    "h100-nvl": GPU("H100 NVL", 95_830, 835, 3.9),
-    "h100-pcie": GPU("H100 PCIe", 81_559, 756, 2.0, PCIE),
-    "h100": GPU("H100", 81_559, 989, 3.35),
-    "a100-40gb": GPU("A100 40GB", 40_960, 312, 1.555),
-    "a100": GPU("A100", 81_920, 312, 2.039),
-    "l40s": GPU("L40S", 46_068, 362, 0.864, PCIE),
-    "l40": GPU("L40", 46_068, 181, 0.864, PCIE),
-    "l4": GPU("L4", 23_034, 121, 0.300, PCIE),
-    "a10g": GPU("A10G", 23_028, 70, 0.600, PCIE),
-    "a10": GPU("A10", 23_028, 125, 0.600, PCIE),
-    "rtx-6000-ada": GPU("RTX 6000 Ada", 49_140, 364, 0.960, PCIE),
-    "rtx-a6000": GPU("RTX A6000", 49_140, 155, 0.768, PCIE),
-    "rtx-5090": GPU("RTX 5090", 32_607, 210, 1.792, PCIE),
-    "rtx-4090": GPU("RTX 4090", 24_564, 165, 1.008, PCIE),
-    "rtx-3090": GPU("RTX 3090", 24_576, 71, 0.936, PCIE),
+    "b200": GPU("B200", 183_359, 2250, 75, 8.0),
+    "h200": GPU("H200", 143_771, 989, 67, 4.8),
+    "gh200": GPU("GH200", 97_871, 989, 67, 4.0),
+    "h100-nvl": GPU("H100 NVL", 95_830, 835, 60, 3.9),
+    "h100-pcie": GPU("H100 PCIe", 81_559, 756, 51, 2.0, PCIE),
+    "h100": GPU("H100", 81_559, 989, 67, 3.35),
+    "a100-40gb": GPU("A100 40GB", 40_960, 312, 19.5, 1.555),
+    "a100": GPU("A100", 81_920, 312, 19.5, 2.039),
+    "l40s": GPU("L40S", 46_068, 362, 91.6, 0.864, PCIE),
+    "l40": GPU("L40", 46_068, 181, 90.5, 0.864, PCIE),
+    "l4": GPU("L4", 23_034, 121, 30.3, 0.300, PCIE),
+    "a10g": GPU("A10G", 23_028, 70, 31.5, 0.600, PCIE),
+    "a10": GPU("A10", 23_028, 125, 31.2, 0.600, PCIE),
+    "rtx-6000-ada": GPU("RTX 6000 Ada", 49_140, 364, 91.1, 0.960, PCIE),
+    "rtx-a6000": GPU("RTX A6000", 49_140, 155, 38.7, 0.768, PCIE),
+    "rtx-5090": GPU("RTX 5090", 32_607, 210, 104.8, 1.792, PCIE),
+    "rtx-4090": GPU("RTX 4090", 24_564, 165, 82.6, 1.008, PCIE),
+    "rtx-3090": GPU("RTX 3090", 24_576, 71, 35.6, 0.936, PCIE),
 }
 
 
@@ -67,7 +69,8 @@ class Speed:
     """What a processor, and the program that drives it, achieve.
 
     Attributes:
-        flops: A second, of matrix products in the dtype that is computed in.
+        flops: A second, of matrix products in bf16.
+        single: The same in fp32.
         bandwidth: Bytes a second of memory, read and written.
         link: Bytes a second between GPUs.
         block_s: Least time of a block's forward and backward pass, which the host takes to launch.
@@ -81,6 +84,7 @@ class Speed:
     """
 
     flops: float
+    single: float
     bandwidth: float
     link: float
     words: str
@@ -101,7 +105,8 @@ def gpu_speed(name: str) -> Speed:
         f"{name.upper()}: {flops:.0f} of {gpu.tflops:.0f} TFLOP/s (bf16) and {bandwidth:.1f} of "
         f"{gpu.terabytes:.1f} TB/s achieved"
     )
-    return Speed(flops * 1e12, bandwidth * 1e12, gpu.link, words)
+    single = gpu.single * ACHIEVED_FLOPS * 1e12
+    return Speed(flops * 1e12, single, bandwidth * 1e12, gpu.link, words)
 
 
 def cpu_speed(flops: float) -> Speed:
@@ -114,6 +119,7 @@ def cpu_speed(flops: float) -> Speed:
     """
     words = f"this CPU: {flops / 1e9:.0f} GFLOP/s of fp32 products on one core, measured now"
     return Speed(
+        flops / 2,
         flops / 2,
         20e9,
         20e9,

@@ -335,6 +335,9 @@ def _ways_to_speed(facts: RunFacts) -> Iterator[tuple[str, RunFacts]]:
     if setup.checkpointing:
         options = "--model.gradient_checkpointing false"
         yield options, replace(facts, setup=replace(setup, checkpointing=False))
+    if facts.training and not setup.half:
+        sharded = replace(setup, sharded=True, half=True, keeps=setup.ranks == 1)
+        yield "--trainer.strategy fsdp2", replace(facts, setup=sharded)
     if facts.training and not setup.compiled:
         yield "--model.compile true", replace(facts, setup=replace(setup, compiled=True))
     more = replace(setup, max_tokens=2 * setup.max_tokens)

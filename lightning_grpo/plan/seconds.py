@@ -185,7 +185,8 @@ def _pass_seconds(
     moved = size.layers * each * packed.unique * factor * setup.bytes_each
     logit_passes = COMPILED_LOGIT_PASSES if setup.compiled else LOGIT_PASSES
     moved += logit_passes * FULL * size.vocab * predicted
-    gpu = (blocks * factor + head + again) / speed.flops + moved / speed.bandwidth
+    flops = speed.flops if setup.half else speed.single
+    gpu = (blocks * factor + head + again) / flops + moved / speed.bandwidth
     host = size.layers * speed.block_s * factor
     return max(gpu + _parameter_seconds(size, setup, speed), host)
 

@@ -22,6 +22,7 @@ SIZE = ModelSize(
 )
 SPEED = Speed(
     flops=1e6,
+    single=1e5,
     bandwidth=1e6,
     link=1e6,
     words="",
@@ -72,6 +73,15 @@ def test_a_pass_is_its_products_its_traffic_and_its_parameters():
     copied = (10 + 6) * 1000
     expected = (blocks + head + moved + copied / 0.3) / 1e6
     assert seconds.training_seconds(SIZE, SETUP, [packed], 0.5, SPEED) == pytest.approx(expected)
+
+
+def test_fp32_is_slower_by_its_products_and_its_bytes():
+    packed = Packed(lengths=(30, 30), unique=60)
+    setups = [replace(SETUP, sharded=False, half=half) for half in (True, False)]
+    half, full = (seconds.training_seconds(SIZE, s, [packed], 0.0, SPEED) for s in setups)
+    products = 6 * 800 * 60 + 6 * 16 * 4 * 2 * 30**2
+    moved = 19 * 4 * 196 * 60 * 2
+    assert full - half == pytest.approx(9 * products / 1e6 + moved / 1e6)
 
 
 def test_the_host_is_the_limit_of_small_micro_batches():
