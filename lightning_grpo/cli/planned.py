@@ -93,7 +93,8 @@ def _called(machine: Machine, gpu: str) -> str:
     cores = f"{machine.cores} CPU core{'s' * (machine.cores > 1)}"
     if not machine.gpus:
         return cores
-    return f"{machine.gpus} x {gpu} ({machine.gpu_bytes / GIB:.0f} GiB), {cores}"
+    size = f" ({machine.gpu_bytes / GIB:.0f} GiB)" if machine.gpu_bytes else ""
+    return f"{machine.gpus} x {gpu or 'an unknown GPU'}{size}, {cores}"
 
 
 @contextmanager
@@ -162,18 +163,14 @@ def _facts_of(run: PlannedCLI, scratch: Path, gpu: str, completion: int | None) 
         passes=data.passes_per_batch,
         scorings=int(module.kl is not None) + int(scored_first),
     )
-    speed = _speed(gpu if run.training else "", data.servers)
+    speed = _speed(gpu, data.servers) if run.training else cpu_speed(measured_flops())
     return RunFacts(size, setup, work, data.servers, load, run.machine, tuple(run.training), speed)
 
 
 def _speed(gpu: str, servers: object) -> Speed | None:
-    """Of a GPU by its name; without one of this CPU."""
-    if not gpu:
-        return cpu_speed(measured_flops())
+    """Of a GPU by its name; None where a CPU serves: who knows which of both is the limit?"""
     known = find_gpu(gpu)
-    if known is None or isinstance(servers, EmbeddedServers):
-        return None  # with a CPU that serves, who knows which of both is the limit
-    return gpu_speed(known)
+    return None if known is None or isinstance(servers, EmbeddedServers) else gpu_speed(known)
 
 
 def _assumed(facts: RunFacts, is_given: bool) -> list[str]:

@@ -13,7 +13,12 @@ from lightning_grpo.plan.seconds import Serving, Workload
 from lightning_grpo.policy.size import ModelSize, TrainingMemory, TrainingSetup, training_memory
 from lightning_grpo.servers.base import Machine, ServerLoad, Servers
 from lightning_grpo.servers.process import EmbeddedServers
-from lightning_grpo.servers.sglang import ServerLayout, ServersTooLargeError, SGLangServers
+from lightning_grpo.servers.sglang import (
+    MIN_OVERHEAD,
+    ServerLayout,
+    ServersTooLargeError,
+    SGLangServers,
+)
 
 GIB = 1 << 30
 USABLE = 0.96
@@ -215,12 +220,13 @@ def _plan(facts: RunFacts) -> Plan:
     gpus = _uses(facts, memory, layout)
     room = USABLE * facts.machine.gpu_bytes
     for gpu in gpus:
-        if gpu.training and room and not problems and gpu.taken > room:
-            most = max(gpu.training, key=lambda part: gpu.training[part])
+        if room and not problems and gpu.taken > room:
+            whose = {f"the trainer's {part}": taken for part, taken in gpu.training.items()}
+            whose |= {f"the servers' {part}": taken for part, taken in gpu.serving.items()}
+            most = max(whose, key=lambda part: whose[part])
             problems.append(
                 f"GPU {gpu.index} has {facts.machine.gpu_bytes / GIB:.0f} GiB and would need "
-                f"{gpu.taken / GIB:.0f}, most of it ({gpu.training[most] / GIB:.0f}) for the "
-                f"trainer's {most}"
+                f"{gpu.taken / GIB:.0f}, most of it ({whose[most] / GIB:.0f}) for {most}"
             )
     words = list(layout.size.notes) if layout is not None and layout.size is not None else []
     parts = None if problems else _parts(facts, layout)
@@ -256,12 +262,7 @@ def layout_of(facts: RunFacts, memory: TrainingMemory) -> ServerLayout:
 
 def _uses(facts: RunFacts, memory: TrainingMemory, layout: ServerLayout | None) -> list[GPUUse]:
     groups = layout.groups if layout is not None else []
-    serving: dict[str, int] = {}
-    if layout is not None and layout.size is not None:
-        size = layout.size
-        serving = {"weights": size.weight_bytes, "cache": size.cache_bytes}
-        serving = {**serving, "graphs, logits, kernels": size.overhead_bytes}
-        serving = {part: layout.per_gpu * taken for part, taken in serving.items() if taken}
+    serving = _server_bytes(facts, layout) if layout is not None else {}
     found = []
     for index in sorted({*facts.training, *(device for group in groups for device in group)}):
         count = sum(index in group for group in groups)
@@ -269,6 +270,19 @@ def _uses(facts: RunFacts, memory: TrainingMemory, layout: ServerLayout | None) 
         trains = parts if index in facts.training else {}
         found.append(GPUUse(index, trains, serving if count else {}, count))
     return found
+
+
+def _server_bytes(facts: RunFacts, layout: ServerLayout) -> dict[str, int]:
+    """What the servers of one GPU take of it by part; empty where nobody knows."""
+    size, fraction = layout.size, getattr(facts.servers, "memory_fraction", None)
+    if size is None:
+        return {}
+    found = {"weights": size.weight_bytes, "cache": size.cache_bytes}
+    found["graphs, logits, kernels"] = size.overhead_bytes
+    if fraction is not None:  # the user's own
+        found = {"weights and cache": int(fraction * facts.machine.gpu_bytes)}
+        found["graphs, logits, kernels"] = MIN_OVERHEAD
+    return {part: layout.per_gpu * taken for part, taken in found.items() if taken}
 
 
 def _parts(facts: RunFacts, layout: ServerLayout | None) -> StepParts | None:
@@ -283,7 +297,8 @@ def _parts(facts: RunFacts, layout: ServerLayout | None) -> StepParts | None:
         if cache:
             running = min(running, int(cache / (facts.work.prompt + facts.work.completion)))
         tp = len(layout.groups[0]) or 1
-        serving = Serving(len(layout.groups), max(1, running), layout.per_gpu, tp, layout.shared)
+        shared = bool({device for group in layout.groups for device in group} & {*facts.training})
+        serving = Serving(len(layout.groups), max(1, running), layout.per_gpu, tp, shared)
     return step_parts(facts.size, facts.setup, facts.work, serving, facts.speed)
 
 

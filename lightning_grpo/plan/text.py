@@ -11,6 +11,7 @@ from lightning_grpo.policy.size import kept_numbers
 
 WIDTH = 80
 _MIB = 1 << 20
+_FEW = 2
 _MINUTE, _HUNDRED = 60.0, 100.0
 _LOST = 1 / 6
 """13 of 80 GiB, seen once on an H200 (`h200_async_run.json`)."""
@@ -51,6 +52,8 @@ def _verdict(plan: Plan, facts: RunFacts) -> list[str]:
         return textwrap.wrap(said, WIDTH)
     tokens = facts.work.completions * facts.work.completion / plan.parts.step
     said = f"{fits} A step takes about {_seconds(plan.parts.step)}, {tokens:,.0f} tokens/s."
+    if facts.work.staleness and not any(g.training and g.num_servers for g in plan.gpus):
+        said += f" The limit is {'rollouts' if plan.parts.waiting else 'training'}."
     if plan.process:
         said += f" The trainer's process takes {plan.process / GIB:.1f} GiB at most."
     return textwrap.wrap(said, WIDTH)
@@ -62,7 +65,7 @@ def _gpu(alike: list[GPUUse], facts: RunFacts) -> Iterator[str]:
     trains, serves = f"train{s}" * bool(gpu.training), f"serve{s}" * bool(gpu.num_servers)
     indices = [each.index for each in alike]
     named = ", ".join(map(str, indices))
-    if len(indices) > 1 and indices[-1] - indices[0] == len(indices) - 1:
+    if len(indices) > _FEW and indices[-1] - indices[0] == len(indices) - 1:
         named = f"{indices[0]} to {indices[-1]}"
     name = f"GPU{'s' * (not s)} {named}"
     room = f" of {facts.machine.gpu_bytes / GIB:.0f}" if facts.machine.gpu_bytes else ""
@@ -72,8 +75,8 @@ def _gpu(alike: list[GPUUse], facts: RunFacts) -> Iterator[str]:
     for part, taken in gpu.training.items():
         yield _row(f"{taken / GIB:.1f}", part, _training_words(part, facts))
     for part, taken in gpu.serving.items():
-        servers = f" of {gpu.num_servers} servers" * (gpu.num_servers > 1)
-        yield _row(f"{taken / GIB:.1f}", f"{part}{servers}", "")
+        servers = "the server" if gpu.num_servers == 1 else f"{gpu.num_servers} servers"
+        yield _row(f"{taken / GIB:.1f}", f"{part} of {servers}", "")
 
 
 def _training_words(part: str, facts: RunFacts) -> str:

@@ -554,11 +554,9 @@ class SGLangServers(OwnedServers):
         if not on_cpu:
             self._size = layout.size
             chosen = dict(self._size.flags) if self._size is not None else {}
-            if fraction is not None:
-                chosen.pop("max-total-tokens", None)  # as much as it holds
-            elif self._size is not None:
+            if fraction is None and self._size is not None:
                 fraction = self._size.memory_fraction
-            elif layout.shared:
+            elif fraction is None and layout.shared:
                 fraction = SHARED_FRACTION
         flags = {"host": self.host} | chosen | self.flags
         environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
@@ -603,7 +601,9 @@ class SGLangServers(OwnedServers):
 
     def _size_of(self, groups: list[tuple[int, ...]], shared: bool, per_gpu: int) -> ServerSize:
         assert self.load is not None
-        gpu_bytes = min(self._gpu_bytes(device) for group in groups for device in group)
+        gpu_bytes = 0  # to be filled as far as the user has said
+        if self.memory_fraction is None:
+            gpu_bytes = min(self._gpu_bytes(device) for group in groups for device in group)
         return size_servers(
             self.load,
             len(groups),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_gpus_serve_and_train_as_fit_would_have_them(planned):
     assert gpu["num_servers"] == 1
 
 
+@pytest.mark.parametrize("gpus", ["1", "4"])
+def test_a_page_is_as_wide_as_a_terminal_and_names_the_limit(tmp_path, monkeypatch, capsys, gpus):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *ON_GPUS, "--gpus", gpus, "--gpu", "rtx-6000-ada"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert ("The limit is" in printed) == (gpus == "4")
+    assert ("GPUs 0, 1 train" in printed) == (gpus == "4")
+    assert ("GPU 0 trains and serves" in printed) == (gpus == "1")
+
+
 def test_servers_are_those_that_fit_would_start(planned):
     """64 x 8 requests of a small model: two servers on the GPU, each with half of two batches."""
     _, plan = planned(*ON_GPUS, "--gpus", "1", "--gpu", "h100", "--data.batch_size", "64")
@@ -93,6 +105,60 @@ def test_flags_and_limits_of_the_users_are_heeded(planned):
         *("--data.servers.flags", '{"max-running-requests": 32}'),
     )
     assert "32 decoded at once, all by graphs" in plan["servers"]
+
+
+def test_a_fraction_of_the_users_own_counts_as_it_is(planned):
+    words = [*ON_GPUS, "--gpus", "1", "--gpu", "h100", "--data.servers.memory_fraction"]
+    status, plan = planned(*words, "0.5")
+    assert status == 0
+    assert plan["gpus"][0]["serving"]["weights and cache"] == (81_559 << 20) // 2
+    status, plan = planned(*words, "0.97")
+    assert status == 1
+    assert "for the servers' weights and cache" in plan["problems"][0]
+
+
+def test_gpus_that_all_train_and_serve_take_turns(planned):
+    words = [*ON_GPUS, "--gpus", "2", "--gpu", "h100"]
+    both = ["--data.servers.devices", "[0,1]", "--trainer.devices", "[0,1]"]
+    _, apart = planned(*words)
+    _, shared = planned(*words, *both)
+    assert all(gpu["training"] and gpu["num_servers"] for gpu in shared["gpus"])
+    alone = shared["parts"]["forward_backward"] - shared["parts"]["rollout"]
+    assert alone == pytest.approx(apart["parts"]["forward_backward"], rel=0.1)
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """What `nvidia-smi` says of two GPUs of this name."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def install(name):
+        tool = tmp_path / "bin/nvidia-smi"
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(
+            "#!/bin/sh\ncase $* in *index*) echo 0; echo 1;; *total*) echo 23034;; "
+            f"*) echo {name};; esac\n"
+        )
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_the_gpus_of_this_machine_are_those_that_its_driver_names(planned, driver):
+    driver("NVIDIA L4")
+    status, plan = planned(*ON_GPUS)
+    assert status == 0
+    assert [gpu["index"] for gpu in plan["gpus"]] == [0, 1]
+    assert any("L4:" in text for text in plan["assumed"])
+
+
+def test_of_a_gpu_that_nobody_knows_the_memory_is_planned_alone(planned, driver, capsys):
+    driver("NVIDIA X9")
+    status, plan = planned(*ON_GPUS)
+    assert (status, plan["parts"], plan["fits"]) == (0, None, True)
+    assert main(["plan", *ON_GPUS]) == 0
+    assert "How long a step takes is not known" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

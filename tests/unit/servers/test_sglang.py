@@ -314,6 +314,15 @@ def test_as_many_servers_share_a_gpu_as_fit_beside_the_trainer():
         servers.layout()
 
 
+def test_a_fraction_of_the_users_own_is_neither_refused_nor_limited(tmp_path):
+    servers = SGLangServers(python=sys.executable, memory_fraction=0.3)
+    servers.machine = Machine(gpus=1, gpu_bytes=80 * GIB, cores=16)
+    servers.load = ServerLoad(3072, 1024, 512, **LARGE, trainer_bytes=75 * GIB)
+    command = " ".join(servers.launches("model", tmp_path)[0].command)
+    assert "--mem-fraction-static 0.3" in command
+    assert "max-total-tokens" not in command
+
+
 def test_servers_for_another_machine_use_its_gpus_and_cores():
     servers = SGLangServers(python=sys.executable, tp=2)
     servers.machine = Machine(gpus=8, gpu_bytes=80 * GIB, cores=64)
