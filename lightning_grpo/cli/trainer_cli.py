@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat_lightning import start_method
 from lightning_grpo.callbacks.curve import going_on_without
-from lightning_grpo.checks import require_number
+from lightning_grpo.checks import MOST_SERVERS, require_number
 from lightning_grpo.cli.environment import (
     is_first_rank,
     set_one_thread_default,
@@ -443,10 +443,10 @@ class PlannedCLI(UnrunCLI):
                 "Name the machine that is planned for: `--gpus 1 --gpu h200`.",
             )
         if wants == "cpu" or not present:
-            self.ranks = _count(trainer.devices, 1) * trainer.num_nodes
+            processes = _devices(trainer.devices, range(MOST_SERVERS), [0])
         else:
-            self.training = _devices(trainer.devices, present)
-            self.ranks = len(self.training) * trainer.num_nodes
+            processes = self.training = _devices(trainer.devices, present, present)
+        self.ranks = len(processes) * trainer.num_nodes
         trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", 1, 1
         settings = trainer.strategy.get("init_args") if "class_path" in trainer.strategy else None
         if settings is not None and "data_parallel_size" in settings:  # of a number of GPUs
@@ -461,21 +461,21 @@ class PlannedCLI(UnrunCLI):
         return trainer
 
 
-def _devices(given: Any, present: list[int]) -> list[int]:
-    """The GPUs that `trainer.devices` means."""
-    if isinstance(given, str) and "," in given:
-        given = [int(each) for each in given.split(",") if each.strip()]
-    devices = list(given) if isinstance(given, list) else present[: _count(given, len(present))]
-    if beyond := sorted(set(devices) - set(present)):
-        raise ConfigError("trainer.devices", f"must be GPUs of {present}", beyond)
-    if not isinstance(given, list) and len(devices) < _count(given, len(present)):
-        raise ConfigError("trainer.devices", f"must be at most {len(present)}", given)
+def _devices(given: Any, present: Sequence[int], default: list[int]) -> list[int]:
+    """The devices that `trainer.devices` means; `default` where it names none."""
+    words = given if isinstance(given, list) else str(given).split(",")
+    if words in (["auto"], ["-1"]):
+        return default
+    try:
+        numbers = [int(word) for word in words]
+    except ValueError:
+        raise ConfigError("trainer.devices", "must be `auto` or numbers", given) from None
+    several = isinstance(given, list) or len(numbers) > 1
+    devices = numbers if several else list(range(numbers[0]))
+    if not devices or not set(devices) <= set(present):
+        count = len(present)
+        raise ConfigError("trainer.devices", f"must be of the {count} that there are", given)
     return devices
-
-
-def _count(given: Any, everything: int) -> int:
-    """How many devices a number means; `auto` and -1 are all."""
-    return everything if str(given) in ("auto", "-1") else int(given)
 
 
 @contextmanager

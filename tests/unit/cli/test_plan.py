@@ -7,13 +7,23 @@ import json
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import Qwen2Config
 
 from lightning_grpo.cli.main import main
+from lightning_grpo.cli.planned import read_facts
+from lightning_grpo.cli.sources import collect
+from lightning_grpo.cli.trainer_cli import build_run
+from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.plan.hardware import named_machine
+from lightning_grpo.plan.plan import layout_of, memory_of
 from lightning_grpo.servers.sglang import SGLangServers
+from lightning_grpo.session.material import open_material
 from lightning_grpo.shipped import resolve_config, resolve_path
 
 ON_GPUS = [
@@ -214,8 +224,13 @@ def test_what_is_named_to_go_faster_does(planned, seven_b):
         ([*ON_GPUS, "--gpu", "h2000"], "Did you mean `h200`?"),
         ([*ON_GPUS, "--gpus", "2", "--trainer.max_step", "3"], "did you mean"),
         ([*ON_GPUS, "--gpus", "1", "--model.model", "no/such"], "a folder that exists or a hub id"),
-        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "3"], "must be at most 2"),
-        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "[5]"], "must be GPUs of [0, 1]"),
+        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "3"], "must be of the 2 that there are"),
+        (
+            [*ON_GPUS, "--gpus", "2", "--trainer.devices", "0"],
+            "must be of the 2 that there are, got '0'",
+        ),
+        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "all"], "must be `auto` or numbers"),
+        ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "[5]"], "must be of the 2 that there are"),
         ([*ON_GPUS, "--gpus", "2", "--data.servers.tp", "4"], "the number of serving GPUs"),
         ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "2"], "must not overlap"),
         (["--check", "nowhere"], "'nowhere' does not exist"),
@@ -297,3 +312,27 @@ def test_a_run_without_a_step_or_a_config_is_refused(tmp_path, monkeypatch, caps
     (tmp_path / "none/config.yaml").unlink()
     assert main(["plan", "--check", "none"]) == 2
     assert "config.yaml" in capsys.readouterr().err
+
+
+def test_fit_asks_of_its_servers_what_was_planned(tmp_path, monkeypatch):
+    """The load that `fit` hands to its servers, and the one that a plan lays servers out by."""
+    monkeypatch.chdir(tmp_path)
+    config = Path(resolve_config("quickstart.yaml"))
+    words = ["--data.servers", "lightning_grpo.SGLangServers", "--data.batch_size", "64"]
+    words += ["--model.max_tokens_per_microbatch", "4096", "--trainer.strategy", "fsdp2"]
+    machine = named_machine(1, "h100", 16)
+    facts = read_facts([("quickstart.yaml", config)], words, machine, "h100", None)
+    settings = collect([("quickstart.yaml", config)], words)
+    with build_run(
+        [("quickstart.yaml", config)], words, settings, GRPOModule, RolloutDataModule
+    ) as run:
+        run.trainer.state.fn = TrainerFn.FITTING
+        run.trainer.strategy.connect(run.model)
+        data = run.datamodule
+        data.trainer, data.run_dir = run.trainer, tmp_path
+        asked = data.settings_for(run.model.model_path)
+        load = open_material(asked).load_of(asked)
+    assert load.trainer_bytes > 0
+    data.servers.load, data.servers.machine = load, machine
+    assert layout_of(facts, memory_of(facts)) == data.servers.layout()
+    assert replace(facts.load, trainer_bytes=memory_of(facts).total) == load
