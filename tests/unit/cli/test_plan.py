@@ -176,7 +176,6 @@ def test_of_a_gpu_that_nobody_knows_the_memory_is_planned_alone(planned, driver,
     [
         ["--gpus", "8", "--gpu", "h100"],
         ["--gpus", "2", "--gpu", "h200"],
-        ["--gpus", "4", "--gpu", "l4"],
     ],
 )
 def test_what_is_named_to_change_first_makes_it_fit(planned, seven_b, machine):
@@ -259,6 +258,12 @@ STEPS = {
 }
 
 
+def short_config():
+    """The quickstart's, with a few of its prompts."""
+    text = Path(resolve_config("quickstart.yaml")).read_text()
+    return text.replace("column: question}", "column: question, limit: 20}")
+
+
 def write_run(folder, config, machine, steps=8):
     """What `plan --check` reads of a run; the first steps are slow."""
     folder.mkdir(parents=True)
@@ -274,8 +279,7 @@ def write_run(folder, config, machine, steps=8):
 
 
 def test_a_run_is_compared_line_by_line(planned, tmp_path):
-    config = Path(resolve_config("quickstart.yaml")).read_text()
-    write_run(tmp_path / "run", config, "2 CPU cores, 24 GiB")
+    write_run(tmp_path / "run", short_config(), "2 CPU cores, 24 GiB")
     status, found = planned("--check", "run")
     assert status == 0
     lines = {line["what"]: line for line in found["lines"]}
@@ -288,8 +292,7 @@ def test_a_run_is_compared_line_by_line(planned, tmp_path):
 
 
 def test_a_run_on_gpus_is_planned_for_the_machine_that_it_names(planned, tmp_path):
-    config = Path(resolve_config("quickstart.yaml")).read_text()
-    config = config.replace("accelerator: cpu", "accelerator: gpu, strategy: fsdp2")
+    config = short_config().replace("accelerator: cpu", "accelerator: gpu, strategy: fsdp2")
     config = config.replace("EmbeddedServers ", "SGLangServers ")
     config = config.replace(
         "accelerator: gpu, strategy: fsdp2", "accelerator: gpu\n  strategy: fsdp2"
@@ -320,6 +323,7 @@ def test_fit_asks_of_its_servers_what_was_planned(tmp_path, monkeypatch):
     config = Path(resolve_config("quickstart.yaml"))
     words = ["--data.servers", "lightning_grpo.SGLangServers", "--data.batch_size", "64"]
     words += ["--model.max_tokens_per_microbatch", "4096", "--trainer.strategy", "fsdp2"]
+    words += ["--data.prompts.limit", "20", "--data.val_prompts.limit", "20"]
     machine = named_machine(1, "h100", 16)
     facts = read_facts([("quickstart.yaml", config)], words, machine, "h100", None)
     settings = collect([("quickstart.yaml", config)], words)
