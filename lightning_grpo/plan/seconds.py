@@ -47,7 +47,10 @@ SEND = 150e9
 DECODE_BYTES = 300
 """Of a logit of a decoding step: softmax, sampling and logprob by torch's kernels. With it a server
 of the 1.5B shape decodes 21k, 45k and 55k tokens/s of 64, 256 and 512 requests, where 26k, 48k and
-55k were measured, and four on one GPU hardly more than one (`benchmarks/h200/README.md`)."""
+55k were measured (`benchmarks/h200/README.md`)."""
+SWITCH = 0.2
+"""Of a decoding step on the GPU, what each further server on it costs the others: four took 1.3 to
+1.9 times as long as by turns alone, and two 1.3 times (`h200_server_sizes.json`)."""
 MERGE_PASSES = 50
 """How often an adapter's merge, which rounds by chance, reads and writes each weight in fp32."""
 
@@ -125,18 +128,17 @@ class Workload:
     def micro_batches(self, setup: TrainingSetup) -> list[Packed]:
         """One rank's micro-batches in one optimizer step, as if all sequences had one length.
 
-        Which sequences of a group come together is left to chance, so that a share s of the
-        sequences has a prompt of its own for 1 - (1 - s)^group of the groups.
+        Neighbours stay together (`loader.py`), and ranks share out each group.
         """
         trained = max(1, round(self.completions * self.trained_share / self.minibatches))
         lengths = [max(2, round(self.prompt + self.completion))] * trained
         plan = plan_ranks(lengths, balance(lengths, setup.ranks), setup.max_tokens)[0]
-        return [self._packed([lengths[i] for i in each], trained) for each in plan]
+        each = self.group / setup.ranks
+        return [self._packed([lengths[i] for i in rows], trained, each) for rows in plan]
 
-    def _packed(self, lengths: list[int], trained: int) -> Packed:
-        groups = trained / self.group
-        prompts = groups * (1 - (1 - len(lengths) / trained) ** self.group)
-        saved = max(0.0, len(lengths) - max(1.0, prompts)) * self.prompt
+    def _packed(self, lengths: list[int], trained: int, each: float) -> Packed:
+        prompts = min(len(lengths), trained / self.group, 1 + len(lengths) / each)
+        saved = (len(lengths) - max(1.0, prompts)) * self.prompt if lengths else 0.0
         return Packed(tuple(lengths), round(sum(lengths) - saved))
 
 
@@ -286,5 +288,5 @@ def rollout_seconds(size: ModelSize, work: Workload, serving: Serving, speed: Sp
     gpu = max(read / speed.bandwidth, 2 * size.parameters * mean / speed.flops)
     prefilled = work.batch * work.prompt / (serving.servers * serving.tp)
     prefill = 2 * size.parameters * prefilled / speed.flops
-    turn = gpu * serving.per_gpu / serving.tp
+    turn = gpu * serving.per_gpu * (1 + SWITCH * (serving.per_gpu - 1)) / serving.tp
     return steps * (speed.decode_s + max(turn, mean * speed.token_s)) + prefill

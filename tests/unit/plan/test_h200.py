@@ -22,6 +22,7 @@ from lightning_grpo.plan.seconds import (
     Serving,
     Workload,
     optimizer_seconds,
+    rollout_seconds,
     sync_seconds,
     training_seconds,
 )
@@ -63,6 +64,7 @@ PROMPT = 128
 LEFT_OUT = {
     "second_call: 1": "its training step took 24 % longer, by a change that was taken back",
     "second_call: 2": "the same",
+    "compiled, 8k, sharded": "its GPU waits for a slow host: 0.79 of 1.77 s are the GPU's",
 }
 """Beside these: of `main_job` and `learn` the steps during which other jobs ran on the GPU, and the
 quickstart on a GPU (0.46M parameters: 0.39 s where 0.23 are planned), all of it the host's time, of
@@ -82,7 +84,8 @@ def trainer_step_rows():
 
 def setup_of(name, gpus=1):
     """A variant's settings, by its name."""
-    tokens = next(int(word[:-1]) for word in name.split() if word[:-1].isdigit()) * 1024
+    words = name.replace(",", "").split()
+    tokens = next(int(word[:-1]) for word in words if word[:-1].isdigit()) * 1024
     return TrainingSetup(
         tokens,
         ranks=gpus,
@@ -136,7 +139,7 @@ def test_the_seconds_of_a_training_step(name, gpus, row):
     within(seconds + optimizer_seconds(QWEN, setup, H200), row["step_s"], 0.30)
 
 
-@pytest.mark.parametrize("name", ["eager, 8k", "compiled, 8k"])
+@pytest.mark.parametrize("name", list(results("step")["variants"]))
 def test_a_step_of_replay(name):
     row = results("step")["variants"][name]
     setup = replace(setup_of(name), keeps=True)
@@ -147,7 +150,10 @@ def test_a_step_of_replay(name):
     within(memory.allocated - HALF * QWEN.parameters, row["peak_gib"] * GIB, 0.15)
     seconds = training_seconds(QWEN, setup, plan, 1 - PROMPT * 64 / sum(sizes), H200)
     seconds += optimizer_seconds(QWEN, setup, H200) + H200.other_s
-    within(seconds, row["step_s"], 0.30)
+    if name in LEFT_OUT:
+        assert seconds < 0.7 * row["step_s"]
+    else:
+        within(seconds, row["step_s"], 0.30)
 
 
 def async_rows(left_out=(), needed="mean_step_s"):
@@ -178,7 +184,7 @@ def test_the_seconds_of_an_asynchronous_run(call, staleness, row):
     work, setup, serving = asynchronous(staleness, shared=call == "shared_gpu")
     parts = step_parts(QWEN, setup, work, serving, H200)
     within(parts.step, row["mean_step_s"], 0.30)
-    if "time/forward_backward_s" in row:
+    if "time/forward_backward_s" in row and call != "second_call":
         within(parts.forward_backward, row["time/forward_backward_s"], 0.30)
     if staleness == 0:
         within(parts.waiting, row["time/wait_rollout_s"], 0.30)
@@ -186,7 +192,7 @@ def test_the_seconds_of_an_asynchronous_run(call, staleness, row):
 
 def test_nothing_is_left_out_that_would_hold():
     rows = {row.id: row.values for row in async_rows()}
-    for name in LEFT_OUT:
+    for name in LEFT_OUT.keys() & rows.keys():
         _, staleness, row = rows[name]
         work, setup, serving = asynchronous(staleness)
         assert step_parts(QWEN, setup, work, serving, H200).step < 0.7 * row["mean_step_s"]
@@ -220,7 +226,8 @@ def test_memory_and_seconds_with_each_option(name, row):
 
 def test_a_weight_sync():
     """Machines differ by a third in how long their hosts take, so their median counts."""
-    cases = [case for call in results("weight_sync")["calls"] for case in call["cases"]]
+    calls = [*results("weight_sync")["calls"], results("weight_sync_nccl")]
+    cases = [case for call in calls for case in call["cases"]]
     rows = [case for case in cases if case["transport"] in ("ipc", "nccl")]
     rows = [case for case in rows if case["proof"] and not case["release"]]
     assert len(rows) > 20
@@ -230,6 +237,25 @@ def test_a_weight_sync():
         ratios.append(predicted / case["end_to_end_s"]["median"])
     assert 0.7 < statistics.median(ratios) < 1.3
     assert max(ratios) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("load", "variant", "size", "per_gpu", "running"),
+    [
+        ("small", "chosen", SMOLLM, 4, 512),
+        ("large", "chosen", QWEN, 4, 768),
+        ("large", "two", QWEN, 2, 1536),
+        ("long", "chosen", QWEN, 1, 256),
+    ],
+)
+def test_the_rollouts_of_servers_that_share_a_gpu(load, variant, size, per_gpu, running):
+    """All requests at once, of equal lengths; the better round."""
+    found = results("server_sizes")["loads"][load]
+    row, requests, tokens = found[variant], found["requests"], found["new_tokens"]
+    assert f"{running:,} decoded at once" in row["started_as"]
+    work = Workload(requests // 4, 4, 0, PROMPT, tokens, tokens)
+    seconds = rollout_seconds(size, work, Serving(per_gpu, running, per_gpu), H200)
+    within(seconds, requests * tokens / row["tokens_per_s"], 0.30)
 
 
 def test_the_main_job_where_nothing_else_was_on_its_gpu():

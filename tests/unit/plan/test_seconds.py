@@ -38,15 +38,18 @@ SETUP = TrainingSetup(max_tokens=100)
 WORK = Workload(batch=2, group=4, staleness=0, prompt=10, completion=20, longest=40)
 
 
-def test_sequences_of_a_group_share_the_prompts_that_chance_brings_together():
+def test_neighbours_in_a_micro_batch_share_their_groups_prompt():
     # 8 sequences of 30 tokens, 3 in a micro-batch of 100: 3, 3 and 2.
     made = WORK.micro_batches(SETUP)
     assert [len(each.lengths) for each in made] == [3, 3, 2]
-    # Of two groups of 4, 3 of 8 sequences hold 2 * (1 - (5/8)^4) = 1.695 prompts.
-    assert made[0].unique == round(90 - (3 - 1.69482421875) * 10) == 77
+    # 3 neighbours of groups of 4 hold 1 + 3/4 prompts in the mean.
+    assert made[0].unique == round(90 - (3 - 1.75) * 10)
     # All of both groups: 8 sequences, 2 prompts.
     (whole,) = WORK.micro_batches(replace(SETUP, max_tokens=1000))
     assert whole.unique == 240 - 6 * 10
+    # Over four ranks a group has one sequence on each.
+    (one,) = WORK.micro_batches(replace(SETUP, ranks=4))
+    assert (len(one.lengths), one.unique) == (2, 60)
 
 
 def test_ranks_minibatches_and_equal_rewards_leave_fewer_sequences():
@@ -146,7 +149,7 @@ def test_servers_of_one_gpu_take_turns_and_those_of_several_share_the_reading():
         seconds.rollout_seconds(SIZE, WORK, Serving(1, 8, per_gpu=per_gpu, tp=tp), big)
         for per_gpu, tp in ((1, 1), (2, 1), (1, 2))
     ]
-    assert times[1] > 1.9 * times[0]
+    assert times[1] > 2.2 * times[0]
     assert times[2] < 0.6 * times[0]
 
 
