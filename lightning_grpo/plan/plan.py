@@ -357,15 +357,25 @@ def _ways_to_speed(facts: RunFacts) -> Iterator[tuple[str, RunFacts]]:
         yield "--model.compile true", replace(facts, setup=replace(setup, compiled=True))
     more = replace(setup, max_tokens=2 * setup.max_tokens)
     yield f"{_TOKENS} {more.max_tokens}", replace(facts, setup=more)
-    for serving in range(1, facts.machine.gpus if len(facts.training) == setup.ranks else 0):
-        if isinstance(facts.servers, SGLangServers) and serving % facts.servers.tp == 0:
-            split = facts.machine.gpus - serving
-            if split == len(facts.training):
-                continue
-            other = copy.copy(facts.servers)
-            other.devices = facts.machine.present[split:]
-            listed = ",".join(map(str, other.devices))
-            training = tuple(facts.machine.present[:split])
-            setup_there = replace(setup, ranks=split, keeps=setup.keeps and split == 1)
-            options = f"--data.servers.devices [{listed}]"
-            yield options, replace(facts, servers=other, training=training, setup=setup_there)
+    if isinstance(facts.servers, SGLangServers):
+        yield from _other_servers(facts, facts.servers)
+
+
+def _other_servers(facts: RunFacts, servers: SGLangServers) -> Iterator[tuple[str, RunFacts]]:
+    """One server on each GPU, and more or fewer GPUs that serve."""
+    if servers.num_servers is None:
+        single = copy.copy(servers)
+        single.num_servers = len(servers.planned_devices) // servers.tp
+        options = f"--data.servers.num_servers {single.num_servers}"
+        yield options, replace(facts, servers=single)
+    setup, present = facts.setup, facts.machine.present
+    is_default = setup.keeps == (setup.ranks == 1)
+    for split in range(1, len(present) if len(facts.training) == facts.setup.ranks else 0):
+        if split == len(facts.training) or (len(present) - split) % servers.tp:
+            continue
+        other = copy.copy(servers)
+        other.devices = present[split:]
+        training = tuple(present[:split])
+        there = replace(setup, ranks=split, keeps=split == 1 if is_default else setup.keeps)
+        options = f"--data.servers.devices [{','.join(map(str, other.devices))}]"
+        yield options, replace(facts, servers=other, training=training, setup=there)

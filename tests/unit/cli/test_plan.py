@@ -104,7 +104,7 @@ def test_servers_are_those_that_fit_would_start(planned):
     assert plan["servers"][:3] == [
         "512 requests in flight",
         "256 decoded at once, all by graphs",
-        "context 128",
+        "context 192",
     ]
     assert SGLangServers.machine is None
 
