@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -31,10 +32,13 @@ from typing_extensions import Protocol, runtime_checkable
 
 from lightning_grpo.algorithm.advantages import Truncation
 from lightning_grpo.algorithm.batch import RolloutBatch
+from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.engine.model import check_servable
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Prepared
+from lightning_grpo.policy.packed import largest_chunk
+from lightning_grpo.policy.size import ADAPTER_FRACTION, TrainingSetup
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.session.session import Session
@@ -66,7 +70,9 @@ class Trained(Protocol):
     model_path: str
     max_tokens_per_microbatch: int
     gradient_checkpointing: bool
+    compiles: bool
     lora: object | None
+    kl: KLPenalty | None
     truncation: Truncation
 
     def check_model(self) -> None:
@@ -341,6 +347,38 @@ def _check_interval(name: str, steps: int, steps_per_rollout: int) -> None:
         f"`{name}` must be a multiple of {steps_per_rollout}, the optimizer steps on one rollout "
         f"batch (`data.minibatches_per_batch` x `data.passes_per_batch`), got {steps} steps, which "
         f"would cut one. The nearest is {nearest}."
+    )
+
+
+def training_setup(
+    module: Trained, trainer: L.Trainer, ranks: int, device_type: str
+) -> TrainingSetup:
+    """How a module is trained, as far as memory and time depend on it.
+
+    Args:
+        module: What is trained.
+        trainer: Its Trainer, which may have been built on other hardware.
+        ranks: How many train.
+        device_type: What they train on.
+    """
+    strategy, kl = trainer.strategy, module.kl
+    sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
+    in_half = sharding is not None and sharding.dtype_on(device_type) != "float32"
+    reference = ""
+    if kl is not None and not (module.lora is not None and kl.reference is None):
+        reference = "host" if kl.offload else "gpu"
+    return TrainingSetup(
+        module.max_tokens_per_microbatch,
+        ranks=ranks,
+        sharded=sharding is not None,
+        half=in_half or trainer.precision == "bf16-mixed",
+        keeps=sharding is None or not sharding.reshards(ranks),
+        checkpointing=module.gradient_checkpointing,
+        compiled=module.compiles,
+        trained_fraction=ADAPTER_FRACTION if module.lora is not None else 1.0,
+        offloaded=sharding is not None and sharding.cpu_offload,
+        reference=reference,
+        chunk_logits=largest_chunk(torch.device(device_type)),
     )
 
 

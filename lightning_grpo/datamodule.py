@@ -19,7 +19,7 @@ from lightning_grpo.contract import Trained, describe_sampling
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
-from lightning_grpo.policy.check import ADAPTER_FRACTION, ModelSize, training_bytes
+from lightning_grpo.policy.size import ModelSize, training_memory
 from lightning_grpo.rewards.sandbox import boundary
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.ledger import RolloutLimits
@@ -33,7 +33,6 @@ from lightning_grpo.session.material import SessionSettings
 from lightning_grpo.session.session import ReplaySession, Session, connect_ranks, open_session
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
-from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import Group, Prompt, RolloutProgress, ServerActivity
 from lightning_grpo.validation import (
     Evaluation,
@@ -404,19 +403,14 @@ class RolloutDataModule(L.LightningDataModule):
             on_event=self.on_event,
         )
 
-    def _training_bytes(self, size: ModelSize) -> int:
+    def _training_bytes(self, size: ModelSize, longest: int | None) -> int:
         """What training takes of a GPU, for servers that share it."""
-        trainer, strategy = self._attached, self._attached.strategy
+        trainer = self._attached
         module: Trained = trainer.lightning_module  # type: ignore[assignment]
-        return training_bytes(
-            size,
-            module.max_tokens_per_microbatch,
-            ranks=trainer.world_size,
-            sharded=isinstance(strategy, FSDP2Strategy),
-            checkpointing=module.gradient_checkpointing,
-            trained_fraction=ADAPTER_FRACTION if module.lora is not None else 1.0,
-            offloaded=isinstance(strategy, FSDP2Strategy) and strategy.cpu_offload,
-        )
+        device = trainer.strategy.root_device.type
+        setup = contract.training_setup(module, trainer, trainer.world_size, device)
+        sequences = self.batch_size * self.group_size // self.minibatches_per_batch
+        return training_memory(size, setup.bounded(sequences, longest)).total
 
     @property
     def _pinned(self) -> dict[str, Any]:

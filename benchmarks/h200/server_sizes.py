@@ -32,7 +32,7 @@ from benchmarks.h200.serving import (
     server_python,
     write_report,
 )
-from lightning_grpo.policy.check import HALF, model_size
+from lightning_grpo.policy.size import HALF, model_size
 from lightning_grpo.servers.base import ServerLoad
 from lightning_grpo.servers.process import EmbeddedServers, OwnedServers
 from lightning_grpo.servers.sglang import SGLangServers

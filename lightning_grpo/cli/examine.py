@@ -16,7 +16,7 @@ from lightning_grpo.contract import check_trainer
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import printable
 from lightning_grpo.module import GRPOModule
-from lightning_grpo.policy.check import model_size
+from lightning_grpo.policy.size import model_size
 from lightning_grpo.rollout.scoring import Reward, RewardScorer, RewardValue, reward_name
 from lightning_grpo.rollout.workflow import RolloutWorkflow
 from lightning_grpo.servers.base import RunningServers, Servers, free_ports

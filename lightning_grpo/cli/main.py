@@ -24,6 +24,7 @@ COMMANDS = {
         "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]",
     ),
     "doctor": ("doctor.doctor", "look at the machine and the config before a run"),
+    "plan": ("plan.plan", "say before a run whether it fits, and how long a step takes"),
     "validate": ("fit.validate", "score a model on the held-out prompts, with the same config"),
     "test": ("fit.test", "the same on the test prompts"),
     "serve": ("server.serve", "start the embedded engine for a model on this machine's CPU"),

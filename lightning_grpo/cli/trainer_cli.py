@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat_lightning import start_method
 from lightning_grpo.callbacks.curve import going_on_without
-from lightning_grpo.checks import require_number
+from lightning_grpo.checks import MOST_SERVERS, require_number
 from lightning_grpo.cli.environment import (
     is_first_rank,
     set_one_thread_default,
@@ -47,7 +47,12 @@ from lightning_grpo.contract import run_folder
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, GRPOError
 from lightning_grpo.keys import is_secret
-from lightning_grpo.servers.base import present_devices, serving_devices, training_devices
+from lightning_grpo.servers.base import (
+    Machine,
+    present_devices,
+    serving_devices,
+    training_devices,
+)
 from lightning_grpo.strategies.checkpoints import (
     refuse_shards,
     require_checkpoint,
@@ -148,7 +153,7 @@ class GRPOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Name the run's folder, share out the GPUs, find the checkpoint that `last` means."""
         config = self.config[self._command]
-        _share_gpus(config)
+        self._share_gpus(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(Path(RUNS) / self._run_name)
         _require_local(str(config.trainer.default_root_dir))
@@ -170,6 +175,14 @@ class GRPOCLI(LightningCLI):
         if not (config.ckpt_path is None or config.ckpt_path.startswith("registry")):
             require_checkpoint(config.ckpt_path)
             require_readable(config.ckpt_path)
+
+    def _share_gpus(self, config: Any) -> None:
+        given, present = config.trainer.devices, present_devices()
+        share_gpus(config, present if torch.cuda.is_available() else [])
+        training = config.trainer.devices
+        if training != given:
+            serving = config.data.servers.init_args.devices or serving_devices(present)
+            rank_zero_info(f"GPUs {serving} serve, {training} train")
 
     def _find_checkpoint(self, config: Any) -> None:
         """Put the newest checkpoint of the run in the place of `last`, and find its folder."""
@@ -323,15 +336,19 @@ def _checkpoint_folders(trainer: Any) -> list[Path]:
     return folders
 
 
-def _share_gpus(config: Any) -> None:
-    """Let the Trainer have the GPUs that SGLangServers leave, where neither was told which."""
+def share_gpus(config: Any, present: list[int]) -> None:
+    """Let the Trainer have the GPUs that SGLangServers leave, where neither was told which.
+
+    Args:
+        config: Of the run; changed.
+        present: The GPUs that can be used.
+    """
     servers = config.data.servers
     class_path = str(servers.class_path) if "class_path" in servers else ""
     wants_gpus = config.trainer.accelerator in ("auto", "gpu", "cuda")
     if not class_path.endswith("SGLangServers") or not wants_gpus:
         return
-    present = present_devices()
-    if config.trainer.devices != "auto" or not present or not torch.cuda.is_available():
+    if config.trainer.devices != "auto" or not present:
         return
     serving = servers.init_args.devices or serving_devices(present)
     training = training_devices(present, serving)
@@ -341,7 +358,6 @@ def _share_gpus(config: Any) -> None:
             f"{present}. Name fewer."
         )
     config.trainer.devices = training
-    rank_zero_info(f"GPUs {serving} serve, {training} train")
 
 
 def _explained(error: Exception) -> Exception:
@@ -388,11 +404,78 @@ def run_cli(
         pass  # it has run
 
 
-class _Unrun(GRPOCLI):
+class UnrunCLI(GRPOCLI):
     """Builds what a command would run, and leaves it at that."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+class PlannedCLI(UnrunCLI):
+    """Builds, on this machine's CPU, what a command would run on a machine with its GPUs.
+
+    Args:
+        machine: Where it would run.
+        others: Of GRPOCLI.
+
+    Attributes:
+        training: The GPUs that would train; none where the CPU does.
+        ranks: How many processes would train, on all nodes.
+    """
+
+    def __init__(self, *others: Any, machine: Machine, **more: Any) -> None:
+        self.machine = machine
+        self.training: list[int] = []
+        self.ranks = 1
+        self._offloads = False
+        super().__init__(*others, **more)
+
+    def _share_gpus(self, config: Any) -> None:
+        """As `fit` does there, before the Trainer is told to make do with this CPU."""
+        trainer, present = config.trainer, self.machine.present
+        share_gpus(config, present)
+        wants = trainer.accelerator
+        if wants in ("gpu", "cuda") and not present:
+            raise ConfigError(
+                "trainer.accelerator",
+                "must be one that the machine has, and there is no GPU",
+                wants,
+                "Name the machine that is planned for: `--gpus 1 --gpu h200`.",
+            )
+        if wants == "cpu" or not present:
+            processes = _devices(trainer.devices, range(MOST_SERVERS), [0])
+        else:
+            processes = self.training = _devices(trainer.devices, present, present)
+        self.ranks = len(processes) * trainer.num_nodes
+        trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", 1, 1
+        settings = trainer.strategy.get("init_args") if "class_path" in trainer.strategy else None
+        if settings is not None and "data_parallel_size" in settings:  # of a number of GPUs
+            settings.data_parallel_size = "auto"
+            self._offloads, settings.cpu_offload = settings.cpu_offload, False
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build it, and give the strategy back what a CPU must not be told."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.cpu_offload = self._offloads
+        return trainer
+
+
+def _devices(given: Any, present: Sequence[int], default: list[int]) -> list[int]:
+    """The devices that `trainer.devices` means; `default` where it names none."""
+    words = given if isinstance(given, list) else str(given).split(",")
+    if words in (["auto"], ["-1"]):
+        return default
+    try:
+        numbers = [int(word) for word in words]
+    except ValueError:
+        raise ConfigError("trainer.devices", "must be `auto` or numbers", given) from None
+    several = isinstance(given, list) or len(numbers) > 1
+    devices = numbers if several else list(range(numbers[0]))
+    if not devices or not set(devices) <= set(present):
+        count = len(present)
+        raise ConfigError("trainer.devices", f"must be of the {count} that there are", given)
+    return devices
 
 
 @contextmanager
@@ -402,12 +485,14 @@ def build_run(
     settings: Setting,
     module_class: type[LightningModule],
     datamodule_class: type[LightningDataModule],
+    make: Callable[..., GRPOCLI] = UnrunCLI,
 ) -> Iterator[GRPOCLI]:
     """Build what `fit` would run, for somebody to look at.
 
-    Its `trainer`, `model` and `datamodule` are what was built; arguments are those of `run_cli`.
+    Its `trainer`, `model` and `datamodule` are what was built; arguments are those of `run_cli`,
+    and `make` is what builds it.
     """
-    make = functools.partial(_Unrun, "fit", kind="fit")
+    make = functools.partial(make, "fit", kind="fit")
     with _built(make, configs, options, settings, module_class, datamodule_class) as built:
         yield built
 

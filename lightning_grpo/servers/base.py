@@ -182,6 +182,11 @@ def device_bytes(name: str) -> int:
     return int(mebibytes[0]) << 20 if mebibytes and mebibytes[0].isdecimal() else 0
 
 
+def device_model(name: str) -> str:
+    """What a GPU is called by its driver (`NVIDIA H200`); empty where nobody tells."""
+    return " ".join(_ask_driver("--query-gpu=name", f"--id={name}"))
+
+
 def _ask_driver(*options: str) -> list[str]:
     """The words of its answer; none where there is no driver."""
     command = ["nvidia-smi", "--format=csv,noheader,nounits", *options]
@@ -190,6 +195,32 @@ def _ask_driver(*options: str) -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return said.stdout.split()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind, numbered as torch numbers them, and the cores beside them.
+
+    Attributes:
+        gpus: How many there are.
+        gpu_bytes: Memory of each; 0 where nobody tells.
+        cores: CPU cores.
+    """
+
+    gpus: int
+    gpu_bytes: int
+    cores: int
+
+    @property
+    def present(self) -> list[int]:
+        """The GPUs by their numbers."""
+        return list(range(self.gpus))
+
+
+def local_machine(cores: int) -> Machine:
+    """What this process may use; of GPUs that differ the smallest counts."""
+    names = device_names()
+    return Machine(len(names), min(map(device_bytes, names), default=0), cores)
 
 
 def serving_devices(present: list[int]) -> list[int]:

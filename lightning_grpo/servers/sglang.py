@@ -17,6 +17,7 @@ from lightning_grpo.checks import MOST_PORT, MOST_SERVERS, require_count, requir
 from lightning_grpo.errors import ConfigError, ServerError
 from lightning_grpo.servers import serve_sglang
 from lightning_grpo.servers.base import (
+    Machine,
     ServerLoad,
     config_folder,
     data_folder,
@@ -72,6 +73,10 @@ DELAY_RATIO, DELAY_MS, DELAY_PASSES = 0.1, 200, 10
 trickle of prefills of one request each would leave hardly any time for decoding."""
 
 
+class ServersTooLargeError(ConfigError):
+    """The model and the least cache don't fit the GPUs that serve."""
+
+
 @dataclass(frozen=True)
 class ServerSize:
     """How each server is started.
@@ -80,11 +85,19 @@ class ServerSize:
         flags: Of `sglang.launch_server`, by name.
         memory_fraction: Of the GPU, for weights and cache; None: SGLang's own choice.
         notes: What was chosen and why, in words.
+        running: Requests that are decoded at once.
+        weight_bytes: Of the model on each of a server's GPUs; 0 where nothing was known.
+        cache_bytes: Of keys and values there.
+        overhead_bytes: Of graphs, logits, kernels and the context there.
     """
 
     flags: Mapping[str, Any]
     memory_fraction: float | None
     notes: tuple[str, ...]
+    running: int = 0
+    weight_bytes: int = 0
+    cache_bytes: int = 0
+    overhead_bytes: int = 0
 
     def describe(self) -> str:
         """One line."""
@@ -122,7 +135,7 @@ def size_servers(
         given: The user's own flags, by name; what follows from one follows from it.
 
     Raises:
-        ConfigError: The model and the least cache don't fit.
+        ServersTooLargeError: The model and the least cache don't fit.
     """
     given = given or {}
     requests = -(-load.in_flight // num_servers)
@@ -135,7 +148,7 @@ def size_servers(
         flags["context-length"] = context
         notes.append(f"context {context:,}")
     if not (gpu_bytes and load.weight_bytes and load.kv_bytes_per_token and context):
-        return ServerSize(flags, SHARED_FRACTION if shared else None, tuple(notes))
+        return ServerSize(flags, SHARED_FRACTION if shared else None, tuple(notes), running)
 
     weights, per_token = load.weight_bytes / tp, load.kv_bytes_per_token / tp
     overhead = max(MIN_OVERHEAD, weights // 8)
@@ -155,7 +168,25 @@ def size_servers(
     notes.append(
         f"about {per_gpu * (weights + tokens * per_token + overhead) / GIB:.0f} GiB in all"
     )
-    return ServerSize(flags, LARGEST_FRACTION, tuple(notes))
+    sizes = (int(weights), int(tokens * per_token), int(overhead))
+    return ServerSize(flags, LARGEST_FRACTION, tuple(notes), running, *sizes)
+
+
+@dataclass(frozen=True)
+class ServerLayout:
+    """Which GPUs serve, and how.
+
+    Attributes:
+        groups: GPUs of each server.
+        shared: Whether the trainer uses them too.
+        per_gpu: Servers on each GPU.
+        size: What follows from the load; None where nobody said what it is.
+    """
+
+    groups: Sequence[tuple[int, ...]]
+    shared: bool
+    per_gpu: int
+    size: ServerSize | None
 
 
 def _flags(running: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -219,7 +250,7 @@ def _refuse(
             " `model.lora` or `FSDP2Strategy(cpu_offload=True)`, use a second GPU, or set"
             " `servers.memory_fraction` yourself."
         )
-    raise ConfigError(
+    raise ServersTooLargeError(
         f"`servers` must fit the GPU: a server needs {needs}, the GPU has {has}. {way_out}"
     )
 
@@ -475,6 +506,8 @@ class SGLangServers(OwnedServers):
     """
 
     fits_load = True
+    machine: Machine | None = None
+    """What is planned for, in the place of this machine; nothing can be started there."""
 
     def __init__(
         self,
@@ -512,19 +545,18 @@ class SGLangServers(OwnedServers):
         """One `sglang.launch_server` (with its key) for each group of `tp` GPUs."""
         installed = resolve_python(self.python)
         on_cpu = self._on_cpu(installed)
-        groups, shared, per_gpu = self._device_groups(on_cpu)
+        layout = self.layout(on_cpu)
+        groups = layout.groups
         folder = Path(self.log_dir) if self.log_dir else run_dir / "servers"
         ports = free_ports(len(groups), self.port_range)
         chosen: dict[str, Any] = dict(CPU_FLAGS) if on_cpu else {}
         fraction = self.memory_fraction
         if not on_cpu:
-            self._size = self._fit(groups, shared, per_gpu)
+            self._size = layout.size
             chosen = dict(self._size.flags) if self._size is not None else {}
-            if fraction is not None:
-                chosen.pop("max-total-tokens", None)  # as much as it holds
-            elif self._size is not None:
+            if fraction is None and self._size is not None:
                 fraction = self._size.memory_fraction
-            elif shared:
+            elif fraction is None and layout.shared:
                 fraction = SHARED_FRACTION
         flags = {"host": self.host} | chosen | self.flags
         environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
@@ -545,12 +577,33 @@ class SGLangServers(OwnedServers):
             for slot, (group, port) in enumerate(zip(groups, ports, strict=True))
         ]
 
-    def _fit(self, groups: list[tuple[int, ...]], shared: bool, per_gpu: int) -> ServerSize | None:
-        """How the servers suit the run's load; None where nobody said what it is."""
-        if self.load is None:
-            return None
-        names = device_names()
-        gpu_bytes = min(device_bytes(names[device]) for group in groups for device in group)
+    def layout(self, on_cpu: bool = False) -> ServerLayout:
+        """Choose the GPUs of each server, and how it suits the load.
+
+        Of several servers on a GPU there are as many as fit.
+
+        Raises:
+            ConfigError: There are too few GPUs.
+            ServersTooLargeError: There is too little of their memory.
+        """
+        groups, shared, per_gpu = self._device_groups(on_cpu)
+        while self.load is not None and not on_cpu:
+            try:
+                size = self._size_of(groups, shared, per_gpu)
+            except ServersTooLargeError:
+                if per_gpu == 1 or self.num_servers is not None:
+                    raise
+                per_gpu -= 1
+                groups = groups[: len(groups) // (per_gpu + 1) * per_gpu]
+            else:
+                return ServerLayout(groups, shared, per_gpu, size)
+        return ServerLayout(groups, shared, per_gpu, None)
+
+    def _size_of(self, groups: list[tuple[int, ...]], shared: bool, per_gpu: int) -> ServerSize:
+        assert self.load is not None
+        gpu_bytes = 0  # to be filled as far as the user has said
+        if self.memory_fraction is None:
+            gpu_bytes = min(self._gpu_bytes(device) for group in groups for device in group)
         return size_servers(
             self.load,
             len(groups),
@@ -561,6 +614,14 @@ class SGLangServers(OwnedServers):
             given=self.flags,
         )
 
+    def _present(self) -> list[int]:
+        return present_devices() if self.machine is None else self.machine.present
+
+    def _gpu_bytes(self, device: int) -> int:
+        if self.machine is None:
+            return device_bytes(device_names()[device])
+        return self.machine.gpu_bytes
+
     def _on_cpu(self, installed: ServerPython) -> bool:
         return self.flags.get("device", installed.device) == "cpu"
 
@@ -569,15 +630,13 @@ class SGLangServers(OwnedServers):
         """The GPUs that serve, as resolved from `devices` and what is here."""
         if self.flags.get("device") == "cpu":
             return ()
-        return tuple(
-            self.devices if self.devices is not None else serving_devices(present_devices())
-        )
+        return tuple(self.devices if self.devices is not None else serving_devices(self._present()))
 
     def _device_groups(self, on_cpu: bool) -> tuple[list[tuple[int, ...]], bool, int]:
         """The GPUs of each server, whether the trainer uses them too, and servers on each GPU."""
         if on_cpu:
             return [()] * (self.num_servers or 1), False, 1
-        present = present_devices()
+        present = self._present()
         ours = present if self.dedicated else serving_devices(present)
         devices = self.devices if self.devices is not None else ours
         if not devices or not present:
@@ -594,7 +653,8 @@ class SGLangServers(OwnedServers):
             )
         per_gpu = 1
         if self.num_servers is None and self.tp == 1 and self.load is not None:
-            per_gpu = servers_per_gpu(self.load, len(devices), os.cpu_count() or 1)
+            cores = os.cpu_count() or 1 if self.machine is None else self.machine.cores
+            per_gpu = servers_per_gpu(self.load, len(devices), cores)
         elif self.num_servers is not None and self.tp == 1:
             per_gpu = max(1, self.num_servers // len(devices))
         devices = list(devices) * per_gpu

@@ -15,8 +15,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.policy.attention import length_switches, usable_context
-from lightning_grpo.policy.check import HALF, ModelSize, model_size
 from lightning_grpo.policy.load import check_config, check_source, load_tokenizer
+from lightning_grpo.policy.size import HALF, ModelSize, model_size
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
@@ -51,7 +51,8 @@ class SessionSettings:
         seed: Of sampling.
         deterministic: Take groups strictly in the order of admission, and ask servers to answer
             equal requests with equal bits.
-        training_bytes: Estimates what the trainer needs of its GPU; None: it does not train.
+        training_bytes: Estimates what the trainer needs of its GPU for a model and the longest
+            sequence; None: it does not train.
         on_event: Told of every fetch, admission, finish, take, sync and advance.
     """
 
@@ -71,7 +72,7 @@ class SessionSettings:
     make_prompt: Callable[[Mapping[str, Any], Tokenizer], Prompt] | None = None
     seed: int = 0
     deterministic: bool = False
-    training_bytes: Callable[[ModelSize], int] | None = None
+    training_bytes: Callable[[ModelSize, int | None], int] | None = None
     on_event: Callable[..., None] | None = None
 
     @property
@@ -98,6 +99,7 @@ RESERVED_TOKENS = 8
 """SGLang's longest input is six tokens shorter than its context, and after an interruption prompt
 and partial completion are one input."""
 CONTEXT_STEP = 64
+LOOKED_AT = 64
 MEASURED_PROMPTS = 20_000
 FINGERPRINT_ROWS = 64
 
@@ -132,6 +134,12 @@ class Material:
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt looked at; a bound for servers with a shorter context."""
         return _longest(self.prompts)
+
+    @property
+    def mean_prompt(self) -> float:
+        """Tokens of a prompt on average, of those looked at."""
+        lengths = [len(prompt.input_ids) for prompt in _first(self.prompts, LOOKED_AT)]
+        return sum(lengths) / len(lengths)
 
     @property
     def first_prompts(self) -> dict[str, Prompt]:
@@ -179,15 +187,15 @@ class Material:
         if size is None:
             known_context = min(known, default=None)
             return ServerLoad(in_flight, batch, known_context, vocab_size=self.vocab_size)
-        estimate = settings.training_bytes
+        estimate, longest = settings.training_bytes, min(known, default=None)
         return ServerLoad(
             in_flight,
             batch,
-            min(known, default=None),
+            longest,
             weight_bytes=size.parameters * HALF,
             kv_bytes_per_token=size.kv_bytes_per_token,
             vocab_size=self.vocab_size,
-            trainer_bytes=estimate(size) if estimate is not None else 0,
+            trainer_bytes=estimate(size, longest) if estimate is not None else 0,
         )
 
     def _needed(self, longest: Callable[[Mapping[str, PromptSet]], int]) -> int | None:
@@ -273,7 +281,7 @@ def _made(prompts: PromptSet, row: int) -> Prompt | None:
 
 def _longest(sets: Mapping[str, PromptSet]) -> int:
     """Tokens of the longest prompt looked at."""
-    return max(len(prompt.input_ids) for prompt in _first(sets, 64))
+    return max(len(prompt.input_ids) for prompt in _first(sets, LOOKED_AT))
 
 
 def _longest_of_all(sets: Mapping[str, PromptSet]) -> int:

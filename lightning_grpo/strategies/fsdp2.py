@@ -322,16 +322,22 @@ class FSDP2Strategy(ModelParallelStrategy):
     @property
     def reshard_after_forward(self) -> bool:
         """Free a block's full parameters between forward and backward."""
-        if self._reshard_after_forward is None:
-            return self.world_size > 1
-        return self._reshard_after_forward
+        return self.reshards(self.world_size)
+
+    def reshards(self, ranks: int) -> bool:
+        """`reshard_after_forward` on so many ranks."""
+        return ranks > 1 if self._reshard_after_forward is None else self._reshard_after_forward
 
     @property
     def compute_dtype(self) -> str:
         """What forward and backward compute in."""
+        return self.dtype_on(self.root_device.type)
+
+    def dtype_on(self, device_type: str) -> str:
+        """`compute_dtype` on a device of this type."""
         if self._param_dtype != "auto":
             return self._param_dtype
-        return "float32" if self.root_device.type == "cpu" else "bfloat16"
+        return "float32" if device_type == "cpu" else "bfloat16"
 
     @override
     def _configure_launcher(self) -> None:

@@ -6,12 +6,13 @@ import pytest
 from lightning_grpo.errors import ConfigError, ServerError
 from lightning_grpo.keys import API_KEY_VARIABLE
 from lightning_grpo.servers import serve_sglang
-from lightning_grpo.servers.base import ServerLoad, free_ports, is_free, serving_devices
+from lightning_grpo.servers.base import Machine, ServerLoad, free_ports, is_free, serving_devices
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.servers.sglang import (
     GIB,
     NOT_ON_CPU,
     ServerPython,
+    ServersTooLargeError,
     SGLangServers,
     graph_sizes,
     install_server,
@@ -297,6 +298,39 @@ def test_servers_on_one_gpu_divide_its_memory():
     each = two.flags["max-total-tokens"] * LARGE["kv_bytes_per_token"] + LARGE["weight_bytes"]
     assert 2 * each < 0.88 * H200
     assert one.flags["max-total-tokens"] > two.flags["max-total-tokens"]
+
+
+def test_as_many_servers_share_a_gpu_as_fit_beside_the_trainer():
+    servers = SGLangServers(python=sys.executable)
+    servers.machine = Machine(gpus=1, gpu_bytes=80 * GIB, cores=16)
+    for trainer, expected in ((10, 4), (54, 2), (66, 1)):
+        load = {**LARGE, "trainer_bytes": trainer * GIB}
+        servers.load = ServerLoad(3072, 1024, 512, **load)
+        layout = servers.layout()
+        assert (layout.per_gpu, len(layout.groups), layout.shared) == (expected, expected, True)
+        assert layout.size.flags["max-running-requests"] == 1024 // expected
+    servers.num_servers = 4  # the user's own number is not changed
+    with pytest.raises(ServersTooLargeError):
+        servers.layout()
+
+
+def test_a_fraction_of_the_users_own_is_neither_refused_nor_limited(tmp_path):
+    servers = SGLangServers(python=sys.executable, memory_fraction=0.3)
+    servers.machine = Machine(gpus=1, gpu_bytes=80 * GIB, cores=16)
+    servers.load = ServerLoad(3072, 1024, 512, **LARGE, trainer_bytes=75 * GIB)
+    command = " ".join(servers.launches("model", tmp_path)[0].command)
+    assert "--mem-fraction-static 0.3" in command
+    assert "max-total-tokens" not in command
+
+
+def test_servers_for_another_machine_use_its_gpus_and_cores():
+    servers = SGLangServers(python=sys.executable, tp=2)
+    servers.machine = Machine(gpus=8, gpu_bytes=80 * GIB, cores=64)
+    servers.load = ServerLoad(100, 100, 512, **LARGE)
+    layout = servers.layout()
+    assert list(layout.groups) == [(4, 5), (6, 7)]
+    assert layout.size.weight_bytes == LARGE["weight_bytes"] // 2
+    assert servers.planned_devices == (4, 5, 6, 7)
 
 
 def test_servers_share_the_requests_evenly():
