@@ -162,8 +162,8 @@ def parallelize(
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     if reshard_after_forward is None:
         reshard_after_forward = mesh.size() > 1
-    # Float inputs are no activations: temperatures, and the factors of RoPE that some models keep in
-    # fp32, as servers do. Rounding them would be wrong.
+    # Float inputs are no activations, and are not rounded: temperatures, and the factors of RoPE
+    # that some models, like servers, keep in fp32.
     policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
     for block in _find_blocks(module, blocks):
         fully_shard(
