@@ -127,10 +127,12 @@ YARN = {
     **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
     **{"original_max_position_embeddings": 24},
 }
+PHIMOE = {"rope_parameters": {**YARN, "short_mscale": 1.1, "long_mscale": 1.4}}
 DEPENDING_ON_LENGTH = [
     ("phi3", PHI3),
     ("llama", {"rope_parameters": LONGROPE}),
     ("phimoe", {"rope_parameters": {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.4}}),
+    ("phimoe", PHIMOE),
     (
         "gemma3_text",  # full attention has its own RoPE
         {
@@ -189,6 +191,7 @@ def test_a_model_filled_on_the_meta_device_switches_too(tmp_path):
         ("llama", {"rope_parameters": LLAMA3}, (), None),
         ("qwen3", {"rope_parameters": YARN}, (), None),
         ("phi3", PHI3, (24,), 24),
+        ("phimoe", PHIMOE, (24,), 24),
         ("phi3", {**PHI3, "sliding_window": 8}, (8, 24), 24),
         ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 48}, (48,), 48),
         ("mistral", {"sliding_window": 16}, (16,), None),
