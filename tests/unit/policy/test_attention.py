@@ -132,7 +132,6 @@ DEPENDING_ON_LENGTH = [
     ("phi3", PHI3),
     ("llama", {"rope_parameters": LONGROPE}),
     ("phimoe", {"rope_parameters": {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.4}}),
-    ("phimoe", PHIMOE),
     (
         "gemma3_text",  # full attention has its own RoPE
         {
@@ -147,6 +146,7 @@ DEPENDING_ON_LENGTH = [
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
     ("llama", {"rope_parameters": LLAMA3}),
     ("qwen3", {"rope_parameters": YARN}),
+    ("phimoe", PHIMOE),  # changes its scale under any kind
 ]
 LENGTHS = (12, 24, 9, 30, 27, 12, 25)
 
