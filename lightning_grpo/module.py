@@ -30,7 +30,7 @@ from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.callbacks.recording import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
-from lightning_grpo.checks import MOST, require_count, require_number
+from lightning_grpo.checks import MOST, require_count, require_number, require_part
 from lightning_grpo.contract import (
     KEEP_BEST,
     check_callers,
@@ -240,6 +240,7 @@ class GRPOModule(EvaluatedModule):
         self.truncation: Truncation = hparams.from_plain(truncation)
         self._optimizer = hparams.factory(optimizer) or default_optimizer
         self._lr_scheduler = hparams.factory(lr_scheduler)
+        self._check_parts()
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile  # `compile` is a method of modules
         self._model_kwargs = model_kwargs or {}
@@ -247,6 +248,24 @@ class GRPOModule(EvaluatedModule):
         self._step_metrics: set[str] = set()  # that the last step, and rollout batch, logged
         self._rollout_metrics: set[str] = set()
         self._reference = ReferencePolicy(self.kl, model, self._model_kwargs, self.lora is not None)
+
+    def _check_parts(self) -> None:
+        """Refuse what is none of the parts that the arguments name."""
+        require_part("loss", self.loss, "GRPOLoss()")
+        require_part("advantage", self.advantage, "GroupAdvantage()")
+        require_part("correction", self.correction, "TokenTIS()", Correction)
+        require_part("kl", self.kl, "KLPenalty(0.001)", KLPenalty)
+        require_part("truncation", self.truncation, 'Truncation(handling="mask")', Truncation)
+        require_part("lora", self.lora, "LoRA(rank=16)", LoRA)
+        for name, build, example in (
+            ("optimizer", self._optimizer, "lambda params: torch.optim.AdamW(params, lr=1e-6)"),
+            ("lr_scheduler", self._lr_scheduler, "lambda optimizer: LinearLR(optimizer)"),
+        ):
+            if build is not None and not callable(build):
+                raise ConfigError(
+                    f"`{name}` must be a function that builds it, such as `{example}`, since the "
+                    f"parameters are not there before the run, got {build!r:.60}."
+                )
 
     # -- what is refused before it costs anything -----------------------------------------------
 

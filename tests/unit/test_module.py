@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -242,6 +243,28 @@ def test_sequences_that_grew_beyond_a_switch_of_rope_are_refused(folder):
     module.policy.model.config.rope_parameters = rope
     with pytest.raises(ConfigError, match=r"at most 3 tokens, at which .* got one of 4"):
         module.prepare_rollout(make_batch())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl": 0.1}, "`kl` must be an object such as `KLPenalty(0.001)`, got 0.1"),
+        ({"loss": "grpo"}, "`loss` must be an object such as `GRPOLoss()`, got 'grpo'"),
+        ({"loss": GRPOLoss}, "got the class GRPOLoss. Call it."),
+        ({"advantage": 1.0}, "`advantage` must be an object such as `GroupAdvantage()`"),
+        ({"correction": 2.0}, "`correction` must be an object such as `TokenTIS()`"),
+        ({"truncation": "mask"}, "`truncation` must be an object such as `Truncation("),
+        ({"lora": {"rank": 8}}, "`lora` must be an object such as `LoRA(rank=16)`"),
+        ({"optimizer": 1e-4}, "`optimizer` must be a function that builds it"),
+        (
+            {"optimizer": torch.optim.SGD([torch.zeros(1)])},
+            "`optimizer` must be a function that builds it",
+        ),
+    ],
+)
+def test_what_is_no_part_of_its_kind_is_refused_by_the_constructor(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        GRPOModule("anything", **settings)
 
 
 def test_a_model_in_memory_is_refused_with_the_ways_out():
