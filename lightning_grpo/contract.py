@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
@@ -57,6 +58,7 @@ _REFUSED_CALLBACKS = {
     BatchSizeFinder: (_BATCH, _MEMORY),
     WeightAveraging: (_AVERAGE, KEEP_BEST),
     StochasticWeightAveraging: (_AVERAGE, KEEP_BEST),
+    ModelPruning: ("servers have no place for its masks", "prune what `export` writes"),
 }
 
 

@@ -203,6 +203,9 @@ class GRPOModule(EvaluatedModule):
         own = vars(cls).get("configure_optimizers")
         if own is not None:
             setattr(cls, "configure_optimizers", _with_one_optimizer(own))  # noqa: B010 - mypy
+        saves = vars(cls).get("on_save_checkpoint")
+        if saves is not None:
+            setattr(cls, "on_save_checkpoint", _with_own_weights(saves))  # noqa: B010 - mypy
 
     def __init__(
         self,
@@ -581,6 +584,9 @@ class GRPOModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save other weights than those that are trained, published and validated."""
+        self._check_saved(checkpoint)
+
+    def _check_saved(self, checkpoint: Mapping[str, Any]) -> None:
         suspects = strangers(self.trainer, self)
         if not suspects:
             return
@@ -656,6 +662,17 @@ def _name_of_model(given: Any) -> str:
         f"themselves, got {type(given).__name__}",
         way_out=way_out,
     )
+
+
+def _with_own_weights(save: Callable[[Any, dict[str, Any]], None]) -> Callable[..., None]:
+    """A subclass's `on_save_checkpoint`, refused where it puts other weights into a checkpoint."""
+
+    @functools.wraps(save)
+    def saved(self: GRPOModule, checkpoint: dict[str, Any]) -> None:
+        save(self, checkpoint)
+        self._check_saved(checkpoint)
+
+    return saved
 
 
 def _with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
