@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
@@ -501,10 +501,10 @@ class GRPOModule(EvaluatedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all trainable parameters; a schedule steps with it."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = hparams.build("optimizer", self._optimizer, trained)
+        optimizer = hparams.build("optimizer", self._optimizer, trained, torch.optim.Optimizer)
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = hparams.build("lr_scheduler", self._lr_scheduler, optimizer)
+        scheduler = hparams.build("lr_scheduler", self._lr_scheduler, optimizer, LRScheduler)
         schedule: Any = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             self._check_monitor(scheduler)
@@ -676,14 +676,16 @@ def _with_own_weights(save: Callable[[Any, dict[str, Any]], None]) -> Callable[.
 
 
 def _with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A subclass's `configure_optimizers`, refused where it returns several optimizers."""
+    """A subclass's `configure_optimizers`, refused where it returns several optimizers or none."""
 
     @functools.wraps(configure)
     def configured(self: GRPOModule) -> Any:
         found = configure(self)
-        if isinstance(found, list | tuple) and found:
-            optimizers = found[0] if isinstance(found[0], list | tuple) else found
-            if len(optimizers) > 1:
+        if isinstance(found, list | tuple) or found is None:
+            optimizers = found or ()
+            if optimizers and isinstance(optimizers[0], list | tuple):
+                optimizers = optimizers[0]
+            if len(optimizers) != 1:
                 raise ConfigError(
                     f"{type(self).__name__}.configure_optimizers",
                     "must return one optimizer (one batch is one optimizer step)",

@@ -191,6 +191,29 @@ def test_several_optimizers_are_refused_with_what_one_can_do(folder, configure):
         module.configure_optimizers()
 
 
+def test_no_optimizer_is_refused(folder):
+    Mine = type("Mine", (GRPOModule,), {"configure_optimizers": lambda self: None})
+    with pytest.raises(ConfigError, match=r"`Mine\.configure_optimizers` must return one.* got 0"):
+        make_module(folder, Mine).configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("setting", "made"),
+    [
+        ("optimizer", lambda params: [torch.optim.SGD([p]) for p in params]),
+        ("optimizer", lambda params: {"optimizer": torch.optim.SGD(params)}),
+        ("optimizer", lambda params: None),
+        ("lr_scheduler", lambda optimizer: [torch.optim.lr_scheduler.LinearLR(optimizer)]),
+        ("lr_scheduler", lambda optimizer: None),
+    ],
+)
+def test_a_function_must_build_one_optimizer_or_schedule(folder, setting, made):
+    module = make_module(folder, **{setting: made})
+    module.configure_model()
+    with pytest.raises(ConfigError, match=f"`{setting}` must build one (Optimizer|LRScheduler)"):
+        module.configure_optimizers()
+
+
 def test_one_optimizer_of_a_subclass_is_taken_as_it_is(folder):
     class Mine(GRPOModule):
         def configure_optimizers(self):
