@@ -165,6 +165,21 @@ def require_cap(cap: float) -> None:
     )
 
 
+def require_builder(name: str, given: Any, example: str) -> None:
+    """Refuse what builds nothing: the object itself, or its name; None passes.
+
+    Args:
+        name: Of the setting.
+        given: What was given.
+        example: What would do, as it is written.
+    """
+    if given is not None and not callable(given):
+        raise ConfigError(
+            f"`{name}` must be a function that builds it, such as `{example}`, since the "
+            f"parameters are not there before the run, got {given!r:.60}."
+        )
+
+
 def require_part(name: str, given: Any, example: str, kind: type | None = None) -> None:
     """Refuse what is no part of its kind: a class in the place of its object, a number, a name.
 

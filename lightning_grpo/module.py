@@ -30,13 +30,14 @@ from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.callbacks.recording import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
-from lightning_grpo.checks import MOST, require_count, require_number, require_part
+from lightning_grpo.checks import MOST, require_builder, require_count, require_number, require_part
 from lightning_grpo.contract import (
     KEEP_BEST,
     check_callers,
     check_sized,
     describe_dtypes,
     is_fitting,
+    with_one_optimizer,
 )
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed.channel import reduced
@@ -202,7 +203,7 @@ class GRPOModule(EvaluatedModule):
                 )
         own = vars(cls).get("configure_optimizers")
         if own is not None:
-            setattr(cls, "configure_optimizers", _with_one_optimizer(own))  # noqa: B010 - mypy
+            setattr(cls, "configure_optimizers", with_one_optimizer(own))  # noqa: B010 - mypy
         saves = vars(cls).get("on_save_checkpoint")
         if saves is not None:
             setattr(cls, "on_save_checkpoint", _with_own_weights(saves))  # noqa: B010 - mypy
@@ -260,15 +261,10 @@ class GRPOModule(EvaluatedModule):
         require_part("kl", self.kl, "KLPenalty(0.001)", KLPenalty)
         require_part("truncation", self.truncation, 'Truncation(handling="mask")', Truncation)
         require_part("lora", self.lora, "LoRA(rank=16)", LoRA)
-        for name, build, example in (
-            ("optimizer", self._optimizer, "lambda params: torch.optim.AdamW(params, lr=1e-6)"),
-            ("lr_scheduler", self._lr_scheduler, "lambda optimizer: LinearLR(optimizer)"),
-        ):
-            if build is not None and not callable(build):
-                raise ConfigError(
-                    f"`{name}` must be a function that builds it, such as `{example}`, since the "
-                    f"parameters are not there before the run, got {build!r:.60}."
-                )
+        require_builder("optimizer", self._optimizer, "lambda params: AdamW(params, lr=1e-6)")
+        require_builder(
+            "lr_scheduler", self._lr_scheduler, "lambda optimizer: StepLR(optimizer, 9)"
+        )
 
     # -- what is refused before it costs anything -----------------------------------------------
 
@@ -673,25 +669,3 @@ def _with_own_weights(save: Callable[[Any, dict[str, Any]], None]) -> Callable[.
         self._check_saved(checkpoint)
 
     return saved
-
-
-def _with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A subclass's `configure_optimizers`, refused where it returns several optimizers or none."""
-
-    @functools.wraps(configure)
-    def configured(self: GRPOModule) -> Any:
-        found = configure(self)
-        if isinstance(found, list | tuple) or found is None:
-            optimizers = found or ()
-            if optimizers and isinstance(optimizers[0], list | tuple):
-                optimizers = optimizers[0]
-            if len(optimizers) != 1:
-                raise ConfigError(
-                    f"{type(self).__name__}.configure_optimizers",
-                    "must return one optimizer (one batch is one optimizer step)",
-                    len(optimizers),
-                    "Give one optimizer several parameter groups, each with its learning rate.",
-                )
-        return found
-
-    return configured

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.templates import check_template
+from lightning_grpo.templates import check_template, num_marks_behind
 
 
 class Tokenizer(Protocol):
@@ -431,8 +431,5 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text to go on from: with the mark that begins a text, without one that ends it."""
-    ids, whole = list(tokenizer.encode(text)), list(tokenizer.encode("a"))
-    plain = list(tokenizer.encode("a", add_special_tokens=False))
-    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-    num_behind = len(whole) - starts[-1] - len(plain) if starts else 0
-    return ids[: len(ids) - num_behind]
+    ids = list(tokenizer.encode(text))
+    return ids[: len(ids) - num_marks_behind(tokenizer)]
