@@ -102,6 +102,7 @@ def load_policy(
     check_source(model)
     try:
         check_config(_read_config(model, options), model, options)
+        _check_dtypes(model, options)
         policy = _meta(model, dtype, options) if meta else _load(model, dtype, options)
     except ConfigError:
         raise
@@ -285,7 +286,6 @@ def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrained
         )
     policy: PreTrainedModel = loaded[0]
     _check_weights(policy, loaded[1], model)
-    _check_dtypes(model, options)
     return policy
 
 

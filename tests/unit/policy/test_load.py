@@ -297,8 +297,9 @@ def test_weights_of_eight_bits_are_refused_also_where_no_config_says_it(dtype, p
         tensors = load_file(tmp_path / "model.safetensors")
         torch.save(tensors, tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"model.layers.1.mlp.up_proj.weight .* quantized"):
-        load_policy(folder)
+    for meta in (False, True):
+        with pytest.raises(ConfigError, match=r"model.layers.1.mlp.up_proj.weight .* quantized"):
+            load_policy(folder, meta=meta)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl"])
