@@ -25,7 +25,18 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 # What looks like a file: not asked for on the hub, which takes half a minute to give up.
-_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst")
+FILES = (
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".gz",
+    ".zip",
+    ".zst",
+)
 
 
 if TYPE_CHECKING:
@@ -67,7 +78,7 @@ else:
             if not isinstance(text, str):
                 raise TypeError("not a name")
             is_name = (
-                text.startswith("shipped:") or "/" in text or Path(text).suffix.lower() in _FILES
+                text.startswith("shipped:") or "/" in text or Path(text).suffix.lower() in FILES
             )
             if not (is_name or Path(text).exists()):
                 raise ValueError("not the name of a dataset, a file or a folder")
@@ -95,7 +106,7 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         import datasets
 
         return _pick_split(datasets.load_from_disk(str(resolved)), split, resolved.name)
-    if resolved.suffix.lower() in _FILES:
+    if resolved.suffix.lower() in FILES:
         raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
     if not resolved.exists():
         require_on_hub("path", str(path), "dataset")

@@ -87,6 +87,16 @@ def test_a_class_path_on_the_command_line_keeps_the_files_arguments(tmp_path):
     assert settings.plain()["model"]["loss"] == {"class_path": "x.Y", "init_args": {"c": 1}}
 
 
+@pytest.mark.parametrize(
+    "text", ["rows.csv", "/data/ROWS.JSONL", "shipped:a/b.jsonl", "http://a:30000", "a:30000"]
+)
+def test_a_file_or_an_address_takes_the_place_of_the_arguments_given_before(tmp_path, text):
+    config = tmp_path / "a.yaml"
+    config.write_text("data:\n  prompts: {path: old, column: question}\n")
+    merged = collect([("a.yaml", config)], ["--data.prompts", text])
+    assert merged.plain() == {"data": {"prompts": text}}
+
+
 def test_arguments_after_a_class_path_given_alone_are_its_own(tmp_path):
     (tmp_path / "a.yaml").write_text("data: {servers: a.B}\n")
     settings = collect([("a", tmp_path / "a.yaml")], ["--data.servers.num_servers", "2"])
