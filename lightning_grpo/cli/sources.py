@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import is_secret
-from lightning_grpo.rollout.prompts import FILES
+from lightning_grpo.rollout.prompts import FILES, Prompts
 
 _MAX_CHARACTERS = 300
 
@@ -101,6 +102,8 @@ _MOST_VALUES = 100_000
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_DATASETS = ("prompts", "val_prompts", "test_prompts")
+_OF_ONE = {"class_path", "init_args", *signature(Prompts).parameters}
 _SPECIAL = ("config", "c", "help", "h", "print_config")
 
 
@@ -360,8 +363,15 @@ def merge(base: Setting, over: Setting) -> Setting:
         return over
     values = dict(base.value)
     for key, child in over.value.items():
-        values[key] = merge(values[key], child) if key in values else child
+        alike = key not in _DATASETS or _names_them(values.get(key)) == _names_them(child)
+        values[key] = merge(values[key], child) if key in values and alike else child
     return Setting(values, base.where or over.where)
+
+
+def _names_them(setting: Setting | None) -> bool:
+    """Whether it holds datasets by name, and no settings of one."""
+    written = setting.value if setting is not None else None
+    return isinstance(written, dict) and bool(written) and not _OF_ONE & written.keys()
 
 
 def _is_class_path(value: Any) -> bool:
