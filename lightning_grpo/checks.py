@@ -163,3 +163,38 @@ def require_cap(cap: float) -> None:
         why="the ratio of equal policies",
         way_out="Way out: 2.0 or more.",
     )
+
+
+def require_builder(name: str, given: Any, example: str) -> None:
+    """Refuse what builds nothing: the object itself, or its name; None passes.
+
+    Args:
+        name: Of the setting.
+        given: What was given.
+        example: What would do, as it is written.
+    """
+    if given is not None and not callable(given):
+        raise ConfigError(
+            f"`{name}` must be a function that builds it, such as `{example}`, since the "
+            f"parameters are not there before the run, got {given!r:.60}."
+        )
+
+
+def require_part(name: str, given: Any, example: str, kind: type | None = None) -> None:
+    """Refuse what is no part of its kind: a class in the place of its object, a number, a name.
+
+    Args:
+        name: Of the setting.
+        given: What was given; None, for the default, passes.
+        example: What would do, as it is written.
+        kind: The class of all that fits; None: whatever can be called.
+    """
+    fits = callable(given) if kind is None else isinstance(given, kind)
+    if given is None or (fits and not isinstance(given, type)):
+        return
+    is_class = isinstance(given, type)
+    shown = f"the class {given.__name__}" if is_class else f"{given!r:.60}"
+    raise ConfigError(
+        f"`{name}` must be an object such as `{example}`, got {shown}."
+        + (" Call it." if is_class else "")
+    )

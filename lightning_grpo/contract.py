@@ -9,8 +9,9 @@ rollout batch, so nothing may stop, save or validate in the middle of one.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     Timer,
     WeightAveraging,
@@ -61,6 +63,7 @@ _REFUSED_CALLBACKS = {
     BatchSizeFinder: (_BATCH, _MEMORY),
     WeightAveraging: (_AVERAGE, KEEP_BEST),
     StochasticWeightAveraging: (_AVERAGE, KEEP_BEST),
+    ModelPruning: ("servers have no place for its masks", "prune what `export` writes"),
 }
 
 
@@ -497,6 +500,28 @@ def check_sized(trainer: L.Trainer) -> None:
             "step on the one before it. Give it `__len__`, or set "
             "`trainer.limit_train_batches` to a number of steps."
         )
+
+
+def with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A subclass's `configure_optimizers`, refused where it returns several optimizers or none."""
+
+    @functools.wraps(configure)
+    def configured(self: Any) -> Any:
+        found = configure(self)
+        if isinstance(found, list | tuple) or found is None:
+            optimizers = found or ()
+            if optimizers and isinstance(optimizers[0], list | tuple):
+                optimizers = optimizers[0]
+            if len(optimizers) != 1:
+                raise ConfigError(
+                    f"{type(self).__name__}.configure_optimizers",
+                    "must return one optimizer (one batch is one optimizer step)",
+                    len(optimizers),
+                    "Give one optimizer several parameter groups, each with its learning rate.",
+                )
+        return found
+
+    return configured
 
 
 def is_fitting(trainer: L.Trainer | None) -> bool:

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo import contract
+from lightning_grpo.checks import require_part
 from lightning_grpo.contract import Trained, describe_sampling
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import ConfigError
@@ -118,6 +119,10 @@ class RolloutDataModule(L.LightningDataModule):
         self.limits = limits
         self._keep_group = keep_group
         self.curriculum = curriculum
+        require_part("evaluation", evaluation, "Evaluation(num_samples=4)", Evaluation)
+        require_part("limits", limits, "RolloutLimits(max_attempts=3)", RolloutLimits)
+        require_part("keep_group", keep_group, "has_variance")
+        require_part("curriculum", curriculum, "Curriculum()", Curriculum)
         contract.check_sizes(
             batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness
         )

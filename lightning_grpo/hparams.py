@@ -143,11 +143,12 @@ def factory(value: Any) -> Callable[..., Any] | None:
     return from_plain(value)
 
 
-def build(name: str, make: Callable[[Any], Any], argument: Any) -> Any:
-    """What a factory makes of its argument.
+def build(name: str, make: Callable[[Any], Any], argument: Any, kind: type = object) -> Any:
+    """The one object of a kind that a factory makes of its argument.
 
     Raises:
-        ConfigError: It refuses its own settings, a negative learning rate for instance.
+        ConfigError: It refuses its own settings, a negative learning rate for instance, or makes
+            something else: several, none, or what Lightning's hook would return.
     """
     try:
         made = make(argument)
@@ -155,6 +156,12 @@ def build(name: str, make: Callable[[Any], Any], argument: Any) -> Any:
         raise ConfigError(
             f"`{name}` could not be built: {type(error).__name__}: {error}. Change its arguments."
         ) from error
+    if not isinstance(made, kind):
+        raise ConfigError(
+            f"`{name}` must build one {kind.__name__}, got {type(made).__name__}. What needs more "
+            "(a list, a dictionary) goes into `configure_optimizers` of a subclass; one optimizer "
+            "takes several parameter groups, each with its learning rate."
+        )
     if isinstance(made, Optimizer):
         _require_finite(name, made)
     return made

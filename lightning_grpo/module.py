@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
@@ -30,13 +30,14 @@ from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.callbacks.recording import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
-from lightning_grpo.checks import MOST, require_count, require_number
+from lightning_grpo.checks import MOST, require_builder, require_count, require_number, require_part
 from lightning_grpo.contract import (
     KEEP_BEST,
     check_callers,
     check_sized,
     describe_dtypes,
     is_fitting,
+    with_one_optimizer,
 )
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed.channel import reduced
@@ -202,7 +203,10 @@ class GRPOModule(EvaluatedModule):
                 )
         own = vars(cls).get("configure_optimizers")
         if own is not None:
-            setattr(cls, "configure_optimizers", _with_one_optimizer(own))  # noqa: B010 - mypy
+            setattr(cls, "configure_optimizers", with_one_optimizer(own))  # noqa: B010 - mypy
+        saves = vars(cls).get("on_save_checkpoint")
+        if saves is not None:
+            setattr(cls, "on_save_checkpoint", _with_own_weights(saves))  # noqa: B010 - mypy
 
     def __init__(
         self,
@@ -240,6 +244,7 @@ class GRPOModule(EvaluatedModule):
         self.truncation: Truncation = hparams.from_plain(truncation)
         self._optimizer = hparams.factory(optimizer) or default_optimizer
         self._lr_scheduler = hparams.factory(lr_scheduler)
+        self._check_parts()
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile  # `compile` is a method of modules
         self._model_kwargs = model_kwargs or {}
@@ -247,6 +252,19 @@ class GRPOModule(EvaluatedModule):
         self._step_metrics: set[str] = set()  # that the last step, and rollout batch, logged
         self._rollout_metrics: set[str] = set()
         self._reference = ReferencePolicy(self.kl, model, self._model_kwargs, self.lora is not None)
+
+    def _check_parts(self) -> None:
+        """Refuse what is none of the parts that the arguments name."""
+        require_part("loss", self.loss, "GRPOLoss()")
+        require_part("advantage", self.advantage, "GroupAdvantage()")
+        require_part("correction", self.correction, "TokenTIS()", Correction)
+        require_part("kl", self.kl, "KLPenalty(0.001)", KLPenalty)
+        require_part("truncation", self.truncation, 'Truncation(handling="mask")', Truncation)
+        require_part("lora", self.lora, "LoRA(rank=16)", LoRA)
+        require_builder("optimizer", self._optimizer, "lambda params: AdamW(params, lr=1e-6)")
+        require_builder(
+            "lr_scheduler", self._lr_scheduler, "lambda optimizer: StepLR(optimizer, 9)"
+        )
 
     # -- what is refused before it costs anything -----------------------------------------------
 
@@ -491,10 +509,10 @@ class GRPOModule(EvaluatedModule):
         return self._optimizers_of([p for p in self.parameters() if p.requires_grad])
 
     def _optimizers_of(self, trained: list[nn.Parameter]) -> OptimizerLRScheduler:
-        optimizer = hparams.build("optimizer", self._optimizer, trained)
+        optimizer = hparams.build("optimizer", self._optimizer, trained, torch.optim.Optimizer)
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = hparams.build("lr_scheduler", self._lr_scheduler, optimizer)
+        scheduler = hparams.build("lr_scheduler", self._lr_scheduler, optimizer, LRScheduler)
         schedule: Any = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             self._check_monitor(scheduler)
@@ -574,6 +592,9 @@ class GRPOModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save other weights than those that are trained, published and validated."""
+        self._check_saved(checkpoint)
+
+    def _check_saved(self, checkpoint: Mapping[str, Any]) -> None:
         suspects = strangers(self.trainer, self)
         if not suspects:
             return
@@ -651,21 +672,12 @@ def _name_of_model(given: Any) -> str:
     )
 
 
-def _with_one_optimizer(configure: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A subclass's `configure_optimizers`, refused where it returns several optimizers."""
+def _with_own_weights(save: Callable[[Any, dict[str, Any]], None]) -> Callable[..., None]:
+    """A subclass's `on_save_checkpoint`, refused where it puts other weights into a checkpoint."""
 
-    @functools.wraps(configure)
-    def configured(self: GRPOModule) -> Any:
-        found = configure(self)
-        if isinstance(found, list | tuple) and found:
-            optimizers = found[0] if isinstance(found[0], list | tuple) else found
-            if len(optimizers) > 1:
-                raise ConfigError(
-                    f"{type(self).__name__}.configure_optimizers",
-                    "must return one optimizer (one batch is one optimizer step)",
-                    len(optimizers),
-                    "Give one optimizer several parameter groups, each with its learning rate.",
-                )
-        return found
+    @functools.wraps(save)
+    def saved(self: GRPOModule, checkpoint: dict[str, Any]) -> None:
+        save(self, checkpoint)
+        self._check_saved(checkpoint)
 
-    return configured
+    return saved

@@ -1,5 +1,6 @@
-"""Chat templates come with a model's folder, and are programs: one is tried out before it is used.
+"""What tokenizers add of their own: chat templates, and marks around a text.
 
+A chat template comes with a model's folder, and is a program: one is tried out before it is used.
 Jinja's sandbox keeps a template from files and Python, not from memory and time. So the first
 conversation, also with longer texts and more turns, is rendered in a process of its own that has
 little of both. What waits for a text that only one row has is not found.
@@ -62,6 +63,14 @@ for messages in conversations:
     if length > {_MEMORY_BYTES >> 4}:
         sys.exit({_TOO_MUCH})
 """
+
+
+def num_marks_behind(tokenizer: Any) -> int:
+    """How many special tokens a tokenizer puts behind a text: what goes on from it lacks them."""
+    whole = list(tokenizer.encode("a"))
+    plain = list(tokenizer.encode("a", add_special_tokens=False))
+    starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+    return len(whole) - starts[-1] - len(plain) if starts else 0
 
 
 def check_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> None:

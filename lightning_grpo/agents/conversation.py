@@ -22,7 +22,7 @@ import anyio
 from aiohttp import web
 
 from lightning_grpo.agents.tools import ParsedReply, reply_parser, strip_specials
-from lightning_grpo.agents.turns import EpisodeRecord, first_ids, next_ids
+from lightning_grpo.agents.turns import EpisodeRecord, call_id, first_ids, next_ids
 from lightning_grpo.engine.http import Door, room_for_connections
 from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.keys import bears
@@ -158,7 +158,7 @@ def assistant_message(reply: ParsedReply, number: int) -> dict[str, Any]:
     if reply.calls:
         message["tool_calls"] = [
             {
-                "id": f"call_{number}_{i}",
+                "id": call_id(number, i),
                 "type": "function",
                 "function": {"name": call.name, "arguments": dict(call.arguments)},
             }

@@ -149,6 +149,16 @@ def next_ids(
     return ids
 
 
+def call_id(number: int, index: int = 0) -> str:
+    """The id of an answer's tool call: nine letters and digits, as Mistral's templates demand.
+
+    Args:
+        number: Of the answer, or of the call in the conversation.
+        index: Of the call in its answer.
+    """
+    return f"call{number:03d}{index:02d}"
+
+
 def require_template(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that can't tell turns apart."""
     if not tokenizer.chat_template:

@@ -32,6 +32,7 @@ from lightning_grpo.agents.tools import (
 from lightning_grpo.agents.turns import (
     EpisodeRecord,
     RewardedWorkflow,
+    call_id,
     first_ids,
     messages_of,
     next_ids,
@@ -257,7 +258,7 @@ class ToolWorkflow(RewardedWorkflow):
         """Run the answer's calls; False: there is no room for another answer."""
         calls, results = [], []
         for number, call in enumerate(conversation.reply.calls):
-            made = _message_of_call(call, f"call_{conversation.num_calls}")
+            made = _message_of_call(call, call_id(conversation.num_calls))
             text = await self._result(conversation, call)
             calls.append(made)
             results.append(
@@ -301,9 +302,9 @@ class ToolWorkflow(RewardedWorkflow):
             )
 
 
-def _message_of_call(call: ToolCall, call_id: str) -> dict[str, Any]:
+def _message_of_call(call: ToolCall, name: str) -> dict[str, Any]:
     return {
-        "id": call_id,
+        "id": name,
         "type": "function",
         "function": {"name": call.name, "arguments": dict(call.arguments)},
     }

@@ -84,10 +84,14 @@ def locate(error: Exception, settings: Setting) -> ConfigProblem:
 def _first(
     names: Sequence[str], leaves: Sequence[_Leaf], is_meant: Callable[[_Leaf], bool]
 ) -> _Leaf | None:
-    """The first setting of one of these names; of several the one that is meant."""
+    """The first setting of one of these names; of several the one that is meant.
+
+    Else one that is no section: `model` is `model.model`, wherever the section begins.
+    """
     for name in _spellings(names):
         if named := [kv for kv in leaves if _is_named(kv[0], name)]:
-            return next(filter(is_meant, named), named[0])
+            values = [kv for kv in named if not isinstance(kv[1].value, dict)]
+            return next(filter(is_meant, named), (values or named)[0])
     return None
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.keys import is_secret
+from lightning_grpo.rollout.prompts import FILES, Prompts
 
 _MAX_CHARACTERS = 300
 
@@ -99,6 +101,9 @@ SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "verbose
 _MOST_VALUES = 100_000
 
 _YAML_TAG = "tag:yaml.org,2002:"
+_CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_DATASETS = ("prompts", "val_prompts", "test_prompts")
+_OF_ONE = {"class_path", "init_args", *signature(Prompts).parameters}
 _SPECIAL = ("config", "c", "help", "h", "print_config")
 
 
@@ -343,20 +348,36 @@ def _relabel(setting: Setting) -> Setting:
 
 
 def merge(base: Setting, over: Setting) -> Setting:
-    """`over` laid on `base`: keys are joined, a class path keeps the arguments given before."""
+    """`over` laid on `base`: keys are joined, a class path keeps the arguments given before.
+
+    Another text (a file, an address) takes the place of all that was given before.
+    """
     if isinstance(base.value, list) and base.value and isinstance(over.value, dict):
         # As jsonargparse: `--trainer.callbacks.monitor x` is about the last callback of the list.
         return Setting([*base.value[:-1], merge(base.value[-1], over)], base.where)
-    if isinstance(base.value, str) and isinstance(over.value, dict):
+    if _is_class_path(base.value) and isinstance(over.value, dict):
         base = Setting({"class_path": base}, base.where)
-    if isinstance(base.value, dict) and isinstance(over.value, str):
+    if isinstance(base.value, dict) and _is_class_path(over.value):
         over = Setting({"class_path": over}, over.where)
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     values = dict(base.value)
     for key, child in over.value.items():
-        values[key] = merge(values[key], child) if key in values else child
+        alike = key not in _DATASETS or _names_them(values.get(key)) == _names_them(child)
+        values[key] = merge(values[key], child) if key in values and alike else child
     return Setting(values, base.where or over.where)
+
+
+def _names_them(setting: Setting | None) -> bool:
+    """Whether it holds datasets by name, and no settings of one."""
+    written = setting.value if setting is not None else None
+    return isinstance(written, dict) and bool(written) and not _OF_ONE & written.keys()
+
+
+def _is_class_path(value: Any) -> bool:
+    """Whether it may name a class, and is no file or address."""
+    is_name = isinstance(value, str) and _CLASS_PATH.fullmatch(value) is not None
+    return is_name and Path(value).suffix.lower() not in FILES
 
 
 def refuse_unknown_sections(settings: Setting) -> None:

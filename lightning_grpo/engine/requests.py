@@ -25,6 +25,7 @@ from aiohttp import web
 from transformers import PreTrainedTokenizerBase
 
 from lightning_grpo.errors import GRPOError
+from lightning_grpo.templates import num_marks_behind
 
 
 class BadRequestError(GRPOError, ValueError):
@@ -463,7 +464,10 @@ class Intake:
 
     def _token_ids(self, prompt: str | list[int], name: str) -> tuple[int, ...]:
         """Check one prompt."""
-        ids = self.tokenize(prompt, True) if isinstance(prompt, str) else prompt
+        ids: Any = prompt
+        if isinstance(prompt, str):
+            ids = self.tokenize(prompt, True)
+            ids = ids[: len(ids) - num_marks_behind(self.tokenizer)]
         if not isinstance(ids, list):
             raise BadRequestError(
                 f"`{name}` must be token ids; all entries must be numbers or all lists, got {ids}"

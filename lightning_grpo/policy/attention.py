@@ -507,7 +507,8 @@ class RowFactors:
         text = model.config.get_text_config()
         ropes = [(rope, switch) for rope in _ropes(text) if (switch := _switch(text, rope))]
         self._rules = [("dynamic" in str(rope["rope_type"]), switch) for rope, switch in ropes]
-        self._rotaries: list[Any] = [m for m in model.modules() if ropes and _depends_on_length(m)]
+        kinds = [str(rope["rope_type"]) for rope, _ in ropes]
+        self._rotaries: list[Any] = [m for m in model.modules() if _is_of(m, kinds)]
         for rotary in self._rotaries:
             rotary.groups = None
             rotary.forward = MethodType(_forward, rotary)
@@ -555,9 +556,10 @@ def _forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: A
     return tuple(torch.cat(part, 1)[:, order] for part in zip(*parts, strict=True))
 
 
-def _depends_on_length(module: nn.Module) -> bool:
-    kinds = str(vars(module).get("rope_type", ""))
-    return "longrope" in kinds or "dynamic" in kinds
+def _is_of(module: nn.Module, kinds: Sequence[str]) -> bool:
+    """Whether a module makes factors of one of these kinds, perhaps among others."""
+    own = str(vars(module).get("rope_type", ""))
+    return any(kind in own for kind in kinds)
 
 
 def _ropes(text: Any) -> list[Mapping[str, Any]]:
@@ -574,6 +576,6 @@ def _original_length(text: Any, rope: Mapping[str, Any]) -> Any:
 def _switch(text: Any, rope: Mapping[str, Any]) -> int | None:
     """The length beyond which all factors of a sequence change."""
     kind = str(rope["rope_type"])
-    if kind == "longrope":
+    if kind == "longrope" or (kind != "default" and "long_mscale" in rope):
         return int(_original_length(text, rope))
     return int(text.max_position_embeddings) if "dynamic" in kind else None

@@ -9,6 +9,7 @@ frequencies): the model would run and be wrong, so they are made again here.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -55,6 +57,8 @@ _DECIDED = {
     ),
 }
 """Options of `from_pretrained` that are no one else's to choose, and why."""
+_QUANTIZED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "int8", "uint8", "float8_e4m3fn", "float8_e5m2")
+"""As files of safetensors and of torch call them."""
 _LFS_POINTER = b"version https://git-lfs"
 _OTHER_THAN_TEXT = ("vision", "audio", "vq")
 
@@ -98,6 +102,7 @@ def load_policy(
     check_source(model)
     try:
         check_config(_read_config(model, options), model, options)
+        _check_dtypes(model, options)
         policy = _meta(model, dtype, options) if meta else _load(model, dtype, options)
     except ConfigError:
         raise
@@ -282,6 +287,49 @@ def _load(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrained
     policy: PreTrainedModel = loaded[0]
     _check_weights(policy, loaded[1], model)
     return policy
+
+
+def _check_dtypes(model: str, options: Mapping[str, Any]) -> None:
+    """Refuse weights of 8 bits and fewer, which mean nothing without their scales."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        where = {name: options[name] for name in ("cache_dir", "revision") if name in options}
+        config = try_to_load_from_cache(model, "config.json", **where)
+        if not isinstance(config, str):
+            return
+        folder = Path(config).parent
+    for name, dtype in _stored_dtypes(folder):
+        if dtype in _QUANTIZED and not _OLD_BUFFERS.search(name):
+            raise ConfigError(
+                f"`model` must have weights that can be trained, {name} of {model!r} is {dtype}: "
+                "quantized, although its config.json names no `quantization_config`. Way out: the "
+                "model that it was made from."
+            )
+
+
+def _stored_dtypes(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype of each tensor in the files that transformers reads."""
+    for whole, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{whole}.{ending}.index.json"
+        shards = {f"{whole}.{ending}"}
+        if index.is_file():
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        files = [folder / shard for shard in sorted(shards) if (folder / shard).is_file()]
+        for file in files:
+            yield from _dtypes_of(file)
+        if files:
+            return
+
+
+def _dtypes_of(file: Path) -> Iterator[tuple[str, str]]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                yield name, str(opened.get_slice(name).get_dtype())
+        return
+    for name, value in torch.load(file, map_location="meta", weights_only=True).items():
+        if isinstance(value, Tensor):
+            yield name, str(value.dtype).removeprefix("torch.")
 
 
 def _check_weights(policy: PreTrainedModel, info: Mapping[str, Any], model: str) -> None:

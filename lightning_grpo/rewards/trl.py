@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning_grpo.errors import ConfigError
+
 _RESERVED = ("prompt", "messages", "completion", "completion_ids", "prompt_ids")
 _TEXT_ASKED = "_text_asked"
 _LISTS = ("prompts", "completions", "completion_ids", "prompt_ids")
@@ -24,8 +26,17 @@ def from_trl(function: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         function: Sync or async; its other arguments are columns. TRL's `trainer_state` and
             `environments` are None, and what is given to its `log_*` functions is dropped.
+
+    Raises:
+        ConfigError: It takes one completion, as this package's own rewards do.
     """
     parameters = inspect.signature(function).parameters
+    ours = [name for name in parameters if name in ("prompt", "messages", "completion")]
+    if ours:
+        raise ConfigError(
+            "`from_trl` must be given a function of TRL's lists (`prompts`, `completions`, "
+            f"columns), got one of `{ours[0]}`. A function of one completion is a reward as it is."
+        )
     wanted = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=parameter.default)
         for name, parameter in parameters.items()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.templates import check_template
+from lightning_grpo.templates import check_template, num_marks_behind
 
 
 class Tokenizer(Protocol):
@@ -106,10 +106,11 @@ def _plain(value: Any) -> Any:
 
 def _from_text(text: str) -> Any:
     """Messages that were written as JSON or printed by Python; any other text as it is."""
-    if not text.lstrip().startswith(("[", "{")):
+    if not text.lstrip().startswith(("[", "{", '"[', '"{')):
         return text
     try:
         parsed = json.loads(text)
+        parsed = json.loads(parsed) if isinstance(parsed, str) else parsed  # written as JSON twice
     except (ValueError, RecursionError):
         parsed = _from_printed(text)
     wrapped = list(parsed.values()) if isinstance(parsed, dict) else []
@@ -151,6 +152,9 @@ def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(found.get("role", found.get("from")), list):
         return [found]
     columns = {key: each for key, each in found.items() if isinstance(each, list)}
+    lengths = {key: len(each) for key, each in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"its columns of chat messages must be of one length, got {lengths}.")
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -160,7 +164,9 @@ def _message(raw: Mapping[str, Any], number: int) -> dict[str, Any]:
     share_gpt = "role" not in kept and "from" in kept
     role = kept.pop("from" if share_gpt else "role", None)
     content = kept.pop("value" if "value" in kept and "content" not in kept else "content", None)
-    if not isinstance(role, str):
+    if role is not None and not isinstance(role, str):
+        raise ConfigError(f"the role of message {number} must be a text, got {role!r:.40}.")
+    if role is None:
         raise ConfigError(
             f"message {number} must have a `role` and a `content` (or ShareGPT's `from` and "
             f"`value`), got the keys {sorted(map(str, raw))}. Rename them with `transform`."
@@ -342,7 +348,7 @@ def fitting(
             continue
         try:
             left_out = _left_out(tokenizer, formed, how, first)
-        except Exception:  # noqa: BLE001 - the template's; where no form will do, it is told of the first
+        except Exception:  # noqa: BLE001 - the template's, which is told where no form will do
             continue
         if not left_out:
             return formed
@@ -353,6 +359,14 @@ def fitting(
         )
     if refusal is not None:
         raise refusal
+    try:
+        tokenizer.apply_chat_template(plain, tokenize=False, **how)
+    except Exception as error:
+        roles = ", ".join(str(message["role"]) for message in plain)
+        raise ConfigError(
+            f"the tokenizer's chat template takes no messages of the roles {roles}: {error}. Say "
+            "it in roles that the template knows (with `transform`), or use another tokenizer."
+        ) from error
     return plain
 
 
@@ -361,9 +375,8 @@ def _left_out(
 ) -> str:
     """What a template leaves out, in words.
 
-    It renders the messages with a mark in the place of each text and each name of a tool that is
-    called. (That a text is found says little: it may be a single letter, and templates trim and
-    escape.)
+    It renders the messages with a mark in the place of each text and each tool's name. (That a text
+    is found says little: it may be a single letter, and templates trim and escape.)
     """
     marked = [dict(message) for message in messages]
     marks: dict[str, str] = {}
@@ -371,7 +384,7 @@ def _left_out(
         role, mark = f"the role {message['role']!r}", f"WORDS{number}END"
         own = message["role"] == "assistant"
         content = message.get("content")
-        if text_of(content).strip():
+        if text_of(content).strip() or message["role"] == "tool":  # a result may be empty
             message["content"] = mark if isinstance(content, str) else _parts(mark)
             marks[mark] = "the assistant's own words" if own else f"what {role} says"
         calls = [dict(call) for call in message.get("tool_calls") or ()]
@@ -381,6 +394,14 @@ def _left_out(
             marks[name] = f"a tool call of {role}"
         if calls:
             message["tool_calls"] = calls
+    tools = [dict(tool) for tool in how.get("tools") or ()]
+    told = " ".join(text_of(message.get("content")) for message in messages)
+    for index, tool in enumerate(tools):
+        name = tool["function"]["name"]
+        tool["function"] = {**tool["function"], "name": f"TOOL{index}END"}
+        if name not in told:  # a system message may describe it
+            marks[f"TOOL{index}END"] = f"the tool {name!r}"
+    how = {**how, "tools": tools} if tools else how
     text = str(tokenizer.apply_chat_template(marked, tokenize=False, **how))
     if first:  # what is said later must stand behind it, too: some templates begin with the system
         text = text[max(0, text.find(next(iter(marks), ""))) :]
@@ -410,8 +431,5 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text to go on from: with the mark that begins a text, without one that ends it."""
-    ids, whole = list(tokenizer.encode(text)), list(tokenizer.encode("a"))
-    plain = list(tokenizer.encode("a", add_special_tokens=False))
-    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-    num_behind = len(whole) - starts[-1] - len(plain) if starts else 0
-    return ids[: len(ids) - num_behind]
+    ids = list(tokenizer.encode(text))
+    return ids[: len(ids) - num_marks_behind(tokenizer)]

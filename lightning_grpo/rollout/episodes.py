@@ -22,7 +22,7 @@ from lightning_grpo.errors import (
     ServersLostError,
 )
 from lightning_grpo.rollout.chat import Tokenizer, spellable, with_arguments
-from lightning_grpo.rollout.scoring import Reward, RewardValue
+from lightning_grpo.rollout.scoring import Reward, RewardValue, told
 from lightning_grpo.rollout.workflow import (
     Generator,
     RolloutWorkflow,
@@ -381,5 +381,5 @@ async def _evaluate_one(
             oldest = min(trajectory.oldest_version for trajectory in trajectories)
             return Group(prompt, trajectories, oldest, attempt)
     raise RolloutError(
-        f"evaluation prompt {prompt.row} failed {max_attempts} times; last: {first_line(failure)}"
+        f"evaluation prompt {prompt.row} failed {max_attempts} times; last: {told(failure)}"
     ) from failure

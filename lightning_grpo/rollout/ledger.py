@@ -47,7 +47,7 @@ class RolloutLimits:
         reward_processes: Processes that run rewards; 0 runs them in-line, for a debugger.
         max_attempts: How often a prompt is tried before it counts as failed.
         max_failed_fraction: Of the last 10 batches' groups; above it the run ends with the first
-            failure's traceback.
+            failure and the line that raised it.
         max_filtered_batches: How many batches' worth of groups `keep_group` may turn down for one
             batch; then the groups it doesn't want fill the batch.
         straggler_policy: `wait` for a group at its last admissible version, or `drop` it (its
@@ -253,13 +253,13 @@ class Ledger:
         Args:
             key: The prompt.
             outcome: How it ended.
-            error: Why it failed, with the traceback.
+            error: Why it failed, with the line that raised it.
             success: How often it was answered rightly, to be remembered for the next pass.
             asked: Whether it was asked at all; a row that is no prompt says nothing of the rest.
 
         Raises:
             RolloutError: The prompt already has an outcome.
-            FailureBudgetError: Too many failed; ends with the first failure's traceback.
+            FailureBudgetError: Too many failed; ends with the first failure.
         """
         self._write(key, outcome)
         if success is not None:

@@ -16,7 +16,6 @@ import copy
 import hashlib
 import itertools
 import logging
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ from lightning_grpo.rollout.episodes import (
 )
 from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Counters, Ledger, RolloutLimits
+from lightning_grpo.rollout.scoring import told
 from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.serving.event_loop import Background
 from lightning_grpo.types import (
@@ -477,7 +477,8 @@ class RolloutProducer:
             return
         self.counters.failed += 1
         logger.warning("prompt failed %d times: %s", run.attempts, self._errors[-1])
-        self._end(run, Outcome.FAILED, "".join(traceback.format_exception(error)))
+        logger.debug("prompt %s failed", run.key, exc_info=error)
+        self._end(run, Outcome.FAILED, told(error))
 
     def _end(self, run: GroupRun, outcome: Outcome, error: str | None = None) -> None:
         self._emit(str(outcome), key=run.key)

@@ -25,7 +25,18 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 # What looks like a file: not asked for on the hub, which takes half a minute to give up.
-_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".zst")
+FILES = (
+    ".json",
+    ".jsonl",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".gz",
+    ".zip",
+    ".zst",
+)
 
 
 if TYPE_CHECKING:
@@ -66,7 +77,9 @@ else:
             """Refuse what may be anything."""
             if not isinstance(text, str):
                 raise TypeError("not a name")
-            is_name = text.startswith("shipped:") or "/" in text or Path(text).suffix in _FILES
+            is_name = (
+                text.startswith("shipped:") or "/" in text or Path(text).suffix.lower() in FILES
+            )
             if not (is_name or Path(text).exists()):
                 raise ValueError("not the name of a dataset, a file or a folder")
             return text
@@ -93,7 +106,7 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         import datasets
 
         return _pick_split(datasets.load_from_disk(str(resolved)), split, resolved.name)
-    if resolved.suffix in _FILES:
+    if resolved.suffix.lower() in FILES:
         raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
     if not resolved.exists():
         require_on_hub("path", str(path), "dataset")
@@ -182,29 +195,30 @@ def _load_dataset(asked: str, path: str, name: str | None, split: str) -> Rows:
 
 
 def _read_file(path: Path) -> Rows:
-    if path.suffix == ".parquet":
+    ending = path.suffix.lower()
+    if ending == ".parquet":
         return _ParquetRows(path)
-    if path.suffix not in (".json", ".jsonl", *_DELIMITERS):
+    if ending not in (".json", ".jsonl", *_DELIMITERS):
         raise ConfigError(
             "`path` must end in .json, .jsonl, .parquet, .csv or .tsv, got "
             f"{str(path)!r}. Convert it, or give the rows themselves."
         )
-    return _read_text(path)
+    return _read_text(path, ending)
 
 
-def _read_text(path: Path) -> Rows:
+def _read_text(path: Path, ending: str) -> Rows:
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"`path` must name a file in UTF-8, got {str(path)!r}: {error}. Save it as UTF-8."
         ) from error
-    if path.suffix == ".jsonl":
+    if ending == ".jsonl":
         # Not splitlines(): JSON allows U+2028 and its like unescaped inside a string.
         lines = enumerate(text.split("\n"), start=1)
         return [_parse(line, f"{path}:{number}") for number, line in lines if line.strip()]
-    if path.suffix in _DELIMITERS:
-        return _read_table(text, str(path), _DELIMITERS[path.suffix])
+    if ending in _DELIMITERS:
+        return _read_table(text, str(path), _DELIMITERS[ending])
     rows = _parse(text, str(path))
     if isinstance(rows, list) or is_columns(rows):
         return rows if isinstance(rows, list) else _ColumnRows(rows)

@@ -208,10 +208,11 @@ _ONE_THREAD = {
 }
 
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Python's, other packages' and this one's lines are not where a user looks first.
 _NOT_THEIRS = (
     *{sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")},
-    os.path.dirname(os.path.abspath(__file__)),
+    *(os.path.join(_PACKAGE, part) for part in ("agents", "rollout", "datamodule.py")),
     "<frozen",
 )
 

@@ -126,6 +126,7 @@ class ModelInfo(msgspec.Struct):
     weight_version: str | None = None
     vocab_size: int | None = None
     architectures: list[str] | None = None
+    preferred_sampling_params: Any = None
 
 
 class Tokens(msgspec.Struct):

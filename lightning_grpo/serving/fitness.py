@@ -159,6 +159,7 @@ async def verify_server(client: ServerClient, requirements: Requirements) -> Ser
     dialect = dialect_of(info.version, client.url)
     await _check_endpoints(client, info, dialect)
     _check_owner(client.url, model, requirements.run_id)
+    _check_sampling(client.url, model)
     _check_length(client.url, info, requirements.max_tokens)
     _check_vocabulary(client.url, info, model, requirements.vocab_size)
     _check_architecture(client.url, model, requirements)
@@ -183,6 +184,17 @@ def _check_owner(url: str, model: ModelInfo, run_id: str) -> None:
         raise ConfigError(
             f"{url} carries the weights {label!r} of another run (this one is {run_id!r})."
             " End that run, or restart the server; two runs can't share one."
+        )
+
+
+def _check_sampling(url: str, model: ModelInfo) -> None:
+    """What a server adds to each request would change what is sampled, unseen by the trainer."""
+    added = model.preferred_sampling_params
+    if added and added != "{}":
+        raise ConfigError(
+            f"{url} adds sampling parameters of its own to what it is asked ({added}), so that"
+            " completions would come from another distribution than the one that is trained. Start"
+            " it without `--preferred-sampling-params`."
         )
 
 

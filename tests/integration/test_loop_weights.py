@@ -96,6 +96,20 @@ def test_a_module_that_swaps_its_weights_is_refused_too(tiny_model, server, tmp_
         make_trainer(tmp_path).fit(make_module(tiny_model, Mine), data)
 
 
+def test_a_module_that_saves_other_weights_is_refused_too(tiny_model, server, tmp_path):
+    class Mine(GRPOModule):
+        def on_save_checkpoint(self, checkpoint) -> None:
+            super().on_save_checkpoint(checkpoint)
+            halves = {name: 0.5 * value for name, value in checkpoint["state_dict"].items()}
+            checkpoint["state_dict"] = halves
+
+    saves = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2)
+    with pytest.raises(ConfigError, match="a checkpoint must hold the weights that are trained"):
+        make_trainer(tmp_path, callbacks=[saves], **SAVED).fit(
+            make_module(tiny_model, Mine), make_data(server, val_prompts=make_prompts(2))
+        )
+
+
 class Rates(Callback):
     """The learning rate of each step."""
 

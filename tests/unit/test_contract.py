@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -87,6 +88,10 @@ def own_trainer(**settings) -> L.Trainer:
             "learning rate of `model.optimizer`.",
         ),
         ({"callbacks": [BatchSizeFinder()]}, "must not hold BatchSizeFinder"),
+        (
+            {"callbacks": [ModelPruning("l1_unstructured", amount=0.3)]},
+            "must not hold ModelPruning (servers have no place for its masks). Remove it and prune",
+        ),
     ],
 )
 def test_what_can_t_work_is_refused_with_the_way_out(settings, message):

@@ -42,6 +42,21 @@ def test_sizes_that_can_t_work_are_refused_by_the_constructor(settings, message)
         make_data(NeverServers(), **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"evaluation": {"num_samples": 2}}, "`Evaluation(num_samples=4)`, got {'num_samples': 2}"),
+        ({"limits": {"max_attempts": 2}}, "`limits` must be an object such as `RolloutLimits("),
+        ({"keep_group": True}, "`keep_group` must be an object such as `has_variance`, got True"),
+        ({"curriculum": "hard"}, "`curriculum` must be an object such as `Curriculum()`"),
+        ({"evaluation": Evaluation}, "got the class Evaluation. Call it."),
+    ],
+)
+def test_what_is_no_part_of_its_kind_is_refused_by_the_constructor(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_data(NeverServers(), **settings)
+
+
 ROWS = [{"prompt": "2+2="}, {"prompt": "3+3="}]
 
 

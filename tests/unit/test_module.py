@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -217,6 +218,29 @@ def test_several_optimizers_are_refused_with_what_one_can_do(folder, configure):
         module.configure_optimizers()
 
 
+def test_no_optimizer_is_refused(folder):
+    Mine = type("Mine", (GRPOModule,), {"configure_optimizers": lambda self: None})
+    with pytest.raises(ConfigError, match=r"`Mine\.configure_optimizers` must return one.* got 0"):
+        make_module(folder, Mine).configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("setting", "made"),
+    [
+        ("optimizer", lambda params: [torch.optim.SGD([p]) for p in params]),
+        ("optimizer", lambda params: {"optimizer": torch.optim.SGD(params)}),
+        ("optimizer", lambda params: None),
+        ("lr_scheduler", lambda optimizer: [torch.optim.lr_scheduler.LinearLR(optimizer)]),
+        ("lr_scheduler", lambda optimizer: None),
+    ],
+)
+def test_a_function_must_build_one_optimizer_or_schedule(folder, setting, made):
+    module = make_module(folder, **{setting: made})
+    module.configure_model()
+    with pytest.raises(ConfigError, match=f"`{setting}` must build one (Optimizer|LRScheduler)"):
+        module.configure_optimizers()
+
+
 def test_one_optimizer_of_a_subclass_is_taken_as_it_is(folder):
     class Mine(GRPOModule):
         def configure_optimizers(self):
@@ -269,6 +293,28 @@ def test_sequences_that_grew_beyond_a_switch_of_rope_are_refused(folder):
     module.policy.model.config.rope_parameters = rope
     with pytest.raises(ConfigError, match=r"at most 3 tokens, at which .* got one of 4"):
         module.prepare_rollout(make_batch())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl": 0.1}, "`kl` must be an object such as `KLPenalty(0.001)`, got 0.1"),
+        ({"loss": "grpo"}, "`loss` must be an object such as `GRPOLoss()`, got 'grpo'"),
+        ({"loss": GRPOLoss}, "got the class GRPOLoss. Call it."),
+        ({"advantage": 1.0}, "`advantage` must be an object such as `GroupAdvantage()`"),
+        ({"correction": 2.0}, "`correction` must be an object such as `TokenTIS()`"),
+        ({"truncation": "mask"}, "`truncation` must be an object such as `Truncation("),
+        ({"lora": {"rank": 8}}, "`lora` must be an object such as `LoRA(rank=16)`"),
+        ({"optimizer": 1e-4}, "`optimizer` must be a function that builds it"),
+        (
+            {"optimizer": torch.optim.SGD([torch.zeros(1)])},
+            "`optimizer` must be a function that builds it",
+        ),
+    ],
+)
+def test_what_is_no_part_of_its_kind_is_refused_by_the_constructor(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        GRPOModule("anything", **settings)
 
 
 def test_a_model_in_memory_is_refused_with_the_ways_out():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_grpo.agents.turns import EpisodeRecord, first_ids, next_ids, with_answer
+from lightning_grpo.agents.turns import EpisodeRecord, call_id, first_ids, next_ids, with_answer
 from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.rollout.chat import with_arguments
 from lightning_grpo.types import Completion
@@ -133,6 +133,21 @@ def test_a_conversation_begins_with_all_that_is_said_or_not_at_all():
     begun = tokenizer.decode(first_ids(tokenizer, [ASK, {**SAID, "content": "It is"}]))
     assert begun.endswith("<|im_start|>assistant\nIt is")
     assert first_ids(tokenizer, [ASK, {**SAID, "content": ""}]) == first_ids(tokenizer, [ASK])
+
+
+def test_a_template_that_leaves_the_tools_out_is_refused_unless_they_are_described():
+    silent = make_chat_tokenizer(TOOL_TEMPLATE.replace("{%- if tools -%}", "{%- if false -%}"))
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    with pytest.raises(ConfigError, match="leaves out the tool 'add'"):
+        first_ids(silent, [ASK], tools)
+    assert first_ids(silent, [{"role": "system", "content": "Call add(x)."}, ASK], tools)
+    assert first_ids(make_chat_tokenizer(), [ASK], tools)
+
+
+def test_ids_of_calls_are_what_every_template_takes():
+    ids = {call_id(number, index) for number in range(100) for index in range(100)}
+    assert len(ids) == 100 * 100
+    assert all(len(each) == 9 and each.isalnum() for each in ids)
 
 
 def test_an_answer_that_was_begun_is_one_message_with_its_end():

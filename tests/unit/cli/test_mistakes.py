@@ -428,6 +428,14 @@ def test_a_record_is_told_at_the_setting_that_has_its_value():
         )
 
 
+def test_a_value_is_told_rather_than_the_section_of_its_name(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("model:\n  model: there\n  loss: lightning_grpo.GRPOLoss\n")
+    written = collect([("a.yaml", config)], ["--model.model", "/here"])
+    problem = locate(ConfigError("`model` must give finite logprobs. Mend it."), written)
+    assert (problem.setting, problem.where) == ("model.model", "command line")
+
+
 def test_a_record_of_what_nobody_wrote_is_told_at_its_owner():
     problem = locate(ConfigError("servers.python", "names no interpreter"), WRITTEN)
     assert problem.setting == "data.servers"

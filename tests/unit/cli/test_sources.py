@@ -87,6 +87,30 @@ def test_a_class_path_on_the_command_line_keeps_the_files_arguments(tmp_path):
     assert settings.plain()["model"]["loss"] == {"class_path": "x.Y", "init_args": {"c": 1}}
 
 
+@pytest.mark.parametrize(
+    "text", ["rows.csv", "/data/ROWS.JSONL", "shipped:a/b.jsonl", "http://a:30000", "a:30000"]
+)
+def test_a_file_or_an_address_takes_the_place_of_the_arguments_given_before(tmp_path, text):
+    config = tmp_path / "a.yaml"
+    config.write_text("data:\n  prompts: {path: old, column: question}\n")
+    merged = collect([("a.yaml", config)], ["--data.prompts", text])
+    assert merged.plain() == {"data": {"prompts": text}}
+
+
+def test_datasets_by_name_take_the_place_of_one_and_settings_of_one_are_joined(tmp_path):
+    one, named, more = (tmp_path / name for name in ("one.yaml", "named.yaml", "more.yaml"))
+    one.write_text("data:\n  val_prompts: {path: old, column: question}\n")
+    named.write_text("data:\n  val_prompts: {a: {path: x}, b: {path: y}}\n")
+    more.write_text("data:\n  val_prompts: {limit: 3, template_kwargs: {k: 1}}\n")
+
+    def merged(*paths):
+        return collect([(path.name, path) for path in paths], []).plain()["data"]["val_prompts"]
+
+    assert merged(one, named) == {"a": {"path": "x"}, "b": {"path": "y"}}
+    joined = {"path": "old", "column": "question", "limit": 3, "template_kwargs": {"k": 1}}
+    assert merged(one, more) == joined
+
+
 def test_arguments_after_a_class_path_given_alone_are_its_own(tmp_path):
     (tmp_path / "a.yaml").write_text("data: {servers: a.B}\n")
     settings = collect([("a", tmp_path / "a.yaml")], ["--data.servers.num_servers", "2"])

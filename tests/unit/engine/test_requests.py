@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lightning_grpo.engine.batch import Output, Request
+from lightning_grpo.engine.requests import GenerateBody, Intake
 from lightning_grpo.engine.scheduler import Unread
 from tests.fakes.engine_requests import PLAIN, ignore
+from tests.fakes.tiny_model import make_tiny_tokenizer
 
 
 def spans(versions: str) -> list[tuple[str, int, int]]:
@@ -51,3 +54,15 @@ async def test_a_reader_who_is_slow_is_told_the_newest_of_each_completion_in_tur
     assert [(index, len(ids)) for index, ids in told] == [(1, 997), (2, 998), (0, 999)]
     unread.put(1, output(7))
     assert await read(unread) == (1, [7])
+
+
+def test_a_text_is_gone_on_from_without_the_mark_that_would_end_it() -> None:
+    tokenizer = make_tiny_tokenizer()
+    plain = tokenizer.encode("3 + 4")
+    end = ("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    ended = TemplateProcessing("$A <|im_end|>", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = ended
+    assert tokenizer.encode("3 + 4") == [*plain, end[1]]
+    intake = Intake(1000, 640, frozenset(), tokenizer, deterministic=False)
+    (asked,), _ = intake.generations(GenerateBody(text="3 + 4"))
+    assert list(asked.input_ids) == plain

@@ -148,6 +148,7 @@ YARN = {
     **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
     **{"original_max_position_embeddings": 24},
 }
+PHIMOE = {"rope_parameters": {**YARN, "short_mscale": 1.1, "long_mscale": 1.4}}
 DEPENDING_ON_LENGTH = [
     ("phi3", PHI3),
     ("llama", {"rope_parameters": LONGROPE}),
@@ -166,6 +167,7 @@ DEPENDING_ON_LENGTH = [
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
     ("llama", {"rope_parameters": LLAMA3}),
     ("qwen3", {"rope_parameters": YARN}),
+    ("phimoe", PHIMOE),  # changes its scale under any kind
 ]
 LENGTHS = (12, 24, 9, 30, 27, 12, 25)
 
@@ -210,6 +212,7 @@ def test_a_model_filled_on_the_meta_device_switches_too(tmp_path):
         ("llama", {"rope_parameters": LLAMA3}, (), None),
         ("qwen3", {"rope_parameters": YARN}, (), None),
         ("phi3", PHI3, (24,), 24),
+        ("phimoe", PHIMOE, (24,), 24),
         ("phi3", {**PHI3, "sliding_window": 8}, (8, 24), 24),
         ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 48}, (48,), 48),
         ("mistral", {"sliding_window": 16}, (16,), None),

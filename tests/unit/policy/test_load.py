@@ -281,6 +281,27 @@ def test_quantized_weights_are_refused_by_their_method(quantization, tmp_path):
         load_policy(str(tmp_path), model_kwargs={"quantization_config": quantization})
 
 
+def in_eight_bits(dtype):
+    def edit(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = (tensors[name].clamp(0, 1) * 100).to(dtype)
+
+    return edit
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_of_eight_bits_are_refused_also_where_no_config_says_it(dtype, pickled, tmp_path):
+    folder = change(tmp_path, in_eight_bits(dtype))
+    if pickled:
+        tensors = load_file(tmp_path / "model.safetensors")
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    for meta in (False, True):
+        with pytest.raises(ConfigError, match=r"model.layers.1.mlp.up_proj.weight .* quantized"):
+            load_policy(folder, meta=meta)
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl"])
 def test_a_model_that_also_sees_is_refused_with_the_way_to_its_text_part(kind, tmp_path):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)

@@ -139,3 +139,8 @@ def test_a_wrapped_function_travels_to_another_process():
 
     reward = cloudpickle.loads(cloudpickle.dumps(from_trl(accuracy)))
     assert call(reward)[1] == 1.0
+
+
+def test_a_function_of_one_completion_is_refused():
+    with pytest.raises(ConfigError, match="A function of one completion is"):
+        from_trl(lambda completion, answer: 1.0)

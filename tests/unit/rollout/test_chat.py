@@ -62,6 +62,7 @@ def test_messages_are_understood_in_whatever_shape_they_come(value):
     [
         (HI, [HI]),
         (json.dumps(HI), [HI]),
+        (json.dumps(json.dumps([HI, YES])), [HI, YES]),
         (str(HI), [HI]),
         (
             json.dumps([HI, {"role": "assistant", "tool_calls": [CALL]}, RESULT]),
@@ -87,7 +88,15 @@ def test_a_message_keeps_what_it_says_and_loses_what_says_nothing(value, expecte
 
 TEXTS = [
     *("hi", "[1, 2]", "{x}", '[{"a": 1}]', '{"role": "user"}', "[", ""),
-    *('{"messages": "hi"}', '{"messages": [1]}', "{'a': 1}", '[{"role": "user", "content": '),
+    *(
+        '"hi"',
+        '"[1]"',
+        '"[1" is what?',
+        '{"messages": "hi"}',
+        '{"messages": [1]}',
+        "{'a': 1}",
+        '[{"role": "user", "content": ',
+    ),
 ]
 
 
@@ -117,6 +126,11 @@ def test_a_text_that_is_no_conversation_in_json_stays_text(text):
         ([{"from": "function_call", "value": "{}"}], "from 'function_call'"),
         ([HI, {"role": "assistant", "content": None}], r"message 1 \(assistant\) has no content"),
         ([{"role": "user"}], r"message 0 \(user\) has no content"),
+        ([{"role": 0, "content": "hi"}], "role of message 0 must be a text, got 0"),
+        (
+            {"role": ["user", "user"], "content": ["hi"]},
+            "must be of one length, got {'role': 2, 'content': 1}",
+        ),
         ([{"role": "user", "content": 4}], "only text .* got a part of 'int'"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
@@ -190,6 +204,27 @@ def test_a_template_that_leaves_a_message_out_is_refused_with_its_role(value, op
     with pytest.raises(ConfigError, match=f"leaves out what the role '{role}' says"):
         asked(value, leaving_out(role), **options)
     asked(value, **options)
+
+
+def test_a_template_that_leaves_an_empty_result_out_is_refused_with_its_role():
+    nothing = [HI, {**YES, "tool_calls": [CALL]}, {**RESULT, "content": ""}]
+    with pytest.raises(ConfigError, match="leaves out what the role 'tool' says"):
+        asked(nothing, leaving_out("tool"))
+    assert "<tool_response></tool_response>" in asked(nothing).text
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "roles"),
+    [("hi", {"system": "S"}, "system, user"), ([HI, YES, RESULT], {}, "user, assistant, tool")],
+)
+def test_a_template_that_refuses_a_role_is_told_with_the_roles_it_was_given(value, options, roles):
+    alternates = (
+        "{%- if (message.role == 'user') != (loop.index0 % 2 == 0) or message.role == 'tool' -%}"
+        "{{ raise_exception('roles must alternate') }}{%- endif -%}"
+    )
+    loop = "{%- for message in messages -%}"
+    with pytest.raises(ConfigError, match=f"no messages of the roles {roles}: roles must altern"):
+        asked(value, TOOL_TEMPLATE.replace(loop, loop + alternates), **options)
 
 
 def test_a_template_that_leaves_earlier_answers_out_is_refused():

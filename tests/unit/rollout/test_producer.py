@@ -251,12 +251,26 @@ def test_a_prompt_that_always_fails_is_named_and_replaced():
     assert "OSError: gone" in producer._errors[0]
 
 
-def test_a_reward_that_always_raises_ends_the_run_with_its_traceback():
+def test_a_reward_that_always_raises_ends_the_run_with_the_line_that_did():
     def broken_reward(completion):
         raise ZeroDivisionError("in the user's reward")
 
-    with pytest.raises(FailureBudgetError, match=r"(?s)first 4 groups.*in broken_reward.*user's"):
+    with pytest.raises(FailureBudgetError, match=r"first 4 groups.*in broken_reward.*user's") as e:
         run_training(batch_size=4, reward=broken_reward)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_workflow_that_always_raises_ends_the_run_with_its_own_line():
+    class Broken:
+        async def run(self, prompt, context):
+            await context.generate(list(prompt.input_ids))
+            return {}["gone"]
+
+    with pytest.raises(
+        FailureBudgetError, match=r"KeyError: 'gone' \(.*test_producer.py:\d+, in run: return"
+    ) as error:
+        run_training(workflow=Broken())
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_workflow_that_returns_nothing_fails_its_attempts():

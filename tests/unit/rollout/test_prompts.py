@@ -279,7 +279,9 @@ def test_a_missing_csv_file_is_not_looked_for_on_the_hub():
         load("gone.csv")
 
 
-@pytest.mark.parametrize(("name", "comma"), [("rows.csv", ","), ("rows.tsv", "\t")])
+@pytest.mark.parametrize(
+    ("name", "comma"), [("rows.csv", ","), ("rows.tsv", "\t"), ("ROWS.CSV", ",")]
+)
 def test_cells_of_a_table_stay_the_text_that_they_are(tmp_path, name, comma):
     lines = [["question", "answer"], ['"a, ""b""\nand c"', "007"], ["NA", '"1,000"']]
     text = "\r\n".join(comma.join(cells) for cells in lines)

@@ -508,6 +508,11 @@ async def test_the_seed_goes_with_every_piece_of_a_completion():
     [
         ({"version": "0.5.3"}, {}, "runs SGLang 0.5.3"),
         ({"label": "other:3"}, {}, "weights 'other:3' of another run"),
+        (
+            {"model": {"preferred_sampling_params": {"min_p": 0.1}}},
+            {},
+            r"adds sampling parameters of its own .*'min_p': 0.1.*preferred-sampling-params",
+        ),
         ({"info": {"context_length": 100}}, {"max_tokens": 200}, "takes at most 100 tokens"),
         (
             {"info": {"max_req_input_len": 90}},
