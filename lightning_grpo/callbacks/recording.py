@@ -244,6 +244,7 @@ class TimelineWriter(Callback):
             stopped = isinstance(exception, StopRun | KeyboardInterrupt)
             text = str(exception) or type(exception).__name__
             self._end(trainer, "stopped" if stopped else "failed", text)
+        self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out then
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen no more."""

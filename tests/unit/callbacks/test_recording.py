@@ -200,6 +200,18 @@ def test_a_warning_of_the_package_is_kept_with_its_step(make_trainer, tmp_path):
     assert not [h for h in logging.getLogger("lightning_grpo").handlers if "Listener" in repr(h)]
 
 
+def test_a_run_that_fails_hears_nothing_of_the_next(make_trainer):
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            raise ValueError("odd")
+
+    before = list(logging.getLogger("lightning_grpo").handlers)
+    trainer = make_trainer(callbacks=[TimelineWriter(), Fails()], enable_progress_bar=False)
+    with pytest.raises(ValueError, match="odd"):
+        trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
+    assert logging.getLogger("lightning_grpo").handlers == before
+
+
 def test_a_malformed_warning_ends_nothing(make_trainer, tmp_path, capsys):
     class Malformed(Callback):
         def on_train_batch_start(self, trainer, *_) -> None:
