@@ -28,7 +28,7 @@ from lightning_grpo.agents.tool_worker import most_bytes
 from lightning_grpo.checks import A_YEAR_S, MOST, require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rewards.confine import Confinement
-from lightning_grpo.rewards.sandbox import bubblewrap, end_group
+from lightning_grpo.rewards.sandbox import ScratchFolder, bubblewrap, end_group
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.scoring import reward_name as function_name
 
@@ -197,7 +197,7 @@ class _Worker:
 
     @classmethod
     async def start(cls, tools: Sequence[Callable[..., Any]], limits: ToolLimits) -> _Worker:
-        folder = tempfile.TemporaryDirectory(prefix="tools-", ignore_cleanup_errors=True)
+        folder = ScratchFolder(prefix="tools-", ignore_cleanup_errors=True)
         scratch = Path(folder.name, "scratch")
         await anyio.to_thread.run_sync(scratch.mkdir)
         wrapper = await anyio.to_thread.run_sync(

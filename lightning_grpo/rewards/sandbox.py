@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from typing_extensions import override
 
 from lightning_grpo.checks import require_count, require_seconds
 from lightning_grpo.rewards.confine import Confinement, interpreter_files
@@ -79,6 +80,18 @@ class CodeResult:
 _DEFAULT_LIMITS = CodeLimits()
 
 
+class ScratchFolder(tempfile.TemporaryDirectory[str]):
+    """A temporary folder that goes whatever a program has put into it."""
+
+    @override
+    def cleanup(self) -> None:
+        """Remove it; before Python 3.13 `shutil` goes no deeper than Python's own stack."""
+        try:
+            super().cleanup()
+        except RecursionError:
+            subprocess.run(["rm", "-rf", "--", self.name], check=False)
+
+
 def run_python(
     source: str, tests: str = "", stdin: str = "", limits: CodeLimits = _DEFAULT_LIMITS
 ) -> CodeResult:
@@ -97,7 +110,7 @@ def run_python(
         limits: What it may use.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as folder,
+        ScratchFolder(prefix="program-", ignore_cleanup_errors=True) as folder,
         contextlib.ExitStack() as held,
     ):
         program, judge = Path(folder, "program"), Path(folder, "judge")

@@ -366,7 +366,9 @@ class EventLoop:
         if done.cancelled():  # with the loop itself
             outcome.set_exception(RolloutError(_LOOP_LOST))
         elif (error := done.exception()) is not None:
-            outcome.set_exception(error)
+            # What ends a thread from outside may hit any of its tasks, also a group of them.
+            killed = isinstance(error, BaseExceptionGroup) and not isinstance(error, Exception)
+            outcome.set_exception(RolloutError(_LOOP_LOST) if killed else error)
         else:
             outcome.set_result(done.result())
 

@@ -346,7 +346,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-            self.failed(path, str(error))
+            self.failed(path, why_unwritten(error))
         else:
             self.succeeded()
 
@@ -433,9 +433,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def why_unwritten(error: BaseException) -> str:
+    """What kept a file from being written, in a line."""
+    if "inline_container" in str(error):  # torch names the place in its own code, and no cause
+        return "the disk took only a part of it; it is full, or a quota is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def first_error(error: BaseException | None) -> str:
     """What went wrong on the first rank where something did; the same on all; empty if nothing."""
-    said = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
+    said = "" if error is None else why_unwritten(error)
     everywhere = [""] * dist.get_world_size()
     dist.all_gather_object(everywhere, said)
     return next((each for each in everywhere if each), "")

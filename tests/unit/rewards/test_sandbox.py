@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.rewards.sandbox import CodeLimits, boundary, run_python
+from lightning_grpo.rewards.sandbox import CodeLimits, ScratchFolder, boundary, run_python
 
 LIMITS = CodeLimits(timeout_s=1.5, memory_mb=128)
 OUTSIDE = str(Path(tempfile.gettempdir(), "written-by-a-program"))
@@ -80,6 +81,14 @@ def test_all_that_it_writes_together_has_limits(write):
     limits = CodeLimits(timeout_s=60.0)
     assert run_python(source, limits=limits).ending == "too_much_output"
     assert run_python(source, "pass", limits=limits).ending == "too_much_output"
+
+
+def test_a_scratch_folder_goes_however_deep_it_is(tmp_path):
+    folder = ScratchFolder(dir=tmp_path, ignore_cleanup_errors=True)
+    nest = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')"
+    subprocess.run([sys.executable, "-c", nest], cwd=folder.name, check=True)
+    folder.cleanup()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_crash_of_the_interpreter_is_told():
