@@ -301,6 +301,8 @@ class GRPOModule(EvaluatedModule):
         self._prepare(model)
         if type(self).configure_optimizers is not GRPOModule.configure_optimizers:
             return
+        if inspect.isfunction(self._optimizer) and self._optimizer is not default_optimizer:
+            return  # it may look for parameters that it knows, and would find none of them
         shapes = [p.shape for p in model.parameters() if p.requires_grad]
         with suppress(RuntimeError, AttributeError, LookupError):  # it wants the real ones
             # Of one stored value each, on a device that every optimizer takes.

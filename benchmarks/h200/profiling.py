@@ -37,6 +37,12 @@ def kind_of(kernel: str) -> str:
     return "other"
 
 
+def is_annotation(event: Any) -> bool:
+    """A stretch that a program has named, which covers the kernels within it."""
+    named = event.key.startswith(("Optimizer.", "FSDP::"))
+    return named or bool(getattr(event, "is_user_annotation", False))
+
+
 class ProfileStep(Callback):
     """Profiles one step.
 
@@ -70,7 +76,11 @@ class ProfileStep(Callback):
         seen, self._profile = self._profile, None
         seen.__exit__(None, None, None)
         averages = seen.key_averages()
-        kernels = [e for e in averages if e.self_device_time_total and e.self_cpu_time_total == 0]
+        kernels = [
+            e
+            for e in averages
+            if e.self_device_time_total and not e.self_cpu_time_total and not is_annotation(e)
+        ]
         shares: dict[str, float] = {}
         for each in kernels:
             kind = kind_of(each.key)

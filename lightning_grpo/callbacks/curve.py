@@ -21,6 +21,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lightning_grpo.contract import run_folder
+
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
@@ -39,7 +41,7 @@ class CurveKeeper(Callback):
         wanted = bool(loggers) and stage == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if wanted and not any(isinstance(each, CSVLogger) for each in loggers):
             # Every row at once: a run that is killed keeps its curve.
-            folder = str(trainer.datamodule.run_dir)  # type: ignore[attr-defined]
+            folder = run_folder(trainer)
             curve = CurveLogger(folder, name="", version="", flush_logs_every_n_steps=1)
             trainer.loggers = [*loggers, curve]
 

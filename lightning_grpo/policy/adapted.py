@@ -56,11 +56,12 @@ class _RoundedOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, update: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        if rows.is_cuda:
-            product = torch.mm(rows, weight, out_dtype=torch.float32)
-        else:
-            product = rows.float() @ weight.float()
-        return (product + update).to(update.dtype)
+        with torch.autocast(rows.device.type, enabled=False):  # it would round the product
+            if rows.is_cuda:
+                product = torch.mm(rows, weight, out_dtype=torch.float32)
+            else:
+                product = rows.float() @ weight.float()
+            return (product + update).to(update.dtype)
 
     @staticmethod
     @once_differentiable

@@ -318,7 +318,7 @@ class PackedPolicy(nn.Module):
         """
         layout = self._layout(input_ids, cu_seqlens)
         predicted = predicted_positions(layout, positions_mask)
-        device = next(self.model.parameters()).device
+        device = next(self.model.get_input_embeddings().parameters()).device
         return self.score(
             to_device(input_ids, device),
             layout.to(device),

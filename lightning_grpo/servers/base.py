@@ -298,15 +298,15 @@ CAUSES: tuple[tuple[str, str], ...] = (
 
 def likely_cause(log: str, returncode: int | None) -> str:
     """One phrase on why a start failed; empty when the log tells nothing known."""
+    # SGLang kills itself after any failure of its scheduler, and says so.
+    itself = "kill_process_tree" in log
+    if (returncode == -signal.SIGKILL or "Killed" in log) and not itself:
+        return "it was killed, most often for want of memory"
     for pattern, cause in CAUSES:
         if match := re.search(pattern, log):
             return cause.format(*match.groups())
-    # SGLang kills itself after any failure of its scheduler, which the log then ends with.
-    if errors := re.findall(r"^\w*(?:Error|Exception): .+", log, re.MULTILINE):
-        return str(errors[-1])
-    if returncode == -signal.SIGKILL or "Killed" in log:
-        return "it was killed, most often for want of memory"
-    return ""
+    errors = re.findall(r"^\w*(?:Error|Exception): .+", log, re.MULTILINE) if itself else []
+    return str(errors[-1]) if errors else ""
 
 
 def start_error(what: str, log: str, returncode: int | None = None) -> ServerStartError:

@@ -1,7 +1,7 @@
 """Mixed precision of one rank: passes compute with a copy of the parameters in another dtype.
 
-What FSDP2 does on a single rank beside sharding nothing: its hooks, casts and gradient buffers for
-each block cost the CPU more than launching the block's kernels.
+On a single rank FSDP2 has nothing to shard, and its hooks, casts and gradient buffers for each
+block cost the CPU more time than launching the block's kernels.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -134,11 +135,20 @@ def test_a_schedule_that_fails_at_the_first_step_is_refused_before_it(folder):
     ("arguments", "message"),
     [
         (
-            {"lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 0)},
+            {
+                "optimizer": functools.partial(torch.optim.AdamW, lr=1e-3),
+                "lr_scheduler": lambda o: torch.optim.lr_scheduler.StepLR(o, 0),
+            },
             "`lr_scheduler` must last for the run's 1 steps",
         ),
-        ({"optimizer": lambda p: torch.optim.AdamW(p, lr=-1.0)}, "Invalid learning rate: -1.0"),
-        ({"optimizer": lambda p: torch.optim.AdamW(p, rate=1.0)}, "unexpected keyword .*rate"),
+        (
+            {"optimizer": functools.partial(torch.optim.AdamW, lr=-1.0)},
+            "Invalid learning rate: -1.0",
+        ),
+        (
+            {"optimizer": functools.partial(torch.optim.AdamW, rate=1.0)},
+            "unexpected keyword .*rate",
+        ),
     ],
 )
 def test_optimizer_and_schedule_are_tried_before_anything_is_started(folder, arguments, message):
@@ -149,7 +159,9 @@ def test_optimizer_and_schedule_are_tried_before_anything_is_started(folder, arg
 def test_an_optimizer_that_wants_the_real_parameters_is_no_mistake(folder):
     def by_name(parameters):
         known = {id(p): name for name, p in module.named_parameters()}
-        return torch.optim.AdamW([{"params": [p], "name": known[id(p)]} for p in parameters])
+        return torch.optim.AdamW(
+            [{"params": [p], "name": known[id(p)]} for p in parameters if id(p) in known]
+        )
 
     module = make_module(folder, optimizer=by_name)
     module.check_model()

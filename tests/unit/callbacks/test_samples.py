@@ -96,8 +96,9 @@ def test_loggers_of_text_get_it_with_markup_as_text():
 
 
 def test_other_loggers_get_nothing_and_a_full_disk_ends_no_run(caplog):
-    plain, full, tables = SimpleNamespace(experiment=object()), Board(full=True), Tables()
-    log_both(SampleTables(), plain, full, tables)
+    bare, plain = SimpleNamespace(), SimpleNamespace(experiment=object())
+    full, tables = Board(full=True), Tables()
+    log_both(SampleTables(), bare, plain, full, tables)
     assert len(tables.tables) == 3
     assert "answers in Board can't be written (No space left on device)" in caplog.text
 

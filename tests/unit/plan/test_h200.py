@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig
 
 from lightning_grpo.loader import plan_micro_batches
 from lightning_grpo.plan.hardware import gpu_speed
@@ -33,21 +33,12 @@ from lightning_grpo.policy.size import (
     model_size,
     training_memory,
 )
+from tests.fakes.sizes import QWEN_SHAPE
 
 RESULTS = Path(__file__).parents[3] / "benchmarks/results"
 GIB = 1 << 30
 H200 = gpu_speed("h200")
-QWEN = model_size(
-    Qwen2Config(
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
-)
+QWEN = model_size(QWEN_SHAPE)
 SMOLLM = model_size(
     LlamaConfig(
         hidden_size=576,

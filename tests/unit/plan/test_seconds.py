@@ -8,18 +8,10 @@ from lightning_grpo.plan import seconds
 from lightning_grpo.plan.hardware import Speed
 from lightning_grpo.plan.plan import step_parts
 from lightning_grpo.plan.seconds import Packed, Serving, Workload
-from lightning_grpo.policy.size import ModelSize, TrainingSetup
+from lightning_grpo.policy.size import TrainingSetup
+from tests.fakes.sizes import ROUND
 
-SIZE = ModelSize(
-    parameters=1000,
-    embedding=200,
-    layers=4,
-    hidden=8,
-    intermediate=32,
-    query_width=16,
-    kv_width=4,
-    vocab=25,
-)
+SIZE = replace(ROUND, vocab=25)
 SPEED = Speed(
     flops=1e6,
     single=1e5,

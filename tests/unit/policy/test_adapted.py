@@ -53,6 +53,17 @@ def test_gradients_in_half_precision_are_those_of_the_exact_layer_rounded():
         assert (mine.double() - right).norm() < 0.01 * right.norm()
 
 
+def test_under_autocast_an_update_below_half_a_unit_counts_in_full_too():
+    layer, x = make_layer(AdaptedLinear, bias=False, size=1e-4), torch.randn(600, 256)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = layer(x).float()
+        update = layer.lora_B["default"](layer.lora_A["default"](x)).float() * 2
+        layer.set_scale("default", 0.0)
+        without = layer(x).float()
+    kept = ((found - without) * update).sum() / update.square().sum()
+    assert kept.item() == pytest.approx(1.0, abs=0.1)
+
+
 @pytest.mark.parametrize("device", ["cpu", ON_A_GPU])
 @pytest.mark.parametrize("bias", [False, True])
 def test_in_bf16_an_update_below_half_a_unit_counts_in_full(bias, device):

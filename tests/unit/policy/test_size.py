@@ -9,39 +9,18 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.size import (
     CONTEXT_BYTES,
-    ModelSize,
     TrainingSetup,
     kept_numbers,
     model_size,
     training_flops,
     training_memory,
 )
-
-SHAPE = Qwen2Config(
-    hidden_size=1536,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    intermediate_size=8960,
-    vocab_size=151936,
-    tie_word_embeddings=True,
-)
-ROUND = ModelSize(
-    parameters=1000,
-    embedding=200,
-    layers=4,
-    hidden=8,
-    intermediate=32,
-    query_width=16,
-    kv_width=4,
-    vocab=10,
-)
-"""Of which everything can be added up in the head."""
+from tests.fakes.sizes import QWEN_SHAPE, ROUND
 
 
 @pytest.fixture(scope="module")
 def size():
-    return model_size(SHAPE)
+    return model_size(QWEN_SHAPE)
 
 
 def test_a_models_size_is_read_off_its_config(size):

@@ -150,7 +150,10 @@ def test_a_kill_points_at_memory_unless_the_log_tells_why_a_server_ended_itself(
     )
     assert likely_cause(log.format("The head dim 65"), -9) == "ValueError: The head dim 65 is odd."
     full = "Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.2."
-    assert "`memory_fraction`" in likely_cause(f"ValueError: {full}", -9)
+    assert "`memory_fraction`" in likely_cause(log.format(full), -9)
+    handled = "ImportError: no fast kernel, using another"
+    assert "want of memory" in likely_cause(handled, -9)
+    assert likely_cause(handled, 1) == ""
 
 
 SLOW_TO_END = """
