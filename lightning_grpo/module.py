@@ -299,10 +299,9 @@ class GRPOModule(EvaluatedModule):
     def _try_out(self, model: PreTrainedModel) -> None:
         """Prepare a model without values, and build optimizer and schedule for its shapes."""
         self._prepare(model)
-        if type(self).configure_optimizers is not GRPOModule.configure_optimizers:
-            return
-        if inspect.isfunction(self._optimizer) and self._optimizer is not default_optimizer:
-            return  # it may look for parameters that it knows, and would find none of them
+        known = self._optimizer is default_optimizer or not inspect.isfunction(self._optimizer)
+        if type(self).configure_optimizers is not GRPOModule.configure_optimizers or not known:
+            return  # a function may look for parameters that it has seen, and would find none
         shapes = [p.shape for p in model.parameters() if p.requires_grad]
         with suppress(RuntimeError, AttributeError, LookupError):  # it wants the real ones
             # Of one stored value each, on a device that every optimizer takes.

@@ -77,7 +77,7 @@ def send(logger: Any, key: str, rows: Sequence[Row], step: int) -> None:
     if hasattr(logger, "log_table"):
         logger.log_table(key, columns=list(COLUMNS), data=[list(row) for row in rows], step=step)
         return
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_text"):
         experiment.add_text(key, "\n\n".join(as_markdown(rows)), step)
     elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):
