@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -231,7 +232,7 @@ class Material:
         assert self.val_sampling is not None
         return replace(self.val_sampling, temperature=0.0, top_p=1.0, top_k=-1)
 
-    @property
+    @functools.cached_property  # each sync asks for it, and it takes hundreds of prompts to make
     def probe(self) -> Probe:
         """What servers, the sent weights and the policy score to prove a weight sync.
 

@@ -78,6 +78,22 @@ def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_
         material.prompts[""][i] for i in range(12)))  # fmt: skip
 
 
+def test_the_probe_is_made_once_and_no_prompt_again_at_each_weight_sync(folder, tmp_path):
+    made = []
+
+    class Counting(RolloutDataModule):
+        def make_prompt(self, row, tokenizer):
+            made.append(row)
+            return super().make_prompt(row, tokenizer)
+
+    data = make_data(NeverServers())
+    counting = Counting(data.prompts, data.workflow, data.servers)
+    material = open_material(in_folder(counting, tmp_path).settings_for(str(folder)))
+    first, made_for_it = material.probe, len(made)
+    assert material.probe == first
+    assert len(made) == made_for_it
+
+
 def test_a_prompt_that_a_subclass_makes_is_asked(folder, tmp_path):
     class Shouting(RolloutDataModule):
         def make_prompt(self, row, tokenizer):
