@@ -85,6 +85,9 @@ def check_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Non
     """
     found = getattr(tokenizer, "chat_template", None)
     templates = found.values() if isinstance(found, Mapping) else [found]
+    untried = [each for each in templates if isinstance(each, str) and each not in _sound]
+    if not untried:  # as for all prompts but the first
+        return
     special = getattr(tokenizer, "special_tokens_map", None) or {}
     given = {
         "conversations": _conversations(messages),
@@ -93,9 +96,8 @@ def check_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Non
         "documents": None,
         **{name: str(token) for name, token in special.items() if isinstance(name, str)},
     }
-    for template in templates:
-        if isinstance(template, str):
-            _try(template, json.dumps(given, default=str))
+    for template in untried:
+        _try(template, json.dumps(given, default=str))
 
 
 def _conversations(messages: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -111,8 +113,6 @@ def _conversations(messages: Sequence[Mapping[str, Any]]) -> list[list[Mapping[s
 
 
 def _try(template: str, given: str) -> None:
-    if template in _sound:
-        return
     wrong = _run(template, given)
     if wrong:
         raise ConfigError(

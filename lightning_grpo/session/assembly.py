@@ -33,7 +33,11 @@ from lightning_grpo.serving.health import HealthPolicy, check_memory_release, ch
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.serving.server import ServerHandle
 from lightning_grpo.session.material import Material, SessionSettings
-from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
+from lightning_grpo.weights.process_group import (
+    DirectTransport,
+    IPCTransport,
+    ProcessGroupTransport,
+)
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import DiskTransport, Place, Transport
 
@@ -140,7 +144,8 @@ def choose_transport(
 
     Where either side computes on CPUs a gloo group. On GPUs an NCCL group, unless a server is on
     the trainer's own GPU, since NCCL refuses two ranks on one device: if that is the only one the
-    server maps the trainer's memory, else weights go by disk.
+    server maps the trainer's memory, else weights go by disk. Where a server's GPU is not known,
+    the group's first bucket tells.
 
     Args:
         given: The user's choice.
@@ -155,7 +160,7 @@ def choose_transport(
     serving = {device for handle in servers.handles for device in handle.devices}
     if serving == {trainer_gpu}:
         return IPCTransport()
-    return DiskTransport() if trainer_gpu in serving else ProcessGroupTransport("nccl")
+    return DiskTransport() if trainer_gpu in serving else DirectTransport()
 
 
 _TRIAL_S = 10.0

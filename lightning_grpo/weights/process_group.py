@@ -13,11 +13,12 @@ import asyncio
 import base64
 import contextlib
 import io
+import logging
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -44,6 +45,8 @@ from lightning_grpo.weights.transport import (
     UpdateRefusedError,
     require_success,
 )
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -193,6 +196,8 @@ def address_towards(url: str) -> str:
 
 
 LEAVE_TIMEOUT_S = 5.0
+ONE_DEVICE = "Duplicate GPU"
+"""NCCL's words for two ranks on one device."""
 ONE_GPU = " Trainer and server share a GPU, which NCCL refuses: use `WeightSync(IPCTransport())`."
 BACKENDS = ("auto", "gloo", "nccl")
 
@@ -330,7 +335,7 @@ async def _both(
         try:
             await collective
         except (RuntimeError, TimeoutError) as error:
-            way_out = ONE_GPU if "Duplicate GPU" in str(error) else ""
+            way_out = ONE_GPU if ONE_DEVICE in str(error) else ""
             raise WeightSyncError(
                 f"{target.url}: sending {what} failed: {error}{way_out}"
             ) from error
@@ -365,9 +370,7 @@ class IPCTransport(Transport):
     def prepare(self, snapshot: Snapshot, version: int) -> int:
         """Flattens the weights, on the GPU where they are."""
         self._buckets = make_buckets(snapshot, self._bucket_bytes)
-        if self._buckets[0].flat.is_cuda:
-            # The copies must be there before another process reads them.
-            torch.cuda.synchronize(self._buckets[0].flat.device)
+        finish_copies(self._buckets)
         return sum(bucket.flat.nbytes for bucket in self._buckets)
 
     async def send(self, target: Target, label: str, timeout_s: float) -> None:
@@ -381,19 +384,7 @@ class IPCTransport(Transport):
                 f"IPCTransport needs a server on one GPU, {target.url} has {target.tp_size}."
                 " Use ProcessGroupTransport."
             )
-        last = len(self._buckets) - 1
-        for index, bucket in enumerate(self._buckets):
-            # Handles are counted: each server, and each attempt, needs its own.
-            message = await in_thread(lambda b=bucket: message_of(b), "share weights")  # type: ignore[misc]
-            body: dict[str, Any] = {
-                "serialized_named_tensors": [message],
-                "load_format": "flattened_bucket",
-                "flush_cache": False,
-            }
-            if index == last:
-                body["weight_version"] = label
-            reply = await target.client.update("/update_weights_from_tensor", body, timeout_s)
-            require_success(reply, target, f"a bucket of {len(bucket.names)} weights")
+        await send_handles(self._buckets, target, label, timeout_s)
 
     async def abandon(self, target: Target) -> None:
         """Nothing connects to the server."""
@@ -403,6 +394,64 @@ class IPCTransport(Transport):
         self._buckets = []
         if torch.cuda.is_initialized():
             torch.cuda.ipc_collect()
+
+
+class DirectTransport(ProcessGroupTransport):
+    """From GPU to GPU: by NCCL, or by CUDA IPC to a server that turns out to be on the trainer's.
+
+    Nobody tells which GPU a server has that somebody else started. NCCL does, at the first bucket:
+    it refuses two ranks on one.
+    """
+
+    def __init__(self, backend: str = "nccl") -> None:
+        super().__init__(backend)
+        self._sharing: set[str] = set()
+
+    def prepare(self, snapshot: Snapshot, version: int) -> int:
+        """Flattens the weights, on the GPU where they are."""
+        size = super().prepare(snapshot, version)
+        if self._sharing:
+            finish_copies(self._buckets)
+        return size
+
+    async def send(self, target: Target, label: str, timeout_s: float) -> None:
+        """By a group as long as NCCL takes it."""
+        if target.url not in self._sharing:
+            try:
+                await super().send(target, label, timeout_s)
+                return
+            except WeightSyncError as error:
+                if ONE_DEVICE not in str(error) or target.tp_size > 1:
+                    raise
+            logger.info("%s is on the trainer's own GPU: weights go there by CUDA IPC", target.url)
+            await self.abandon(target)
+            await in_thread(lambda: finish_copies(self._buckets), "share weights")
+            self._sharing.add(target.url)
+        await send_handles(self._buckets, target, label, timeout_s)
+
+
+async def send_handles(
+    buckets: Sequence[Bucket], target: Target, label: str, timeout_s: float
+) -> None:
+    """Hand buckets over to a server on the same GPU; the label goes with the last."""
+    for bucket in buckets:
+        # Handles are counted: each server, and each attempt, needs its own.
+        message = await in_thread(lambda b=bucket: message_of(b), "share weights")  # type: ignore[misc]
+        body: dict[str, Any] = {
+            "serialized_named_tensors": [message],
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        if bucket is buckets[-1]:
+            body["weight_version"] = label
+        reply = await target.client.update("/update_weights_from_tensor", body, timeout_s)
+        require_success(reply, target, f"a bucket of {len(bucket.names)} weights")
+
+
+def finish_copies(buckets: Sequence[Bucket]) -> None:
+    """Wait until what was copied into buckets is there for another process to read."""
+    if buckets[0].flat.is_cuda:
+        torch.cuda.synchronize(buckets[0].flat.device)
 
 
 class _Shared:

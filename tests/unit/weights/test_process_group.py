@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import io
 import pickle
@@ -7,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, WeightSyncError
 from lightning_grpo.weights.gather import make_buckets
-from lightning_grpo.weights.process_group import IPCTransport, message_of
+from lightning_grpo.weights.process_group import DirectTransport, IPCTransport, message_of
 from lightning_grpo.weights.transport import Place
+from tests.fakes.weight_group import join_group
 
 pytestmark = pytest.mark.anyio
 
@@ -88,3 +90,54 @@ async def test_a_server_of_several_gpus_is_refused(tmp_path):
     target = SimpleNamespace(client=Client(), url="http://server", tp_size=2)
     with pytest.raises(ConfigError, match="ProcessGroupTransport"):
         await transport.send(target, "run:1", 5.0)
+
+
+class OnTheTrainersGPU:
+    """A server that joins a group and whose NCCL then refuses: it is on the trainer's own GPU."""
+
+    url = "http://127.0.0.1:1"
+
+    def __init__(self, joins=True):
+        self.joins = joins
+        self.asked = []
+        self.labels = []
+
+    async def update(self, path, body=None, timeout_s=60.0):
+        self.asked.append(path)
+        if path == "/init_weights_update_group" and self.joins:
+            await asyncio.get_running_loop().run_in_executor(None, join_group, body)
+        elif path in ("/init_weights_update_group", "/update_weights_from_distributed"):
+            words = "NCCL error: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 60"
+            return SimpleNamespace(success=False, message=words)
+        if path == "/update_weights_from_tensor":
+            self.labels.append(body.get("weight_version"))
+        return SimpleNamespace(success=True, message="")
+
+
+@pytest.fixture
+def direct(tmp_path):
+    transport = DirectTransport("gloo")
+    transport.bind(Place(tmp_path, tmp_path, bucket_bytes=16))
+    return transport
+
+
+async def test_a_running_server_that_turns_out_to_share_the_gpu_gets_the_weights_by_ipc(direct):
+    client = OnTheTrainersGPU()
+    target = SimpleNamespace(client=client, url=client.url, tp_size=1, alive=True)
+    for version in (1, 2):
+        direct.prepare({"a": torch.ones(4), "b": torch.ones(4)}, version)
+        await direct.send(target, f"run:{version}", 5.0)
+    assert client.labels == [None, "run:1", None, "run:2"]
+    # It is asked by NCCL once, and what was left of the group is taken down.
+    assert client.asked.count("/update_weights_from_distributed") == 1
+    assert client.asked.count("/destroy_weights_update_group") == 1
+    await direct.close([])
+
+
+async def test_a_server_of_several_gpus_that_shares_one_is_told_so(direct):
+    client = OnTheTrainersGPU(joins=False)
+    target = SimpleNamespace(client=client, url=client.url, tp_size=2, alive=True)
+    direct.prepare({"a": torch.ones(4)}, 1)
+    with pytest.raises(WeightSyncError, match="Duplicate GPU"):
+        await direct.send(target, "run:1", 5.0)
+    assert client.labels == []

@@ -8,7 +8,11 @@ from safetensors.torch import load_file
 
 from lightning_grpo.errors import ConfigError, WeightSyncError
 from lightning_grpo.session.assembly import choose_transport
-from lightning_grpo.weights.process_group import IPCTransport, ProcessGroupTransport
+from lightning_grpo.weights.process_group import (
+    DirectTransport,
+    IPCTransport,
+    ProcessGroupTransport,
+)
 from lightning_grpo.weights.transport import DiskTransport, Place, check_version, write_version
 
 
@@ -126,10 +130,10 @@ def servers_on(*devices):
     ("trainer_gpu", "serving", "kind"),
     [
         (0, (0,), IPCTransport),
-        (0, (1,), ProcessGroupTransport),
-        (0, (1, 2, 3), ProcessGroupTransport),
+        (0, (1,), DirectTransport),
+        (0, (1, 2, 3), DirectTransport),
         (1, (0, 1), DiskTransport),
-        (0, (), ProcessGroupTransport),
+        (0, (), DirectTransport),
         (None, (), ProcessGroupTransport),
     ],
 )
