@@ -442,15 +442,15 @@ class EvaluatedModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means with half of their 95 % confidence intervals, and keep the record."""
         step, self._loaded_step = self._loaded_step, None
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        if step is None or fitting:
+        if self.trainer.state.fn == TrainerFn.FITTING:
             step = self.global_step
+        at = {} if step is None else {"step": float(step)}
+        step = self.global_step if step is None else step
         record = self._means.record(step)
         # Equal on all ranks already; Lightning would warn of what is not reduced, where there is
         # a process group, if only of one rank.
-        # In training's curve at its step; Lightning would count one less.
-        logged = record.metrics | ({"step": float(step)} if fitting else {})
-        self.log_dict(logged, sync_dist=distributed.is_initialized())
+        # At its step of the curve: Lightning counts one less, and without `fit` none.
+        self.log_dict(record.metrics | at, sync_dist=distributed.is_initialized())
         self.trainer.datamodule.evaluations.append(record)  # type: ignore[attr-defined]
 
     on_test_epoch_start = on_validation_epoch_start

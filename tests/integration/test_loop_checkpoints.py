@@ -73,8 +73,12 @@ def test_a_run_that_goes_on_remembers_its_baseline(tiny_model, server, tmp_path,
     assert resumed.evaluations[0].metrics.keys() == resumed.evaluations[2].metrics.keys()
     assert "avg_at_1, step 0 -> 4" in capsys.readouterr().out
     other = data()
+    logger = CSVLogger(tmp_path, name="later")
+    trainer = make_trainer(tmp_path, logger=logger)
     trainer.validate(make_module(tiny_model), other, ckpt_path=path)
-    assert len(other.evaluations) == 1
+    assert [record.step for record in other.evaluations] == [2]
+    with (tmp_path / "later/version_0/metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2"]
 
 
 def test_a_lambda_must_be_passed_again_to_train_on_and_the_error_says_so(
