@@ -132,7 +132,13 @@ class Episode:
         if trained and self._attempt.sampling is not None:
             chosen = for_evaluation(chosen, self._own, self._attempt.sampling)
         elif trained and not self._attempt.is_evaluation:
-            self._require_trainable(chosen, traceback.extract_stack(limit=2)[0])
+            refusal = self._why_untrainable(chosen)
+            if refusal:
+                at = traceback.extract_stack(limit=2)[0]  # slow: it reads the caller's source
+                place = f"`context.generate` in {at.filename}, line {at.lineno} ({at.name})"
+                aside = "If its tokens are no part of the trajectory, say `trained=False`."
+                raise ConfigError(f"{place}: {refusal} {aside}")
+            self._temperature = chosen.temperature
         return self._generate(list(input_ids), chosen, trained)
 
     async def score(self, reward: Reward, /, **arguments: Any) -> RewardValue:
@@ -189,21 +195,19 @@ class Episode:
         self._calls.append(_Call(len(input_ids), whole, sampling, trained))
         return completion
 
-    def _require_trainable(self, sampling: Sampling, caller: traceback.FrameSummary) -> None:
-        """Refuse what the trainer could not account for."""
-        place = f"`context.generate` in {caller.filename}, line {caller.lineno} ({caller.name})"
-        aside = "If its tokens are no part of the trajectory, say `trained=False`."
+    def _why_untrainable(self, sampling: Sampling) -> str:
+        """Why the trainer could not account for tokens sampled so; empty where it can."""
         try:
             check_sampling(sampling)
         except ConfigError as error:
-            raise ConfigError(f"{place}: {error} {aside}") from error
+            return str(error)
         if self._temperature not in (None, sampling.temperature):
-            raise ConfigError(
-                f"{place}: `sampling.temperature` must be the same in all of a trajectory (the "
-                f"trainer divides the logits by one number), got {self._temperature} and "
-                f"{sampling.temperature}. Use one of them. {aside}"
+            return (
+                "`sampling.temperature` must be the same in all of a trajectory (the trainer "
+                f"divides the logits by one number), got {self._temperature} and "
+                f"{sampling.temperature}. Use one of them."
             )
-        self._temperature = sampling.temperature
+        return ""
 
 
 def for_evaluation(asked: Sampling, own: Sampling | None, wanted: Sampling) -> Sampling:
