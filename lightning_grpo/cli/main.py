@@ -6,6 +6,7 @@ is called, so that help and a mistyped command cost no import of torch.
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -15,7 +16,15 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from lightning_grpo.cli.environment import is_first_rank, prepare_imports, wants_traceback
-from lightning_grpo.errors import ConfigError, GRPOError, ServerStartError, StopRun, printable
+from lightning_grpo.errors import (
+    ConfigError,
+    GRPOError,
+    PromptError,
+    RewardError,
+    ServerStartError,
+    StopRun,
+    printable,
+)
 
 COMMANDS = {
     "init": ("init.init", "make a folder to start a task of your own from"),
@@ -96,8 +105,8 @@ def _ended(
     code, lines = explain(error)
     if isinstance(error, StopRun) and error.saved_to:
         lines = [f"go on with: {resume_command(command, arguments, error.saved_to)}"]
-    if isinstance(error, ServerStartError) and command in _RUNS:
-        lines.append(f"its line `start` shows this alone: {doctor_command(arguments)}")
+    if command in _RUNS:
+        lines += doctor_words(error, arguments)
     if isinstance(error, OSError) and command not in _RUNS:
         code, lines = _MISUSED, lines[:1]
         if isinstance(error, BrokenPipeError):
@@ -154,9 +163,25 @@ def resume_command(command: str, arguments: list[str], checkpoint: str) -> str:
     return shlex.join([*words, "--ckpt_path", checkpoint])
 
 
-def doctor_command(arguments: list[str]) -> str:
-    """The command that starts a run's servers and no more, to copy."""
-    return shlex.join(["lightning-grpo", "doctor", *arguments, "--start"])
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def doctor_words(error: BaseException, arguments: list[str]) -> list[str]:
+    """Which line of `doctor` looks at what has ended a run, with the command to copy."""
+    options: tuple[str, ...] = ()
+    match error:
+        case ServerStartError():
+            check, options = "start", ("--start",)
+        case PromptError():
+            check = "prompts"
+        case RewardError():
+            check = "reward"
+        case OSError(errno=number) if number in _DISK:
+            check = "disk"
+        case _:
+            return []
+    command = shlex.join(["lightning-grpo", "doctor", *arguments, *options])
+    return [f"the line `{check}` looks at this alone: {command}"]
 
 
 def _unknown(command: str) -> int:

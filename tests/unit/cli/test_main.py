@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -16,9 +17,15 @@ from lightning_grpo.cli.environment import (
     refuse_hiding,
     wants_traceback,
 )
-from lightning_grpo.cli.main import COMMANDS, explain, main
+from lightning_grpo.cli.main import COMMANDS, doctor_words, explain, main
 from lightning_grpo.cli.sources import ConfigProblem
-from lightning_grpo.errors import ConfigError, ServerStartError, StopRun
+from lightning_grpo.errors import (
+    ConfigError,
+    PromptError,
+    RewardError,
+    ServerStartError,
+    StopRun,
+)
 from lightning_grpo.shipped import resolve_config
 
 
@@ -113,6 +120,29 @@ def test_servers_that_do_not_start_name_the_command_that_starts_them_alone(capsy
     assert main(["fit", "--config", str(config)]) == 1
     said = capsys.readouterr().err
     assert f"lightning-grpo doctor --config {config} --start" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PromptError("row 3 can't be rendered"), "`prompts`"),
+        (RewardError("reward 'graded' raised"), "`reward`"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs"), "`disk`"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), "`disk`"),
+        (ServerStartError("the server ended with status 1"), "`start`"),
+        (ConfigError("group_size", "must be >= 2", 1), None),
+        (OSError(errno.ECONNRESET, "Connection reset by peer"), None),
+    ],
+    ids=str,
+)
+def test_a_failed_run_names_the_line_of_doctor_that_looks_at_what_ended_it(error, line):
+    said = doctor_words(error, ["--config", "my task.yaml"])
+    if line is None:
+        assert said == []
+    else:
+        (words,) = said
+        assert f"the line {line} looks at this alone" in words
+        assert "lightning-grpo doctor --config 'my task.yaml'" in words
 
 
 def test_files_of_the_current_folder_can_be_imported_here_and_in_children(tmp_path):
