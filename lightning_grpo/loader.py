@@ -18,9 +18,10 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,11 +203,14 @@ class Rollout(RankShare, Taken):
         advantages: One per trajectory of the batch, `[trajectories]`, or per token, `[tokens]`.
         proximal_logprobs: Filled by the module when the loss is anchored there, `[share tokens]`.
         reference_logprobs: Filled by the module when a KL penalty asks, `[share tokens]`.
+        policy_logprobs: Of each minibatch and micro-batch, by their numbers, what the policy gave
+            its tokens when they were trained on first, `[tokens]`; filled in training.
     """
 
     advantages: Tensor
     proximal_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    policy_logprobs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -263,6 +267,22 @@ def on_device(batch: MicroBatch, device: torch.device | str) -> MicroBatch:
 def token_rows(sequences: Sequences, rows: list[int]) -> Tensor:
     """Positions in `sequences` of the tokens of `rows`, in that order, int64 `[tokens]`."""
     return packed_rows(sequences.cu_seqlens, torch.tensor(rows, dtype=torch.int64))
+
+
+def policy_logprobs(rollout: Rollout) -> dict[int, np.ndarray]:
+    """What the policy gave the tokens of this rank's share when they were trained on first.
+
+    Returns:
+        fp32 `[tokens]` of each trajectory that was trained on, by its number in the rollout batch.
+        Entry 0 says nothing, nor do those of tokens outside the loss.
+    """
+    found: dict[int, np.ndarray] = {}
+    for (index, k), logprobs in rollout.policy_logprobs.items():
+        rows = rollout.plans[index][k]
+        numbers = rollout.sequences.trajectory_index[rows].tolist()
+        ends = rollout.sequences.lengths[rows].cumsum(0)[:-1].tolist()
+        found |= zip(numbers, np.split(logprobs.float().cpu().numpy(), ends), strict=True)
+    return found
 
 
 def _rows(values: Tensor | None, sequences: Sequences, rows: list[int]) -> Tensor | None:

@@ -162,6 +162,8 @@ class Objective:
         )
         if not self.entropy_coefficient:
             entropy = entropy.detach()
+        if minibatch.pass_index == 0 and minibatch.rollout.plans[minibatch.index][k]:
+            minibatch.rollout.policy_logprobs.setdefault((minibatch.index, k), logprobs.detach())
         loss, metrics = minibatch_loss(
             logprobs,
             replace(batch, entropy=entropy),

@@ -8,7 +8,7 @@ import json
 import logging
 import platform
 import time
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib import metadata
@@ -40,8 +40,9 @@ from lightning_grpo.contract import (
     run_folder,
 )
 from lightning_grpo.errors import StopRun
-from lightning_grpo.loader import Minibatch
+from lightning_grpo.loader import Minibatch, policy_logprobs
 from lightning_grpo.rollout.records import write_groups
+from lightning_grpo.session.session import Session
 from lightning_grpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -85,13 +86,18 @@ class TrajectoryWriter(Callback):
     ) -> None:
         """Write the rollout batch after its last optimizer step."""
         rollout = batch.rollout
-        if not batch.is_last or rollout.groups is None or rollout.index % self._every_n_batches:
+        if not batch.is_last or rollout.index % self._every_n_batches:
+            return
+        session: Session = trainer.datamodule.session  # type: ignore[attr-defined]
+        shares = session.gather(policy_logprobs(rollout))
+        if rollout.groups is None or shares is None:
             return
         path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"
         about: dict[str, Any] = {"step": trainer.global_step, "version": rollout.version}
         advantages = rollout.advantages
         if len(advantages) == sum(len(group.trajectories) for group in rollout.groups):
             about["advantages"] = advantages.tolist()  # else there is one per token
+        about["policy_logprobs"] = dict(ChainMap(*shares))
         self._finish()
         thread = ThreadPoolExecutor(1, "trajectories")
         self._writing = thread.submit(self._write, path, rollout.groups, **about)

@@ -235,6 +235,10 @@ class RankChannel:
         """Entry r of rank 0's list on rank r; the other ranks pass None."""
         return self._exchange.scatter(values)
 
+    def gather(self, value: T) -> list[T] | None:
+        """Every rank's object, in their order, on rank 0; None elsewhere."""
+        return self._exchange.gather(value)
+
     def agree(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return bool(self._exchange.largest(int(flag)))

@@ -38,7 +38,7 @@ from lightning_grpo._compat import listen_at
 
 
 class Exchange:
-    """Broadcast, scatter and agreement between the ranks; a process that is alone has no group.
+    """Broadcast, scatter, gather and agreement between ranks; a process alone has no group.
 
     Args:
         group: A group of CPU tensors beside the default one.
@@ -66,6 +66,14 @@ class Exchange:
             box, entries = [None], None if values is None else box
             dist.scatter_object_list(box, entries, src=0, group=self._group)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value, pickled, on rank 0; None elsewhere."""
+        if self._group is None:
+            return [value]
+        box = [None] * self._world_size if dist.get_rank(self._group) == 0 else None
+        dist.gather_object(value, box, dst=0, group=self._group)
+        return box
 
     def largest(self, value: int) -> int:
         """The largest of all ranks' numbers."""

@@ -281,6 +281,9 @@ def _answer(row: Mapping[str, Any], spell: Speller | None) -> Row:
             "logprobs": [_hundredths(value) for value in row["logprobs"][first:]],
             "versions": _runs_of(row["versions"][first:]),
         }
+        if scored := row.get("policy_logprobs"):
+            pairs = zip(scored[first:], row["logprobs"][first:], strict=True)
+            out["tokens"]["moved"] = [_hundredths(now - then) for now, then in pairs]
     return out
 
 

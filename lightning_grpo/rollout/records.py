@@ -42,6 +42,7 @@ SCHEMA = pa.schema(
         ("tokens", pa.list_(pa.int32())),
         ("response_mask", pa.list_(pa.bool_())),
         ("logprobs", pa.list_(pa.float32())),
+        ("policy_logprobs", pa.list_(pa.float32())),  # when it was trained on; empty if it wasn't
         ("versions", pa.list_(pa.int32())),
         # what replay needs besides
         ("num_prompt_tokens", pa.int64()),
@@ -63,7 +64,7 @@ _FIELDS = [each.name for each in fields(Trajectory)]
 _COLUMN = {"input_ids": "tokens", "text": "completion"}
 """Columns that are not named as the trajectory's fields are."""
 _FIELD = {column: name for name, column in _COLUMN.items()}
-_PER_TOKEN = ("tokens", "response_mask", "logprobs", "versions")
+_PER_TOKEN = ("tokens", "response_mask", "logprobs", "policy_logprobs", "versions")
 _ONE_VALUE = pa.schema([each for each in SCHEMA if each.name not in _PER_TOKEN])
 
 
@@ -75,6 +76,7 @@ def write_groups(
     version: int,
     outcome: str = Outcome.TRAINED,
     advantages: Sequence[float] | None = None,
+    policy_logprobs: Mapping[int, Sequence[float]] | None = None,
 ) -> Path:
     """Write groups to one file, whole or not at all.
 
@@ -85,6 +87,8 @@ def write_groups(
         version: The weights that trained on it.
         outcome: How the groups ended (an `Outcome`), or what else they are.
         advantages: One for each trajectory, where there are any.
+        policy_logprobs: By the number of a trajectory, what the policy gave its tokens when they
+            were trained on first.
 
     Returns:
         `path`.
@@ -99,8 +103,15 @@ def write_groups(
             row["advantage"] = advantage
     table = pa.Table.from_pylist(rows, schema=_ONE_VALUE)
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    scored = policy_logprobs or {}
+    lists: dict[str, list[Sequence[Any]]] = {
+        name: [getattr(each, _FIELD.get(name, name)) for each in trajectories]
+        for name in _PER_TOKEN
+        if name != "policy_logprobs"
+    }
+    lists["policy_logprobs"] = [scored.get(k, ()) for k in range(len(trajectories))]
     columns = [
-        _per_token(trajectories, field) if field.name in _PER_TOKEN else table[field.name]
+        _per_token(lists[field.name], field) if field.name in lists else table[field.name]
         for field in SCHEMA
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,10 +124,8 @@ def write_groups(
     return path
 
 
-def _per_token(trajectories: Sequence[Trajectory], field: pa.Field) -> pa.Array:
+def _per_token(lists: Sequence[Sequence[Any]], field: pa.Field) -> pa.Array:
     """A column of lists, by way of numpy: there are a hundred times as many values as rows."""
-    name = _FIELD.get(field.name, field.name)
-    lists = [getattr(trajectory, name) for trajectory in trajectories]
     lengths = np.fromiter(map(len, lists), np.int32, len(lists))
     offsets = np.concatenate([np.zeros(1, np.int32), lengths.cumsum(dtype=np.int32)])
     values = np.fromiter(

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -57,6 +57,8 @@ from lightning_grpo.weights.gather import gather_weights
 from lightning_grpo.weights.proof import SentScores, promised
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Snapshot
+
+T = TypeVar("T")
 
 
 class Session(ABC):
@@ -100,6 +102,10 @@ class Session(ABC):
     def share(self, parts: list[Any] | None) -> Any:
         """Rank r's element of what rank 0 passes."""
         return self.channel.scatter(parts)
+
+    def gather(self, value: T) -> list[T] | None:
+        """What every rank passes, on rank 0; None elsewhere."""
+        return self.channel.gather(value)
 
     @abstractmethod
     def publish(self, policy: nn.Module, *, trained: bool) -> PublishReport | None:

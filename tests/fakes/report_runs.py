@@ -108,7 +108,8 @@ def write_batch(
     where = folder / "trajectories" / ("held_out" if held_out else "")
     outcome = "held out" if held_out else "trained"
     path = where / f"step_{step:06d}.parquet"
-    write_groups(path, groups, step=step, version=step - 1, outcome=outcome)
+    scored = {} if held_out else {0: (0.0, 0.0, -0.3, -1.5, -0.5, 0.0)}
+    write_groups(path, groups, step=step, version=step - 1, outcome=outcome, policy_logprobs=scored)
 
 
 def write_run(folder: Path, steps: int = 6) -> Path:

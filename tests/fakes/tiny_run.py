@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -43,6 +44,7 @@ class TinyRollout:
     groups: list[Group] | None
     advantages: torch.Tensor = field(default_factory=lambda: torch.tensor([-1.0, 1.0, -1.0, 1.0]))
     metrics: dict[str, float] = field(default_factory=lambda: {"time/wait_rollout_s": 0.5})
+    policy_logprobs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,6 +117,7 @@ class TinyData(L.LightningDataModule):
         super().__init__()
         self.num_rollouts = num_rollouts
         self.evaluations = evaluations or []
+        self.session = SimpleNamespace(gather=lambda value: [value])
 
     def train_dataloader(self):
         return TinyLoader(self.num_rollouts)

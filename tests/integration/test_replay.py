@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.errors import CheckpointError
+from lightning_grpo.rollout.records import read_rows
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
 
 TRAINED = ("policy/loss", "policy/grad_norm", "policy/entropy", "ratio/max", "reward/mean")
@@ -44,6 +49,31 @@ def test_a_replay_has_the_batches_and_the_losses_of_the_recorded_run_and_ends_wi
     for ours, theirs in zip(curves(replayed), curves(live), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-6)
     assert len({round(step["policy/loss"], 7) for step in curves(live)}) > 3
+
+
+def own_value(completion: str) -> float:
+    """A reward that two different answers hardly share."""
+    return zlib.crc32(completion.encode()) % 97
+
+
+def test_each_token_is_recorded_with_what_the_policy_gave_it_when_it_trained(
+    tiny_model, server, tmp_path
+):
+    data = make_data(server, own_value, minibatches_per_batch=2, max_staleness=0)
+    module = make_module(tiny_model, optimizer=lambda params: torch.optim.SGD(params, lr=1.0))
+    make_trainer(tmp_path, max_steps=8).fit(module, data)
+    moves = {"same weights": [], "a step later": []}
+    for rows in (list(each) for _, each in groupby(read_rows(tmp_path), itemgetter("step"))):
+        for row in rows:
+            of = "same weights" if row["group"] == 0 else "a step later"
+            pairs = zip(row["policy_logprobs"], row["logprobs"], strict=False)
+            moves[of] += [
+                abs(now - then)
+                for (now, then), sampled in zip(pairs, row["response_mask"], strict=False)
+                if sampled
+            ]
+    assert moves["same weights"]
+    assert max(moves["same weights"]) < 1e-4 < max(moves["a step later"])
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

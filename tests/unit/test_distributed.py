@@ -71,6 +71,7 @@ def test_one_process_waits_without_store_or_group():
     assert channel.on_rank_zero(lambda: 3, what="three") == 3
     assert channel.broadcast([1]) == [1]
     assert channel.scatter(["mine"]) == "mine"
+    assert channel.gather("mine") == ["mine"]
     assert (channel.agree(True), channel.agree(False)) == (True, False)
     channel.start_watchdog()
     channel.close()

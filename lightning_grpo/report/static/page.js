@@ -718,7 +718,7 @@ function drawFilters() {
     choice("mode", "Show", [["groups", "groups"], ["change", "first and last of a prompt"]], (mode) => set({ mode, sort: mode === "change" ? "change" : "step" })),
     choice("sort", "Sort by", Object.entries(SORTS).map(([key, [label]]) => [key, label])),
     el("label.check", {}, el("input", { id: "f-reverse", type: "checkbox", onchange: (event) => set({ reverse: event.target.checked }) }), "largest first"),
-    choice("colour", "Colour tokens by", [["", "nothing"], ["logprob", "logprob"], ["version", "weight version"], ["mask", "who wrote it"]]),
+    choice("colour", "Colour tokens by", [["", "nothing"], ["logprob", "logprob"], ["ratio", "ratio"], ["advantage", "advantage"], ["version", "weight version"], ["mask", "who wrote it"]]),
     button("Clear", () => look({ view: "answers" }), { id: "clear" }),
   );
 }
@@ -757,6 +757,8 @@ function drawLegend() {
   const legends = {
     "": [],
     logprob: ["Likely", ...[0, 0.5, 1, 2, 4].map((depth) => tok(`\u2212${depth}`, logprobStyle(-100 * depth))), "surprising: log-probability at which each token was sampled"],
+    ratio: ["Less likely", ...[0.5, 0.8, 1, 1.25, 2].map((ratio) => tok(`\u00d7${ratio}`, ratioStyle(100 * Math.log(ratio)))), "more likely when it was trained on than when it was sampled"],
+    advantage: ["Worse", ...[-2, -1, 0, 1, 2].map((advantage) => tok(show(advantage), signedStyle(advantage / 2))), "better than the other answers to its prompt: the advantage of the whole answer"],
     version: [tok("newest weights", versionStyle(0)), tok("one older", versionStyle(1)), tok("two or more older", versionStyle(2)), "within its answer's group"],
     mask: [tok("sampled by the policy (trained on)", maskStyle(true)), el("span.tok.outside", {}, "put there by an environment or template")],
   };
@@ -766,6 +768,8 @@ function drawLegend() {
 
 const mix = (name, share) => ({ background: share <= 0 ? "" : `color-mix(in srgb, ${css(name)} ${Math.round(share * 100)}%, transparent)` });
 const logprobStyle = (hundredths) => mix("--c1", Math.min(0.75, -hundredths / 100 / 4));
+const signedStyle = (share) => mix(share < 0 ? "--bad" : "--good", 0.6 * Math.min(1, Math.abs(share)));
+const ratioStyle = (hundredths) => signedStyle(hundredths / 100 / Math.LN2);
 const versionStyle = (behind) => mix("--c3", Math.min(0.6, 0.3 * behind));
 const maskStyle = (sampled) => (sampled ? mix("--c0", 0.18) : {});
 
@@ -992,6 +996,8 @@ function coloured(answer, group, item, key) {
   const count = open ? tokens.pieces.length : Math.min(tokens.pieces.length, MOST_COLOURED);
   const styles = {
     logprob: (at) => logprobStyle(tokens.logprobs[at]),
+    ratio: (at) => (tokens.moved ? ratioStyle(tokens.moved[at]) : {}),
+    advantage: () => (Number.isFinite(answer.advantage) ? signedStyle(answer.advantage / 2) : {}),
     version: (at) => versionStyle(newest - versions[at]),
     mask: () => maskStyle(true),
   };
@@ -1002,8 +1008,9 @@ function coloured(answer, group, item, key) {
     const span = document.createElement("span"); // thousands at once: without what `el` costs
     span.className = sampled ? "tok" : "tok outside";
     span.textContent = data.pieces[tokens.pieces[at]];
-    span.title = sampled ? `logprob ${(tokens.logprobs[at] / 100).toFixed(2)}, weights ${versions[at]}` : "not sampled by the policy";
-    if (sampled) span.style.background = style(at).background;
+    const ratio = tokens.moved ? `, ratio ${Math.exp(tokens.moved[at] / 100).toFixed(2)}` : "";
+    span.title = sampled ? `logprob ${(tokens.logprobs[at] / 100).toFixed(2)}${ratio}, weights ${versions[at]}` : "not sampled by the policy";
+    if (sampled) span.style.background = style(at).background || "";
     spans.push(span);
   }
   const rest = tokens.pieces.length > MOST_COLOURED ? button(open ? "Less" : `All ${tokens.pieces.length.toLocaleString("en")} tokens`, () => toggle(item, key), { className: "quiet small" }) : null;

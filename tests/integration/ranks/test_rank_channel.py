@@ -49,6 +49,7 @@ def wait_and_share() -> list[object]:
     seen.append(channel.broadcast({"a": torch.arange(3)} if channel.rank == 0 else None)["a"])
     seen.append(channel.scatter([b"x" * 10, b"yy"] if channel.rank == 0 else None))
     seen.append((channel.agree(channel.rank == 1), channel.agree(False)))
+    seen.append(channel.gather(f"of rank {channel.rank}"))
     channel.close()
     channel.close()
     return seen
@@ -60,6 +61,7 @@ def test_ranks_wait_three_timeouts_for_rank_zero_and_then_share_objects():
     assert zero[2].tolist() == one[2].tolist() == [0, 1, 2]
     assert (zero[3], one[3]) == (b"x" * 10, b"yy")
     assert zero[4] == one[4] == (True, False)
+    assert (zero[5], one[5]) == (["of rank 0", "of rank 1"], None)
 
 
 def wait_for_a_failure() -> str:

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.algorithm.kl import K2, KLPenalty
 from lightning_grpo.datamodule import ReplayDataModule
+from lightning_grpo.rollout.records import read_rows
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.validation import Evaluation
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
@@ -76,7 +77,11 @@ def replay(folder: str, num_ranks: int, strategy: str) -> tuple[list[float], flo
     module = make_module(f"{folder}/model", kl=kl)
     recorder = Recorder()
     trainer = make_trainer(
-        Path(folder), devices=num_ranks, strategy=strategy, max_steps=-1, callbacks=[recorder]
+        Path(folder, str(num_ranks)),
+        devices=num_ranks,
+        strategy=strategy,
+        max_steps=-1,
+        callbacks=[recorder],
     )
     trainer.fit(module, ReplayDataModule(f"{folder}/recording"))
     held = list(module._reference._policy.parameters())
@@ -99,3 +104,8 @@ def test_a_sharded_reference_gives_the_penalty_of_a_whole_one_and_is_held_in_par
     for seen, part in run_ranks(replay, 2, str(tmp_path), 2, "fsdp2", timeout_s=80):
         assert torch.allclose(torch.tensor(seen), torch.tensor(whole), atol=1e-6)
         assert part < 0.55
+    # What the policy gave is recorded of all ranks' trajectories.
+    alone, shared = (read_rows(tmp_path / ranks) for ranks in ("1", "2"))
+    assert any(row["policy_logprobs"] for row in alone)
+    for one, other in zip(alone, shared, strict=True):
+        assert one["policy_logprobs"] == pytest.approx(other["policy_logprobs"], abs=1e-5)

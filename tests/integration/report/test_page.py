@@ -226,10 +226,10 @@ def test_tokens_are_coloured(page, large):
         "return [...document.querySelector('.card').querySelectorAll('.tok')].map((t) => t.title)"
     )
     assert titles == [
-        "logprob -0.10, weights 3",
-        "logprob -2.00, weights 3",
-        "logprob -0.50, weights 4",
-        "logprob 0.00, weights 4",
+        "logprob -0.10, ratio 0.82, weights 3",
+        "logprob -2.00, ratio 1.65, weights 3",
+        "logprob -0.50, ratio 1.00, weights 4",
+        "logprob 0.00, ratio 1.00, weights 4",
     ]
     shades = (
         "return [...document.querySelectorAll('.card .tok')].slice(0, 4)"
@@ -239,6 +239,12 @@ def test_tokens_are_coloured(page, large):
     assert len(set(page.run(shades))) == 4
     page.choose("colour", "version")
     assert len(set(page.run(shades))) == 2
+    page.choose("colour", "ratio")
+    less, more, *same = page.run(shades)
+    assert len({less, more, ""}) == 3
+    assert same == ["", ""]
+    page.choose("colour", "advantage")
+    assert len(set(page.run(shades))) == 1
 
 
 def test_one_prompt_is_followed_through_time(page, large):

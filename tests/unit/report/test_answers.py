@@ -146,6 +146,8 @@ def test_each_token_has_its_text_logprob_and_version(tmp_path, tokenizer):
     spelt = "".join(answers.pieces[place] for place in tokens["pieces"])
     assert spelt == tokenizer.decode([7, 8, 9, 10], skip_special_tokens=False)
     assert tokens["logprobs"] == [-10, -200, -50, 0]
+    assert tokens["moved"] == [-20, 50, 0, 0], "since it was sampled, where it was trained on"
+    assert "moved" not in answers.groups[0]["answers"][1]["tokens"]
     assert tokens["versions"] == [3, 2, 4, 2], "two tokens of version 3, two of version 4"
 
 

@@ -25,6 +25,15 @@ def test_groups_come_back_as_they_were_written(tmp_path):
     assert read_groups(path) == [groups]
 
 
+def test_what_the_policy_gave_when_it_trained_stands_beside_what_was_sampled(tmp_path):
+    groups = [make_group(0, (0.0, 1.0)), make_group(7, (0.25,))]
+    tokens = len(groups[1].trajectories[0].input_ids)
+    scored = {2: [-0.5] * tokens}
+    path = write_groups(tmp_path / "x.parquet", groups, step=1, version=1, policy_logprobs=scored)
+    assert [row["policy_logprobs"] for row in read_rows(path)] == [[], [], [-0.5] * tokens]
+    assert read_groups(path) == [groups]
+
+
 def test_two_groups_of_the_same_prompt_stay_apart(tmp_path):
     groups = [make_group(0), make_group(0)]
     path = write_groups(tmp_path / "x.parquet", groups, step=1, version=1)
