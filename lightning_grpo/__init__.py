@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_grpo.moved import serve_old_paths
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 serve_old_paths()
 

@@ -78,11 +78,11 @@ def test_the_wheel_is_small_and_carries_the_quickstart_the_configs_and_the_type_
         f"{shipped}/examples/quickstart/model/config.json",
         f"{shipped}/examples/quickstart/model/model.safetensors",
         f"{shipped}/examples/quickstart/model/tokenizer.json",
-        "lightning_grpo-0.1.0.dist-info/licenses/LICENSE",
+        "lightning_grpo-0.2.0.dist-info/licenses/LICENSE",
     } <= names
     assert {name.partition("/")[0] for name in names} == {
         "lightning_grpo",
-        "lightning_grpo-0.1.0.dist-info",
+        "lightning_grpo-0.2.0.dist-info",
     }
 
 
