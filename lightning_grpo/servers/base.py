@@ -33,8 +33,8 @@ class ServerLoad:
 
     Attributes:
         in_flight: Requests at once, at most.
-        batch: Of one rollout batch; 0: not known. More are not decoded side by side, so that the
-            oldest batch is done first and batches don't all end together.
+        batch: Of one rollout batch; 0: not known. Not many more are decoded side by side, so that
+            batches don't all end together.
         context_tokens: Longest sequence, prompt and completion together; None: the model's own.
         weight_bytes: Of the model as servers hold it; 0: not known.
         kv_bytes_per_token: Of keys and values, as servers hold them; 0: not known.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -60,6 +61,10 @@ ENOUGH_REQUESTS = 256
 SMALL_WEIGHTS, MOST_PER_GPU, CORES_PER_SERVER = 4 * GIB, 4, 4
 """A server's scheduler is one thread of Python, which takes some 15 microseconds for each token.
 Below about 2B parameters a GPU waits for it, and serves several of them in turn."""
+
+BATCHES_AT_ONCE = 1.5
+"""The last completions of one batch leave most slots empty, and a step of decoding costs a small
+model hardly less; two batches end together. See `benchmarks/running_requests.py`."""
 
 MAX_RUNNING = 4096
 """More requests in one decoding step than any server was measured with."""
@@ -139,23 +144,24 @@ def size_servers(
     """
     given = given or {}
     requests = -(-load.in_flight // num_servers)
-    at_once = -(-min(load.batch or load.in_flight, load.in_flight) // num_servers)
-    running = int(given.get("max-running-requests", min(max(at_once, 1), MAX_RUNNING)))
     context = given.get("context-length", load.context_tokens)
+    known = gpu_bytes and load.weight_bytes and load.kv_bytes_per_token and context
+    weights, per_token = load.weight_bytes / tp, load.kv_bytes_per_token / tp
+    room = _room(load, gpu_bytes, shared) / per_gpu - weights
+    for running in _running(load, num_servers, given):
+        overhead = max(MIN_OVERHEAD, weights // 8)
+        overhead += running * (GRAPH_BYTES + load.vocab_size * LOGIT_BYTES)
+        wanted = int(running * (context or 0) * SPARE_TOKENS)
+        tokens = min(wanted, int((room - overhead) // per_token)) if known else 0
+        if tokens == wanted:
+            break
     flags, by_graphs = _flags(running, given)
     notes = [f"{requests:,} requests in flight", f"{running:,} decoded at once{by_graphs}"]
     if context is not None:
         flags["context-length"] = context
         notes.append(f"context {context:,}")
-    if not (gpu_bytes and load.weight_bytes and load.kv_bytes_per_token and context):
+    if not known:
         return ServerSize(flags, SHARED_FRACTION if shared else None, tuple(notes), running)
-
-    weights, per_token = load.weight_bytes / tp, load.kv_bytes_per_token / tp
-    overhead = max(MIN_OVERHEAD, weights // 8)
-    overhead += running * (GRAPH_BYTES + load.vocab_size * LOGIT_BYTES)
-    room = _room(load, gpu_bytes, shared) / per_gpu - weights - overhead
-    wanted = int(running * context * SPARE_TOKENS)
-    tokens = min(wanted, int(room // per_token))
     least = min(wanted, FEWEST_REQUESTS * context)
     if tokens < least:
         _refuse(load, weights, overhead, least * per_token, gpu_bytes, context, shared)
@@ -187,6 +193,15 @@ class ServerLayout:
     shared: bool
     per_gpu: int
     size: ServerSize | None
+
+
+def _running(load: ServerLoad, num_servers: int, given: Mapping[str, Any]) -> list[int]:
+    """How many requests a server may decode at once: the best, then what needs less memory."""
+    if "max-running-requests" in given:
+        return [int(given["max-running-requests"])]
+    batch = load.batch or load.in_flight
+    shares = [min(k * batch, load.in_flight) / num_servers for k in (BATCHES_AT_ONCE, 1)]
+    return [min(max(math.ceil(share), 1), MAX_RUNNING) for share in shares]
 
 
 def _flags(running: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

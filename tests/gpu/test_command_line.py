@@ -171,7 +171,7 @@ def test_a_run_starts_its_own_servers_and_shares_the_gpu_with_them(command, tmp_
     ]
     screen = command.fit("--trainer.strategy", "fsdp2", servers=own)
     quiet(screen)
-    assert "256 requests in flight, 128 decoded at once, all by graphs" in screen
+    assert "256 requests in flight, 192 decoded at once, all by graphs" in screen
     assert len(command.column("reward/mean")) == 4
 
 

@@ -99,11 +99,11 @@ def test_a_page_is_as_wide_as_a_terminal_and_names_the_limit(tmp_path, monkeypat
 
 
 def test_servers_are_those_that_fit_would_start(planned):
-    """64 x 8 requests of a small model: two servers on the GPU, each with half of two batches."""
+    """64 x 8 requests of a small model: two servers on the GPU, each with half of them."""
     _, plan = planned(*ON_GPUS, "--gpus", "1", "--gpu", "h100", "--data.batch_size", "64")
     assert plan["servers"][:3] == [
         "512 requests in flight",
-        "256 decoded at once, all by graphs",
+        "384 decoded at once, all by graphs",
         "context 192",
     ]
     assert SGLangServers.machine is None

@@ -268,10 +268,12 @@ def test_a_small_model_on_a_large_gpu_takes_what_its_requests_need_and_no_more()
     assert "2,048 decoded at once, all by graphs" in size.describe()
 
 
-def test_of_several_batches_in_flight_one_is_decoded_at_a_time():
+def test_of_several_batches_in_flight_one_and_a_half_are_decoded_at_a_time():
     load = ServerLoad(3072, 1024, 512, **SMALL)
+    assert size_servers(load, 1, H200).flags["max-running-requests"] == 1536
+    assert size_servers(load, 2, H200, per_gpu=2).flags["max-running-requests"] == 768
+    load = ServerLoad(1024, 1024, 512, **SMALL)
     assert size_servers(load, 1, H200).flags["max-running-requests"] == 1024
-    assert size_servers(load, 2, H200, per_gpu=2).flags["max-running-requests"] == 512
 
 
 @pytest.mark.parametrize(
@@ -303,12 +305,13 @@ def test_servers_on_one_gpu_divide_its_memory():
 def test_as_many_servers_share_a_gpu_as_fit_beside_the_trainer():
     servers = SGLangServers(python=sys.executable)
     servers.machine = Machine(gpus=1, gpu_bytes=80 * GIB, cores=16)
-    for trainer, expected in ((10, 4), (54, 2), (66, 1)):
+    for trainer, expected, at_once in ((10, 4, 1536), (54, 2, 1024), (66, 1, 1024)):
         load = {**LARGE, "trainer_bytes": trainer * GIB}
         servers.load = ServerLoad(3072, 1024, 512, **load)
         layout = servers.layout()
         assert (layout.per_gpu, len(layout.groups), layout.shared) == (expected, expected, True)
-        assert layout.size.flags["max-running-requests"] == 1024 // expected
+        # Where the cache can't hold more, one batch is decoded at a time.
+        assert layout.size.flags["max-running-requests"] == at_once // expected
     servers.num_servers = 4  # the user's own number is not changed
     with pytest.raises(ServersTooLargeError):
         servers.layout()
