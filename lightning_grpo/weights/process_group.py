@@ -429,6 +429,11 @@ class DirectTransport(ProcessGroupTransport):
             self._sharing.add(target.url)
         await send_handles(self._buckets, target, label, timeout_s)
 
+    async def abandon(self, target: Target) -> None:
+        """Drops the group, and what is known of the server's GPU: it may come back on another."""
+        self._sharing.discard(target.url)
+        await super().abandon(target)
+
 
 async def send_handles(
     buckets: Sequence[Bucket], target: Target, label: str, timeout_s: float

@@ -131,7 +131,12 @@ async def test_a_running_server_that_turns_out_to_share_the_gpu_gets_the_weights
     # It is asked by NCCL once, and what was left of the group is taken down.
     assert client.asked.count("/update_weights_from_distributed") == 1
     assert client.asked.count("/destroy_weights_update_group") == 1
-    await direct.close([])
+    # A server that failed may come back on another GPU: it is asked again.
+    await direct.abandon(target)
+    await direct.send(target, "run:3", 5.0)
+    assert client.asked.count("/update_weights_from_distributed") == 2
+    assert client.labels[-1] == "run:3"
+    await direct.close([target])
 
 
 async def test_a_server_of_several_gpus_that_shares_one_is_told_so(direct):
