@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # the engine computes beside us
 
 
 def reward(completion: str, answer: str) -> float:
-    return float(completion.split("####")[-1].strip() == answer.split("####")[-1].strip())
+    return float(completion.partition("####")[2].strip() == answer.partition("####")[2].strip())
 
 
 data = RolloutDataModule(

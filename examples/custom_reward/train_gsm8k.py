@@ -15,7 +15,7 @@ from lightning_grpo import (
 
 
 def reward(completion: str, answer: str) -> float:
-    return float(completion.split("####")[-1].strip() == answer.split("####")[-1].strip())
+    return float(completion.partition("####")[2].strip() == answer.partition("####")[2].strip())
 
 
 gsm8k = Prompts("openai/gsm8k", "main", column="question", suffix="\nEnd with #### and the answer.")

@@ -19,7 +19,13 @@ from rich.text import Text
 from lightning_grpo.checks import require_seconds
 from lightning_grpo.cli.mistakes import import_object
 from lightning_grpo.cli.sources import ConfigProblem, Parser, whole_number
-from lightning_grpo.errors import CheckpointError, ConfigError, RewardError, printable
+from lightning_grpo.errors import (
+    CheckpointError,
+    ConfigError,
+    RewardError,
+    UnreadableError,
+    printable,
+)
 from lightning_grpo.rollout.prompts import open_rows
 from lightning_grpo.rollout.records import read_rows
 from lightning_grpo.rollout.scoring import BoundReward, RewardScorer
@@ -43,7 +49,7 @@ def show(argv: Sequence[str]) -> int:
     if options.limit < 0:
         raise ConfigError("--limit", "must be >= 0", options.limit)
     rows = select(
-        read_answers(options.path),
+        read_answers(options.path, held_out=options.held_out),
         sort=options.sort,
         reverse=options.reverse,
         limit=options.limit,
@@ -53,8 +59,12 @@ def show(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_answers(path: Path) -> list[Row]:
+def read_answers(path: Path, *, held_out: bool = False) -> list[Row]:
     """What a run was trained on; of one that trained on nothing (`validate`) what it answered.
+
+    Args:
+        path: A file, a folder of them, or a run's.
+        held_out: Whether the answers to held-out prompts are wanted, of the run's last version.
 
     Raises:
         ConfigError: There is nothing at that path.
@@ -64,14 +74,15 @@ def read_answers(path: Path) -> list[Row]:
         raise ConfigError(
             f"`path` must be a .parquet file or a run's folder, and there is no {str(path)!r}."
         )
-    try:
-        return list(read_rows(path))
-    except CheckpointError:
-        answered = sorted(
-            path.glob("**/trajectories/held_out"), key=lambda each: each.stat().st_mtime
-        )
-        if not answered:
-            raise
+    refusal: CheckpointError | None = None
+    if not held_out:
+        try:
+            return list(read_rows(path))
+        except CheckpointError as error:
+            refusal = error
+    answered = sorted(path.glob("**/held_out"), key=lambda each: each.stat().st_mtime)
+    if not answered:
+        raise refusal or UnreadableError(f"{str(path)!r} holds no answers to held-out prompts.")
     return list(read_rows(answered[-1]))
 
 
@@ -87,6 +98,11 @@ def _show_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sort", choices=sorted(SORTS), default="step", help="the order")
     parser.add_argument("--reverse", action="store_true", help="largest first")
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="the answers to held-out prompts in place of what was trained on",
+    )
     parser.add_argument("--row", type=whole_number(0), help="only this row of the prompts")
     return parser
 
@@ -113,6 +129,10 @@ def show_rows(rows: Sequence[Row], console: Console) -> None:
         console.print(Text(printable(headline(row)), style="bold"))
         console.print(Text("prompt", style="bold"))
         console.print(Padding(Text(printable(row["prompt"].strip())), (0, 0, 0, 2)))
+        for name, value in json.loads(row.get("columns") or "{}").items():
+            said = Text(printable(f"{name}: {value}".replace("\n", " ")), style="dim")
+            said.truncate(_COLUMN_CHARACTERS, overflow="ellipsis")
+            console.print(Padding(said, (0, 0, 0, 2)))
         ending = " (truncated)" if row["truncated"] else ""
         several = row.get("transcript")
         console.print(Text(f"{'turns' if several else 'completion'}{ending}", style="bold"))
@@ -156,6 +176,7 @@ def staleness(row: Row) -> int:
     return int(row["version"] - sampled_versions(row)[0])
 
 
+_COLUMN_CHARACTERS = 160
 _COMPLETION = "completion"
 _SHOWN_CHARACTERS = 60
 

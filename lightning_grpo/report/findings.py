@@ -19,7 +19,7 @@ from typing import Any
 
 from lightning_grpo.errors import UnreadableError
 from lightning_grpo.report.answers import HELD_OUT, TRAINED, light_rows, step_of
-from lightning_grpo.report.run import PHASES, Run, step_times
+from lightning_grpo.report.run import PHASES, Run, later_without_training, step_times
 
 Row = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ _SLOW, _MOST_SLOW = 1.5, 50
 _LAST_FILES = 3
 _SHORT_ANSWER = 8
 _SIGN = "! "
-_NOTABLE, _FLAT_SHARE, _MANY_TRUNCATED = 0.05, 0.1, 0.2
+_NOTABLE, _FLAT_SHARE, _MANY_TRUNCATED, _MOSTLY = 0.05, 0.1, 0.2, 0.5
 _SAME_FOR = 3
 _TELLING = 10
 """Answers that are enough for a verdict."""
@@ -104,6 +104,11 @@ def how_it_ended(run: Run) -> Finding:
     else:
         answer = f"{steps}. Its folder does not say how it ended."
     details = [end.text] if end is not None and end.text else []
+    details += [
+        f"This is {run.folder}. A later run, {later}, trained on nothing: `lightning-grpo report` "
+        "of its own folder says why."
+        for later in later_without_training(run.folder)[-1:]
+    ]
     resumed = [str(start.step) for start in run.timeline.starts[1:]]
     if resumed:
         details.append(f"It went on from step {', '.join(resumed)}.")
@@ -115,8 +120,13 @@ def how_it_ended(run: Run) -> Finding:
 
 def command_to_go_on(run: Run) -> str:
     """What to type to train on, or again where there is no checkpoint."""
-    config = shlex.quote(str(run.folder / "config.yaml"))
-    return f"lightning-grpo fit --config {config}" + " --ckpt_path last" * run.has_checkpoint
+    words = f"lightning-grpo fit --config {shlex.quote(str(run.folder / 'config.yaml'))}"
+    if not run.has_checkpoint:
+        return words
+    end, wanted = run.timeline.end, run.setting("trainer.max_steps")
+    if end is not None and end.how == "done" and isinstance(wanted, int) and 0 < wanted <= end.step:
+        words += f" --trainer.max_steps {2 * wanted}"  # else it would end at once
+    return f"{words} --ckpt_path last"
 
 
 def best_step(run: Run) -> Finding | None:
@@ -208,6 +218,12 @@ def is_it_learning(run: Run) -> Finding | None:
             0: "Not that one could tell: the held-out score stays within its interval.",
         }
         answer = words[gains[0]]
+    equal = _values(run, "reward/zero_variance_fraction")
+    if equal and fmean(equal) > _MOSTLY:
+        details.append(
+            f"{fmean(equal):.0%} of the groups had equal rewards, of which nothing can be learned: "
+            "prompts that are neither always nor never solved, or a reward with steps between."
+        )
     return Finding("Is it learning?", answer, details)
 
 

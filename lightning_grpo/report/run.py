@@ -209,9 +209,29 @@ def stamp(run_paths: Sequence[Path]) -> list[tuple[str, int, int]]:
 
 def _last_trained(version: Path) -> tuple[bool, float]:
     """Orders versions: those that trained on something by when, then the others."""
-    files = list((version / TRAJECTORIES).glob("*.parquet"))
+    files = _trained_on(version)
     kept = files or [version / part for part in _PARTS if (version / part).exists()]
     return bool(files), max(file.stat().st_mtime for file in kept)
+
+
+def later_without_training(folder: Path) -> list[Path]:
+    """Runs beside one (`version_N` of the same name) that began after it and trained on nothing."""
+    number = _number_of(folder)
+    others = folder.parent.glob(f"{_VERSION}*") if number is not None else ()
+    return sorted(
+        other
+        for other in others
+        if (_number_of(other) or 0) > (number or 0) and not _trained_on(other)
+    )
+
+
+def _number_of(folder: Path) -> int | None:
+    digits = folder.name.removeprefix(_VERSION)
+    return int(digits) if digits != folder.name and digits.isdecimal() else None
+
+
+def _trained_on(version: Path) -> list[Path]:
+    return list((version / TRAJECTORIES).glob("*.parquet"))
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

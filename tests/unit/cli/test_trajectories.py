@@ -101,6 +101,24 @@ def test_of_a_run_that_only_answered_the_held_out_answers_are_shown(tmp_path, ca
     assert "What is 5 + 5?" in capsys.readouterr().out
 
 
+def test_held_out_answers_of_a_run_that_trained_are_shown_when_asked_for(folder, capsys):
+    file = folder / "trajectories" / "held_out" / "step_000002.parquet"
+    write_groups(file, [make_group(7)], step=2, version=2, outcome="held out")
+    assert main(["show", str(folder), "--held-out"]) == 0
+    said = capsys.readouterr().out
+    assert "What is 7 + 7?" in said
+    assert "What is 0 + 0?" not in said
+    assert main(["show", str(file.parents[1] / "step_000001.parquet"), "--held-out"]) == 2
+    assert "holds no answers to held-out prompts" in capsys.readouterr().err
+
+
+def test_the_other_columns_of_a_row_are_printed_which_say_why_an_answer_is_wrong(folder):
+    row = dict(read_rows(folder)[0], columns='{"target": "4", "notes": "' + "x" * 300 + '"}')
+    text = shown([row])
+    assert "target: 4" in text
+    assert "x" * 300 not in text
+
+
 def test_a_folder_without_trajectories_is_refused(tmp_path, capsys):
     Path("empty").mkdir()
     assert main(["show", "empty"]) == 2

@@ -15,7 +15,7 @@ from lightning_grpo.report.findings import (
     where_time_went,
     why_slow,
 )
-from lightning_grpo.report.run import read_run
+from lightning_grpo.report.run import find_folder, read_run
 from tests.fakes.report_runs import (
     BEGAN,
     answer,
@@ -90,6 +90,34 @@ def test_the_command_to_go_on_can_be_pasted(tmp_path):
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.ckpt").touch()
     assert command_to_go_on(read(folder)) == f"{command} --ckpt_path last"
+
+
+def test_a_run_that_has_ended_is_told_to_train_longer(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    (tmp_path / "config.yaml").write_text("trainer: {max_steps: 6}\n")
+    end = {"kind": "end", "at": BEGAN, "step": 6, "how": "done"}
+    write_timeline(tmp_path, [start_line(), end])
+    assert command_to_go_on(read(tmp_path)).endswith("--trainer.max_steps 12 --ckpt_path last")
+    write_timeline(tmp_path, [start_line(), end | {"step": 4, "how": "stopped"}])
+    assert "max_steps" not in command_to_go_on(read(tmp_path))
+
+
+def test_a_later_run_that_trained_nothing_is_named_beside_the_one_that_is_shown(tmp_path):
+    for version in ("version_0", "version_1", "version_2"):
+        (tmp_path / version).mkdir()
+        write_metrics(tmp_path / version, [step_row(1)])
+    write_batch(tmp_path / "version_1", 1, [group(0, [answer()])])
+    shown = find_folder(tmp_path)
+    assert shown.name == "version_1"
+    (detail,) = how_it_ended(read(shown)).details
+    assert f"A later run, {tmp_path / 'version_2'}, trained on nothing" in detail
+
+
+def test_groups_of_equal_rewards_are_named_where_most_of_them_are(tmp_path):
+    rows = [step_row(step, reward__zero_variance_fraction=0.8) for step in range(1, 6)]
+    write_metrics(tmp_path, rows)
+    assert "80% of the groups had equal rewards" in is_it_learning(read(tmp_path)).details[-1]
 
 
 # -- the best step --------------------------------------------------------------------------------
