@@ -98,6 +98,23 @@ def one_line(text: str) -> str:
 SECTIONS = ("seed_everything", "trainer", "model", "data", "ckpt_path", "verbose", "weights_only")
 """The keys at the top of a config; all but the first four are Trainer.fit's own arguments."""
 
+OFTEN_SET = {
+    "trainer": (
+        *("max_steps", "max_epochs", "devices", "num_nodes", "strategy", "precision"),
+        *("accelerator", "logger", "callbacks", "val_check_interval", "gradient_clip_val"),
+        "default_root_dir",
+    ),
+    "model": (
+        *("loss", "advantage", "optimizer", "lr_scheduler", "kl", "correction", "lora", "compile"),
+        *("truncation", "gradient_checkpointing", "max_tokens_per_microbatch"),
+    ),
+    "data": (
+        *("prompts", "val_prompts", "test_prompts", "workflow", "servers", "batch_size"),
+        *("group_size", "max_staleness", "evaluation", "limits"),
+    ),
+}
+"""Settings that people write without their section; to ask the classes would take seconds."""
+
 _MOST_VALUES = 100_000
 
 _YAML_TAG = "tag:yaml.org,2002:"
@@ -267,7 +284,10 @@ def read_options(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
             if token.startswith("-") and token[1:] in _SPECIAL:
                 pairs.append((token[1:], None))
                 continue
-            raise ConfigProblem(token, "is not an option: options begin with `--`", "command line")
+            rule, way_out = "is not an option: options begin with `--`", ""
+            if Path(token).suffix in (".yaml", ".yml"):
+                way_out = f"did you mean `--config {token}`?"
+            raise ConfigProblem(token, rule, "command line", way_out)
         key, equals, text = token[2:].partition("=")
         if equals:
             pairs.append((key, text))
@@ -385,7 +405,9 @@ def refuse_unknown_sections(settings: Setting) -> None:
     for key, setting in settings.value.items():
         if key not in SECTIONS:
             rule = f"is not a section of a config ({', '.join(SECTIONS[:4])})"
-            raise ConfigProblem(key, rule, setting.where, nearest(key, SECTIONS))
+            owners = [name for name, often in OFTEN_SET.items() if key in often]
+            meant = f"did you mean `{owners[0]}.{key}`?" if owners else nearest(key, SECTIONS)
+            raise ConfigProblem(key, rule, setting.where, meant)
         if key in SECTIONS[1:4] and isinstance(setting.value, bool | int | float | list):
             rule = f"must hold settings (`{key}: {{name: value}}`), got {setting.plain()}"
             raise ConfigProblem(key, rule, setting.where)

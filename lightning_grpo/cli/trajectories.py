@@ -153,6 +153,7 @@ def headline(row: Row) -> str:
         f"step {row['step']}",
         f"pass {row['pass_index']} row {row['row']}",
         reward,
+        *([f"advantage {row['advantage']:.3g}"] if row.get("advantage") is not None else []),
         f"{num_response_tokens(row)} tokens",
         f"weights {versions}, staleness {staleness(row)}",
         row["outcome"],

@@ -35,6 +35,7 @@ class EngineProcess:
         self.log = log
         self.api_key = api_key
         command = [sys.executable, "-m", "lightning_grpo.engine", "--model", str(model), *flags]
+        command.append("--exit-with-stdin")  # nothing is left of tests that are broken off
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True

@@ -212,6 +212,21 @@ COMMAND_LINE = {
         "stray (command line)",
         "is not an option: options begin with `--`",
     ],
+    "mine.yaml": [
+        "mine.yaml (command line)",
+        "is not an option: options begin with `--`",
+        "did you mean `--config mine.yaml`?",
+    ],
+    "--max_steps 30": [
+        "max_steps (command line)",
+        "is not a section of a config (seed_everything, trainer, model, data)",
+        "did you mean `trainer.max_steps`?",
+    ],
+    "--group_size 4": [
+        "group_size (command line)",
+        "is not a section of a config (seed_everything, trainer, model, data)",
+        "did you mean `data.group_size`?",
+    ],
     "--config nowhere.yaml": [
         "--config (command line)",
     ],

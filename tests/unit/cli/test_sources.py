@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
+from lightning import Trainer
 
 from lightning_grpo.cli.sources import (
+    OFTEN_SET,
     ConfigProblem,
     Setting,
     collect,
@@ -10,6 +14,8 @@ from lightning_grpo.cli.sources import (
     read_options,
     read_yaml,
 )
+from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.module import GRPOModule
 
 
 def places(setting):
@@ -166,3 +172,9 @@ def test_aliases_that_are_used_a_few_times_are_what_they_name(tmp_path):
     (tmp_path / "a.yaml").write_text("model: &m {loss: [1, 2]}\ndata: {<<: *m, more: *m}\n")
     read = read_yaml(tmp_path / "a.yaml", "a.yaml").plain()
     assert read["data"] == {"loss": [1, 2], "more": {"loss": [1, 2]}}
+
+
+def test_settings_that_are_suggested_with_their_section_are_settings_of_it():
+    classes = {"trainer": Trainer, "model": GRPOModule, "data": RolloutDataModule}
+    for section, names in OFTEN_SET.items():
+        assert set(names) <= signature(classes[section]).parameters.keys()

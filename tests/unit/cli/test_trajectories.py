@@ -37,6 +37,11 @@ def test_a_headline_says_what_there_is_to_know(folder):
     )
 
 
+def test_a_headline_has_the_advantage_where_one_was_computed(folder):
+    row = dict(read_rows(folder)[0], advantage=-0.70711)
+    assert "reward 0 (right 0, format 1) | advantage -0.707 | 2 tokens" in headline(row)
+
+
 def test_trajectories_are_ordered_and_limited(folder):
     rows = select(read_rows(folder), sort="reward", reverse=True, limit=3)
     assert [(row["reward"], row["step"]) for row in rows] == [(1.0, 1), (1.0, 2), (0.5, 1)]
