@@ -125,11 +125,11 @@ def cpu_speed(flops: float) -> Speed:
         20e9,
         words,
         block_s=8e-3,
-        decode_s=6e-3,
-        token_s=140e-6,
+        decode_s=4e-3,
+        token_s=110e-6,
         score_s=10e-3,
-        request_s=500e-6,
-        sync_s=0.15,
+        request_s=200e-6,
+        sync_s=0.03,
         other_s=0.1,
     )
 

@@ -53,7 +53,7 @@ def _verdict(plan: Plan, facts: RunFacts) -> list[str]:
     tokens = facts.work.completions * facts.work.completion / plan.parts.step
     said = f"{fits} A step takes about {_seconds(plan.parts.step)}, {tokens:,.0f} tokens/s."
     if facts.work.staleness and not any(g.training and g.num_servers for g in plan.gpus):
-        said += f" The limit is {'rollouts' if plan.parts.waiting else 'training'}."
+        said += f" The limit is the {'servers' if plan.parts.waiting else 'trainer'}."
     if plan.process:
         said += f" The trainer's process takes {plan.process / GIB:.1f} GiB at most."
     return textwrap.wrap(said, WIDTH)
