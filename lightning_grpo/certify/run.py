@@ -17,6 +17,7 @@ from lightning_grpo.templates import check_template
 
 CHECKS: tuple[Callable[[Any, Parts], CheckLine], ...] = (
     *(trained.packed, trained.prefixes, trained.passes, trained.gradient, trained.cuts),
+    trained.flops,
     *(served.names, served.engine, served.adapter, served.export),
 )
 """Each of them makes its models from a tiny config, and leaves nothing behind."""
@@ -50,13 +51,15 @@ def certify(config: Any, parts: Parts | None = None) -> Iterator[CheckLine]:
 
 def architecture(config: Any) -> CheckLine:
     """Whether the package takes the model, by what it looks at before a run."""
+    folder = ""
     try:
         check_config(config, config.model_type)
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             check_architecture(folder)
     except ConfigError as error:
-        return CheckLine("architecture", "refused", str(error))
+        said = str(error).replace(repr(folder), repr(config.model_type))
+        return CheckLine("architecture", "refused", said)
     except Exception as error:  # noqa: BLE001 - whatever a model's own code raises
         return CheckLine("architecture", "refused", f"it can't be built: {_said(error)}")
     kind = (config.architectures or [config.model_type])[0]

@@ -141,14 +141,16 @@ def _adapted(config: Any) -> tuple[PreTrainedModel, str]:
 
 
 def _checkpoint_names(model: PreTrainedModel, folder: Path) -> set[str]:
-    """Names of the parameters in a checkpoint as transformers writes it."""
+    """Names of the parameters in a checkpoint as transformers writes it; buffers are not sent."""
+    buffers = _buffers(model).keys()
+    values = {name: value for name, value in model.state_dict().items() if name not in buffers}
     with without_bars():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=values)
     found: set[str] = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             found |= set(opened.keys())
-    return found - _buffers(model).keys()
+    return found
 
 
 def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:

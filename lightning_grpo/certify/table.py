@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import resource
@@ -14,12 +15,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from lightning_grpo.certify.parts import CheckLine
 from lightning_grpo.certify.run import certify
+from lightning_grpo.certify.tiny import completed
 
 SECONDS, MEMORY_BYTES = 60.0, 8 << 30
 """What one architecture may take."""
@@ -118,9 +120,13 @@ def certify_kind(kind: str) -> Iterator[CheckLine]:
         kind: A `model_type`.
     """
     try:
-        config: Any = CONFIG_MAPPING[kind]()
-    except Exception as error:  # noqa: BLE001 - configs check themselves, by errors of any kind
-        yield CheckLine("config", "untried", f"transformers has no config of its own: {error}")
+        config: Any = completed(CONFIG_MAPPING[kind]())
+        if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # noqa: BLE001 - configs and models raise errors of any kind
+        said = f"transformers makes no model of its own config: {type(error).__name__}: {error}"
+        yield CheckLine("config", "untried", said)
         return
     yield from certify(config)
 

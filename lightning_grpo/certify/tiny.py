@@ -26,7 +26,8 @@ _SPREAD, _BIAS_SPREAD = 0.15, 0.1
 _MOST_PARAMETERS = 3_000_000
 
 _FIXED: dict[str, int] = {
-    "vocab_size": VOCAB,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
+    "hidden_size_per_layer_input": 8,
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 36),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"), 20),
     **dict.fromkeys(
@@ -38,7 +39,7 @@ _FIXED: dict[str, int] = {
 }
 """All different, so that none is taken for another; experts' must be multiples of 16 bytes."""
 _NEEDED: dict[str, int] = {
-    **{"num_experts_per_tok": 2, "n_routed_experts": 5, "n_shared_experts": 1},
+    **{"num_experts_per_tok": 6, "n_routed_experts": 64, "n_shared_experts": 1},
     **{"n_group": 1, "topk_group": 1},
 }
 """Of mixtures: what some of transformers' own configs leave open."""
@@ -69,10 +70,10 @@ def tiny_config(config: Any) -> Any:
     names = _Names(config)
     values = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
     layers = _chosen_layers(config, values, names.get("num_hidden_layers"))
+    own = dict(values.get("per_layer_config") or {})
     values |= _of_layers(values, layers, names)
+    before = dict(values)
     values |= _of_heads(config, names)
-    if values.get("num_experts_per_tok", 1) is None:
-        values |= {k: size for k, size in _NEEDED.items() if k in values and values[k] is None}
     values |= {k: size for k, size in _FIXED.items() if _counts(values.get(k))}
     values |= {k: min(values[k], most) for k, most in _AT_MOST.items() if _counts(values.get(k))}
     grouped = any(values.get(name, 1) not in (None, 1) for name in ("n_group", "num_expert_group"))
@@ -80,9 +81,29 @@ def tiny_config(config: Any) -> Any:
     values |= {k: min(values[k], experts) for k in _EXPERTS if _counts(values.get(k))}
     values |= _of_lengths(config, values, names)
     values |= _of_ids(values)
+    if own:
+        values["per_layer_config"] = _of_each_layer(own, layers, before, values)
     tiny = type(config)(**values)
     tiny.architectures = config.architectures
     return tiny
+
+
+def completed(config: Any) -> Any:
+    """A config with the sizes that some of transformers' own leave open, and checkpoints set.
+
+    Args:
+        config: Of transformers, as its class makes it; it is left as it is.
+    """
+    names = _Names(config)
+    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
+    heads, hidden = names.get("num_attention_heads"), names.get("hidden_size")
+    sizes: dict[str, int] = {}
+    if _counts(heads) and _counts(hidden):
+        sizes = {"head_dim": hidden // heads, names.own("num_key_value_heads"): heads}
+    if values.get("num_experts_per_tok", 1) is None:
+        sizes |= _NEEDED
+    missing = {k: size for k, size in sizes.items() if k in values and values[k] is None}
+    return type(config)(**{**values, **missing}) if missing else config
 
 
 def tiny_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -135,7 +156,10 @@ class _Names:
         return str(self._map.get(name, name))
 
     def get(self, name: str) -> Any:
-        return getattr(self._config, name, None)
+        try:
+            return getattr(self._config, name, None)
+        except RuntimeError:  # a size that some layers have of their own
+            return self._config.to_dict().get(self.own(name))
 
 
 def _counts(value: Any) -> bool:
@@ -159,12 +183,35 @@ def _chosen_layers(config: Any, values: Mapping[str, Any], count: int) -> list[i
     for layer in range(count):
         kind = [each[layer] for each in lists]
         kind += [layer in (values.get(name) or ()) for name in _LAYER_INDICES]
+        kind.append(_own_of(values.get("per_layer_config"), layer))
         kind += [layer < (values.get(name) or 0) for name in _FIRST_LAYERS]
         kinds.setdefault(repr(kind), layer)
     chosen = list(kinds.values())
     if len(chosen) == 1 < count:
         chosen.append(1)
     return sorted(chosen)
+
+
+def _own_of(own: Mapping[Any, Any] | None, layer: int) -> Any:
+    """What one layer has of its own, where a config says that by the layer's number."""
+    return next((each for number, each in (own or {}).items() if int(number) == layer), None)
+
+
+def _of_each_layer(
+    own: Mapping[Any, Any],
+    layers: Sequence[int],
+    before: Mapping[str, Any],
+    values: Mapping[str, Any],
+) -> dict[int, dict[str, Any]]:
+    """What layers have of their own, as much larger than what others have as it was."""
+    made: dict[int, dict[str, Any]] = {}
+    for new, old in enumerate(layers):
+        each = dict(_own_of(own, old) or {})
+        made[new] = {
+            name: size * values[name] // before[name] if _counts(before.get(name)) else size
+            for name, size in each.items()
+        }
+    return {new: each for new, each in made.items() if each}
 
 
 def _of_layers(values: Mapping[str, Any], layers: Sequence[int], names: _Names) -> dict[str, Any]:

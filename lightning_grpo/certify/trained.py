@@ -13,6 +13,7 @@ from lightning_grpo.certify.parts import (
     LOGPROB_LIMIT,
     CheckLine,
     Parts,
+    Verdict,
     difference,
     measured,
 )
@@ -91,6 +92,15 @@ def cuts(config: Any, parts: Parts) -> CheckLine:
         "cuts", figure, GRADIENT_LIMIT,
         f"gradient in {_MICRO_BATCHES} micro-batches, relative, against one; most in {worst}",
     )  # fmt: skip
+
+
+def flops(config: Any, parts: Parts) -> CheckLine:
+    """Whether a step's operations can be counted, as they are for its metrics."""
+    lengths = [len(row) for row in rows_of(config)]
+    policy: Any = parts.policy(tiny_model(config))
+    count = policy.flops(lengths, sum(lengths) - len(lengths))
+    verdict: Verdict = "ok" if 0 < count < math.inf else "WRONG"
+    return CheckLine("flops", verdict, f"{count:,.0f} operations of these rows, for metrics")
 
 
 def _weights(count: int) -> Tensor:

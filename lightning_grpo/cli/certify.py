@@ -25,8 +25,8 @@ usage: lightning-grpo certify MODEL [--json]
        lightning-grpo certify --all [--out FILE]
 
 Prove that a model's path is right before it is trained. From the config of MODEL (a folder, a hub
-id, shipped:NAME, or an architecture of transformers such as qwen3 or mixtral) a tiny random model of
-the same classes is made, in seconds and on a CPU: every kind of layer, windows, RoPE, biases and
+id, shipped:NAME, or an architecture of transformers such as qwen3 or mixtral) a tiny random model
+of the same classes is made, in seconds and on a CPU: every kind of layer, windows, RoPE, biases and
 caps as they are, sizes shrunk. Printed with its figure is a line for each check:
 
   architecture   the package takes it
@@ -35,6 +35,7 @@ caps as they are, sizes shrunk. Printed with its figure is a line for each check
   passes         two passes, bit for bit
   gradient       against autograd through transformers, in fp64
   cuts           the gradient in one micro-batch, against several
+  flops          the operations of a step can be counted
   names          what servers get: the checkpoint's names, and the same model
   engine         what the embedded engine samples, where it runs the model
   adapter        LoRA merged for the servers, where there is PEFT
@@ -182,8 +183,8 @@ def page(found: Sequence[Certificate]) -> str:
 
 `lightning-grpo certify MODEL` proves by a tiny random model of the same classes that a model's path
 is right: packed rows, gradients, what servers get, the embedded engine, adapters, exports
-([what each line means](troubleshooting.md#is-the-models-path-right)). This page is what it finds for
-every causal architecture of transformers (`make certify-all` writes it). Each is tried as
+([what each line means](troubleshooting.md#is-the-models-path-right)). This page is what it finds
+for every causal architecture of transformers (`make certify-all` writes it). Each is tried as
 transformers itself configures it: a checkpoint may differ (another kind of layer, a cap, a window),
 so ask for yours by its folder or hub id.
 
