@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_grpo.certify.parts import stepped
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.attention import PackedLayout
+from lightning_grpo.policy.load import without_bars
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.weights.gather import gather_weights
 
@@ -99,7 +100,7 @@ def without_biases(model: nn.Module, **options: Any) -> PackedPolicy:
 def under_checkpoint_names(policy: nn.Module) -> Mapping[str, Tensor]:
     """As transformers writes it: experts one by one."""
     model: Any = policy.model
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, without_bars():
         model.save_pretrained(folder)
         written = load_file(Path(folder) / "model.safetensors")
     buffers = {name for name, _ in model.named_buffers()}
@@ -153,4 +154,5 @@ def exports_another(policy: nn.Module, folder: Path) -> None:
     """Writes what the policy will be after one more step."""
     model: Any = policy.model
     stepped(model)
-    model.save_pretrained(folder)
+    with without_bars():
+        model.save_pretrained(folder)
