@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.load import export_policy
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.weights.gather import ADAPTER_PARTS, gather_weights
+from lightning_grpo.weights.gather import gather_weights
 
 LOGPROB_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-6
 """Of fp32 logprobs, absolute; of fp64 gradients, relative to each parameter's own."""
@@ -58,10 +58,8 @@ def _serve(folder: str) -> ModelRunner:
 
 
 def _export(policy: nn.Module, folder: Path) -> None:
-    """As `GRPOModule.export`: an adapter is merged, anything else is written as it is."""
     model: Any = policy.model
-    adapted = any(not {*name.split(".")}.isdisjoint(ADAPTER_PARTS) for name in model.state_dict())
-    export_policy(model, None, folder, gather_weights(policy) if adapted else None)
+    export_policy(model, None, folder)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def tiny_config(config: Any) -> Any:
     """
     names = _Names(config)
     values = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
-    layers = _chosen_layers(config, values, names.get("num_hidden_layers"))
+    layers = _chosen_layers(values, names.get("num_hidden_layers"))
     own = dict(values.get("per_layer_config") or {})
     values |= _of_layers(values, layers, names)
     before = dict(values)
@@ -174,7 +174,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _chosen_layers(config: Any, values: Mapping[str, Any], count: int) -> list[int]:
+def _chosen_layers(values: Mapping[str, Any], count: int) -> list[int]:
     """The first layer of each kind, and two at least."""
     lists = [
         v for k, v in values.items() if k not in _LAYER_INDICES and _is_list(v) and len(v) == count
