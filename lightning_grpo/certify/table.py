@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import multiprocessing
@@ -20,8 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from lightning_grpo.certify.parts import CheckLine
-from lightning_grpo.certify.run import certify
+from lightning_grpo.certify.run import architecture, certify
 from lightning_grpo.certify.tiny import completed
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.load import check_config
 
 SECONDS, MEMORY_BYTES = 60.0, 8 << 30
 """What one architecture may take."""
@@ -121,14 +124,16 @@ def certify_kind(kind: str) -> Iterator[CheckLine]:
     """
     try:
         config: Any = completed(CONFIG_MAPPING[kind]())
-        if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            with torch.device("meta"):
+        first = architecture(config)
+        if first.verdict == "refused" and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            with contextlib.suppress(ConfigError), torch.device("meta"):
+                check_config(config, kind)  # what that refuses need not be built
                 AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except Exception as error:  # noqa: BLE001 - configs and models raise errors of any kind
         said = f"transformers makes no model of its own config: {type(error).__name__}: {error}"
         yield CheckLine("config", "untried", said)
         return
-    yield from certify(config)
+    yield from [first] if first.verdict == "refused" else certify(config)
 
 
 def quietly() -> None:

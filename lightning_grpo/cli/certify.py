@@ -189,8 +189,9 @@ transformers itself configures it: a checkpoint may differ (another kind of laye
 so ask for yours by its folder or hub id.
 
 *certified*: all lines are right. *refused*: `fit` says the same before anything is started.
-*WRONG*: the package takes it, and a line finds a difference. *untried*: no tiny model could be
-made of it.
+*WRONG*: the package takes it, and a line finds a difference; where `names` alone does, values are
+right, and the embedded engine takes them, but servers that read checkpoints would not find them.
+*untried*: transformers' own config makes no model.
 
 {counts(found)}, of {len(found)} ({made_with}, {datetime.now(UTC):%Y-%m-%d}, CPU).
 

@@ -48,6 +48,12 @@ def test_a_config_that_transformers_can_t_make_is_not_tried():
     assert (line.check, line.verdict) == ("config", "untried")
 
 
+def test_one_of_several_parts_is_refused_whether_or_not_transformers_can_make_it():
+    (line,) = certify_kind("musicgen")
+    assert (line.check, line.verdict) == ("architecture", "refused")
+    assert "consists of parts" in line.found
+
+
 def test_the_worst_line_is_the_verdict():
     assert [each.verdict for each in (GOOD, REFUSED, WRONG)] == ["certified", "refused", "WRONG"]
     assert counts([GOOD, REFUSED, WRONG]) == "1 certified, 1 refused, 1 WRONG, 0 untried"
