@@ -74,12 +74,16 @@ def run_check(check: Callable[[Any, Parts], CheckLine], config: Any, parts: Part
         config: Tiny.
         parts: What is certified.
     """
+    return _line(check.__name__, lambda: check(config, parts))
+
+
+def _line(name: str, check: Callable[[], CheckLine]) -> CheckLine:
     try:
-        return check(config, parts)
+        return check()
     except ConfigError as error:
-        return CheckLine(check.__name__, "refused", str(error))
+        return CheckLine(name, "refused", str(error))
     except Exception as error:  # noqa: BLE001 - whatever a model's own code raises
-        return CheckLine(check.__name__, "WRONG", _said(error))
+        return CheckLine(name, "WRONG", _said(error))
 
 
 def _said(error: Exception) -> str:
@@ -94,6 +98,10 @@ def template(model: str, config: Any) -> CheckLine:
         model: Folder or hub id.
         config: Its own, not the tiny one.
     """
+    return _line("template", lambda: _rendered(model, config))
+
+
+def _rendered(model: str, config: Any) -> CheckLine:
     try:
         tokenizer: Any = load_tokenizer(model)
     except ConfigError as error:

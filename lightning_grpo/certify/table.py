@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from lightning_grpo.certify.parts import CheckLine
-from lightning_grpo.certify.run import architecture, certify
+from lightning_grpo.certify.run import certify
 from lightning_grpo.certify.tiny import completed
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import check_config
@@ -124,7 +124,8 @@ def certify_kind(kind: str) -> Iterator[CheckLine]:
     """
     try:
         config: Any = completed(CONFIG_MAPPING[kind]())
-        first = architecture(config)
+        lines = certify(config)
+        first = next(lines)
         if first.verdict == "refused" and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             with contextlib.suppress(ConfigError), torch.device("meta"):
                 check_config(config, kind)  # what that refuses need not be built
@@ -133,7 +134,8 @@ def certify_kind(kind: str) -> Iterator[CheckLine]:
         said = f"transformers makes no model of its own config: {type(error).__name__}: {error}"
         yield CheckLine("config", "untried", said)
         return
-    yield from [first] if first.verdict == "refused" else certify(config)
+    yield first
+    yield from lines
 
 
 def quietly() -> None:

@@ -61,6 +61,13 @@ def test_a_template_that_never_lets_the_model_speak_is_wrong(folder):
     assert template(str(folder), AutoConfig.from_pretrained(folder)).verdict == "WRONG"
 
 
+def test_a_template_that_takes_no_question_is_wrong_and_says_why(folder):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('only for tools') }}")
+    line = template(str(folder), AutoConfig.from_pretrained(folder))
+    assert line.verdict == "WRONG"
+    assert "only for tools" in line.found
+
+
 def test_without_tokenizer_or_template_there_is_nothing_to_look_at(folder):
     config = AutoConfig.from_pretrained(folder)
     (folder / "chat_template.jinja").unlink()
