@@ -17,7 +17,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
 
-.PHONY: help install quickstart test lint format test-browser test-gpu test-python test-ray test-sglang test-slow test-slurm chaos docs base bench wheel clean
+.PHONY: help install quickstart test lint format test-browser test-gpu test-python test-ray test-sglang test-slow test-slurm certify-all chaos docs base bench wheel clean
 
 help:
 	@echo "make quickstart   install into $(VENV) and train the small model on this CPU"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-sglang | test-slurm | test-ray | test-gpu   tests that need the real thing"
 	@echo "make docs         the pages and the API as a site of static files: build/site/index.html"
 	@echo "make base         make the quickstart's model and data again, from nothing"
+	@echo "make certify-all every causal architecture of transformers, tiny: docs/models.md"
 	@echo "make bench        this package against TRL;  make wheel: build the package"
 
 install: $(VENV)/.installed
@@ -92,6 +93,9 @@ docs: $(VENV)/.docs
 
 base: $(VENV)/.installed
 	$(BIN)/python examples/quickstart/make_base.py --out examples/quickstart
+
+certify-all: $(VENV)/.test
+	$(BIN)/lightning-grpo certify --all --out docs/models.md
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/vs_trl.py --out benchmarks/results/vs_trl.json

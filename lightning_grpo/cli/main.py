@@ -33,6 +33,10 @@ COMMANDS = {
         "train: lightning-grpo fit --config gsm8k.yaml [--trainer.max_steps 100 ...]",
     ),
     "doctor": ("doctor.doctor", "look at the machine and the config before a run"),
+    "certify": (
+        "certify.certify",
+        "prove by a tiny model of its kind that a model's path is right",
+    ),
     "plan": ("plan.plan", "say before a run whether it fits, and how long a step takes"),
     "validate": ("fit.validate", "score a model on the held-out prompts, with the same config"),
     "test": ("fit.test", "the same on the test prompts"),

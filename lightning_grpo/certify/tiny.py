@@ -1,0 +1,295 @@
+"""A tiny random model of a model's own classes, with everything that changes what they compute.
+
+Sizes shrink; kinds of layers, RoPE, windows, biases, tying and caps stay. Windows, chunks and the
+lengths at which RoPE switches shrink so far that rows of 30 to 60 tokens lie on both sides.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_grpo.errors import ConfigError
+
+VOCAB = 61
+CONTEXT = 128
+WINDOW = 16
+ORIGINAL_CONTEXT = 32
+"""Length beyond which RoPE switches, or to which it was first trained."""
+_HEADS, _HEAD_DIM, _ROTARY = 4, 16, 8
+_HIDDEN_OF_HEADS, _HIDDEN_OF_ITS_OWN = _HEADS * _HEAD_DIM, 40
+_SPREAD, _BIAS_SPREAD = 0.15, 0.1
+_MOST_PARAMETERS = 3_000_000
+
+_FIXED: dict[str, int] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
+    "hidden_size_per_layer_input": 8,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 36),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"), 20),
+    **dict.fromkeys(
+        ("shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp"), 28
+    ),
+    **dict.fromkeys(("dense_intermediate_size", "prefix_dense_intermediate_size"), 44),
+    **{"kv_lora_rank": 14, "q_lora_rank": 12, "qk_rope_head_dim": _ROTARY, "qk_nope_head_dim": 10},
+    **{"qk_head_dim": 18, "v_head_dim": 12},
+}
+"""All different, so that none is taken for another; experts' must be multiples of 16 bytes."""
+_NEEDED: dict[str, int] = {
+    **{"num_experts_per_tok": 6, "n_routed_experts": 64, "n_shared_experts": 1},
+    **{"n_group": 1, "topk_group": 1},
+}
+"""Of mixtures: what some of transformers' own configs leave open."""
+_AT_MOST: dict[str, int] = {
+    **dict.fromkeys(
+        ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2
+    ),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 2),
+    **dict.fromkeys(("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"), 2),
+    **dict.fromkeys(("moe_layer_interval", "expert_layer_period", "attn_layer_period"), 2),
+    "zero_expert_num": 2,
+    **{"n_group": 2, "topk_group": 1, "num_expert_group": 2, "num_limited_groups": 1},
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "floor_scale", "window_size")
+_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
+_FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_NOT_SETTINGS = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
+
+
+def tiny_config(config: Any) -> Any:
+    """The same kind of model at a ten-thousandth of its size.
+
+    Args:
+        config: Of a causal language model of transformers; it is left as it is.
+    """
+    names = _Names(config)
+    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
+    layers = _chosen_layers(values, names.get("num_hidden_layers"))
+    own = dict(values.get("per_layer_config") or {})
+    values |= _of_layers(values, layers, names)
+    before = dict(values)
+    values |= _of_heads(config, names)
+    values |= {k: size for k, size in _FIXED.items() if _counts(values.get(k))}
+    values |= {k: min(values[k], most) for k, most in _AT_MOST.items() if _counts(values.get(k))}
+    grouped = any(values.get(name, 1) not in (None, 1) for name in ("n_group", "num_expert_group"))
+    experts = 8 if grouped else 5
+    values |= {k: min(values[k], experts) for k in _EXPERTS if _counts(values.get(k))}
+    values |= _of_lengths(config, values, names)
+    values |= _of_ids(values)
+    if own:
+        values["per_layer_config"] = _of_each_layer(own, layers, before, values)
+    tiny = type(config)(**values)
+    tiny.architectures = config.architectures
+    return tiny
+
+
+def completed(config: Any) -> Any:
+    """A config with the sizes that some of transformers' own leave open, and checkpoints set.
+
+    Args:
+        config: Of transformers, as its class makes it; it is left as it is.
+    """
+    names = _Names(config)
+    values = {k: v for k, v in config.to_dict().items() if k not in _NOT_SETTINGS}
+    heads, hidden = names.get("num_attention_heads"), names.get("hidden_size")
+    sizes: dict[str, int] = {}
+    if _counts(heads) and _counts(hidden):
+        sizes = {"head_dim": hidden // heads, names.own("num_key_value_heads"): heads}
+    if values.get("num_experts_per_tok", 1) is None:
+        sizes |= _NEEDED
+    missing = {k: size for k, size in sizes.items() if k in values and values[k] is None}
+    return type(config)(**{**values, **missing}) if missing else config
+
+
+def tiny_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model in evaluation mode; no weight and no bias is 0.
+
+    Args:
+        config: As `tiny_config` gives it; the model gets a copy.
+        seed: Of its weights, which are the same in any dtype.
+        dtype: Of its parameters. In fp64 experts are computed one by one: there is no such kernel.
+
+    Raises:
+        ConfigError: It is not tiny: a size of the config has a name that isn't known here.
+    """
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    size = sum(p.numel() for p in shapes.parameters())
+    if size > _MOST_PARAMETERS:
+        raise ConfigError(
+            f"a tiny {config.model_type} must have at most {_MOST_PARAMETERS:,} parameters, it has "
+            f"{size:,}: its config names sizes that are not known here."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for tensor in (*model.parameters(), *_kept_biases(model)):
+            if tensor.ndim > 1:
+                tensor.data.normal_(0, _SPREAD)
+            else:
+                tensor.data.add_(torch.randn_like(tensor) * _BIAS_SPREAD)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    model.to(dtype)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def _kept_biases(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Biases that are no parameters: what balances experts."""
+    kept = model.state_dict()
+    return [b for name, b in model.named_buffers() if name in kept and name.endswith("bias")]
+
+
+class _Names:
+    """What a config calls the sizes that all have (`n_embd` for `hidden_size`)."""
+
+    def __init__(self, config: Any) -> None:
+        self._config, self._map = config, dict(config.attribute_map)
+
+    def own(self, name: str) -> str:
+        return str(self._map.get(name, name))
+
+    def get(self, name: str) -> Any:
+        try:
+            return getattr(self._config, name, None)
+        except RuntimeError:  # a size that some layers have of their own
+            return self._config.to_dict().get(self.own(name))
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or _counts(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _chosen_layers(values: Mapping[str, Any], count: int) -> list[int]:
+    """The first layer of each kind, and two at least."""
+    lists = [
+        v for k, v in values.items() if k not in _LAYER_INDICES and _is_list(v) and len(v) == count
+    ]
+    kinds: dict[str, int] = {}
+    for layer in range(count):
+        kind = [each[layer] for each in lists]
+        kind += [layer in (values.get(name) or ()) for name in _LAYER_INDICES]
+        kind.append(_own_of(values.get("per_layer_config"), layer))
+        kind += [layer < (values.get(name) or 0) for name in _FIRST_LAYERS]
+        kinds.setdefault(repr(kind), layer)
+    chosen = list(kinds.values())
+    if len(chosen) == 1 < count:
+        chosen.append(1)
+    return sorted(chosen)
+
+
+def _own_of(own: Mapping[Any, Any] | None, layer: int) -> Any:
+    """What one layer has of its own, where a config says that by the layer's number."""
+    return next((each for number, each in (own or {}).items() if int(number) == layer), None)
+
+
+def _of_each_layer(
+    own: Mapping[Any, Any],
+    layers: Sequence[int],
+    before: Mapping[str, Any],
+    values: Mapping[str, Any],
+) -> dict[int, dict[str, Any]]:
+    """What layers have of their own, as much larger than what others have as it was."""
+    made: dict[int, dict[str, Any]] = {}
+    for new, old in enumerate(layers):
+        each = dict(_own_of(own, old) or {})
+        made[new] = {
+            name: size * values[name] // before[name] if _counts(before.get(name)) else size
+            for name, size in each.items()
+        }
+    return {new: each for new, each in made.items() if each}
+
+
+def _of_layers(values: Mapping[str, Any], layers: Sequence[int], names: _Names) -> dict[str, Any]:
+    count = names.get("num_hidden_layers")
+    made: dict[str, Any] = {names.own("num_hidden_layers"): len(layers)}
+    for name, value in values.items():
+        if name in _LAYER_INDICES and _is_list(value):
+            made[name] = [new for new, old in enumerate(layers) if old in value]
+        elif _is_list(value) and len(value) == count:
+            made[name] = [value[layer] for layer in layers]
+        elif name in _FIRST_LAYERS and _counts(value):
+            made[name] = sum(layer < value for layer in layers)
+    return made
+
+
+def _of_heads(config: Any, names: _Names) -> dict[str, Any]:
+    """Four heads, on as many key heads as the model has, on fewer, or on one."""
+    heads, hidden = names.get("num_attention_heads"), names.get("hidden_size")
+    key_heads, head_dim = names.get("num_key_value_heads"), names.get("head_dim")
+    own_width = _counts(head_dim) and _counts(heads) and head_dim * heads != hidden
+    latent = _counts(names.get("qk_rope_head_dim"))
+    fewer = _counts(key_heads) and _counts(heads) and key_heads < heads
+    sizes = {
+        "hidden_size": _HIDDEN_OF_ITS_OWN if own_width else _HIDDEN_OF_HEADS,
+        "num_attention_heads": _HEADS,
+        "head_dim": _ROTARY if latent else _HEAD_DIM,
+        "num_key_value_heads": (1 if key_heads == 1 else _HEADS // 2) if fewer else _HEADS,
+    }
+    settable = config.to_dict()
+    made = {names.own(name): size for name, size in sizes.items()}
+    return {k: size for k, size in made.items() if k in settable and _is_size(settable[k])}
+
+
+def _of_lengths(config: Any, values: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+    """Windows that were as long as the context still are; all others are short."""
+    context = names.get("max_position_embeddings")
+    made: dict[str, Any] = {}
+    for name in _WINDOWS:
+        window = values.get(name)
+        if _counts(window):
+            made[name] = CONTEXT if _counts(context) and window >= context else WINDOW
+    ropes = copy.deepcopy(values.get("rope_parameters") or values.get("rope_scaling"))
+    rotary = _ROTARY if _counts(values.get("qk_rope_head_dim")) else _HEAD_DIM
+    dynamic = False
+    for rope in _nested(ropes):
+        dynamic |= "dynamic" in str(rope.get("rope_type"))
+        _shrink_rope(rope, rotary, values)
+    if ropes is not None:
+        made["rope_parameters" if "rope_parameters" in values else "rope_scaling"] = ropes
+    if _counts(values.get("original_max_position_embeddings")):
+        made["original_max_position_embeddings"] = ORIGINAL_CONTEXT
+    if _counts(context):
+        made[names.own("max_position_embeddings")] = ORIGINAL_CONTEXT if dynamic else CONTEXT
+    return made
+
+
+def _nested(ropes: Any) -> list[dict[str, Any]]:
+    if not isinstance(ropes, dict):
+        return []
+    return [each for each in ropes.values() if isinstance(each, dict)] or [ropes]
+
+
+def _shrink_rope(rope: dict[str, Any], rotary: int, values: Mapping[str, Any]) -> None:
+    partial = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+    pairs = int(rotary * partial) // 2
+    for name in ("short_factor", "long_factor"):
+        if isinstance(rope.get(name), list):
+            factors = rope[name]
+            rope[name] = [factors[i * len(factors) // pairs] for i in range(pairs)]
+    if _counts(rope.get("original_max_position_embeddings")):
+        rope["original_max_position_embeddings"] = ORIGINAL_CONTEXT
+
+
+def _of_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Ids of special tokens, within the small vocabulary."""
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if name.endswith("_token_id") and value is not None:
+            own = _SPECIAL.get(name, VOCAB - 1)
+            made[name] = [own] if isinstance(value, list) else own
+    return made

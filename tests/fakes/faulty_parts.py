@@ -1,0 +1,158 @@
+"""Parts of the path of a model, each with one fault that is easily made and hardly seen."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightning_grpo.certify.parts import stepped
+from lightning_grpo.engine.model import ModelRunner, load_model
+from lightning_grpo.policy.attention import PackedLayout
+from lightning_grpo.policy.load import without_bars
+from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.weights.gather import gather_weights
+
+
+class SeesTheNextRow(PackedPolicy):
+    """Rows are cut one token too early: the last token of each begins the next one's attention."""
+
+    def hidden_states(self, input_ids, layout):
+        bounds = layout.cu_seqlens.clone()
+        bounds[1:-1] -= 1
+        wrong = PackedLayout(bounds)
+        wrong.positions = PackedLayout(layout.cu_seqlens).positions
+        return super().hidden_states(input_ids, wrong)[layout.unique]
+
+
+class OneFactorForAllRows(PackedPolicy):
+    """RoPE as transformers computes it: by the longest row of the pack."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        for module in model.modules():
+            vars(module).pop("forward", None)
+
+
+class OneWindowTooMany(PackedPolicy):
+    """Sees one token more than its window."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        for module in model.modules():
+            if getattr(module, "sliding_window", None):
+                module.sliding_window += 1
+
+
+class SharesTooMuch(PackedPolicy):
+    """Where prompts are shared, each token gets its neighbour's hidden state."""
+
+    def hidden_states(self, input_ids, layout):
+        hidden = super().hidden_states(input_ids, layout)
+        return hidden.roll(1, 0) if len(layout.repeats) else hidden
+
+
+class Noisy(PackedPolicy):
+    """Draws."""
+
+    def hidden_states(self, input_ids, layout):
+        hidden = super().hidden_states(input_ids, layout)
+        return hidden + 1e-6 * torch.randn_like(hidden)
+
+
+class Detached(PackedPolicy):
+    """The right logprobs, of which the last has no gradient."""
+
+    def forward(self, *args, **kwargs):
+        logprobs, entropy = super().forward(*args, **kwargs)
+        return torch.cat([logprobs[:-1], logprobs[-1:].detach()]), entropy
+
+
+class AveragesRows(PackedPolicy):
+    """The right logprobs, whose gradient is divided by how many rows are packed."""
+
+    def forward(self, input_ids, cu_seqlens=None, *args, **kwargs):
+        logprobs, entropy = super().forward(input_ids, cu_seqlens, *args, **kwargs)
+        part = logprobs / (len(cu_seqlens) - 1)
+        return logprobs.detach() + part - part.detach(), entropy
+
+
+class CountsNothing(PackedPolicy):
+    """Takes its work for none."""
+
+    def flops(self, lengths, predicted):
+        return 0.0
+
+
+def without_biases(model: nn.Module, **options: Any) -> PackedPolicy:
+    """A policy that has left out the biases of the queries."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_proj.bias"):
+            parameter.data.zero_()
+    return PackedPolicy(model, **options)
+
+
+def under_checkpoint_names(policy: nn.Module) -> Mapping[str, Tensor]:
+    """As transformers writes it: experts one by one."""
+    model: Any = policy.model
+    with tempfile.TemporaryDirectory() as folder, without_bars():
+        model.save_pretrained(folder)
+        written = load_file(Path(folder) / "model.safetensors")
+    buffers = {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in written.items() if name not in buffers}
+
+
+def swap(tensors: Mapping[str, Tensor], left: str, right: str) -> dict[str, Tensor]:
+    """Tensors, two of which have each other's name."""
+    first = next(name for name in tensors if left in name)
+    second = first.replace(left, right)
+    return {**tensors, first: tensors[second], second: tensors[first]}
+
+
+def with_swapped_names(policy: nn.Module) -> Mapping[str, Tensor]:
+    """Gate and up projection of the first layer under each other's name."""
+    return swap(gather_weights(policy), "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+
+
+def with_permuted_experts(policy: nn.Module) -> Mapping[str, Tensor]:
+    """Two experts' last layer under each other's name."""
+    return swap(under_checkpoint_names(policy), "layers.0.block_sparse_moe.experts.0.w2",
+                "layers.0.block_sparse_moe.experts.1.w2")  # fmt: skip
+
+
+def without_a_bias(policy: nn.Module) -> Mapping[str, Tensor]:
+    """One bias is not sent."""
+    return {n: t for n, t in gather_weights(policy).items() if n != _BIAS}
+
+
+_BIAS = "model.layers.1.self_attn.k_proj.bias"
+
+
+def under_wrapped_names(policy: nn.Module) -> Mapping[str, Tensor]:
+    """With a prefix that a wrapper has put in."""
+    return {f"module.{name}": value for name, value in gather_weights(policy).items()}
+
+
+class OnePositionOff(ModelRunner):
+    """Every new token stands where the one before it stands."""
+
+    def decode(self, slots, tokens, lengths):
+        return super().decode(slots, tokens, lengths - 1)
+
+
+def one_position_off(folder: str) -> ModelRunner:
+    """An engine that writes over the last token."""
+    return OnePositionOff(load_model(folder))
+
+
+def exports_another(policy: nn.Module, folder: Path) -> None:
+    """Writes what the policy will be after one more step."""
+    model: Any = policy.model
+    stepped(model)
+    with without_bars():
+        model.save_pretrained(folder)

@@ -1,0 +1,141 @@
+"""Every planted fault is caught by the line that looks for it; the package's own parts are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from lightning_grpo.certify import served, trained
+from lightning_grpo.certify.parts import Parts, measured
+from lightning_grpo.certify.run import CHECKS, run_check
+from lightning_grpo.certify.tiny import tiny_config
+from tests.fakes import faulty_parts as faulty
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+FACTORS = {"short_factor": [1.0] * 48, "long_factor": [1.0 + i / 8 for i in range(48)]}
+LONG = {
+    "original_max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS},
+}
+
+
+def tiny(kind, **settings):
+    return tiny_config(CONFIG_MAPPING[kind](**settings))
+
+
+MODELS = {
+    "qwen2": ("qwen2", {}),
+    "llama": ("llama", {}),
+    "qwen3 with dynamic RoPE": ("qwen3", {"rope_parameters": DYNAMIC}),
+    "phi3 with longrope": ("phi3", LONG),
+    "gemma3 with windows": ("gemma3_text", {}),
+    "mixtral": ("mixtral", {}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_package_s_own_path_is_right(model):
+    kind, settings = MODELS[model]
+    config = tiny(kind, **settings)
+    # Experts are published in one tensor, as transformers holds them; see the test below.
+    published = faulty.under_checkpoint_names if model == "mixtral" else Parts().publish
+    found = [
+        run_check(check, config, Parts(publish=published) if check is served.names else Parts())
+        for check in CHECKS
+    ]
+    assert {line.verdict for line in found} <= {"ok", "skipped"}, found
+    assert [line.check for line in found] == [check.__name__ for check in CHECKS]
+
+
+POLICIES = [
+    (trained.packed, "qwen2", {}, faulty.SeesTheNextRow),
+    (trained.packed, "qwen2", {}, faulty.without_biases),
+    (trained.packed, "qwen3", {"rope_parameters": DYNAMIC}, faulty.OneFactorForAllRows),
+    (trained.packed, "phi3", LONG, faulty.OneFactorForAllRows),
+    (trained.packed, "gemma3_text", {}, faulty.OneWindowTooMany),
+    (trained.prefixes, "qwen3", {}, faulty.SharesTooMuch),
+    (trained.passes, "qwen3", {}, faulty.Noisy),
+    (trained.gradient, "qwen3", {}, faulty.Detached),
+    (trained.cuts, "qwen3", {}, faulty.AveragesRows),
+    (trained.flops, "qwen3", {}, faulty.CountsNothing),
+]
+
+
+@pytest.mark.parametrize(("check", "kind", "settings", "policy"), POLICIES)
+def test_a_policy_with_a_fault_is_caught_by_its_line(check, kind, settings, policy):
+    config = tiny(kind, **settings)
+    line = run_check(check, config, Parts(policy=policy))
+    assert line.verdict == "WRONG"
+    assert line.figure is None or line.figure > line.limit
+    assert run_check(check, config, Parts()).verdict == "ok"
+
+
+PUBLISHERS = [
+    ("qwen2", faulty.with_swapped_names, ""),
+    ("mixtral", faulty.with_permuted_experts, ""),
+    ("qwen2", faulty.without_a_bias, "the old stays: model.layers.1.self_attn.k_proj.bias"),
+    ("qwen2", faulty.under_wrapped_names, "known to no model: module.lm_head.weight and"),
+]
+
+
+@pytest.mark.parametrize(("kind", "publish", "said"), PUBLISHERS)
+def test_a_publisher_with_a_fault_is_caught_by_names(kind, publish, said):
+    line = run_check(served.names, tiny(kind), Parts(publish=publish))
+    assert line.verdict == "WRONG"
+    assert said in line.found
+    assert bool(said) or line.figure > line.limit
+
+
+def test_experts_that_are_published_in_one_tensor_are_named_beside_the_checkpoint_s():
+    line = run_check(served.names, tiny("qwen3_moe"), Parts())
+    assert line.verdict == "WRONG"
+    assert line.figure <= line.limit  # the values are right, and the embedded engine knows them
+    assert "has model.layers.0.mlp.experts.0.down_proj.weight and 29 more" in line.found
+    assert "get model.layers.0.mlp.experts.down_proj and 3 more" in line.found
+
+
+def test_an_engine_and_an_export_with_a_fault_are_caught():
+    config = tiny("qwen3")
+    line = run_check(served.engine, config, Parts(engine=faulty.one_position_off))
+    assert (line.check, line.verdict) == ("engine", "WRONG")
+    line = run_check(served.engine, config, Parts(publish=faulty.with_swapped_names))
+    assert (line.check, line.verdict) == ("engine", "WRONG")
+    line = run_check(served.export, config, Parts(export=faulty.exports_another))
+    assert (line.check, line.verdict) == ("export", "WRONG")
+
+
+def test_an_adapter_that_is_not_merged_is_caught():
+    pytest.importorskip("peft")
+
+    def unmerged(policy):
+        own = dict(policy.model.named_parameters())
+        published = Parts().publish(policy)
+        bases = {name: name.replace(".weight", ".base_layer.weight") for name in published}
+        return {name: own.get(bases[name], value) for name, value in published.items()}
+
+    line = run_check(served.adapter, tiny("llama"), Parts(publish=unmerged))
+    assert (line.check, line.verdict) == ("adapter", "WRONG")
+    assert line.figure > line.limit
+
+
+def test_a_model_that_the_engine_does_not_run_is_no_failure_of_it():
+    line = run_check(served.engine, tiny("gemma3_text"), Parts())
+    assert line.verdict == "skipped"
+    assert line.found.startswith("not served here: ")
+    assert "sliding window of 16 tokens" in line.found
+
+
+def test_what_a_check_raises_is_its_line():
+    def broken(config, parts):
+        raise KeyError("layers.7")
+
+    line = run_check(broken, None, Parts())
+    assert (line.check, line.verdict, line.found) == ("broken", "WRONG", "KeyError: 'layers.7'")
+
+
+def test_a_figure_that_is_no_number_is_wrong():
+    assert measured("x", float("nan"), 1.0, "").verdict == "WRONG"
+    assert measured("x", 1.0, 1.0, "").verdict == "ok"
+    assert measured("x", float("inf"), float("inf"), "").verdict == "WRONG"
+    assert torch.tensor(measured("x", 0.0, 0.0, "").figure) == 0
