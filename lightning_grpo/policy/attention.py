@@ -444,6 +444,14 @@ def causal_attention(
 logger = logging.getLogger(__name__)
 
 
+def size_of(config: Any, name: str) -> Any:
+    """A size by its name, None where there is none; of most layers where some have their own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # so says transformers that layers differ in it
+        return config.to_dict().get(name)
+
+
 def length_switches(config: Any) -> tuple[int, ...]:
     """Lengths beyond which a model computes in another way: sliding windows, switches of RoPE.
 

@@ -30,6 +30,7 @@ from lightning_grpo.policy.attention import (
     PackedLayout,
     RowFactors,
     register_packed_attention,
+    size_of,
 )
 from lightning_grpo.policy.load import compute_as_served
 
@@ -380,7 +381,7 @@ class PackedPolicy(nn.Module):
         of_trunk = sum(p.numel() * (6 if p.requires_grad else 4) for p in trunk)
         of_head = head.numel() * (6 if head.requires_grad else 4)
         heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        width = heads * (size_of(config, "head_dim") or config.hidden_size // heads)
         # Two products of [length, length], halved by the causal mask; backward has twice that.
         attention = 6 * width * config.num_hidden_layers * sum(n * n for n in lengths)
         return float(of_trunk * sum(lengths) + of_head * predicted + attention)

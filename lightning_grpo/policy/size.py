@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightning_grpo.policy.attention import size_of
 from lightning_grpo.policy.packed import largest_chunk
 
 HALF, FULL = 2, 4
@@ -64,15 +65,15 @@ def model_size(config: Any) -> ModelSize | None:
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     layers = getattr(config, "num_hidden_layers", None)
-    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    intermediate = size_of(config, "intermediate_size") or getattr(config, "n_inner", None)
     if not (heads and hidden and layers) or hasattr(config, "kv_lora_rank"):
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     tables = {id(end.weight): end.weight for end in ends if end is not None}
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = size_of(config, "head_dim") or hidden // heads
+    kv_heads = size_of(config, "num_key_value_heads") or heads
     experts = getattr(config, "num_experts_per_tok", None) or 1
     return ModelSize(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
+from lightning_grpo.certify.tiny import tiny_config, tiny_model
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.size import (
     CONTEXT_BYTES,
@@ -33,6 +34,14 @@ def test_a_models_size_is_read_off_its_config(size):
 def test_a_head_of_its_own_counts_beside_the_embedding():
     config = Qwen2Config(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
     assert model_size(config).embedding == 2 * 100 * 64
+
+
+def test_of_layers_that_differ_in_a_size_the_most_are_counted():
+    config = tiny_config(CONFIG_MAPPING["gemma4_text"]())
+    found = model_size(config)
+    assert found is not None
+    assert found.query_width == config.num_attention_heads * config.to_dict()["head_dim"]
+    assert PackedPolicy(tiny_model(config)).flops([5], 4) > 0
 
 
 def test_a_cache_of_another_form_is_not_guessed():
