@@ -34,6 +34,7 @@ from lightning_grpo.checks import require_count
 from lightning_grpo.contract import (
     Described,
     Evaluated,
+    OnRollouts,
     Served,
     evaluated_step,
     logged_numbers,
@@ -42,7 +43,6 @@ from lightning_grpo.contract import (
 from lightning_grpo.errors import StopRun
 from lightning_grpo.loader import Minibatch, policy_logprobs
 from lightning_grpo.rollout.records import write_groups
-from lightning_grpo.session.session import Session
 from lightning_grpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,11 @@ class TrajectoryWriter(Callback):
         rollout = batch.rollout
         if not batch.is_last or rollout.index % self._every_n_batches:
             return
-        session: Session = trainer.datamodule.session  # type: ignore[attr-defined]
-        shares = session.gather(policy_logprobs(rollout))
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        mine = policy_logprobs(rollout)
+        # All ranks are here; a data module of the user's may have no session.
+        session = data.session if isinstance(data, OnRollouts) else None
+        shares = session.gather(mine) if session is not None else [mine]
         if rollout.groups is None or shares is None:
             return
         path = self._run_folder / f"step_{trainer.global_step:06d}.parquet"

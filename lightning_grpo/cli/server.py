@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +15,15 @@ from lightning_grpo.cli.sources import Parser
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.sglang import (
     SGLANG_VERSION,
-    describe_room,
     examine_python,
     install_server,
     remember_python,
     server_folder,
 )
 from lightning_grpo.shipped import resolve_path
+
+_ROOM_GB = {"cpu": 4, "cuda": 15}
+"""What to keep free for an environment, with pip's cache left out."""
 
 _SERVE_USAGE = """\
 usage: lightning-grpo serve MODEL [options of the engine]
@@ -118,3 +121,10 @@ def _install_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     )
     parser.add_argument("--use", type=Path, help="an interpreter that has SGLang already")
     return parser.parse_args(arguments[:split]), arguments[split + 1 :]
+
+
+def describe_room(folder: Path, device: str) -> str:
+    """How much room an environment wants, and how much there is."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    return f"allow {_ROOM_GB[device]} GB in {folder}, where {free:.0f} GB are free"

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -63,8 +62,7 @@ SMALL_WEIGHTS, MOST_PER_GPU, CORES_PER_SERVER = 4 * GIB, 4, 4
 Below about 2B parameters a GPU waits for it, and serves several of them in turn."""
 
 BATCHES_AT_ONCE = 1.5
-"""The last completions of one batch leave most slots empty, and a step of decoding costs a small
-model hardly less; two batches end together. See `benchmarks/running_requests.py`."""
+"""One alone leaves slots empty at its end, two end together: `benchmarks/running_requests.py`."""
 
 MAX_RUNNING = 4096
 """More requests in one decoding step than any server was measured with."""
@@ -210,17 +208,16 @@ def _flags(running: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]
         "max-running-requests": running,
         "chunked-prefill-size": PREFILL_TOKENS,
     }
-    words = ""
-    if not any("cuda-graph" in name for name in given):
+    by_graphs = not any("cuda-graph" in name for name in given)
+    if by_graphs:
         flags["cuda-graph-bs-decode"] = graph_sizes(running)
         flags["cuda-graph-max-bs-prefill"] = SMALL_PREFILL_GRAPHS
-        words = ", all by graphs"
     if not any("prefill-delayer" in name or "overlap" in name for name in given):
         flags["enable-prefill-delayer"] = True
         flags["prefill-delayer-queue-min-ratio"] = DELAY_RATIO
         flags["prefill-delayer-max-delay-ms"] = DELAY_MS
         flags["prefill-delayer-max-delay-passes"] = DELAY_PASSES
-    return flags, words
+    return flags, ", all by graphs" if by_graphs else ""
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -289,9 +286,6 @@ NOT_ON_CPU = frozenset(
 
 NEEDLESS = ("outlines", "xgrammar")
 """Imported by SGLang; what they themselves need is not."""
-
-ROOM_GB = {"cpu": 4, "cuda": 15}
-"""What to keep free for an environment, with pip's cache left out."""
 
 FIND_SGLANG = """
 import importlib.metadata as metadata
@@ -414,13 +408,6 @@ def install_server(
 def server_folder(folder: Path | None, version: str, device: str) -> Path:
     """Where an environment goes: the folder given, else one in this user's data folder."""
     return (folder or data_folder() / f"sglang-{version}-{device}").absolute()
-
-
-def describe_room(folder: Path, device: str) -> str:
-    """How much room an environment wants, and how much there is."""
-    there = next(each for each in (folder, *folder.parents) if each.exists())
-    free = shutil.disk_usage(there).free / 1e9
-    return f"allow {ROOM_GB[device]} GB in {folder}, where {free:.0f} GB are free"
 
 
 def examine_python(python: Path, device: str) -> ServerPython:

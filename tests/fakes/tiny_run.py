@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import lightning as L
 import torch
@@ -117,7 +116,6 @@ class TinyData(L.LightningDataModule):
         super().__init__()
         self.num_rollouts = num_rollouts
         self.evaluations = evaluations or []
-        self.session = SimpleNamespace(gather=lambda value: [value])
 
     def train_dataloader(self):
         return TinyLoader(self.num_rollouts)

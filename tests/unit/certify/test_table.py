@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lightning_grpo.certify.parts import CheckLine
 from lightning_grpo.certify.table import (
     Certificate,
@@ -28,6 +30,7 @@ WRONG = Certificate(
 )
 
 
+@pytest.mark.slow
 def test_each_is_certified_in_a_process_of_its_own():
     good, refused = certify_each(["qwen3", "gemma2"])
     assert (good.model, good.verdict) == ("qwen3", "certified")
