@@ -109,7 +109,7 @@ def _ended(
     code, lines = explain(error)
     if isinstance(error, StopRun) and error.saved_to:
         lines = [f"go on with: {resume_command(command, arguments, error.saved_to)}"]
-    if command in _RUNS:
+    if command in _RUNS and command != "replay":  # whose options are its own
         lines += doctor_words(error, arguments)
     if isinstance(error, OSError) and command not in _RUNS:
         code, lines = _MISUSED, lines[:1]

@@ -105,8 +105,8 @@ def how_it_ended(run: Run) -> Finding:
         answer = f"{steps}. Its folder does not say how it ended."
     details = [end.text] if end is not None and end.text else []
     details += [
-        f"This is {run.folder}. A later run, {later}, trained on nothing: `lightning-grpo report` "
-        "of its own folder says why."
+        f"This is {run.folder}. A later run, {later}, has trained on nothing so far: "
+        "`lightning-grpo report` of its own folder says more."
         for later in later_without_training(run.folder)[-1:]
     ]
     resumed = [str(start.step) for start in run.timeline.starts[1:]]

@@ -151,7 +151,7 @@ def size_servers(
         overhead += running * (GRAPH_BYTES + load.vocab_size * LOGIT_BYTES)
         wanted = int(running * (context or 0) * SPARE_TOKENS)
         tokens = min(wanted, int((room - overhead) // per_token)) if known else 0
-        if tokens == wanted:
+        if not known or tokens == wanted:
             break
     flags, by_graphs = _flags(running, given)
     notes = [f"{requests:,} requests in flight", f"{running:,} decoded at once{by_graphs}"]

@@ -392,8 +392,7 @@ class IPCTransport(Transport):
     async def close(self, targets: list[Target]) -> None:
         """Gives the shared memory back."""
         self._buckets = []
-        if torch.cuda.is_initialized():
-            torch.cuda.ipc_collect()
+        stop_sharing()
 
 
 class DirectTransport(ProcessGroupTransport):
@@ -434,6 +433,12 @@ class DirectTransport(ProcessGroupTransport):
         self._sharing.discard(target.url)
         await super().abandon(target)
 
+    async def close(self, targets: list[Target]) -> None:
+        """Ends the groups, and gives shared memory back."""
+        await super().close(targets)
+        self._buckets = []
+        stop_sharing()
+
 
 async def send_handles(
     buckets: Sequence[Bucket], target: Target, label: str, timeout_s: float
@@ -451,6 +456,12 @@ async def send_handles(
             body["weight_version"] = label
         reply = await target.client.update("/update_weights_from_tensor", body, timeout_s)
         require_success(reply, target, f"a bucket of {len(bucket.names)} weights")
+
+
+def stop_sharing() -> None:
+    """Give back the memory that other processes have let go of."""
+    if torch.cuda.is_initialized():
+        torch.cuda.ipc_collect()
 
 
 def finish_copies(buckets: Sequence[Bucket]) -> None:

@@ -111,7 +111,7 @@ def test_a_later_run_that_trained_nothing_is_named_beside_the_one_that_is_shown(
     shown = find_folder(tmp_path)
     assert shown.name == "version_1"
     (detail,) = how_it_ended(read(shown)).details
-    assert f"A later run, {tmp_path / 'version_2'}, trained on nothing" in detail
+    assert f"A later run, {tmp_path / 'version_2'}, has trained on nothing so far" in detail
 
 
 def test_groups_of_equal_rewards_are_named_where_most_of_them_are(tmp_path):

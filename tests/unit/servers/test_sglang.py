@@ -274,6 +274,12 @@ def test_of_several_batches_in_flight_one_and_a_half_are_decoded_at_a_time():
     assert size_servers(load, 2, H200, per_gpu=2).flags["max-running-requests"] == 768
     load = ServerLoad(1024, 1024, 512, **SMALL)
     assert size_servers(load, 1, H200).flags["max-running-requests"] == 1024
+    # Of memory that isn't known nothing says that they don't fit.
+    for load, gpu_bytes in (
+        (ServerLoad(3072, 1024, 512, **SMALL), 0),
+        (ServerLoad(3072, 1024, 512), H200),
+    ):
+        assert size_servers(load, 1, gpu_bytes).flags["max-running-requests"] == 1536
 
 
 @pytest.mark.parametrize(
