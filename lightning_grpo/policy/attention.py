@@ -71,7 +71,9 @@ def packed_kernel(
     """
     assert _varlen_attn is not None
     num_sequences = len(cu_seqlens) - 1
-    if num_sequences == 1 and (window is None or max_length <= window):
+    # To the compiler one sequence is no case of its own: it would compile for it again.
+    alone = not torch.compiler.is_compiling() and num_sequences == 1
+    if alone and (window is None or max_length <= window):
         return _one_sequence(query, key, value, scale)
     options: dict[str, Any] = {"scale": scale}
     options["window_size"] = (-1 if window is None else window - 1, 0)
@@ -275,21 +277,13 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(bucket) for bucket in buckets]
 
 
-def register_packed_attention(*, compiled: bool = False) -> str:
+def register_packed_attention() -> str:
     """Make the packed attention known to transformers, and return its name there.
 
     No mask function is registered: then transformers builds no mask.
-
-    Args:
-        compiled: Whether a model's blocks are compiled: the compiler then looks away, for
-            attention's kernels are not its own, and where sequences begin is no reason to compile
-            again.
     """
-    name, forward = PACKED, packed_attention_forward
-    if compiled:
-        name, forward = f"{PACKED}_opaque", torch.compiler.disable(packed_attention_forward)
-    AttentionInterface.register(name, forward)
-    return name
+    AttentionInterface.register(PACKED, packed_attention_forward)
+    return PACKED
 
 
 def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers calls
@@ -320,16 +314,22 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
                 f"`model` must have plain causal attention, {type(module).__name__} has a "
                 f"`{name}`. Way out: a model without it, such as Qwen3 or Llama."
             )
+    compiling, takes_kernel = torch.compiler.is_compiling(), has_packed_kernel(query)
+    if compiling and not takes_kernel:
+        return _unseen(
+            *(module, query, key, value, attention_mask, scaling, sliding_window, packing)
+        )
     window = sliding_window or window_in_mask(module)
-    if packing.num_sequences == 1:
+    if not compiling and packing.num_sequences == 1:
         out = causal_attention(query, key, value, scaling, window)
         return out.transpose(1, 2), None
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    if has_packed_kernel(query):
-        out = varlen_attention(query, key, value, packing, scaling, window)
-    else:
-        out = padded_attention(query, key, value, packing, scaling, window)
-    return out.unsqueeze(0), None
+    attend = varlen_attention if takes_kernel else padded_attention
+    return attend(query, key, value, packing, scaling, window).unsqueeze(0), None
+
+
+# The work of the padded form depends on where sequences begin, which is no reason to compile again.
+_unseen = torch.compiler.disable(packed_attention_forward)
 
 
 def varlen_attention(
@@ -341,11 +341,13 @@ def varlen_attention(
     window: int | None = None,
 ) -> Tensor:
     """Causal attention within each sequence by torch's kernel; as `padded_attention`."""
-    shares = len(packing.repeats) > 0
-    if shares:
-        query, key, value = (_Spread.apply(t, packing) for t in (query, key, value))
+    if len(packing.repeats) == 0:
+        bounds = packing.cu_seqlens
+        return packed_kernel(query, key, value, bounds, packing.max_length, scale, window)
+    sharing = (packing.unique, packing.unique_of, packing.repeats)
+    query, key, value = (_Spread.apply(t, *sharing) for t in (query, key, value))
     out = packed_kernel(query, key, value, packing.cu_seqlens, packing.max_length, scale, window)
-    return cast("Tensor", _Pick.apply(out, packing)) if shares else out
+    return cast("Tensor", _Pick.apply(out, packing.unique))
 
 
 class _Spread(torch.autograd.Function):
@@ -356,33 +358,35 @@ class _Spread(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, packing: PackedLayout) -> Tensor:
-        ctx.packing = packing
-        return values.index_select(0, packing.unique_of)
+    def forward(
+        ctx: Any, values: Tensor, unique: Tensor, unique_of: Tensor, repeats: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(unique, unique_of, repeats)
+        return values.index_select(0, unique_of)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        packing: PackedLayout = ctx.packing
-        summed = grad.index_select(0, packing.unique)
-        again = packing.unique_of[packing.repeats]
-        return summed.index_add_(0, again, grad.index_select(0, packing.repeats)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        unique, unique_of, repeats = ctx.saved_tensors
+        summed, again = grad.index_select(0, unique), grad.index_select(0, repeats)
+        return summed.index_add_(0, unique_of[repeats], again), None, None, None
 
 
 class _Pick(torch.autograd.Function):
     """Values of all tokens to those of unique ones; what repeats has no use."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, packing: PackedLayout) -> Tensor:
-        ctx.packing = packing
-        return values.index_select(0, packing.unique)
+    def forward(ctx: Any, values: Tensor, unique: Tensor) -> Tensor:
+        ctx.save_for_backward(unique)
+        ctx.num_tokens = len(values)
+        return values.index_select(0, unique)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        packing: PackedLayout = ctx.packing
-        spread = grad.new_zeros(packing.num_tokens, *grad.shape[1:])
-        return spread.index_copy_(0, packing.unique, grad), None
+        (unique,) = ctx.saved_tensors
+        spread = grad.new_zeros(ctx.num_tokens, *grad.shape[1:])
+        return spread.index_copy_(0, unique, grad), None
 
 
 def padded_attention(

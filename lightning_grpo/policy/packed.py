@@ -279,7 +279,7 @@ class PackedPolicy(nn.Module):
         if max_logits is not None:
             require_count("max_logits", max_logits, most=1 << 36)
         _check(model)
-        model.set_attn_implementation(register_packed_attention(compiled=compiled))
+        model.set_attn_implementation(register_packed_attention())
         if not compiled:  # the compiler fuses them with what stands beside them
             fuse_norms(model)
         model.config.use_cache = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.fakes.ranks import ROOT
 
+nbformat = pytest.importorskip("nbformat", reason="needs the extra [test]")
+NotebookClient = pytest.importorskip("nbclient").NotebookClient
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -106,21 +107,37 @@ def test_a_group_computes_its_prompt_once():
     assert len(PackedLayout(cu_seqlens).unique) == 17
 
 
-def test_gradients_of_tokens_that_sequences_share_add_up():
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_tokens_that_sequences_share_add_up(compiled):
+    def through(function):
+        whole = partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=True)
+        return whole(function) if compiled else function
+
     sequences = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7], [9, 2]]
     cu_seqlens = torch.tensor([0, *map(len, sequences)]).cumsum(0)
     layout = PackedLayout(cu_seqlens, torch.tensor([t for s in sequences for t in s]))
     assert layout.repeats.tolist() == [4, 5, 6, 9, 10]
     values = torch.randn(len(layout.unique), 2, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(layout.num_tokens, 2, 3, dtype=torch.float64)
-    found, expected = _Spread.apply(values, layout), values.index_select(0, layout.unique_of)
+    unique, unique_of, repeats = layout.unique, layout.unique_of, layout.repeats
+
+    def spread(values):
+        return _Spread.apply(values, unique, unique_of, repeats)
+
+    def picked(values):
+        return _Pick.apply(_Spread.apply(values, unique, unique_of, repeats) * weights, unique)
+
+    plainly = values.index_select(0, unique_of)
     for ours, plain in (
-        (found, expected),
-        (_Pick.apply(found * weights, layout), (expected * weights).index_select(0, layout.unique)),
+        (through(spread)(values), plainly),
+        (through(picked)(values), (plainly * weights).index_select(0, unique)),
     ):
         assert torch.equal(ours, plain)
         probe = torch.randn_like(plain)
-        (mine,) = torch.autograd.grad(ours, values, probe, retain_graph=True)
+        (mine,) = torch.autograd.grad(ours, values, probe)
         (theirs,) = torch.autograd.grad(plain, values, probe, retain_graph=True)
         assert torch.allclose(mine, theirs, atol=1e-12)
 

@@ -1,7 +1,10 @@
 """torch's variable-length kernel, on a GPU, against the padded form in fp64."""
 
+import copy
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_grpo.policy.attention import (
     PackedLayout,
@@ -9,7 +12,7 @@ from lightning_grpo.policy.attention import (
     padded_attention,
     varlen_attention,
 )
-from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.policy.packed import PackedPolicy, compile_blocks
 from tests.fakes.causal_models import make_causal_model, make_sequences, pack
 
 pytestmark = [
@@ -47,3 +50,25 @@ def test_a_bf16_policy_on_the_gpu_is_near_the_fp32_one():
     found, _ = PackedPolicy(make_causal_model(dtype=torch.bfloat16).cuda())(*packed)
     assert found.dtype == torch.float32
     assert (found - exact).abs().mean().item() < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_attention_is_compiled_with_its_block_and_other_lengths_compile_nothing_again():
+    model = make_causal_model(dtype=torch.bfloat16).cuda()
+    plain, policy = PackedPolicy(copy.deepcopy(model)), PackedPolicy(model, compiled=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = CompileCounterWithBackend("inductor")
+    compile_blocks(policy.model, backend=counter)
+    for lengths in (LENGTHS, (7, 90, 12), (300, 4, 60, 31, 9)):
+        packed = [t.cuda() for t in pack(make_sequences(lengths, shared=3))]
+        gradients = []
+        for each in (plain, policy):
+            each.zero_grad()
+            each(*packed)[0].sum().backward()
+            gradients.append(torch.cat([p.grad.float().flatten() for p in each.parameters()]))
+        assert ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item() < 0.05
+    assert counter.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
