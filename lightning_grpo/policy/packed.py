@@ -98,36 +98,50 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.to(dtype) @ weight.to(dtype).t()
 
 
-def _target_logprobs(
-    logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: the target's logprob, the entropy, and the log of the sum of exponentials."""
-    scaled = logits / temperature.unsqueeze(1)
-    log_softmax = torch.log_softmax(scaled, dim=-1)
+def _of_targets(
+    log_softmax: Tensor, targets: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Of each row: the target's logprob, and the entropy."""
     logprobs = log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
-    log_sum = scaled.gather(1, targets.unsqueeze(1)).squeeze(1) - logprobs
     if not with_entropy:
-        return logprobs, torch.zeros_like(logprobs), log_sum
-    return logprobs, -(log_softmax.exp() * log_softmax).sum(-1), log_sum
+        return logprobs, torch.zeros_like(logprobs)
+    return logprobs, -(log_softmax.exp() * log_softmax).sum(-1)
 
 
 def _grad_logits(
-    logits: Tensor,
+    log_softmax: Tensor,
     temperature: Tensor,
-    log_sum: Tensor,
     entropy: Tensor,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """The gradient of all logits but the targets'."""
-    temperature = temperature.unsqueeze(1)
-    log_softmax = logits / temperature - log_sum.unsqueeze(1)
     scale = grad_logprobs.unsqueeze(1)
     if grad_entropy is not None:
         # dH / dz_j = -p_j (log p_j + H)
         scale = scale + grad_entropy.unsqueeze(1) * (log_softmax + entropy.unsqueeze(1))
-    return (log_softmax.exp() * (-scale / temperature)).to(dtype)
+    return log_softmax.exp().mul_(-scale / temperature.unsqueeze(1)).to(dtype)
+
+
+def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    # In place: memory that is new costs a CPU more than what is written into it.
+    return torch.log_softmax(logits.div_(temperature.unsqueeze(1)), dim=-1)
+
+
+def _look(
+    logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_of_targets` gives, and the log of the sum of exponentials; reads logits only."""
+    scaled = logits / temperature.unsqueeze(1)
+    log_softmax = torch.log_softmax(scaled, dim=-1)
+    logprobs, entropy = _of_targets(log_softmax, targets, with_entropy)
+    return logprobs, entropy, scaled.gather(1, targets.unsqueeze(1)).squeeze(1) - logprobs
+
+
+def _grad_of_look(logits: Tensor, temperature: Tensor, log_sum: Tensor, *more: Any) -> Tensor:
+    log_softmax = logits / temperature.unsqueeze(1) - log_sum.unsqueeze(1)
+    return _grad_logits(log_softmax, temperature, *more)
 
 
 @functools.cache
@@ -151,17 +165,20 @@ class _Head(torch.autograd.Function):
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         entropy, log_sum = torch.zeros_like(logprobs), torch.empty_like(logprobs)
         temperature = temperature.to(dtype)
-        look = _compiled(_target_logprobs) if compiled else _target_logprobs
-        logits = None
+        values = None  # logits where it is compiled, which reads them in one go; else log-softmax
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight)
-            logprobs[part], entropy[part], log_sum[part] = look(
-                logits, temperature[part], targets[part], with_entropy
-            )
+            values = _logits(hidden[part], weight)
+            if compiled:
+                logprobs[part], entropy[part], log_sum[part] = _compiled(_look)(
+                    values, temperature[part], targets[part], with_entropy
+                )
+            else:
+                values = _log_softmax(values, temperature[part])
+                logprobs[part], entropy[part] = _of_targets(values, targets[part], with_entropy)
         ctx.rows, ctx.compiled = rows, compiled
         ctx.set_materialize_grads(False)  # most often nobody asks for the entropy's
-        kept = logits if len(hidden) <= rows else None
+        kept = values if len(hidden) <= rows else None
         ctx.save_for_backward(
             hidden, weight, targets, temperature, logprobs, entropy, log_sum, kept
         )
@@ -177,7 +194,6 @@ class _Head(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=temperature.dtype) if need_weight else None
         scale = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs
-        spread = _compiled(_grad_logits) if ctx.compiled else _grad_logits
         of_targets = scale * (1 - logprobs.exp())
         if grad_entropy is not None:
             of_targets -= grad_entropy * logprobs.exp() * (logprobs + entropy)
@@ -185,18 +201,16 @@ class _Head(torch.autograd.Function):
         with _without_autocast(hidden.device.type):
             for start in range(0, len(hidden), ctx.rows):
                 part = slice(start, start + ctx.rows)
-                logits = kept
-                if logits is None:
-                    logits = _logits(hidden[part], weight)
-                grad = spread(
-                    logits,
-                    temperature[part],
-                    log_sum[part],
-                    entropy[part],
-                    scale[part],
-                    None if grad_entropy is None else grad_entropy[part],
-                    weight.dtype,
-                )
+                more = entropy[part], scale[part], None if grad_entropy is None else grad_entropy[part]
+                values = _logits(hidden[part], weight) if kept is None else kept
+                if ctx.compiled:
+                    grad = _compiled(_grad_of_look)(
+                        values, temperature[part], log_sum[part], *more, weight.dtype
+                    )
+                else:
+                    if kept is None:
+                        values = _log_softmax(values, temperature[part])
+                    grad = _grad_logits(values, temperature[part], *more, weight.dtype)
                 grad.scatter_(1, targets[part].unsqueeze(1), of_targets[part].unsqueeze(1))
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad @ weight).to(hidden.dtype)
