@@ -98,9 +98,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.to(dtype) @ weight.to(dtype).t()
 
 
-def _of_targets(
-    log_softmax: Tensor, targets: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
+def _of_targets(log_softmax: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """Of each row: the target's logprob, and the entropy."""
     logprobs = log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
     if not with_entropy:
@@ -201,7 +199,11 @@ class _Head(torch.autograd.Function):
         with _without_autocast(hidden.device.type):
             for start in range(0, len(hidden), ctx.rows):
                 part = slice(start, start + ctx.rows)
-                more = entropy[part], scale[part], None if grad_entropy is None else grad_entropy[part]
+                more = (
+                    entropy[part],
+                    scale[part],
+                    None if grad_entropy is None else grad_entropy[part],
+                )
                 values = _logits(hidden[part], weight) if kept is None else kept
                 if ctx.compiled:
                     grad = _compiled(_grad_of_look)(

@@ -7,6 +7,7 @@ import logging
 import random
 import selectors
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -197,6 +198,13 @@ def seen(future: asyncio.Future[Any]) -> None:
 # -- the loop in its thread ------------------------------------------------------------------------
 
 _BEAT_S = 0.1
+SWITCH_INTERVAL_S = 0.0005
+"""How long one thread may keep the interpreter while another waits for it.
+
+The trainer gives it up at every kernel it starts. With Python's 5 ms it waits that long to get it
+back while the loop is busy, and a small model's pass takes three times as long beside a thousand
+requests.
+"""
 MOST_READY = 128
 """To read from so many sockets takes milliseconds."""
 
@@ -244,6 +252,7 @@ class EventLoop:
         self._ended: anyio.Event | None = None
         self._worst_lag_s = 0.0
         self._last_beat: float | None = None
+        self._switch_interval_s: float | None = None
 
     @property
     def is_live(self) -> bool:
@@ -259,6 +268,9 @@ class EventLoop:
         if self._portal is not None:
             raise RolloutError("the rollouts are already running.")
         self._failure = None
+        if (before := sys.getswitchinterval()) > SWITCH_INTERVAL_S:
+            self._switch_interval_s = before
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
         options = {"loop_factory": steady_loop}
         self._thread = start_blocking_portal("asyncio", backend_options=options)
         self._portal = self._thread.__enter__()
@@ -307,6 +319,9 @@ class EventLoop:
             logger.debug("the event loop had ended: %s", error)
         finally:
             thread.__exit__(None, None, None)
+            if self._switch_interval_s is not None:
+                sys.setswitchinterval(self._switch_interval_s)
+                self._switch_interval_s = None
 
     # ---- on the loop -----------------------------------------------------------------------
 

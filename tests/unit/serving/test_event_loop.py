@@ -7,6 +7,7 @@ import ctypes
 import gc
 import selectors
 import socket
+import sys
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ import pytest
 from lightning_grpo.errors import ConfigError, RolloutError, ServersLostError
 from lightning_grpo.serving.event_loop import (
     MOST_READY,
+    SWITCH_INTERVAL_S,
     Background,
     ClosedError,
     EventLoop,
@@ -217,6 +219,15 @@ def test_an_error_at_the_start_is_raised_by_start_and_leaves_nothing(running):
     assert not running.service.is_live
     start(running)
     running.take().result(timeout=10)
+
+
+def test_while_it_runs_no_thread_keeps_the_interpreter_for_long_and_afterwards_as_before(running):
+    before = sys.getswitchinterval()
+    assert before > SWITCH_INTERVAL_S
+    service = start(running)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
+    service.close()
+    assert sys.getswitchinterval() == pytest.approx(before)
 
 
 def test_it_starts_once(running):
