@@ -78,6 +78,7 @@ class Speed:
         token_s: A server's scheduler, for each token.
         score_s: Of a proof's pass, for each block.
         request_s: To interrupt a request and send it again.
+        resent_s: The same, for each token that it has: read with its logprob, and written again.
         sync_s: Of a weight sync beside all that.
         other_s: Of a step: packing, logging, recording.
         words: What it was taken from.
@@ -93,6 +94,7 @@ class Speed:
     token_s: float = 15e-6
     score_s: float = 1.2e-3
     request_s: float = 100e-6
+    resent_s: float = 1.7e-6
     sync_s: float = 0.02
     other_s: float = 0.1
 

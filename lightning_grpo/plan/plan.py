@@ -87,8 +87,8 @@ def step_parts(
 ) -> StepParts:
     """Add up the parts of a step.
 
-    Rollouts of the next batches run while the trainer works, but where `staleness` is 0, or where
-    both share a processor: then one waits for the other.
+    Rollouts of the next batches run while the trainer works, but where `staleness` is 0. Where both
+    share a processor neither is spared: passes take as much longer as rollouts get done meanwhile.
 
     Args:
         size: Of the model.
@@ -104,12 +104,14 @@ def step_parts(
     passes += work.scorings * work.minibatches * scoring
     optimizer = seconds.optimizer_seconds(size, setup, speed) * work.steps
     in_flight = work.completions * work.staleness
-    sync = seconds.sync_seconds(size, setup, in_flight, speed, servers=serving.servers)
+    had = work.completion / 2
+    sync = seconds.sync_seconds(size, setup, in_flight, speed, servers=serving.servers, tokens=had)
     rollout = seconds.rollout_seconds(size, work, serving, speed)
     busy = passes + optimizer + sync + speed.other_s
     waiting = rollout if work.staleness == 0 else max(0.0, rollout - busy)
     if serving.shared and work.staleness:
-        waiting, passes = 0.0, passes + rollout
+        at_once = min(passes, rollout)  # both take turns, and each gets half
+        waiting, passes = rollout - at_once, passes + at_once
     return StepParts(rollout, waiting, passes, optimizer, sync, speed.other_s)
 
 

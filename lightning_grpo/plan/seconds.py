@@ -240,7 +240,13 @@ def optimizer_seconds(size: ModelSize, setup: TrainingSetup, speed: Speed) -> fl
 
 
 def sync_seconds(
-    size: ModelSize, setup: TrainingSetup, in_flight: int, speed: Speed, *, servers: int = 1
+    size: ModelSize,
+    setup: TrainingSetup,
+    in_flight: int,
+    speed: Speed,
+    *,
+    servers: int = 1,
+    tokens: float = 0.0,
 ) -> float:
     """From the last optimizer step until the servers go on with proved weights.
 
@@ -253,6 +259,7 @@ def sync_seconds(
         in_flight: Requests, at all servers together.
         speed: Of the GPU.
         servers: Which are sent to over one link.
+        tokens: That a request has when it is interrupted, on average.
     """
     gather = CAST_BYTES * size.parameters / (COPY_SHARE * speed.bandwidth)
     if setup.offloaded:
@@ -261,7 +268,12 @@ def sync_seconds(
         gather += MERGE_PASSES * 2 * FULL * size.parameters / speed.bandwidth
     send = servers * HALF * size.parameters / min(SEND, speed.link)
     score = size.layers * speed.score_s
-    return gather + max(send, score) + in_flight * speed.request_s + speed.sync_s
+    return (
+        gather
+        + max(send, score)
+        + in_flight * (speed.request_s + tokens * speed.resent_s)
+        + speed.sync_s
+    )
 
 
 def rollout_seconds(size: ModelSize, work: Workload, serving: Serving, speed: Speed) -> float:

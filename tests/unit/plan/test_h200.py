@@ -258,3 +258,22 @@ def test_the_main_job_where_nothing_else_was_on_its_gpu():
     parts = step_parts(SMOLLM, TrainingSetup(16384), work, serving, H200)
     within(parts.step, statistics.mean(row["step_s"][-2:]), 0.30)
     within(parts.sync, statistics.mean(row["sync_s"][-3:]), 0.30)
+
+
+@pytest.mark.parametrize(
+    ("run", "running", "shared"),
+    [
+        ("one GPU trains, one serves", 384, False),
+        ("one GPU for both, 384 decoded at once by each of four servers (no flag set)", 384, True),
+    ],
+)
+def test_the_main_job_with_long_answers(run, running, shared):
+    """Of the untouched model, whose answers teach little: one or two of a hundred are trained on."""
+    row = results("main_job_placements")["runs"][run]
+    length = statistics.mean(row["length"][3:])
+    work = Workload(256, 4, 2, 109, length, 1024, trained_share=0.02)
+    serving = Serving(4, running, per_gpu=4, shared=shared)
+    parts = step_parts(SMOLLM, TrainingSetup(16384), work, serving, H200)
+    within(parts.step, statistics.mean(row["step_s"][3:]), 0.35)
+    within(parts.waiting, statistics.mean(row["wait_s"][3:]), 0.40)
+    within(parts.sync, statistics.mean(row["sync_s"][3:]), 0.30)
