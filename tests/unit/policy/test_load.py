@@ -21,9 +21,9 @@ from lightning_grpo.policy.load import (
     export_policy,
     load_policy,
     load_tokenizer,
-    without_bars,
     materialize_from_folder,
     rebuild_buffers,
+    without_bars,
 )
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.session.material import load_config
