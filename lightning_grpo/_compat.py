@@ -9,17 +9,23 @@ Apart from `_compat_lightning`, so that the embedded engine starts without impor
 | `master_listen_fd` | torch.distributed.TCPStore | torch 2.13.0 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 | `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
+| `get_model_conversion_mapping` | transformers.conversion_mapping | transformers 5.12, 5.23 |
+| `_weight_conversions` | transformers.PreTrainedModel | transformers 5.12, 5.23 |
+| `revert_weight_conversion` | transformers.core_model_loading | transformers 5.12, 5.23 |
 """
 
 from __future__ import annotations
 
+import copy
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def after_backward(call: Callable[[], None]) -> None:
@@ -30,6 +36,42 @@ def after_backward(call: Callable[[], None]) -> None:
 def no_split_modules(module: nn.Module) -> set[str]:
     """Class names of the decoder blocks that transformers declares, over all models inside."""
     return {name for m in module.modules() for name in vars(m).get("_no_split_modules") or ()}
+
+
+def checkpoint_conversion(model: Any) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """What makes the tensors that `save_pretrained` writes of a model's own; None: they are these.
+
+    By the architecture alone. What `from_pretrained` leaves on a model (`_weight_conversions`) is
+    what the files at hand needed: nothing, if they were in the layout of memory. Nor is the model
+    itself asked for names, between which adapters and compilers put their own.
+
+    Args:
+        model: A `PreTrainedModel`.
+    """
+    # Here, not above: transformers takes seconds to import.
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return None
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    return partial(revert_weight_conversion, twin)
+
+
+@contextmanager
+def named_by_architecture(model: Any) -> Iterator[None]:
+    """Have `save_pretrained` name tensors as `checkpoint_conversion` does.
+
+    Args:
+        model: A `PreTrainedModel`.
+    """
+    held = vars(model).pop("_weight_conversions", None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            model._weight_conversions = held
 
 
 def window_in_mask(attention: nn.Module) -> int | None:

@@ -45,6 +45,7 @@ from benchmarks.h200.serving import (
     versions_of,
     write_report,
 )
+from lightning_grpo.naming import CheckpointNames
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.serving.fitness import Requirements
@@ -86,6 +87,7 @@ class Policy:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.module = PackedPolicy(load_policy(str(path)).to(device))
+        self.names = CheckpointNames(self.module.model)
         parallelize(self.module, init_device_mesh(device.type, (1,)))
 
     @torch.no_grad()
@@ -161,7 +163,7 @@ def sync(
     report_to_come = portal.start_task_soon(publish, snapshot, version, sent, turn)
     turn.result()
     weights = gather_weights(policy.module, policy.serving_dtype, into=proof.memory)
-    snapshot.set_result(weights)
+    snapshot.set_result(policy.names.of(weights))
     gathered = time.perf_counter()
     sent.set_result(proof.score(policy.module, weights) if servers.proves else SentScores([]))
     scored = time.perf_counter()

@@ -24,9 +24,14 @@ import torch
 from problems import Problem, mixed_demonstration, problems
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
-VOCABULARY_SIZE = 512
+VOCABULARY_SIZE, INTERMEDIATE_SIZE = 512, 384
 MAX_NEW_TOKENS = 56
 NUM_TRAIN, NUM_TEST = 4000, 1000
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
@@ -46,9 +51,14 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base is trained; the defaults made the model that ships."""
+    """How the base is trained; the defaults made the model that ships.
+
+    With `experts` it is a mixture of so many, of which each token passes two: as wide for a token
+    as the model that ships.
+    """
 
     seed: int = 0
+    experts: int = 0
     clean_steps: int = 1000
     mixed_steps: int = 150
     batch_size: int = 64
@@ -104,13 +114,18 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A freshly initialized Qwen3 of 0.46 million parameters."""
-    config = Qwen3Config(
+def make_model(tokenizer: PreTrainedTokenizerFast, experts: int = 0) -> PreTrainedModel:
+    """A freshly initialized Qwen3 of 0.46 million parameters, or a mixture of experts."""
+    kind, mixture = Qwen3ForCausalLM, {}
+    if experts:
+        kind = Qwen3MoeForCausalLM
+        mixture = {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        mixture |= {"moe_intermediate_size": INTERMEDIATE_SIZE // 2}
+    config = kind.config_class(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=128,
         num_hidden_layers=2,
-        intermediate_size=384,
+        intermediate_size=INTERMEDIATE_SIZE,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,
@@ -120,9 +135,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **mixture,
     )
-    config.architectures = ["Qwen3ForCausalLM"]
-    return Qwen3ForCausalLM(config)
+    config.architectures = [kind.__name__]
+    return kind(config)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
@@ -154,7 +170,7 @@ def batches(
 
 
 def train(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     stream: Iterator[tuple[Tensor, Tensor]],
     num_steps: int,
     learning_rate: float,
@@ -190,7 +206,7 @@ def is_right(completion: str, answer: str) -> bool:
 
 @torch.no_grad()
 def accuracy(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     rows: list[dict[str, str]],
     *,
@@ -227,7 +243,7 @@ def make_base(out: Path, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     tokenizer = make_tokenizer(recipe.seed)
     print(f"tokenizer: {len(tokenizer)} tokens")
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, recipe.experts)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     for label, steps, rate in (
         ("clean", recipe.clean_steps, recipe.learning_rate),
@@ -243,7 +259,7 @@ def make_base(out: Path, recipe: Recipe) -> None:
     save(model, tokenizer, out / "model")
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """A folder that transformers and SGLang load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

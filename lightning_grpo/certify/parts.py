@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grpo.engine.model import ModelRunner, load_model
+from lightning_grpo.naming import CheckpointNames
 from lightning_grpo.policy.load import export_policy
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.weights.gather import gather_weights
+from lightning_grpo.weights.gather import gather_weights, make_buckets, unpack
 
 LOGPROB_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-6
 """Of fp32 logprobs, absolute; of fp64 gradients, relative to each parameter's own."""
+_BUCKET_BYTES = 50_000
+"""So few that a tiny model's weights travel in several."""
 
 Verdict = Literal["ok", "refused", "WRONG", "skipped", "untried"]
 
@@ -62,6 +65,13 @@ def _export(policy: nn.Module, folder: Path) -> None:
     export_policy(model, None, folder)
 
 
+def _publish(policy: nn.Module) -> dict[str, Tensor]:
+    """What servers get, unpacked from the buckets in which it travels."""
+    model: Any = policy.model
+    sent = CheckpointNames(model).of(gather_weights(policy))
+    return {n: t for bucket in make_buckets(sent, _BUCKET_BYTES) for n, t in unpack(bucket).items()}
+
+
 @dataclass(frozen=True)
 class Parts:
     """What is certified; the package's own by default, a test hands in others.
@@ -74,7 +84,7 @@ class Parts:
     """
 
     policy: Callable[..., nn.Module] = PackedPolicy
-    publish: Callable[[nn.Module], Mapping[str, Tensor]] = gather_weights
+    publish: Callable[[nn.Module], Mapping[str, Tensor]] = _publish
     engine: Callable[[str], ModelRunner] = _serve
     export: Callable[[nn.Module, Path], None] = _export
 

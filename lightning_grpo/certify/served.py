@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -39,14 +38,17 @@ def names(config: Any, parts: Parts) -> CheckLine:
     trained = _trained(config)
     published = dict(parts.publish(parts.policy(_trained(config))))
     with tempfile.TemporaryDirectory() as scratch:
-        kept = _checkpoint_names(trained, Path(scratch) / "own")
+        kept = _checkpoint(trained, Path(scratch) / "own")
         served, problem = _served(config, published, Path(scratch) / "served")
     if served is None:
         return CheckLine("names", "WRONG", problem)
     figure = _apart(served, trained, config)
-    missing, more = sorted(kept - published.keys()), sorted(published.keys() - kept)
+    missing, more = kept.keys() - published.keys(), published.keys() - kept.keys()
     if missing or more:
         had = f"the checkpoint has {_some(missing)}, servers get {_some(more)}"
+        return CheckLine("names", "WRONG", had, figure, LOGPROB_LIMIT)
+    if other := [name for name in kept if not torch.equal(kept[name], published[name])]:
+        had = f"servers get other values than the checkpoint has of {_some(other)}"
         return CheckLine("names", "WRONG", had, figure, LOGPROB_LIMIT)
     found = f"logprobs of a model loaded from the {len(published)} tensors that servers get"
     return measured("names", figure, LOGPROB_LIMIT, found)
@@ -75,8 +77,11 @@ def engine(config: Any, parts: Parts) -> CheckLine:
             return CheckLine("engine", "skipped", f"not served here: {_reason(error)}")
         runner = parts.engine(folder)
     published = dict(parts.publish(parts.policy(_trained(config))))
+    weights = ModelWeights(runner.model)
+    weights.check(published, complete=True)
     with torch.no_grad():
-        ModelWeights(runner.model).writer(published, complete=True)()
+        for name, tensor in reversed(published.items()):  # in any order, and each alone
+            weights.writer({name: tensor})()
         rows, given = sampled(runner)
         every = plain_logprobs(_trained(config), rows).split([len(row) for row in rows])
     expected = torch.stack([row[-_SAMPLED:] for row in every])
@@ -140,23 +145,12 @@ def _adapted(config: Any) -> tuple[PreTrainedModel, str]:
     return model, which
 
 
-def _checkpoint_names(model: PreTrainedModel, folder: Path) -> set[str]:
-    """Names of the parameters in a checkpoint as transformers writes it; buffers are not sent."""
-    buffers = _buffers(model).keys()
-    values = {name: value for name, value in model.state_dict().items() if name not in buffers}
+def _checkpoint(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """What transformers writes of a model."""
     with without_bars():
-        model.save_pretrained(folder, state_dict=values)
-    found: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            found |= set(opened.keys())
-    return found
-
-
-def _buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a checkpoint holds and nobody trains, or sends."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {n: value for n, value in model.state_dict().items() if n not in parameters}
+        model.save_pretrained(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _served(
@@ -166,7 +160,7 @@ def _served(
     start = tiny_model(config)
     folder.mkdir()
     start.config.save_pretrained(folder)
-    tensors = {n: t.contiguous().clone() for n, t in {**_buffers(start), **published}.items()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in published.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return _loaded(folder)
 

@@ -36,7 +36,7 @@ caps as they are, sizes shrunk. Printed with its figure is a line for each check
   gradient       against autograd through transformers, in fp64
   cuts           the gradient in one micro-batch, against several
   flops          the operations of a step can be counted
-  names          what servers get: the checkpoint's names, and the same model
+  names          what servers get: the checkpoint's names and layouts, and the same model
   engine         what the embedded engine samples, where it runs the model
   adapter        LoRA merged for the servers, where there is PEFT
   export         the exported folder
@@ -185,13 +185,12 @@ def page(found: Sequence[Certificate]) -> str:
 is right: packed rows, gradients, what servers get, the embedded engine, adapters, exports
 ([what each line means](troubleshooting.md#is-the-models-path-right)). This page is what it finds
 for every causal architecture of transformers (`make certify-all` writes it). Each is tried as
-transformers itself configures it: a checkpoint may differ (another kind of layer, a cap, a window),
-so ask for yours by its folder or hub id.
+transformers itself configures it, with what that leaves open set as checkpoints do: yours may differ
+(another kind of layer, a cap, a window), so ask for it by its folder or hub id.
 
-*certified*: all lines are right. *refused*: `fit` says the same before anything is started.
-*WRONG*: the package takes it, and a line finds a difference; where `names` alone does, values are
-right, and the embedded engine takes them, but servers that read checkpoints would not find them.
-*untried*: transformers' own config makes no model.
+*certified*: all lines are right; what servers get has a checkpoint's names, layouts and values.
+*refused*: `fit` says the same before anything is started. *WRONG*: the package takes it, and a line
+finds a difference. *untried*: transformers' own config makes no model.
 
 {counts(found)}, of {len(found)} ({made_with}, {datetime.now(UTC):%Y-%m-%d}, CPU).
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -34,6 +34,8 @@ from lightning_grpo.engine.requests import (
     WeightUpdateError,
 )
 from lightning_grpo.engine.scheduler import EngineThread
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.naming import CheckpointNames, UnnamedWeightsError
 
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
@@ -45,12 +47,33 @@ _TIMEOUT = timedelta(seconds=300)
 
 
 class ModelWeights:
-    """The weights of the running model under the names of a Hugging Face checkpoint."""
+    """The weights of the running model under the names of a Hugging Face checkpoint.
+
+    A checkpoint may hold them otherwise than transformers does: experts one by one, projections in
+    one. Each of its tensors has its own place in the model, so that they come in any order, and
+    some of them alone.
+
+    Raises:
+        ConfigError: A checkpoint of such a model can't be written to it piece by piece.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._tensors: dict[str, Tensor] = dict(model.state_dict())
-        # Of tied weights one; nobody trains a buffer, or sends it.
-        self._needed = {t.data_ptr(): name for name, t in model.named_parameters()}
+        self._names = CheckpointNames(model)
+        self._own: dict[str, Tensor] = dict(model.state_dict())
+        self._views = self._names.views(self._own)
+        try:
+            self._spread = _spread(self._names.origins(self._own), self._own)
+            # Of tied weights one; nobody trains a buffer, or misses it.
+            parameters = dict(model.named_parameters())
+            self._needed = {self._place(name): name for name in self._names.of(parameters)}
+            missed = sum(p.numel() for p in parameters.values()) - self._size(self._needed.values())
+            if missed:
+                raise UnnamedWeightsError(f"it would leave {missed} numbers as they are")
+        except UnnamedWeightsError as error:
+            raise ConfigError(
+                f"`model` must be one whose checkpoints can be written to it, for "
+                f"{type(model).__name__} they can't: {error}. Way out: SGLangServers."
+            ) from error
 
     def check(self, tensors: Mapping[str, Tensor], *, complete: bool = False) -> None:
         """Check names and shapes of new weights; if complete, that all are there, tied ones once.
@@ -59,14 +82,14 @@ class ModelWeights:
             WeightUpdateError: Naming the first that is wrong.
         """
         for name, tensor in tensors.items():
-            mine = self._tensors.get(name)
+            mine = self._shape(name)
             if mine is None:
-                raise WeightUpdateError(f"the model has no weight {name!r}")
-            if mine.shape != tensor.shape:
+                raise WeightUpdateError(self._unknown(name))
+            if mine != tensor.shape:
                 raise WeightUpdateError(
-                    f"weight {name!r} must have shape {list(mine.shape)}, got {list(tensor.shape)}"
+                    f"weight {name!r} must have shape {list(mine)}, got {list(tensor.shape)}"
                 )
-        given = {self._tensors[name].data_ptr() for name in tensors}
+        given = {self._place(name) for name in tensors}
         missing = sorted(self._needed[place] for place in self._needed.keys() - given)
         if complete and missing:
             raise WeightUpdateError(
@@ -82,15 +105,18 @@ class ModelWeights:
         def write() -> None:
             with torch.no_grad():
                 for name, tensor in tensors.items():
-                    self._tensors[name].copy_(tensor)
+                    if name in self._views:
+                        self._views[name].copy_(tensor)
+                    else:
+                        self._spread[name].write(tensor)
 
         return write
 
-    def read_folder(self, path: str) -> dict[str, Tensor]:
+    def read_folder(self, path: str) -> Mapping[str, Tensor]:
         """Read a checkpoint that could replace the running weights.
 
-        Files that name their tensors as the model does are read as they are; anything else goes
-        through transformers, which knows how checkpoints of each architecture are named.
+        Files that name their tensors as such checkpoints do are read as they are; anything else
+        goes through transformers, which knows the older names of each architecture.
 
         Raises:
             WeightUpdateError: If there is no checkpoint at `path` or it can't be read.
@@ -101,7 +127,7 @@ class ModelWeights:
             )
         try:
             tensors = _read_safetensors(Path(path))
-            if tensors and tensors.keys() <= self._tensors.keys():
+            if tensors and all(self._shape(name) is not None for name in tensors):
                 return tensors
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -115,7 +141,62 @@ class ModelWeights:
         for problem in ("missing_keys", "mismatched_keys"):
             if found := sorted(map(str, loaded[1].get(problem, ()))):
                 raise WeightUpdateError(f"weights from {path!r} have {problem}: {found[0]!r} first")
-        return dict(loaded[0].state_dict())
+        return CheckpointNames(loaded[0]).of(loaded[0].state_dict())
+
+    def _shape(self, name: str) -> torch.Size | None:
+        mine = self._views.get(name, self._spread.get(name))
+        return None if mine is None else mine.shape
+
+    def _place(self, name: str) -> int | str:
+        """The same for names of the same memory."""
+        return self._views[name].data_ptr() if name in self._views else name
+
+    def _size(self, names: Iterable[str]) -> int:
+        return sum((self._shape(name) or torch.Size()).numel() for name in names)
+
+    def _unknown(self, name: str) -> str:
+        said = f"the model has no weight {name!r}"
+        if name in self._own:
+            first, *more = self._names.of({name: self._own[name]})
+            said += f" in its checkpoint, which holds it as {first!r}"
+            said += f" and {len(more)} more" if more else ""
+        return said
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A checkpoint's tensor whose elements are not one block of the model's memory.
+
+    Attributes:
+        shape: In the checkpoint.
+        parts: Where in it and where in a weight of the model, of each weight that it touches.
+    """
+
+    shape: torch.Size
+    parts: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    def write(self, tensor: Tensor) -> None:
+        """Bring each element to its place."""
+        given = tensor.flatten()
+        for chosen, weight, places in self.parts:
+            weight[places] = given[chosen].to(weight.dtype)
+
+
+def _spread(origins: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, _Spread]:
+    """Where elements of a checkpoint go, by their places in all the model's weights end to end."""
+    ends = torch.tensor([tensor.numel() for tensor in own.values()]).cumsum(0)
+    weights = list(own.values())
+    found: dict[str, _Spread] = {}
+    for name, origin in origins.items():
+        places = origin.flatten()
+        owners = torch.searchsorted(ends, places, right=True)
+        parts = []
+        for owner in owners.unique().tolist():
+            weight, chosen = weights[owner], (owners == owner).nonzero().squeeze(1)
+            start = int(ends[owner]) - weight.numel()
+            parts.append((chosen, weight.view(-1), places[chosen] - start))
+        found[name] = _Spread(origin.shape, tuple(parts))
+    return found
 
 
 def _read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -290,7 +371,7 @@ class WeightUpdates:
     async def _replace(
         self,
         body: DiskUpdateBody | DistributedUpdateBody,
-        fetch: Callable[[], dict[str, Tensor]],
+        fetch: Callable[[], Mapping[str, Tensor]],
         *,
         complete: bool = False,
     ) -> None:

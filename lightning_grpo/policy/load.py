@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from lightning_grpo._compat import named_by_architecture
 from lightning_grpo.checks import require_on_hub
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PACKED, register_packed_attention
@@ -524,6 +525,8 @@ def export_policy(
 ) -> Path:
     """Writes weights, config and tokenizer; the folder is there whole or not at all.
 
+    Names and layouts are those of the architecture's checkpoints, as servers read them.
+
     Everything is written beside it first and then renamed; a folder that was there before is
     replaced. The config written names no attention implementation and turns the KV cache on.
 
@@ -531,8 +534,8 @@ def export_policy(
         model: The model of transformers (not the wrapper around it).
         tokenizer: Written along, if given.
         folder: Where to.
-        state_dict: Full tensors under the checkpoint's names, where the model's own parameters are
-            not those (sharded, or with an adapter beside them). Buffers are the model's own.
+        state_dict: Full tensors under the model's own names, where its parameters are not those
+            (sharded, or with an adapter beside them). Buffers are the model's own.
 
     Returns:
         The folder.
@@ -566,7 +569,7 @@ def _write(
     model.config.use_cache = True
     try:
         values = None if state_dict is None else {**_kept_buffers(model), **state_dict}
-        with without_bars():
+        with without_bars(), named_by_architecture(model):
             model.save_pretrained(folder, state_dict=values)
     finally:
         model.config.use_cache = use_cache

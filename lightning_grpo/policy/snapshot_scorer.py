@@ -50,7 +50,7 @@ class _Prepared:
 
 
 class SnapshotScorer:
-    """A model whose parameters are the memory that travels to the servers.
+    """A model whose parameters and kept buffers are the memory that travels to the servers.
 
     What it scores is what a server must score once it holds the same tensors, up to rounding. On
     GPUs one pass is captured as a CUDA graph, so that it costs no launches; that needs snapshots
@@ -67,10 +67,7 @@ class SnapshotScorer:
 
     def __init__(self, model: PreTrainedModel, *, keep_memory: bool = False) -> None:
         self._policy = PackedPolicy(_twin(model), share_prefixes=False).eval()
-        self._slots = [
-            (name, *_slot(self._policy.model, name))
-            for name, _ in self._policy.model.named_parameters()
-        ]
+        self._slots = [(n, *_slot(self._policy.model, n)) for n in _sent(self._policy.model)]
         self._keep_memory = keep_memory
         self._held: Mapping[str, Tensor] | None = None
         self._prepared: dict[tuple[tuple[int, ...], ...], _Prepared] = {}
@@ -86,7 +83,7 @@ class SnapshotScorer:
         """Make a snapshot's tensors the model's parameters.
 
         Raises:
-            WeightSyncError: It lacks a parameter of the model, or has one more.
+            WeightSyncError: It lacks a weight of the model, or has one more.
         """
         if self._held is snapshot:
             return
@@ -98,7 +95,10 @@ class SnapshotScorer:
                 "`build_policy` must return a model that servers can load, under its own names."
             )
         for name, module, leaf in self._slots:
-            module._parameters[leaf] = nn.Parameter(snapshot[name], requires_grad=False)
+            if leaf in module._buffers:
+                module._buffers[leaf] = snapshot[name]
+            else:
+                module._parameters[leaf] = nn.Parameter(snapshot[name], requires_grad=False)
         self._policy.model.tie_weights()
         self._held = snapshot
         self._graphs.clear()
@@ -239,6 +239,13 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
         module, leaf = _slot(twin, name)
         module._buffers[leaf] = value.detach().clone()
     return twin
+
+
+def _sent(model: PreTrainedModel) -> list[str]:
+    """Names of what `gather_weights` gives of a model."""
+    kept = model.state_dict().keys()
+    buffers = (n for n, value in model.named_buffers() if n in kept and value.is_floating_point())
+    return [*(name for name, _ in model.named_parameters()), *buffers]
 
 
 def _slot(model: nn.Module, name: str) -> tuple[nn.Module, str]:

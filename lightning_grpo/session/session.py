@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from lightning_grpo._compat_lightning import launched_processes
@@ -30,6 +30,7 @@ from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import CheckpointError, ConfigError, GRPOError, PromptError
 from lightning_grpo.loader import Taken
+from lightning_grpo.naming import CheckpointNames
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.records import (
     RecordedBatch,
@@ -50,7 +51,7 @@ from lightning_grpo.session.assembly import (
     this_gpu,
 )
 from lightning_grpo.session.material import Material, SessionSettings, open_material
-from lightning_grpo.session.proof import TrainerProof, is_adapted, policy_scores
+from lightning_grpo.session.proof import TrainerProof, is_adapted, packed, policy_scores
 from lightning_grpo.types import Group, RolloutProgress, Sampling, ServerActivity
 from lightning_grpo.validation import EvaluationBatch, joined_groups, score_groups
 from lightning_grpo.weights.gather import gather_weights
@@ -213,6 +214,7 @@ class _Lead:
     beginning: Future[Beginning] = field(default_factory=Future)
     live: Live | None = None
     proof: TrainerProof | None = None
+    names: CheckpointNames | None = None
 
     @asynccontextmanager
     async def build(self, settings: SessionSettings) -> AsyncIterator[RolloutProducer]:
@@ -364,7 +366,7 @@ class RolloutSession(Session):
                 turn if lead else None, what="the servers' last update", stoppable=False
             )
             weights = self._gather(policy)  # while the servers stop
-            snapshot.set_result(weights)
+            snapshot.set_result(self._as_checkpoint(policy, weights))
             if lead is not None and lead.proof is not None:
                 sent.set_result(lead.proof.score(policy, weights))  # while the weights travel
         self.report = self.channel.wait(
@@ -388,12 +390,21 @@ class RolloutSession(Session):
         self._check_policy(policy, 0, sent)
         return True
 
-    def _gather(self, policy: nn.Module) -> Snapshot:
+    def _gather(self, policy: nn.Module) -> Mapping[str, Tensor]:
         lead = self._lead
         memory = lead.proof.memory if lead is not None and lead.proof is not None else None
         return gather_weights(
             policy, serving_dtype(), this_gpu(), keep=lead is not None, into=memory
         )
+
+    def _as_checkpoint(self, policy: nn.Module, weights: Mapping[str, Tensor]) -> Snapshot:
+        """The same memory as servers read it; the proof scores it as the policy holds it."""
+        lead = self._lead
+        if lead is None:
+            return weights
+        if lead.names is None:
+            lead.names = CheckpointNames(packed(policy).model)
+        return lead.names.of(weights)
 
     def _check_policy(self, policy: nn.Module, version: int, sent: Future[SentScores]) -> None:
         """Prove that what was sent is what trains, while the servers work again."""

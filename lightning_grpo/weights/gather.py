@@ -1,4 +1,4 @@
-"""The policy's tensors under the servers' names: gathered, rounded, in buckets."""
+"""The policy's tensors under its model's own names: gathered, rounded, in buckets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ADAPTER_PARTS = ("lora_A", "lora_B")
 TIED_HEAD = "lm_head.weight"
 
 
-def checkpoint_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name without the parts that wrappers put in."""
     left_out = (*WRAPPER_PARTS, ADAPTED_PART)
     return ".".join(part for part in name.split(".") if part not in left_out)
@@ -32,8 +32,7 @@ def checkpoint_name(name: str) -> str:
 def pretrained_prefix(module: nn.Module) -> str:
     """Where the Hugging Face model sits inside `module`: `""`, `"model."`, `"policy.model."`, ...
 
-    The outermost `PreTrainedModel`, since its own names are the checkpoint's. A module without one
-    is taken as it is.
+    It is the outermost `PreTrainedModel`. A module without one is taken as it is.
     """
     # Here, not above: transformers takes seconds to import, and plain modules don't need it.
     from transformers import PreTrainedModel
@@ -54,8 +53,8 @@ def ties_head(module: nn.Module) -> bool:
     return False
 
 
-def checkpoint_names(names: Iterable[str], prefix: str, *, tied: bool) -> dict[str, str]:
-    """Maps each parameter's own name to its checkpoint name; tied weights appear once.
+def plain_names(names: Iterable[str], prefix: str, *, tied: bool) -> dict[str, str]:
+    """Maps names within wrappers to those within the Hugging Face model; tied weights appear once.
 
     Adapters are left out: `gather_weights` adds them to the weights that they belong to.
 
@@ -68,7 +67,7 @@ def checkpoint_names(names: Iterable[str], prefix: str, *, tied: bool) -> dict[s
     for name in names:
         if not name.startswith(prefix) or not set(ADAPTER_PARTS).isdisjoint(name.split(".")):
             continue
-        target = checkpoint_name(name.removeprefix(prefix))
+        target = plain_name(name.removeprefix(prefix))
         if not (tied and target == TIED_HEAD):
             mapped[name] = target
     return mapped
@@ -254,7 +253,7 @@ def gather_weights(
     keep: bool = True,
     into: Mapping[str, Tensor] | None = None,
 ) -> Mapping[str, Tensor]:
-    """Copies every weight, whole, in the dtype that the servers run in.
+    """Copies every weight, whole, in the servers' dtype, under the model's own names.
 
     Collective where parameters are sharded: every rank must call it. Shards are cast before they
     are gathered, so that no more travels than needed. The copies share no memory with the model,
@@ -262,6 +261,8 @@ def gather_weights(
     own precision, so that servers need not know of them. What an adapter adds may be far below half
     a unit of `dtype`, so that no weight would change by rounding to the nearest: merged weights are
     rounded by chance instead, and the servers compute on average what the trainer does.
+
+    Buffers that a checkpoint holds (the bias that balances experts) come last, in their own dtype.
 
     Args:
         module: The policy, plain, wrapped, or sharded by `fully_shard`.
@@ -271,12 +272,13 @@ def gather_weights(
         into: What an earlier call returned: its memory is written to, and it is returned.
     """
     _reshard(module)
-    parameters = dict(module.named_parameters())
-    names = checkpoint_names(parameters, pretrained_prefix(module), tied=ties_head(module))
+    parameters, prefix = dict(module.named_parameters()), pretrained_prefix(module)
+    names = plain_names(parameters, prefix, tied=ties_head(module))
+    buffers = _kept_buffers(module, prefix) if keep else {}
     copies: Mapping[str, Tensor] = into or {}
     if keep and into is None:
         wanted = {target: parameters[name] for name, target in names.items()}
-        copies = empty_run(wanted, dtype, device)
+        copies = empty_run(wanted, dtype, device) | empty_run(buffers, None, device)
     at_once: dict[str, Tensor] = {}
     for name, target in names.items():
         parameter, layer = parameters[name], _adapted_layer(module, name)
@@ -290,7 +292,20 @@ def gather_weights(
         # One call casts and copies them all: a model has hundreds of parameters. No public name
         # does it; FSDP2 calls this one, too.
         torch._foreach_copy_([copies[target] for target in at_once], list(at_once.values()))
+    for name, value in buffers.items():
+        copies[name].copy_(value)
     return copies
+
+
+def _kept_buffers(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Numbers that a checkpoint holds beside the parameters, by their plain names."""
+    buffers = {
+        f"{path}.{name}" if path else name: value
+        for path, child in module.named_modules()
+        for name, value in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set and value.is_floating_point()
+    }
+    return {target: buffers[n] for n, target in plain_names(buffers, prefix, tied=False).items()}
 
 
 def _reshard(module: nn.Module) -> None:

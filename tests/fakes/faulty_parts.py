@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_grpo.certify.parts import stepped
+from lightning_grpo.certify.parts import Parts, stepped
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import without_bars
@@ -97,14 +95,9 @@ def without_biases(model: nn.Module, **options: Any) -> PackedPolicy:
     return PackedPolicy(model, **options)
 
 
-def under_checkpoint_names(policy: nn.Module) -> Mapping[str, Tensor]:
-    """As transformers writes it: experts one by one."""
-    model: Any = policy.model
-    with tempfile.TemporaryDirectory() as folder, without_bars():
-        model.save_pretrained(folder)
-        written = load_file(Path(folder) / "model.safetensors")
-    buffers = {name for name, _ in model.named_buffers()}
-    return {name: value for name, value in written.items() if name not in buffers}
+def published(policy: nn.Module) -> Mapping[str, Tensor]:
+    """What the package itself publishes."""
+    return Parts().publish(policy)
 
 
 def swap(tensors: Mapping[str, Tensor], left: str, right: str) -> dict[str, Tensor]:
@@ -116,18 +109,35 @@ def swap(tensors: Mapping[str, Tensor], left: str, right: str) -> dict[str, Tens
 
 def with_swapped_names(policy: nn.Module) -> Mapping[str, Tensor]:
     """Gate and up projection of the first layer under each other's name."""
-    return swap(gather_weights(policy), "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+    return swap(published(policy), "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
 
 
 def with_permuted_experts(policy: nn.Module) -> Mapping[str, Tensor]:
     """Two experts' last layer under each other's name."""
-    return swap(under_checkpoint_names(policy), "layers.0.block_sparse_moe.experts.0.w2",
+    return swap(published(policy), "layers.0.block_sparse_moe.experts.0.w2",
                 "layers.0.block_sparse_moe.experts.1.w2")  # fmt: skip
+
+
+def with_a_swapped_gate(policy: nn.Module) -> Mapping[str, Tensor]:
+    """Gate and up projection of one expert under each other's name."""
+    return swap(
+        published(policy), "layers.1.mlp.experts.3.gate_proj", "layers.1.mlp.experts.3.up_proj"
+    )
+
+
+def as_held_in_memory(policy: nn.Module) -> Mapping[str, Tensor]:
+    """Experts in one tensor, as transformers computes with them."""
+    return gather_weights(policy)
+
+
+def without_buffers(policy: nn.Module) -> Mapping[str, Tensor]:
+    """What nobody trains is not sent."""
+    return {n: t for n, t in published(policy).items() if not n.endswith("correction_bias")}
 
 
 def without_a_bias(policy: nn.Module) -> Mapping[str, Tensor]:
     """One bias is not sent."""
-    return {n: t for n, t in gather_weights(policy).items() if n != _BIAS}
+    return {n: t for n, t in published(policy).items() if n != _BIAS}
 
 
 _BIAS = "model.layers.1.self_attn.k_proj.bias"
@@ -135,7 +145,7 @@ _BIAS = "model.layers.1.self_attn.k_proj.bias"
 
 def under_wrapped_names(policy: nn.Module) -> Mapping[str, Tensor]:
     """With a prefix that a wrapper has put in."""
-    return {f"module.{name}": value for name, value in gather_weights(policy).items()}
+    return {f"module.{name}": value for name, value in published(policy).items()}
 
 
 class OnePositionOff(ModelRunner):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 EOS_TOKEN = "<|im_end|>"
 PAD_TOKEN = "<|endoftext|>"
@@ -63,6 +63,7 @@ def make_tiny_model(
     tie_word_embeddings: bool = True,
     max_position_embeddings: int = 512,
     initializer_range: float = 0.08,
+    num_experts: int = 0,
 ) -> Path:
     """Write a tiny random Qwen3 checkpoint and its tokenizer to `folder`, and return it.
 
@@ -75,10 +76,18 @@ def make_tiny_model(
         tie_word_embeddings: Whether the head is the embedding.
         max_position_embeddings: The context length.
         initializer_range: Spread of the weights; large enough for distributions with a shape.
+        num_experts: Of each layer, two of which each token sees; 0: a dense model.
     """
     folder = Path(folder)
     tokenizer = make_tiny_tokenizer(min(vocab, 320))
-    config = Qwen3Config(
+    kind, experts = Qwen3ForCausalLM, {}
+    if num_experts:
+        experts = {
+            **{"num_experts": num_experts, "num_experts_per_tok": 2, "norm_topk_prob": True},
+            "moe_intermediate_size": hidden_size,
+        }
+        kind = Qwen3MoeForCausalLM
+    config = kind.config_class(
         vocab_size=vocab,
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
@@ -93,10 +102,11 @@ def make_tiny_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **experts,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config)
+        model = kind(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)

@@ -8,11 +8,16 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_grpo._compat import listen_at
+from lightning_grpo.naming import CheckpointNames
+from lightning_grpo.policy.load import without_bars
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.weights.gather import gather_weights, make_buckets
 from lightning_grpo.weights.process_group import WeightGroup, address_towards
+from tests.fakes.causal_models import make_model_of
 from tests.fakes.ranks import start_ranks
 
 
@@ -66,6 +71,34 @@ def test_sharded_weights_come_back_whole_and_exact(when):
     assert [r.returncode for r in results] == [0, 0], results[0].output + results[1].output
     expected = {name: tensor.tolist() for name, tensor in Policy().state_dict().items()}
     assert results[0].value == expected
+    assert results[1].value == {}
+
+
+def name_on_a_rank() -> dict[str, list] | None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = PackedPolicy(make_model_of("deepseek_v3"))
+    for block in policy.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    weights = gather_weights(policy, torch.float32, keep=dist.get_rank() == 0)
+    sent = CheckpointNames(policy.model).of(weights) if weights else {}
+    dist.barrier()
+    dist.destroy_process_group()
+    return {name: tensor.tolist() for name, tensor in sent.items()}
+
+
+def test_sharded_experts_come_back_one_by_one_as_a_checkpoint_has_them(tmp_path):
+    with start_ranks(name_on_a_rank, 2) as ranks:
+        results = ranks.join(timeout_s=50)
+    assert [r.returncode for r in results] == [0, 0], results[0].output + results[1].output
+    with without_bars():
+        make_model_of("deepseek_v3").save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    assert results[0].value == {name: tensor.tolist() for name, tensor in expected.items()}
     assert results[1].value == {}
 
 

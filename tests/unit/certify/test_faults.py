@@ -31,6 +31,8 @@ MODELS = {
     "phi3 with longrope": ("phi3", LONG),
     "gemma3 with windows": ("gemma3_text", {}),
     "mixtral": ("mixtral", {}),
+    "gpt_neox with a head of another name": ("gpt_neox", {}),
+    "glm4_moe with a bias that balances experts": ("glm4_moe", {}),
 }
 
 
@@ -38,12 +40,7 @@ MODELS = {
 def test_the_package_s_own_path_is_right(model):
     kind, settings = MODELS[model]
     config = tiny(kind, **settings)
-    # Experts are published in one tensor, as transformers holds them; see the test below.
-    published = faulty.under_checkpoint_names if model == "mixtral" else Parts().publish
-    found = [
-        run_check(check, config, Parts(publish=published) if check is served.names else Parts())
-        for check in CHECKS
-    ]
+    found = [run_check(check, config, Parts()) for check in CHECKS]
     assert {line.verdict for line in found} <= {"ok", "skipped"}, found
     assert [line.check for line in found] == [check.__name__ for check in CHECKS]
 
@@ -74,6 +71,8 @@ def test_a_policy_with_a_fault_is_caught_by_its_line(check, kind, settings, poli
 PUBLISHERS = [
     ("qwen2", faulty.with_swapped_names, ""),
     ("mixtral", faulty.with_permuted_experts, ""),
+    ("qwen3_moe", faulty.with_a_swapped_gate, ""),
+    ("glm4_moe", faulty.without_buffers, "the old stays: model.layers.1.mlp.gate.e_score"),
     ("qwen2", faulty.without_a_bias, "the old stays: model.layers.1.self_attn.k_proj.bias"),
     ("qwen2", faulty.under_wrapped_names, "known to no model: module.lm_head.weight and"),
 ]
@@ -88,11 +87,15 @@ def test_a_publisher_with_a_fault_is_caught_by_names(kind, publish, said):
 
 
 def test_experts_that_are_published_in_one_tensor_are_named_beside_the_checkpoint_s():
-    line = run_check(served.names, tiny("qwen3_moe"), Parts())
+    config = tiny("qwen3_moe")
+    line = run_check(served.names, config, Parts(publish=faulty.as_held_in_memory))
     assert line.verdict == "WRONG"
-    assert line.figure <= line.limit  # the values are right, and the embedded engine knows them
+    assert line.figure <= line.limit  # transformers would load them
     assert "has model.layers.0.mlp.experts.0.down_proj.weight and 29 more" in line.found
     assert "get model.layers.0.mlp.experts.down_proj and 3 more" in line.found
+    line = run_check(served.engine, config, Parts(publish=faulty.as_held_in_memory))
+    assert (line.check, line.verdict) == ("engine", "WRONG")
+    assert "which holds it as 'model.layers.0.mlp.experts.0" in line.found
 
 
 def test_an_engine_and_an_export_with_a_fault_are_caught():

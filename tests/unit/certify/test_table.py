@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lightning_grpo.certify.parts import CheckLine
@@ -45,10 +47,28 @@ def test_one_that_takes_too_long_is_ended_and_not_tried():
 
 
 def test_a_config_that_transformers_can_t_make_is_not_tried():
-    (line,) = certify_kind("gemma4_assistant")
+    (line,) = certify_kind("no_such_kind")
     assert (line.check, line.verdict) == ("config", "untried")
-    (line,) = certify_kind("reformer")  # its own config is of an encoder
-    assert (line.check, line.verdict) == ("config", "untried")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("gemma4_assistant", "a language model alone"),
+        ("lfm2_moe", r"has \['conv'\]"),
+        ("qwen4_exp_text", "let transformers choose its attention, Qwen4Exp"),
+        ("reformer", "let transformers choose its attention, Reformer"),
+    ],
+)
+def test_what_a_config_leaves_open_and_checkpoints_set_is_set(kind, said):
+    (line,) = certify_kind(kind)
+    assert (line.check, line.verdict) == ("architecture", "refused")
+    assert re.search(said, line.found)
+
+
+@pytest.mark.parametrize("kind", ["cohere_compass_text", "dbrx"])
+def test_what_is_set_as_checkpoints_do_can_be_certified(kind):
+    assert {line.verdict for line in certify_kind(kind)} <= {"ok", "skipped"}
 
 
 def test_one_of_several_parts_is_refused_whether_or_not_transformers_can_make_it():

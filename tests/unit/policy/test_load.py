@@ -23,12 +23,14 @@ from lightning_grpo.policy.load import (
     load_tokenizer,
     materialize_from_folder,
     rebuild_buffers,
+    without_bars,
 )
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.session.material import load_config
 from tests.fakes.causal_models import (
     ARCHITECTURES,
     make_causal_model,
+    make_model_of,
     make_sequences,
     pack,
     plain_logprobs,
@@ -548,6 +550,23 @@ def test_an_older_folder_is_replaced_whole_and_nothing_else_is_left(folder, tmp_
 class BrokenTokenizer:
     def save_pretrained(self, folder):
         raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("as_checkpoint", [True, False])
+def test_an_export_is_in_the_layout_of_checkpoints_whichever_its_base_was_in(
+    as_checkpoint, tmp_path
+):
+    base = make_model_of("qwen3_moe")
+    with without_bars():
+        base.save_pretrained(tmp_path / "expected")
+        base.save_pretrained(tmp_path / "base", save_original_format=as_checkpoint)
+    model = load_policy(str(tmp_path / "base"))
+    before = dict(vars(model))
+    export_policy(model, None, tmp_path / "out")
+    found, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert vars(model) == before
 
 
 def test_a_failed_export_leaves_the_older_folder_and_no_rest(folder, tmp_path):

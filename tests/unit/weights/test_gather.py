@@ -8,11 +8,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from lightning_grpo.weights.gather import (
-    checkpoint_name,
-    checkpoint_names,
     empty_run,
     gather_weights,
     make_buckets,
+    plain_name,
+    plain_names,
     round_by_chance,
     unpack,
 )
@@ -77,13 +77,13 @@ def test_compiled_and_checkpointed_layers_have_their_plain_names(tmp_path):
     model.model.layers[0] = compiled
     assert set(gather_weights(Wrapper(model, "model"))) == expected
     name = "_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight"
-    assert checkpoint_name(name) == "model.layers.0.mlp.up_proj.weight"
+    assert plain_name(name) == "model.layers.0.mlp.up_proj.weight"
 
 
 def test_a_tied_head_is_left_out_and_a_free_one_kept():
     names = ["model.embed.weight", "lm_head.weight"]
-    assert checkpoint_names(names, "", tied=True) == {names[0]: names[0]}
-    assert set(checkpoint_names(names, "", tied=False)) == set(names)
+    assert plain_names(names, "", tied=True) == {names[0]: names[0]}
+    assert set(plain_names(names, "", tied=False)) == set(names)
 
 
 def test_the_copy_shares_no_memory_with_the_model_and_keeps_its_values():
