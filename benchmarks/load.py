@@ -157,11 +157,11 @@ class Client:
 
 
 @contextmanager
-def null_servers(number: int) -> Iterator[list[str]]:
-    """So many servers in one process of their own."""
+def null_servers(number: int, delay_s: float = 0.0) -> Iterator[list[str]]:
+    """So many servers in one process of their own, which answer after a while."""
     command = [sys.executable, "-m", "benchmarks.null_server", "--servers", str(number)]
     process = subprocess.Popen(
-        [*command, "--new-tokens", str(NEW_TOKENS)],
+        [*command, "--new-tokens", str(NEW_TOKENS), "--delay-s", str(delay_s)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
