@@ -132,7 +132,6 @@ MOVED = {
     "servers.ray": "servers.other_nodes",
     "servers.remote": "servers.other_nodes",
     "servers.running": "servers.base",
-    "servers.sizing": "servers.sglang",
     "servers.slurm": "servers.other_nodes",
     "servers.waiting": "servers.process",
     "serving.background": "serving.event_loop",

@@ -13,16 +13,12 @@ from lightning_grpo.plan.seconds import Serving, Workload
 from lightning_grpo.policy.size import ModelSize, TrainingMemory, TrainingSetup, training_memory
 from lightning_grpo.servers.base import Machine, ServerLoad, Servers
 from lightning_grpo.servers.process import EmbeddedServers
-from lightning_grpo.servers.sglang import (
-    MIN_OVERHEAD,
-    ServerLayout,
-    ServersTooLargeError,
-    SGLangServers,
-)
+from lightning_grpo.servers.sglang import SGLangServers
+from lightning_grpo.servers.sizing import MIN_OVERHEAD, ServerLayout, ServersTooLargeError
 
 GIB = 1 << 30
 USABLE = 0.96
-"""Of a GPU's memory, that trainer and servers may take (as `servers/sglang.py` has it)."""
+"""Of a GPU's memory, that trainer and servers may take (as `servers/sizing.py` has it)."""
 PROCESS_BYTES = 600 << 20
 """Of a process that has torch and transformers."""
 FASTER = 0.95

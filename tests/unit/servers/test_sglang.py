@@ -9,17 +9,19 @@ from lightning_grpo.servers import serve_sglang
 from lightning_grpo.servers.base import Machine, ServerLoad, free_ports, is_free, serving_devices
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.servers.sglang import (
-    GIB,
     NOT_ON_CPU,
     ServerPython,
-    ServersTooLargeError,
     SGLangServers,
-    graph_sizes,
     install_server,
     needs_on_cpu,
     remember_python,
     remembered_python,
     resolve_python,
+)
+from lightning_grpo.servers.sizing import (
+    GIB,
+    ServersTooLargeError,
+    graph_sizes,
     servers_per_gpu,
     size_servers,
 )
