@@ -184,6 +184,8 @@ def main() -> None:
         args.data = (args.data or args.model.parent / "data").absolute()
         args.steps, args.further_steps = 4, 2
         args.more = [*args.more, "--trainer.val_check_interval", "4"]
+    # The stages run in a folder of their own.
+    args.model, args.data = args.model.absolute(), args.data.absolute()
     report: dict[str, Any] = {"hardware": hardware(), "strategies": {}}
     for strategy in args.strategy:
         report["strategies"][strategy] = stages(args, strategy)

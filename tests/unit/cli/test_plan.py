@@ -133,7 +133,9 @@ def test_gpus_that_all_train_and_serve_take_turns(planned):
     _, apart = planned(*words)
     _, shared = planned(*words, *both)
     assert all(gpu["training"] and gpu["num_servers"] for gpu in shared["gpus"])
-    alone = shared["parts"]["forward_backward"] - shared["parts"]["rollout"]
+    parts = shared["parts"]
+    assert parts["forward_backward"] > 1.5 * apart["parts"]["forward_backward"]
+    alone = parts["forward_backward"] + parts["waiting"] - parts["rollout"]
     assert alone == pytest.approx(apart["parts"]["forward_backward"], rel=0.1)
 
 
