@@ -58,22 +58,26 @@ _FRACTIONS = (
     "twelfths?|hundredths?|thousandths?|millionths?|billionths?"
 )
 _SCALE = (
-    f"hundred|thousand|lakh|million|crore|billion|trillion|dozen|score|{_FRACTIONS}|[kKMB]|mn|bn|"
-    "squared|cubed|factorial|pi|[xyzei\u03c0]"
+    "hundred|thousand|lakh|million|crore|billion|trillion|quadrillion|quintillion|myriad|dozen|score|"
+    f"{_FRACTIONS}|[kKMB]|mn|bn|squared|cubed|factorial|doubled|tripled|halved|twice|"
+    "pi|[xyzei\u03c0]"
 )
 _JOINS = (
     "or|and|to|through|thru|until|plus|minus|times|point|over|divided by|versus|vs|but|base|"
-    "maybe|perhaps|possibly|alternatively|otherwise"
+    "maybe|perhaps|possibly|alternatively|otherwise|no|nope|wait|actually|rather|instead|sorry|"
+    "correction|else"
 )
 _GOES_ON = re.compile(
     rf"[^\w().!]*{_DIGIT}"
     rf"|(?:\s*\.)+\s*{_DIGIT}|\s*[eE][-+]?{_DIGIT}|_\{{?\w|\s*\({_DIGIT}+\)"
-    rf"|\s*[x\u00d7]\s*{_DIGIT}"
+    rf"|\s*[x\u00d7]\s*{_DIGIT}|\s*[CP]_?\{{?{_DIGIT}"
     rf"|\s*\\(?:[dt]?frac|cdot|times|div|sqrt|pm|pi)"
     rf"|[\s+*-]*(?:(?:one|two|three)[\s-]+)?(?:{_SCALE})(?![^\W\d])"
+    # A number in the same unit ("5 eggs, 6 eggs").
+    rf"|\W*({_WORD})[^\w()]+[^\W\d]{{0,2}}{_DIGIT}+\W*\1(?![^\W\d])"
     # One unit, perhaps squared, and a number right behind it.
     rf"|[^\w().!]*{_WORD}(?:\^?\{{?[23{_OTHER_DIGIT}]\}}?(?![\d.]))?+[^\w().!?,;]*{_DIGIT}"
-    rf"|(?:\W*{_WORD}){{0,2}}?\W+(?:{_JOINS})\W+(?:{_WORD}\W+){{0,2}}?(?:{_DIGIT}|(?:{_NUMERAL})\b)"
+    rf"|(?:\W*{_WORD}){{0,2}}?\W+(?i:{_JOINS})\W+(?:{_WORD}\W+){{0,2}}?(?:{_DIGIT}|(?:{_NUMERAL})\b)"
 )
 # What stands before a number and makes another of it.
 _NOT_ITSELF = re.compile(
@@ -341,8 +345,14 @@ _SCALES = {
 }  # fmt: skip
 # In words, and makes another number of the one before it.
 _NO_UNIT = re.compile(
-    rf",|(?:{_FRACTIONS}|or|and|to|plus|minus|times|over|squared|cubed|factorial|base|[xyzieknMB])"
-    r"(?![\w/])"
+    rf",|(?:{_FRACTIONS}|or|and|to|plus|minus|times|over|squared|cubed|factorial|base|choose|mod|"
+    "quadrillion|lakh|crore|myriad|score|doubled|tripled|halved|twice|less than|more than|"
+    r"pi|mn|bn|[xyzieknMB])(?![\w/])"
+)
+# Digits that are no power ("m2"), and words for numbers or for doubt ("7 eight", "7 cm or 8").
+_SECOND_ANSWER = re.compile(
+    rf",|(?<![a-z^])\d|[a-z^][014-9]|\d\d|(?:^|\W)(?:{_NUMERAL})\W*$|"
+    r"\b(?:or|maybe|perhaps|possibly|no|not|nope|wait|actually|rather|else|instead)\b"
 )
 _SCALED = re.compile(rf"^({'|'.join(_SCALES)})s?(?: of)?(?= |$)")
 _SAME_UNITS = {
@@ -373,6 +383,8 @@ def _without_unit(text: str) -> tuple[str, tuple[str, str]]:
     if scale is not None:
         value = rf"({value}) \cdot {_SCALES[scale[1]]}"
         name = name[scale.end() :].strip()
+    if _SECOND_ANSWER.search(name):
+        raise UnreadableError(text)
     return value, _unit(name, found[2] or "") if name else unit
 
 
@@ -436,6 +448,8 @@ def _are_same(gold_text: str, said_text: str) -> bool:
     gold, said = gold.beside(said), said.beside(gold)
     if gold.has_other_unit(said) or not _same_form(gold.value, said.value):
         return False
+    if any(_contradicts_itself(part) for part in said.value.split(",")):
+        return False
     words = _words(gold_text)
     alike = gold.value == said.value or (words and words == _words(said_text))
     return bool(alike) or _same_value(gold.value, said.value)
@@ -472,7 +486,7 @@ def _is_reasonable(text: str) -> bool:
     return deepest <= _MAX_DEPTH and _HUGE.search(text) is None
 
 
-_EMPTY = re.compile(r"\\(?:text|mathrm|textbf|mbox) ?\{\}")
+_EMPTY = re.compile(r"\\[a-z]+ ?\{\}")
 _IN_TEXT = re.compile(r"(?:\\(?:text|mathrm|textbf) ?\{)?([A-Za-z][A-Za-z' -]{2,}?)\}?")
 
 
@@ -484,6 +498,7 @@ def _words(text: str) -> str:
 
 # ---- form -----------------------------------------------------------------------------------
 _RELATION = re.compile(r"\\(?:[lg]eq?|[lg]t|ne|neq|approx|sim|not)(?![A-Za-z])|[<>]")
+_SHORTEST_CHAIN = 3
 _SETS = re.compile(r"\\(?:cup|cap|in|infty|setminus)(?![A-Za-z])|[\[\]()]")
 
 
@@ -511,6 +526,17 @@ def _bracket(text: str) -> str:
     return ""
 
 
+def _contradicts_itself(text: str) -> bool:
+    """Whether a chain of equations names two numbers ("x = 8 = 7")."""
+    sides = text.split("=")
+    if len(sides) < _SHORTEST_CHAIN:
+        return False
+    library = _library()
+    values = [_parse(library, side) for side in sides]
+    numbers = [value for value in values if value is not None and not value.free_symbols]
+    return any(_in_time(library, _differ, a, b) for a, b in itertools.pairwise(numbers))
+
+
 # ---- value ----------------------------------------------------------------------------------
 def _same_value(gold_text: str, said_text: str) -> bool:
     library = _library()
@@ -526,14 +552,22 @@ def _same_value(gold_text: str, said_text: str) -> bool:
 
 
 _VARIABLE = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+_ONE_LETTER = re.compile(r"\W*(?:\\(?:text|mathrm|textbf) ?\{)?\W*[A-Za-z]\W*")
+_CONSTANT = "C"
+"""Of integration, in either case."""
 _SPARE = tuple(rf"\{name} " for name in ("eta", "kappa", "mu", "nu", "xi", "tau", "chi", "psi"))
 
 
 def _cases_apart(*texts: str) -> Callable[[str], str]:
-    """Renames capitals where one text has a letter in both cases: the library reads `R` as `r`."""
-    found = [set(_VARIABLE.findall(text)) for text in texts]
-    both = {name for names in found for name in names if name.lower() in names - {name}}
-    spare = (name for name in _SPARE if not any(name.strip() in names for names in found))
+    """Renames capitals where a letter stands in both cases: the library reads `R` as `r`.
+
+    A choice ("C") may be said in either case.
+    """
+    if all(_ONE_LETTER.fullmatch(each) for text in texts for each in text.split(",")):
+        return lambda text: text
+    names = {name for text in texts for name in _VARIABLE.findall(text)}
+    both = {name for name in names - {_CONSTANT} if name.lower() in names - {name}}
+    spare = (name for name in _SPARE if name.strip() not in names)
     renamed = dict(zip(sorted(both), spare, strict=False))
     return lambda text: _VARIABLE.sub(lambda name: renamed.get(name[0], name[0]), text)
 
@@ -582,9 +616,15 @@ def _differ(gold: Any, said: Any) -> bool:
         return any(all(_differ(a, b) for b in said) for a in gold)
     if isinstance(gold, sympy.Expr) and isinstance(said, sympy.Expr):
         return _are_unequal(gold, said)
-    containers = type(gold) is type(said) and isinstance(gold, sympy.Tuple | sympy.Interval)
-    pairs = zip(gold.args, said.args, strict=False) if containers else ()
-    return any(_differ(a, b) for a, b in pairs)
+    return any(_differ(a, b) for a, b in zip(_entries(gold), _entries(said), strict=False))
+
+
+def _entries(value: Any) -> Sequence[Any]:
+    import sympy
+
+    if isinstance(value, sympy.MatrixBase):
+        return list(value)
+    return value.args if isinstance(value, sympy.Tuple | sympy.Interval) else ()
 
 
 def _sides(relation: Any) -> list[Any]:
@@ -633,7 +673,7 @@ def marks_answer(completion: str) -> float:
 def boxes_answer(completion: str) -> float:
     r"""1.0 if the completion's last `\boxed{}` holds something, as `math` reads it."""
     inside = _EMPTY.sub("", _SPACES.sub("", last_boxed(completion) or ""))
-    return float(bool(inside.strip("{} \n\t")))
+    return float(bool(inside.strip("{}\\ \n\t")))
 
 
 def has_tags(tags: Sequence[str] = ("think", "answer")) -> Callable[..., float]:

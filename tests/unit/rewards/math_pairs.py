@@ -220,6 +220,16 @@ x_1 | x₁
 3\% | 0.03
 \text{Monday} | monday
 x=1 \text{ or } x=2 | x=2, x=1
+90\text{ two-digit numbers} | 90
+7\text{ m3} | 7\text{ m3}
+7 | 7\text{ m2}
+5000\text{ dollars} | 5\text{ thousand dollars}
+10 | \frac{20}{2} = 10 = 10
+x=y=7 | x=y=7
+x^2+C | x^2+c
+C | c
+A,B | b,a
+\begin{pmatrix}\frac12\\2\end{pmatrix} | \begin{pmatrix}0.5\\2\end{pmatrix}
 2x+3 | 2x + 3
 5 | x = 5
 5 | n = 5 \text{ km}
@@ -540,6 +550,24 @@ x=1 \text{ or } x=2 | x=1
 5 | 5\text{ or more}
 5 | 5\text{k}
 5 | 5\mathrm{x}
+7 | 7\text{8}
+7 | 7\text{-8}
+7 | 7\text{ cm 8}
+7 | 7\text{ eight}
+7 | 7\text{ maybe eight}
+7 | 7\text{ cm or less}
+7 | 7\text{ choose 2}
+7 | 7\text{ quadrillion}
+7 | 7\text{ pi}
+7 | 7\text{ twice}
+7 | 7=8=7
+7 | x=7, y=8=7
+x=7 | x=8=7
+\pi r^2 | \pi R^2
+R+1 | r+1
+\sigma^2 | \Sigma^2
+\begin{pmatrix}0.0000001\\2\end{pmatrix} | \begin{pmatrix}0.0000002\\2\end{pmatrix}
+\begin{pmatrix}\frac13\\2\end{pmatrix} | \begin{pmatrix}0.333333333\\2\end{pmatrix}
 12 | 12_0
 """
 

@@ -56,6 +56,8 @@ RIGHT = [
     ("#### at least 18", "18"),
     ("#### 18 pi\u00f1atas", "18"),
     ("#### 18 monkeys", "18"),
+    ("#### 18 eggs, 3 of them", "18"),
+    ("#### 18 other eggs", "18"),
 ]
 WRONG = [
     ("18", "18"),
@@ -158,6 +160,13 @@ WRONG = [
     ("#### 5 + x", "5"),
     ("#### 5 (maybe 6)", "5"),
     ("#### 5 eggs (alternatively 6)", "5"),
+    ("#### 5, no wait 6", "5"),
+    ("#### 5. Actually 6", "5"),
+    ("#### 5 eggs, 6 eggs", "5"),
+    ("#### $5 dollars; $6 dollars", "5"),
+    ("#### 5 quadrillion", "5"),
+    ("#### 5C2", "5"),
+    ("#### 5 doubled", "5"),
 ]
 
 
@@ -251,6 +260,8 @@ def test_a_box_has_something_in_it():
         (r"\boxed{7} or \boxed{", 0.0),
         (r"\boxed{ {} }", 0.0),
         (r"\boxed{\,\text{ }}", 0.0),
+        (r"\boxed{\textit{}}", 0.0),
+        (r"\boxed{\ }", 0.0),
         (r"\boxed 7", 0.0),
     ],
 )
