@@ -44,6 +44,7 @@ _ROLES = {
 }
 
 _PRINTED = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)':")
+_WRITTEN = re.compile(r'\s*\[?\s*\{\s*"(role|content|from|value)"\s*:')
 _DECIDED = (
     "conversation",
     "messages",
@@ -111,10 +112,22 @@ def _from_text(text: str) -> Any:
     try:
         parsed = json.loads(text)
         parsed = json.loads(parsed) if isinstance(parsed, str) else parsed  # written as JSON twice
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if _WRITTEN.match(text) and not _is_followed_by_words(error):
+            raise ConfigError(
+                f"it begins as chat messages in JSON, and can't be read: {error}. Write a list of "
+                "messages, or read it with `transform`."
+            ) from None
         parsed = _from_printed(text)
     wrapped = list(parsed.values()) if isinstance(parsed, dict) else []
     return parsed if any(_is_chat(each) for each in (parsed, [parsed], *wrapped)) else text
+
+
+def _is_followed_by_words(error: Exception) -> bool:
+    """Whether a text goes on behind its JSON, and not by more JSON: a question about it."""
+    if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
+        return False
+    return not _WRITTEN.match(error.doc[error.pos :].lstrip(", \n\r\t"))
 
 
 def _from_printed(text: str) -> Any:

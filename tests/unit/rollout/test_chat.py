@@ -95,7 +95,8 @@ TEXTS = [
         '{"messages": "hi"}',
         '{"messages": [1]}',
         "{'a': 1}",
-        '[{"role": "user", "content": ',
+        '{"role": "user", "content": "hi"} Is this JSON valid?',
+        '[{"role": "user"}] [1]',
     ),
 ]
 
@@ -119,6 +120,10 @@ def test_a_text_that_is_no_conversation_in_json_stays_text(text):
         ({"messages": [HI]}, r"got a dictionary with the keys \['messages'\].*transform"),
         (json.dumps({"messages": [HI]}), r"a dictionary with the keys \['messages'\].*transform"),
         (json.dumps([HI, {"role": "user", "text": "x"}]), r"message 1 \(user\) has no content"),
+        ('[{"role": "user", "content": ', "begins as chat messages in JSON, and can't be read"),
+        ('[{"from": "human", "value": "hi"}', "begins as chat messages in JSON"),
+        ('[{"role": "user", "content": "hi"},]', "begins as chat messages in JSON"),
+        (json.dumps(HI) + "\n" + json.dumps(YES), "begins as chat messages in JSON.*Extra data"),
         (str(np.array([HI, YES])), "as they were printed, which can't be read back"),
         ([{"content": "hi"}], r"message 0 must have a `role` .* got the keys \['content'\]"),
         ([HI, {"speaker": "b", "text": "c"}], r"message 1 must have a `role`"),
