@@ -46,6 +46,23 @@ class CurveKeeper(Callback):
             trainer.loggers = [*loggers, curve]
 
 
+def keep_curves(trainer: L.Trainer) -> None:
+    """Keep Lightning's CSVLogger from deleting the curve that is in its folder already.
+
+    That of a run goes on. A validation or test there has a file of its own. To be called before
+    Lightning asks its loggers for what they write with, which is when the file would go.
+    """
+    job = trainer.state.fn or TrainerFn.FITTING
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        # A subclass writes in its own way; a bucket is no folder.
+        if type(logger) is not CSVLogger or logger._experiment or "://" in logger.save_dir:
+            continue
+        folder = Path(logger.log_dir)
+        other = job is not TrainerFn.FITTING and (folder / METRICS).exists()
+        name = f"metrics-{job.value}.csv" if other else METRICS
+        logger._experiment = CurveWriter(folder, name)  # type: ignore[assignment]
+
+
 class CurveLogger(CSVLogger):
     """Lightning's CSVLogger, but it goes on with the curve that is there, which that deletes."""
 
@@ -66,14 +83,15 @@ class CurveWriter:
 
     Args:
         folder: Of the run.
+        name: Of the file.
 
     Attributes:
         metrics: Rows that are not written yet.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = METRICS) -> None:
         self.metrics: list[dict[str, Any]] = []
-        self._folder, self._file = folder, folder / METRICS
+        self._folder, self._file = folder, folder / name
         self._hparams: dict[str, Any] = {}
         self._columns: list[str] | None = None
         self._aside: Path | None = None

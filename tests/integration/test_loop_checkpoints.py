@@ -81,6 +81,28 @@ def test_a_run_that_goes_on_remembers_its_baseline(tiny_model, server, tmp_path,
         assert [row["step"] for row in csv.DictReader(file)] == ["2"]
 
 
+def test_lightning_s_own_csv_logger_goes_on_with_the_curve_that_it_would_delete(
+    tiny_model, server, tmp_path
+):
+    def trainer(**settings):
+        return make_trainer(tmp_path, logger=CSVLogger(tmp_path, "", version="kept"), **settings)
+
+    def steps(name="metrics.csv"):
+        with (tmp_path / "kept" / name).open() as file:
+            return [row["step"] for row in csv.DictReader(file)]
+
+    def data():
+        return make_data(server, val_prompts=make_prompts(2))
+
+    first = trainer(max_steps=2)
+    first.fit(make_module(tiny_model), data())
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    trainer(max_steps=3).fit(make_module(tiny_model), data(), ckpt_path=tmp_path / "run.ckpt")
+    assert steps() == ["0", "1", "2", "3"]
+    trainer().validate(make_module(tiny_model), data(), ckpt_path=tmp_path / "run.ckpt")
+    assert (steps(), steps("metrics-validate.csv")) == (["0", "1", "2", "3"], ["2"])
+
+
 def test_a_lambda_must_be_passed_again_to_train_on_and_the_error_says_so(
     tiny_model, server, tmp_path
 ):
