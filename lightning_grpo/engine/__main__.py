@@ -179,7 +179,7 @@ def build(
     try:
         model = load_model(options.model)
         tokenizer = load_tokenizer(options.model)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # quantized ones want packages
         raise ConfigError(
             "`--model` must be a causal language model that transformers loads, got "
             f"{options.model!r}: {str(error).splitlines()[0]}"

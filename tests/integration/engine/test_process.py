@@ -54,7 +54,12 @@ def test_it_ends_when_its_parent_closes_its_input(model_folder: Path, tmp_path: 
     engine.close()
 
 
-def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path, quantized: bool) -> None:
+    if quantized:  # whose packages are not installed
+        config = json.loads((make_tiny_model(tmp_path) / "config.json").read_text())
+        quantization = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        (tmp_path / "config.json").write_text(json.dumps({**config, **quantization}))
     done = subprocess.run(
         [sys.executable, "-m", "lightning_grpo.engine", "--model", str(tmp_path)],
         capture_output=True,

@@ -304,6 +304,16 @@ def test_weights_of_eight_bits_are_refused_also_where_no_config_says_it(dtype, p
             load_policy(folder, meta=meta)
 
 
+def test_packed_weights_are_refused_also_where_no_config_says_it(tmp_path):
+    def pack(tensors):
+        weight = tensors.pop("model.layers.1.mlp.up_proj.weight")
+        tensors["model.layers.1.mlp.up_proj.qweight"] = torch.zeros(4, len(weight), dtype=torch.int)
+
+    folder = change(tmp_path, pack)  # as AutoGPTQ wrote them, with a quantize_config.json
+    with pytest.raises(ConfigError, match=r"model.layers.1.mlp.up_proj.qweight .* quantized"):
+        load_policy(folder, meta=True)
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl"])
 def test_a_model_that_also_sees_is_refused_with_the_way_to_its_text_part(kind, tmp_path):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
