@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import math
+import re
 import sys
 import sysconfig
 import warnings
@@ -258,12 +259,19 @@ def _loggable_object(value: Any, depth: int) -> Any:
 
 
 def _loggable_items(value: Any, depth: int) -> Any:
+    if isinstance(value, Mapping) and set(value) == {""}:  # one dataset, which needs no name
+        return loggable(value[""], depth)
     if isinstance(value, Mapping) and depth:
         kept = {str(k): v for k, v in value.items() if not is_secret(str(k), v)}
-        return {k: loggable(v, depth - 1) for k, v in kept.items()}
+        return {_legal_key(k): loggable(v, depth - 1) for k, v in kept.items()}
     if isinstance(value, Mapping) or len(value) > _LONG:
         return _sized(value)
     return [loggable(v, depth) for v in value]
+
+
+def _legal_key(name: str) -> str:
+    """A key without what MLflow refuses, which takes keys for the paths of files."""
+    return re.sub(r"[^\w.-]+", "_", name).strip(".") or "_"
 
 
 def _sized(value: Any) -> str:

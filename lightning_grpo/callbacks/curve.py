@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import lightning as L
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.saving import save_hparams_to_yaml
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -46,12 +48,17 @@ class CurveKeeper(Callback):
             trainer.loggers = [*loggers, curve]
 
 
-def keep_curves(trainer: L.Trainer) -> None:
-    """Keep Lightning's CSVLogger from deleting the curve that is in its folder already.
+def prepare_loggers(trainer: L.Trainer) -> None:
+    """Keep Lightning's loggers from losing what they are given, or have.
 
-    That of a run goes on. A validation or test there has a file of its own. To be called before
-    Lightning asks its loggers for what they write with, which is when the file would go.
+    To be called before Lightning asks them for what they write with: CSVLogger then deletes the
+    curve that is in its folder already. That of a run goes on here, and a validation or test beside
+    it has a file of its own. MLFlowLogger leaves out the letters that MLflow doesn't take, until
+    two names are one, or none.
     """
+    for logger in trainer.loggers:
+        if isinstance(logger, MLFlowLogger) and "log_metrics" not in vars(logger):
+            logger.log_metrics = _in_ascii(logger.log_metrics)  # type: ignore[method-assign]
     job = trainer.state.fn or TrainerFn.FITTING
     for logger in trainer.loggers if trainer.is_global_zero else ():
         # A subclass writes in its own way; a bucket is no folder.
@@ -61,6 +68,21 @@ def keep_curves(trainer: L.Trainer) -> None:
         other = job is not TrainerFn.FITTING and (folder / METRICS).exists()
         name = f"metrics-{job.value}.csv" if other else METRICS
         logger._experiment = CurveWriter(folder, name)  # type: ignore[assignment]
+
+
+def _in_ascii(log_metrics: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(log_metrics)
+    def log(metrics: Mapping[str, float], step: int | None = None) -> None:
+        log_metrics({mlflow_name(name): value for name, value in metrics.items()}, step)
+
+    return log
+
+
+def mlflow_name(name: str) -> str:
+    """A name that MLflow takes: the path of a file, in a few characters of ASCII."""
+    parts = name.encode("ascii", "backslashreplace").decode().split("/")
+    legal = (re.sub(r"[^\w.-]+", "_", part) for part in parts)
+    return "/".join(part if part.strip(".") else "_" for part in legal)
 
 
 class CurveLogger(CSVLogger):

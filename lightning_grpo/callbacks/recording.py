@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lightning_grpo._compat_lightning import last_saved_step
-from lightning_grpo.callbacks.curve import CurveKeeper, keep_curves
+from lightning_grpo.callbacks.curve import CurveKeeper, prepare_loggers
 from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.samples import SampleTables
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
@@ -405,7 +405,7 @@ DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
 
 def missing_callbacks(trainer: L.Trainer) -> list[Callback]:
     """One of each kind that the trainer has none of; no lines where its progress bar is off."""
-    keep_curves(trainer)  # in time: no callback has a hook before Lightning's loggers write
+    prepare_loggers(trainer)  # in time: no callback has a hook before Lightning's loggers write
     present = tuple(type(c) for c in trainer.callbacks)  # type: ignore[attr-defined]
     return [
         kind()

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightning_grpo.callbacks.curve import going_on_without
+from lightning_grpo.callbacks.curve import going_on_without, mlflow_name
 from lightning_grpo.checks import require_count
 from lightning_grpo.contract import Evaluated
 from lightning_grpo.loader import Minibatch
@@ -82,7 +82,7 @@ def send(logger: Any, key: str, rows: Sequence[Row], step: int) -> None:
         experiment.add_text(key, "\n\n".join(as_markdown(rows)), step)
     elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):
         text = "\n\n".join(as_markdown(rows))
-        experiment.log_text(logger.run_id, text, f"{key}/step_{step:06d}.md")
+        experiment.log_text(logger.run_id, text, f"{mlflow_name(key)}/step_{step:06d}.md")
 
 
 def as_markdown(rows: Iterable[Row]) -> Iterable[str]:

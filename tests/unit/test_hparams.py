@@ -149,10 +149,15 @@ def test_loggers_are_told_what_can_be_read_and_no_data_or_secrets():
     arguments = told["workflow"]["init_args"]
     assert arguments["reward"] == ["lightning_grpo.rewards.answers.gsm8k"]
     assert arguments["sampling"]["init_args"]["max_new_tokens"] == 48
-    prompts = told["prompts"][""]["init_args"]
+    prompts = told["prompts"]["init_args"]
     assert (prompts["path"], prompts["column"]) == ("list (30 items)", "question")
     assert told["servers"]["init_args"]["urls"] == ["http://a:1"]
     assert "sk-1" not in yaml.safe_dump(told)
+
+
+def test_the_names_that_loggers_are_told_are_paths_that_mlflow_takes():
+    told = loggable({"val_prompts": {"gsm8k (hard)": "a", "..": {"x//y": 1}, "größe": 2}})
+    assert told == {"val_prompts": {"gsm8k_hard_": "a", "_": {"x_y": 1}, "größe": 2}}
 
 
 @pytest.mark.parametrize(

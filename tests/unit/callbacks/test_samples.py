@@ -5,7 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.loggers import MLFlowLogger
 
+from lightning_grpo.callbacks.curve import prepare_loggers
 from lightning_grpo.callbacks.samples import SampleTables, send
 from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
 from lightning_grpo.validation import EvaluationRecord
@@ -107,3 +109,39 @@ def test_other_loggers_get_nothing_and_a_full_disk_ends_no_run(caplog):
 def test_a_number_below_one_is_refused(setting):
     with pytest.raises(ValueError, match=f"`{setting}`"):
         SampleTables(**{setting: 0})
+
+
+class Sent(MLFlowLogger):
+    """Lightning's, without a service: what reaches it."""
+
+    def __init__(self):
+        self.sent = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.sent[step] = metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("eval/avg_at_1", "eval/avg_at_1"),
+        ("eval/gsm8k (hard)/avg_at_1", "eval/gsm8k_hard_/avg_at_1"),
+        ("reward/gr\u00f6\u00dfe/mean", "reward/gr_xf6_xdfe/mean"),
+        ("reward/\u4e2d/mean", "reward/_u4e2d/mean"),
+        ("reward/../mean", "reward/_/mean"),
+        ("reward//mean", "reward/_/mean"),
+    ],
+)
+def test_mlflow_gets_names_that_it_takes_each_its_own(name, sent):
+    logger = Sent()
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True, state=SimpleNamespace(fn=None))
+    for _ in range(2):  # a fit and a validation
+        prepare_loggers(trainer)
+    logger.log_metrics(metrics={name: 0.5}, step=3)
+    assert logger.sent == {3: {sent: 0.5}}
+
+
+def test_mlflow_gets_files_by_names_that_it_takes():
+    files = Files()
+    send(files, "held_out/..", [("a?", "1", 1.0, False)], 7)
+    assert list(files.files) == [("run-1", "held_out/_/step_000007.md")]
