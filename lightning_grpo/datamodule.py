@@ -104,7 +104,7 @@ class RolloutDataModule(L.LightningDataModule):
         test_prompts: Asked | dict[str, Asked] | None = None,
     ) -> None:
         super().__init__()
-        self.prompts = by_name(prompts)
+        self.prompts = by_name(prompts, required=self._asks)
         self.workflow = require_workflow(workflow) if self._asks else workflow
         found = servers_of(servers) if self._asks else servers
         self.servers = cast("Servers", found)  # none in a replay

@@ -450,17 +450,18 @@ Asked = Prompts | Source | Table
 """One dataset, as a config may write it."""
 
 
-def by_name(prompts: Any, setting: str = "prompts") -> dict[str, Prompts]:
+def by_name(prompts: Any, setting: str = "prompts", required: bool = False) -> dict[str, Prompts]:
     """Datasets by name; one alone has the empty name.
 
     Args:
         prompts: `Prompts`, what `Prompts` takes, or several of either by name; None is none.
         setting: The name of the setting.
+        required: Whether None is refused.
 
     Raises:
         ConfigError: It is nothing to ask.
     """
-    if prompts is None:
+    if prompts is None and not required:
         return {}
     if isinstance(prompts, dict) and not prompts:
         raise ConfigError(f"`{setting}` must name at least one dataset, got {{}}. Or give one.")

@@ -674,8 +674,8 @@ async def try_reward(bound: BoundReward, prompt: Prompt, score: Score) -> None:
         else:
             return
     raise ConfigError(
-        f"{failures[0]}. So it did with each of {len(failures)} answers to the first prompt. "
-        "Try it alone: lightning-grpo score --reward ... --data ..."
+        f"{str(failures[0]).rstrip('.')}. So it did with each of {len(failures)} answers to the "
+        "first prompt. Try it alone: lightning-grpo score --reward ... --data ..."
     )
 
 

@@ -102,6 +102,7 @@ def test_urls_are_taken_as_servers_that_run(urls, known):
     [
         ({"prompts": DataLoader(ROWS)}, "`prompts` must be `Prompts` or what it takes"),
         ({"prompts": 3}, "`prompts` must be `Prompts` or what it takes"),
+        ({"prompts": None}, "`prompts` must be `Prompts` or what it takes"),
         ({"prompts": {}}, "`prompts` must name at least one dataset"),
         ({"val_prompts": {"a": iter(ROWS)}}, "`val_prompts.a` must be `Prompts` or what it takes"),
         ({"servers": RunningServers}, "got the class RunningServers. Call it: `RunningServers()`"),
