@@ -122,6 +122,7 @@ def lines_of(model: str) -> Iterator[CheckLine]:
 
 
 def _read_config(model: str) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     from lightning_grpo.policy.load import check_source
@@ -129,12 +130,12 @@ def _read_config(model: str) -> Any:
     check_source(model)
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(
             "MODEL",
             "must be a folder with config.json, a hub id or an architecture of transformers",
             model,
-            str(error).strip().splitlines()[0],
+            " ".join(str(error).split())[:400],
         ) from error
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.checks import MOST, MOST_PORT, require_on_hub
@@ -179,10 +180,10 @@ def build(
     try:
         model = load_model(options.model)
         tokenizer = load_tokenizer(options.model)
-    except (ImportError, OSError, ValueError) as error:  # quantized ones want packages
+    except (ImportError, OSError, ValueError, StrictDataclassError) as error:
         raise ConfigError(
             "`--model` must be a causal language model that transformers loads, got "
-            f"{options.model!r}: {str(error).splitlines()[0]}"
+            f"{options.model!r}: {' '.join(str(error).split())[:400]}"
         ) from error
     runner = ModelRunner(model, row_by_row=options.deterministic)
     limits = _limits(options, runner)

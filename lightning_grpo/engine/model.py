@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -240,7 +241,7 @@ def check_servable(path: str) -> None:
     AttentionInterface.register(ATTENTION_NAME, slot_attention)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, StrictDataclassError):
         return  # whoever loads the model says what is wrong with it
     try:
         with torch.device("meta"), torch.no_grad():

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -67,7 +68,7 @@ _OTHER_THAN_TEXT = ("vision", "audio", "vq")
 
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, EOFError),
-    *(SafetensorError, pickle.UnpicklingError),
+    *(SafetensorError, pickle.UnpicklingError, StrictDataclassError),
 )
 """What transformers raises for folders, hub ids and options that it can't make a model of."""
 
@@ -137,6 +138,11 @@ def load_tokenizer(model: str, **tokenizer_kwargs: Any) -> PreTrainedTokenizerBa
     try:
         options = {"trust_remote_code": False, **tokenizer_kwargs}
         tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    except StrictDataclassError as error:  # of the config, which it reads for its class
+        raise ConfigError(
+            f"`model` must have a config.json that transformers reads, got {model!r}: "
+            f"{_first_line(error)} Way out: the config.json that belongs to these weights."
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         _check_files(model)
         raise ConfigError(
@@ -415,7 +421,10 @@ def _meta(model: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrained
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().split("\n", 1)[0]
+    text = str(error).strip()
+    if isinstance(error, StrictDataclassError):  # which field of a config, and then why
+        text = " ".join(text.split())
+    text = text.split("\n", 1)[0]
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 

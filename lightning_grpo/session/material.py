@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
 from lightning_grpo.errors import ConfigError, PromptError
@@ -368,10 +369,10 @@ def load_config(model_path: str) -> Any:
     check_source(model_path)
     try:
         config = AutoConfig.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(
             f"`model` must be a hub id or a folder with config.json, got {model_path!r}: "
-            f"{str(error).splitlines()[0]}"
+            f"{' '.join(str(error).split())[:400]}"
         ) from error
     check_config(config, model_path)
     return config

@@ -314,6 +314,23 @@ def test_packed_weights_are_refused_also_where_no_config_says_it(tmp_path):
         load_policy(folder, meta=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"num_hidden_layers": 1}, r"`num_hidden_layers` \(1\) must be equal"),
+        ({"hidden_size": "wide"}, "hidden_size.* expected int, got str"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused_with_what_transformers_says(
+    change, why, tmp_path
+):
+    file = make_tiny_model(tmp_path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    for load in (load_policy, load_config, load_tokenizer):
+        with pytest.raises(ConfigError, match=why):
+            load(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl"])
 def test_a_model_that_also_sees_is_refused_with_the_way_to_its_text_part(kind, tmp_path):
     CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
