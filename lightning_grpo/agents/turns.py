@@ -108,6 +108,8 @@ class RewardedWorkflow(RLVRWorkflow):
 
 _QUESTION = {"role": "user", "content": "question"}
 _ANSWER = "ANSWER-OF-THE-ASSISTANT"
+_MADE_UP = 2
+"""Messages before those that are told."""
 
 
 def first_ids(
@@ -132,6 +134,8 @@ def next_ids(
     calls: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """The ids that end an answer, say the new messages, and begin the next answer.
+
+    If the last of them is the assistant's, it is continued.
 
     Args:
         tokenizer: Whose template it is.
@@ -234,8 +238,13 @@ def _refusal(error: Exception) -> ConfigError:
 
 
 def _told(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """The whole made-up conversation, with all that is said from its answer on."""
-    how = {"add_generation_prompt": True}
+    """The whole made-up conversation, with all that is said from its answer on.
+
+    The next answer begins, or goes on where the messages begin it.
+    """
+    messages = without_blank_answer(messages)
+    begins = {"add_generation_prompt": True}
+    how = rendering(messages) if len(messages) > _MADE_UP else begins
     said = fitting(tokenizer, messages, how, first=1)
     return str(tokenizer.apply_chat_template(said, tokenize=False, **how))
 

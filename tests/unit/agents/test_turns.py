@@ -42,6 +42,17 @@ def test_an_answer_that_was_cut_off_is_ended_by_what_the_policy_did_not_sample()
     assert "It is<|im_end|>\n<|im_start|>user\nNo.<|im_end|>" in joined(tokenizer, answer, [MISSED])
 
 
+@pytest.mark.parametrize("words", ["The answer is", "It is 6."])
+def test_an_answer_that_is_begun_for_the_policy_is_continued(words):
+    tokenizer = make_chat_tokenizer()
+    begun = {"role": "assistant", "content": words}
+    text = joined(tokenizer, completion(tokenizer, "It is 6."), [MISSED, begun])
+    assert text.endswith(f"No.<|im_end|>\n<|im_start|>assistant\n{words}")
+    blank = {"role": "assistant", "content": " "}
+    text = joined(tokenizer, completion(tokenizer, "It is 6."), [MISSED, blank])
+    assert text.endswith("No.<|im_end|>\n<|im_start|>assistant\n")
+
+
 @pytest.mark.parametrize("finish_reason", ["stop", "length"])
 def test_an_end_that_was_sampled_is_not_said_twice_whatever_ended_the_answer(finish_reason):
     tokenizer = make_chat_tokenizer()
