@@ -186,8 +186,8 @@ def page(found: Sequence[Certificate]) -> str:
 is right: packed rows, gradients, what servers get, the embedded engine, adapters, exports
 ([what each line means](troubleshooting.md#is-the-models-path-right)). This page is what it finds
 for every causal architecture of transformers (`make certify-all` writes it). Each is tried as
-transformers itself configures it, with what that leaves open set as checkpoints do: yours may differ
-(another kind of layer, a cap, a window), so ask for it by its folder or hub id.
+transformers itself configures it, with what that leaves open set as checkpoints do: yours may
+differ (another kind of layer, a cap, a window), so ask for it by its folder or hub id.
 
 *certified*: all lines are right; what servers get has a checkpoint's names, layouts and values.
 *refused*: `fit` says the same before anything is started. *WRONG*: the package takes it, and a line

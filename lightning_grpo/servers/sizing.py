@@ -1,4 +1,4 @@
-"""How large SGLang's servers are, by what a run will ask of them: sums, and the flags they become."""
+"""How large SGLang's servers are, by what a run asks of them: sums, and the flags they become."""
 
 from __future__ import annotations
 

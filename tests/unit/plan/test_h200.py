@@ -268,7 +268,7 @@ def test_the_main_job_where_nothing_else_was_on_its_gpu():
     ],
 )
 def test_the_main_job_with_long_answers(run, running, shared):
-    """Of the untouched model, whose answers teach little: one or two of a hundred are trained on."""
+    """Of an untouched model, whose answers teach little: of a hundred one or two are trained on."""
     row = results("main_job_placements")["runs"][run]
     length = statistics.mean(row["length"][3:])
     work = Workload(256, 4, 2, 109, length, 1024, trained_share=0.02)
