@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, pairwise
@@ -115,7 +114,8 @@ def write_groups(
         for field in SCHEMA
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name in every process: what a run that was killed here left is taken over when it goes on.
+    unfinished = path.with_name(f".{path.name}.tmp")
     try:
         pq.write_table(pa.table(columns, schema=SCHEMA), unfinished, compression="zstd")
         unfinished.replace(path)

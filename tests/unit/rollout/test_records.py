@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import subprocess
+import sys
 from datetime import date
 
 import pyarrow as pa
@@ -15,6 +18,7 @@ from lightning_grpo.rollout.records import (
     write_groups,
 )
 from lightning_grpo.types import Outcome
+from tests.fakes.ranks import ROOT
 from tests.fakes.recordings import read_groups
 from tests.fakes.tiny_run import make_group
 
@@ -77,6 +81,26 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(pa.ArrowException):
         write_groups(tmp_path / "x.parquet", [group], step=1, version=0)
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED_IN_A_WRITE = """
+import resource, signal, sys
+from pathlib import Path
+from lightning_grpo.rollout.records import write_groups
+from tests.fakes.tiny_run import make_group
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends a process at its limit
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+write_groups(Path(sys.argv[1]), [make_group(0)], step=1, version=1)
+"""
+
+
+def test_what_a_run_that_was_killed_in_a_write_left_is_gone_once_it_is_written_again(tmp_path):
+    path = tmp_path / "x.parquet"
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_A_WRITE, path], check=False, cwd=ROOT)
+    assert killed.returncode == -signal.SIGXFSZ
+    assert len(list(tmp_path.iterdir())) == 1
+    write_groups(path, [make_group(0)], step=1, version=1)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
