@@ -29,7 +29,9 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import without_bars
 from lightning_grpo.policy.lora import LoRA
 
-_PROMPTS, _SAMPLED = (3, 9, 20), 12
+_PROMPTS, _SAMPLED = (3, 9, 20, 20), 12
+_INTERRUPTED = 9
+"""Tokens of the last prompt that are read as such; the others are read as sampled before."""
 _RANK, _ALPHA = 4, 6
 
 
@@ -195,18 +197,23 @@ def _reason(error: ConfigError) -> str:
 def sampled(runner: ModelRunner) -> tuple[list[Tensor], Tensor]:
     """Have prompts answered side by side: the first greedily, the others by chance.
 
+    They lie on both sides of a tiny model's windows, and some answers cross to the other one. The
+    last goes on after an interruption.
+
     Returns:
         Prompts with their answers, and the logprobs of the answers' tokens `[prompts, tokens]`.
     """
     generator = torch.Generator().manual_seed(0)
     prompts = [random_ids(n, generator) for n in _PROMPTS]
-    states = runner.prefill([prompt.tolist() for prompt in prompts])
+    begun, tail = prompts[-1][:_INTERRUPTED], prompts[-1][_INTERRUPTED:]
+    states = runner.prefill([prompt.tolist() for prompt in (*prompts[:-1], begun)])
     slots = SlotCache(len(prompts), max(_PROMPTS) + _SAMPLED)
     slots.reserve(len(prompts), max(_PROMPTS) + 1, states[0].kv)
     for slot, state in enumerate(states):
         slots.place(slot, 1, state.kv)
     lengths = torch.tensor(_PROMPTS)
-    logits = torch.stack([state.logits for state in states])
+    resumed = runner.extend(slots, [tail.tolist()], torch.tensor([len(begun)]), len(prompts) - 1)
+    logits = torch.cat([*(state.logits[None] for state in states[:-1]), resumed])
     tokens, logprobs = [], []
     for step in range(_SAMPLED):
         chosen = logits.softmax(-1).multinomial(1, generator=generator)

@@ -135,6 +135,12 @@ class PrefillCapture:
                 f"its keys {list(keys.shape[1:])} and values {list(values.shape[1:])} differ in "
                 "shape (multi-head latent attention)"
             )
+        if self._layers and keys.shape != self._layers[0][0].shape:
+            first, here = (list(each.shape[1:]) for each in (self._layers[0][0], keys))
+            raise UnservableError(
+                f"the keys of its layers differ in shape: {first} in the first, {here} in layer "
+                f"{layer_idx}"
+            )
         self._layers.append((keys, values))
         return keys, values
 
@@ -180,10 +186,11 @@ def slot_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise UnservableError(f"{type(module).__name__} has a `{name}`")
-    _check_window(module, kwargs.get("sliding_window"))
+    window = kwargs.get("sliding_window") or window_in_mask(module)
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     if attention_mask is not None:
+        attention_mask = windowed(attention_mask, window)
         packed = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
         if queries > 1:
             attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
@@ -191,20 +198,35 @@ def slot_attention(
             packed, key, value, attn_mask=attention_mask, scale=scaling
         )
         return mixed.reshape(batch, heads, queries, -1).transpose(1, 2), None
+    if window is not None and queries > window:
+        attention_mask = windowed(torch.full((queries, queries), float("-inf")).triu(1), window)
     mixed = functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None,
+        scale=scaling,
+        enable_gqa=heads != kv_heads,
     )
     return mixed.transpose(1, 2), None
 
 
-def _check_window(module: Any, window: int | None) -> None:
-    """Refuse a sliding window, unless no sequence can be longer than it is."""
-    window = window or window_in_mask(module)
-    if window is not None and window < module.config.max_position_embeddings:
-        raise UnservableError(
-            f"{type(module).__name__} has a sliding window of {window} tokens, shorter than the "
-            f"context of {module.config.max_position_embeddings}"
-        )
+def windowed(mask: Tensor, window: int | None) -> Tensor:
+    """A causal mask, without what a sliding window has left behind.
+
+    Windows differ from layer to layer, and transformers hands the same mask to all of them: each
+    reads off it where its queries stand, since a token sees as many as come before it, and itself.
+
+    Args:
+        mask: `[..., queries, keys]`; 0 for the first keys up to the query's own, then -inf.
+        window: Tokens that one can see, itself included; None: all.
+    """
+    keys = mask.shape[-1]
+    if window is None or keys <= window:
+        return mask
+    seen = (mask == 0).sum(-1, keepdim=True)
+    return mask.masked_fill(torch.arange(keys) < seen - window, float("-inf"))
 
 
 def load_model(path: str) -> PreTrainedModel:

@@ -160,6 +160,45 @@ def one_position_off(folder: str) -> ModelRunner:
     return OnePositionOff(load_model(folder))
 
 
+class ForgetsItsWindows(ModelRunner):
+    """What was sampled before an interruption is read as if layers had no windows."""
+
+    def extend(self, *args):
+        windowed = [m for m in self.model.modules() if getattr(m, "sliding_window", None)]
+        windows = [module.sliding_window for module in windowed]
+        for module in windowed:
+            module.sliding_window = self.context_length
+        try:
+            return super().extend(*args)
+        finally:
+            for module, window in zip(windowed, windows, strict=True):
+                module.sliding_window = window
+
+
+def forgets_its_windows(folder: str) -> ModelRunner:
+    """An engine whose windows are lost by an interruption."""
+    return ForgetsItsWindows(load_model(folder))
+
+
+def one_window_too_many(folder: str) -> ModelRunner:
+    """An engine that sees one token more than its windows."""
+    model = load_model(folder)
+    for module in model.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window += 1
+    return ModelRunner(model)
+
+
+def windows_of_the_neighbors(folder: str) -> ModelRunner:
+    """An engine in which each layer has the window of the one before it."""
+    model = load_model(folder)
+    layers = [module for module in model.modules() if hasattr(module, "sliding_window")]
+    windows = [module.sliding_window for module in layers]
+    for module, window in zip(layers, [windows[-1], *windows[:-1]], strict=True):
+        module.sliding_window = window
+    return ModelRunner(model)
+
+
 def exports_another(policy: nn.Module, folder: Path) -> None:
     """Writes what the policy will be after one more step."""
     model: Any = policy.model

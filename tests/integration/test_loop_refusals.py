@@ -149,7 +149,6 @@ LONGROPE = {
         ("gptj", {"rotary_dim": 8}, NoLaunches, "must let transformers choose its attention"),
         ("opt", {}, NoLaunches, "must be one that the embedded engine runs"),
         ("deepseek_v3", {}, NoLaunches, "multi-head latent attention"),
-        ("mistral", {"sliding_window": 64}, NoLaunches, "sliding window of 64 tokens"),
         ("seed_oss", {"quantization_config": {"quant_method": "gptq"}}, NoLaunches, "(gptq)"),
         (
             "phi3",  # answers of 40 tokens would pass the switch

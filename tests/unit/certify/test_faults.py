@@ -30,6 +30,10 @@ MODELS = {
     "qwen3 with dynamic RoPE": ("qwen3", {"rope_parameters": DYNAMIC}),
     "phi3 with longrope": ("phi3", LONG),
     "gemma3 with windows": ("gemma3_text", {}),
+    "mistral with a window": ("mistral", {}),
+    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+    "olmo3 with windows": ("olmo3", {"sliding_window": 1024}),
+    "phimoe, whose masks alone have a window": ("phimoe", {"sliding_window": 1024}),
     "mixtral": ("mixtral", {}),
     "gpt_neox with a head of another name": ("gpt_neox", {}),
     "glm4_moe with a bias that balances experts": ("glm4_moe", {}),
@@ -122,11 +126,21 @@ def test_an_adapter_that_is_not_merged_is_caught():
     assert line.figure > line.limit
 
 
+ENGINES = [faulty.one_window_too_many, faulty.windows_of_the_neighbors, faulty.forgets_its_windows]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_with_another_window_is_caught(engine):
+    line = run_check(served.engine, tiny("gemma3_text"), Parts(engine=engine))
+    assert (line.check, line.verdict) == ("engine", "WRONG")
+    assert line.figure > line.limit
+
+
 def test_a_model_that_the_engine_does_not_run_is_no_failure_of_it():
-    line = run_check(served.engine, tiny("gemma3_text"), Parts())
+    line = run_check(served.engine, tiny("deepseek_v3"), Parts())
     assert line.verdict == "skipped"
     assert line.found.startswith("not served here: ")
-    assert "sliding window of 16 tokens" in line.found
+    assert "multi-head latent attention" in line.found
 
 
 def test_what_a_check_raises_is_its_line():

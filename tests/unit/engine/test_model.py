@@ -13,6 +13,7 @@ from lightning_grpo.engine.model import (
     SlotCache,
     check_servable,
     load_model,
+    windowed,
 )
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import RunningServers
@@ -30,6 +31,9 @@ def no_bars():
 
 SERVED = [
     ("mistral", {"sliding_window": 128}),  # no sequence is longer: full attention
+    ("mistral", {"sliding_window": 5}),
+    ("gemma3_text", {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("phimoe", {"sliding_window": 5}),
     ("mistral", {"sliding_window": None}),
     ("phi3", {"sliding_window": 500}),
     ("phimoe", {"sliding_window": 128}),
@@ -56,10 +60,12 @@ def test_what_it_samples_from_is_what_the_model_computes(kind, settings, tmp_pat
     assert logits.log_softmax(-1)[0, ids[11]] == pytest.approx(expected[11].item(), abs=1e-5)
 
 
+GEMMA4 = {
+    **{"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
+    **{"hidden_size_per_layer_input": 0, "num_global_key_value_heads": 2, "global_head_dim": 32},
+}
 REFUSED = [
-    ("mistral", {"sliding_window": 127}, "sliding window of 127 tokens, shorter than the context"),
-    ("phimoe", {"sliding_window": 16}, "sliding window of 16 tokens"),
-    ("gemma3_text", {"sliding_window": 16}, "sliding window of 16 tokens"),
+    ("gemma4_text", GEMMA4, "the keys of its layers differ in shape: [2, 2, 16] in the first"),
     ("deepseek_v3", {}, "differ in shape (multi-head latent attention)"),
     ("deepseek_v2", {}, "differ in shape (multi-head latent attention)"),
     ("opt", {}, "its layers ask for a cache of another kind"),
@@ -77,6 +83,16 @@ def test_what_it_can_t_run_is_refused_before_a_process_is_started(kind, settings
     assert "SGLangServers" in str(refused.value)
     check_engine(RunningServers(["http://localhost:1"]), str(tmp_path))
     check_engine(None, str(tmp_path))
+
+
+@pytest.mark.parametrize("window", [1, 3, 4, 5])
+def test_a_window_hides_from_each_query_what_it_has_left_behind(window):
+    positions = torch.tensor([[0, 1, 2, 2], [3, 4, 4, 4]])  # of two slots' queries, some padded
+    distance = positions[:, :, None] - torch.arange(5)
+    mask = torch.zeros(distance.shape).masked_fill(distance < 0, float("-inf"))[:, None]
+    expected = (distance >= 0) & (distance < window)
+    assert torch.equal(windowed(mask, window)[:, 0] == 0, expected)
+    assert torch.equal(windowed(mask, None), mask)
 
 
 def test_a_folder_that_lacks_weights_is_not_served_with_random_ones(tmp_path):

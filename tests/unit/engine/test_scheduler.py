@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ from lightning_grpo.engine.batch import Output, Request
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.engine.requests import BadRequestError
 from lightning_grpo.engine.scheduler import Limits, PromptReader, Scheduler
+from lightning_grpo.policy.load import without_bars
+from tests.fakes.causal_models import make_model_of, plain_logprobs
 from tests.fakes.engine_requests import PLAIN, ignore
 from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
@@ -273,6 +276,29 @@ def test_a_retracted_request_ends_as_if_it_had_not_been(runner: ModelRunner) -> 
         assert output.token_ids == expected[name].token_ids
         assert output.logprobs == pytest.approx(expected[name].logprobs, abs=1e-5)
         assert output.request.num_retractions == 1
+
+
+def test_windows_hold_for_prompts_in_the_cache_and_after_interruptions(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    model = make_model_of("gemma3_text", sliding_window=8, layer_types=kinds)
+    with without_bars():
+        model.save_pretrained(tmp_path)
+        scheduler = make(ModelRunner(load_model(str(tmp_path))), max_running=3)
+    for name, length in (("a", 3), ("b", 7), ("c", 8), ("d", 9), ("e", 20)):
+        shared = {"input_ids": tuple(range(3, 3 + length)), "max_new_tokens": 15}
+        scheduler.submit([*requests(1, rid=name, **shared), *requests(1, rid=2 * name, **shared)])
+    while scheduler.has_work:
+        for _ in range(4):
+            scheduler.step()
+        scheduler.pause("retract")
+        scheduler.resume()
+    outputs = drain(scheduler)
+    assert len(outputs) == 10
+    assert max(output.request.num_retractions for output in outputs.values()) > 1
+    for output in outputs.values():
+        ids = torch.tensor([*output.request.generation.input_ids, *output.token_ids])
+        expected = plain_logprobs(model, [ids])[0][-len(output.token_ids) :]
+        assert output.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_retracted_requests_read_their_prompt_once_and_only_their_own_tokens_behind_it(
