@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from types import MethodType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def chunk_rows(vocab_size: int, max_logits: int = MAX_CHUNK_LOGITS) -> int:
     return max(1, max_logits // vocab_size)
 
 
-def head_logprobs(
+def head_logprobs(  # noqa: PLR0913 - all of what a head is made of
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -59,6 +60,7 @@ def head_logprobs(
     with_entropy: bool,
     max_logits: int = MAX_CHUNK_LOGITS,
     compiled: bool = False,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Logprobs of `targets` under softmax(hidden weight^T / temperature), and its entropy.
 
@@ -70,6 +72,7 @@ def head_logprobs(
         with_entropy: Whether to compute the entropy too (with gradient).
         max_logits: Largest number of logits held at once.
         compiled: Whether what is done to the logits is compiled: each is then read once or twice.
+        cap: Logits are cap * tanh(logits / cap) before the temperature; None: as they are.
 
     Returns:
         fp32 `[rows]`, and the same or None.
@@ -80,7 +83,7 @@ def head_logprobs(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with _without_autocast(device):
         logprobs, entropy = _Head.apply(
-            hidden, weight, targets, temperature, with_entropy, rows, compiled
+            hidden, weight, targets, temperature, with_entropy, rows, compiled, cap
         )
     return logprobs, entropy if with_entropy else None
 
@@ -122,29 +125,66 @@ def _grad_logits(
     return log_softmax.exp().mul_(-scale / temperature.unsqueeze(1)).to(dtype)
 
 
+def _grad_targets(
+    logprobs: Tensor, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """The gradient of the targets' logits, neither divided by the temperature nor capped yet."""
+    found = grad_logprobs * (1 - logprobs.exp())
+    if grad_entropy is not None:
+        found -= grad_entropy * logprobs.exp() * (logprobs + entropy)
+    return found
+
+
 def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
     # In place: memory that is new costs a CPU more than what is written into it.
     return torch.log_softmax(logits.div_(temperature.unsqueeze(1)), dim=-1)
 
 
 def _look(
-    logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool
+    logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_of_targets` gives, and the log of the sum of exponentials; reads logits only."""
-    scaled = logits / temperature.unsqueeze(1)
+    scaled = capped(logits, cap) / temperature.unsqueeze(1)
     log_softmax = torch.log_softmax(scaled, dim=-1)
     logprobs, entropy = _of_targets(log_softmax, targets, with_entropy)
     return logprobs, entropy, scaled.gather(1, targets.unsqueeze(1)).squeeze(1) - logprobs
 
 
-def _grad_of_look(logits: Tensor, temperature: Tensor, log_sum: Tensor, *more: Any) -> Tensor:
-    log_softmax = logits / temperature.unsqueeze(1) - log_sum.unsqueeze(1)
-    return _grad_logits(log_softmax, temperature, *more)
+def _grad_of_look(  # noqa: PLR0913 - each is read once
+    logits: Tensor,
+    temperature: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    dtype: torch.dtype,
+    cap: float | None,
+) -> Tensor:
+    values = capped(logits, cap)
+    log_softmax = values / temperature.unsqueeze(1) - log_sum.unsqueeze(1)
+    more = (temperature, entropy, grad_logprobs, grad_entropy)
+    if cap is None:
+        return _grad_logits(log_softmax, *more, dtype)
+    return _grad_logits(log_softmax, *more, values.dtype).mul_(_slope(values, cap)).to(dtype)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits bent so that none is beyond a cap (`final_logit_softcapping`); None: as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _slope(values: Tensor, cap: float) -> Tensor:
+    """The derivative of what `capped` gave."""
+    return 1 - (values / cap).square()
 
 
 @functools.cache
 def _compiled(function: Any) -> Any:
     return torch.compile(function)
+
+
+def _maybe_compiled(function: Any, compiled: bool) -> Any:
+    return _compiled(function) if compiled else function
 
 
 class _Head(torch.autograd.Function):
@@ -158,23 +198,25 @@ class _Head(torch.autograd.Function):
         with_entropy: bool,
         rows: int,
         compiled: bool,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         entropy, log_sum = torch.zeros_like(logprobs), torch.empty_like(logprobs)
         temperature = temperature.to(dtype)
-        values = None  # logits where it is compiled, which reads them in one go; else log-softmax
+        looks = compiled or cap is not None  # the slope of a cap is known from logits alone
+        values = None  # logits where they are read in one go; else log-softmax
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             values = _logits(hidden[part], weight)
-            if compiled:
-                logprobs[part], entropy[part], log_sum[part] = _compiled(_look)(
-                    values, temperature[part], targets[part], with_entropy
+            if looks:
+                logprobs[part], entropy[part], log_sum[part] = _maybe_compiled(_look, compiled)(
+                    values, temperature[part], targets[part], with_entropy, cap
                 )
             else:
                 values = _log_softmax(values, temperature[part])
                 logprobs[part], entropy[part] = _of_targets(values, targets[part], with_entropy)
-        ctx.rows, ctx.compiled = rows, compiled
+        ctx.rows, ctx.compiled, ctx.cap, ctx.looks = rows, compiled, cap, looks
         ctx.set_materialize_grads(False)  # most often nobody asks for the entropy's
         kept = values if len(hidden) <= rows else None
         ctx.save_for_backward(
@@ -192,9 +234,9 @@ class _Head(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=temperature.dtype) if need_weight else None
         scale = torch.zeros_like(logprobs) if grad_logprobs is None else grad_logprobs
-        of_targets = scale * (1 - logprobs.exp())
-        if grad_entropy is not None:
-            of_targets -= grad_entropy * logprobs.exp() * (logprobs + entropy)
+        of_targets = _grad_targets(logprobs, entropy, scale, grad_entropy)
+        if ctx.cap is not None:
+            of_targets *= _slope((logprobs + log_sum) * temperature, ctx.cap)
         of_targets = (of_targets / temperature).to(weight.dtype)
         with _without_autocast(hidden.device.type):
             for start in range(0, len(hidden), ctx.rows):
@@ -205,9 +247,9 @@ class _Head(torch.autograd.Function):
                     None if grad_entropy is None else grad_entropy[part],
                 )
                 values = _logits(hidden[part], weight) if kept is None else kept
-                if ctx.compiled:
-                    grad = _compiled(_grad_of_look)(
-                        values, temperature[part], log_sum[part], *more, weight.dtype
+                if ctx.looks:
+                    grad = _maybe_compiled(_grad_of_look, ctx.compiled)(
+                        values, temperature[part], log_sum[part], *more, weight.dtype, ctx.cap
                     )
                 else:
                     if kept is None:
@@ -220,7 +262,7 @@ class _Head(torch.autograd.Function):
                     grad_weight += grad.t() @ hidden[part].to(grad.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 class RMSNorm(nn.Module):
@@ -265,7 +307,34 @@ def _forward(self: RMSNorm, hidden: Tensor) -> Tensor:
 
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)
+"""The others that set `logits_scaling` (Granite, MiniCPM3) divide by it."""
+
+
+@dataclass(frozen=True)
+class LogitForm:
+    """What a model does to the logits of its head.
+
+    Attributes:
+        scale: They are multiplied by it, which is a temperature.
+        cap: They are bent so that none is beyond it; None: they are not.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """By the names that transformers' configs have for it."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+        multiplies = config.model_type in _MULTIPLY_BY_LOGITS_SCALING
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cls(scale * scaling if multiplies else scale / scaling, cap)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Make a model's logits of those of its head, `[..., vocab]`."""
+        return capped(logits if self.scale == 1 else logits * self.scale, self.cap)
 
 
 class PackedPolicy(nn.Module):
@@ -300,6 +369,7 @@ class PackedPolicy(nn.Module):
             fuse_norms(model)
         model.config.use_cache = False
         self.model = model
+        self.logit_form = LogitForm.of(model.config)
         self._factors = RowFactors(model)
         self.max_logits = max_logits
         self.share_prefixes = share_prefixes
@@ -365,14 +435,16 @@ class PackedPolicy(nn.Module):
             with_entropy: Whether to compute entropies too.
         """
         hidden = self.hidden_states(input_ids, layout)
+        per_row, form = _per_row(temperature, predicted, hidden), self.logit_form
         logprobs, entropy = head_logprobs(
             hidden.index_select(0, layout.unique_of[predicted - 1]),
             self.model.get_output_embeddings().weight,
             input_ids[predicted],
-            _per_row(temperature, predicted, hidden),
+            per_row if form.scale == 1 else per_row / form.scale,
             with_entropy,
             self.max_logits or largest_chunk(hidden.device),
             self.compiled and hidden.is_cuda,
+            form.cap,
         )
         empty = logprobs.new_zeros(len(input_ids))
         logprobs = empty.index_copy(0, predicted, logprobs)
@@ -495,11 +567,11 @@ def _check(model: PreTrainedModel) -> None:
             f"`model` must consist of attention layers, {name} has {sorted(other)}, which would "
             "run across the sequences of a packed row. Way out: a model without them."
         )
-    transforms = [key for key in _LOGIT_TRANSFORMS if getattr(config, key, None) not in (None, 1)]
-    if transforms:
+    form = LogitForm.of(config)
+    if form.cap is not None and form.scale != 1:
         raise ConfigError(
-            f"`model` must use its head's logits as they are, {name} sets {transforms}. "
-            "Way out: a model without it."
+            f"`model` must scale its logits or cap them, {name} sets both, and which comes first "
+            "is not known. Way out: a model that does one of the two."
         )
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:

@@ -200,6 +200,7 @@ class SnapshotScorer:
             ):
                 found = rows @ weight
                 found = found.double() if logits is None else found.to(logits).double()
+                found = self._policy.logit_form(found)
                 scores.append(found.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1))
         return torch.cat(scores)
 

@@ -13,7 +13,7 @@ from lightning_grpo.certify.parts import Parts, stepped
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import without_bars
-from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.policy.packed import LogitForm, PackedPolicy
 from lightning_grpo.weights.gather import gather_weights
 
 
@@ -45,6 +45,33 @@ class OneWindowTooMany(PackedPolicy):
         for module in model.modules():
             if getattr(module, "sliding_window", None):
                 module.sliding_window += 1
+
+
+class LeavesOutTheCap(PackedPolicy):
+    """Takes the head's logits as they are."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.logit_form = LogitForm()
+
+
+class MultipliesWhatItShouldDivide(PackedPolicy):
+    """Scales logits the other way round."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.logit_form = LogitForm(1 / self.logit_form.scale)
+
+
+class NoCapInTheGradient(PackedPolicy):
+    """The right logprobs, with the gradient of logits that have no cap."""
+
+    def forward(self, *args, **kwargs):
+        right, entropy = super().forward(*args, **kwargs)
+        form, self.logit_form = self.logit_form, LogitForm()
+        without, _ = super().forward(*args, **kwargs)
+        self.logit_form = form
+        return without + (right - without).detach(), entropy
 
 
 class SharesTooMuch(PackedPolicy):

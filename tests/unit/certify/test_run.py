@@ -15,7 +15,7 @@ from lightning_grpo.shipped import resolve_path
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("gemma2", "final_logit_softcapping"),
+        ("gemma2", "has a `softcap`"),
         ("gpt_oss", "has a `s_aux`"),
         ("mamba", "must let transformers choose its attention"),
         ("gemma3", "consists of parts: text, vision"),

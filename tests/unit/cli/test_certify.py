@@ -35,7 +35,7 @@ def test_a_refusal_is_one_line_and_an_exit_status_of_its_own(capsys):
 def test_a_folder_of_a_config_alone_is_enough(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
     assert main(["certify", str(tmp_path)]) == 3
-    assert "final_logit_softcapping" in capsys.readouterr().out
+    assert "has a `softcap`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    Qwen3Config,
 )
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -23,6 +22,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import (
+    LogitForm,
     PackedPolicy,
     chunk_rows,
     fuse_norms,
@@ -34,6 +34,7 @@ from tests.fakes.causal_models import (
     ARCHITECTURES,
     VOCAB,
     make_causal_model,
+    make_model_of,
     make_sequences,
     pack,
     plain_logprobs,
@@ -217,10 +218,10 @@ def test_predicted_positions_leave_out_first_tokens():
 
 
 def test_models_that_packing_would_get_wrong_are_refused():
-    capped = make_causal_model()
-    capped.config.final_logit_softcapping = 30.0
-    with pytest.raises(ConfigError, match="final_logit_softcapping"):
-        PackedPolicy(capped)
+    both = make_causal_model()
+    both.config.final_logit_softcapping, both.config.logit_scale = 30.0, 0.5
+    with pytest.raises(ConfigError, match="sets both"):
+        PackedPolicy(both)
     recurrent = make_causal_model()
     recurrent.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ConfigError, match="linear_attention"):
@@ -246,7 +247,7 @@ def test_absolute_positions_work_too_and_a_model_all_in_fp64_agrees_to_fp64():
 
 @pytest.mark.parametrize("name", ["s_aux", "softcap"])
 def test_attention_that_is_more_than_causal_is_refused_by_name(name):
-    settings = {"s_aux": ("gpt_oss", {}), "softcap": ("gemma2", {"final_logit_softcapping": None})}
+    settings = {"s_aux": ("gpt_oss", {}), "softcap": ("gemma2", {})}
     kind, more = settings[name]
     small = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
@@ -256,16 +257,32 @@ def test_attention_that_is_more_than_causal_is_refused_by_name(name):
         policy(*pack(make_sequences([6, 9])))
 
 
-def test_a_scale_of_the_logits_that_a_config_computes_is_refused_too():
-    class Scaled(Qwen3Config):
-        @property
-        def logits_scaling(self):  # as MiniCPM3's does
-            return self.hidden_size / 16
+FORMS = [
+    ("cohere", {"logit_scale": 0.3}),
+    ("granite", {"logits_scaling": 6.0}),
+    ("hyperclovax", {"logits_scaling": 0.3}),  # which multiplies by it
+    ("minicpm3", {"hidden_size": 128, "dim_model_base": 32}),  # which computes it
+    ("nanochat", {"final_logit_softcapping": 1.0}),
+]
 
-    model = make_causal_model()
-    model.config = Scaled(**model.config.to_dict())
-    with pytest.raises(ConfigError, match="logits_scaling"):
-        PackedPolicy(model)
+
+@pytest.mark.parametrize(("kind", "settings"), FORMS)
+def test_logits_are_scaled_and_capped_as_the_model_does(kind, settings):
+    model = make_model_of(kind, **settings).double()
+    sequences = make_sequences([9, 12, 3, 8], shared=2)
+    expected = plain_logprobs(model, sequences, 0.7)
+    sum(t.sum() for t in expected).backward()
+    expected_gradients = gradients(model)
+    policy = PackedPolicy(model)
+    assert policy.logit_form != LogitForm()
+    cu_seqlens = pack(sequences)[1]
+    temperatures = torch.full((int(cu_seqlens[-1]),), 0.7, dtype=torch.float64)
+    for temperature in (0.7, temperatures):
+        found = policy(*pack(sequences), temperature, with_entropy=True)
+        for left, right in zip(found, expected, strict=True):
+            assert torch.allclose(left, right, atol=1e-7)  # norms compute in fp32
+        sum(t.sum() for t in found).backward()
+        assert relative(gradients(model), expected_gradients) <= 1e-6
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -351,18 +368,21 @@ def head_inputs(dtype=torch.float64):
     return hidden.requires_grad_(), weight.requires_grad_(), targets, temperature
 
 
-def reference(hidden, weight, targets, temperature):
-    logits = hidden.double() @ weight.double().t() / temperature.double().unsqueeze(1)
-    log_softmax = logits.log_softmax(-1)
+def reference(hidden, weight, targets, temperature, cap=None):
+    logits = hidden.double() @ weight.double().t()
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    log_softmax = (logits / temperature.double().unsqueeze(1)).log_softmax(-1)
     entropy = -(log_softmax.exp() * log_softmax).sum(-1)
     return log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
 
 
+@pytest.mark.parametrize("cap", [None, 1.5, 30.0])
 @pytest.mark.parametrize("rows", [1, 4, 12, 13, 100])
-def test_values_and_gradients_equal_those_of_all_logits_at_once(rows):
+def test_values_and_gradients_equal_those_of_all_logits_at_once(rows, cap):
     hidden, weight, targets, temperature = head_inputs()
-    expected = reference(hidden, weight, targets, temperature)
-    found = head_logprobs(hidden, weight, targets, temperature, True, rows * HEAD_VOCAB)
+    expected = reference(hidden, weight, targets, temperature, cap)
+    most = rows * HEAD_VOCAB
+    found = head_logprobs(hidden, weight, targets, temperature, True, most, cap=cap)
     probe = torch.randn(2, ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     gradients = []
     for logprobs, entropy in (expected, found):
@@ -372,18 +392,33 @@ def test_values_and_gradients_equal_those_of_all_logits_at_once(rows):
         assert torch.allclose(left, right, atol=1e-12)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("max_logits", [3 * HEAD_VOCAB, 1000])
-def test_the_gradient_is_that_of_finite_differences(with_entropy, max_logits):
+def test_the_gradient_is_that_of_finite_differences(with_entropy, max_logits, cap):
     hidden, weight, targets, temperature = head_inputs()
 
     def function(hidden, weight):
         logprobs, entropy = head_logprobs(
-            hidden, weight, targets, temperature.double(), with_entropy, max_logits
+            hidden, weight, targets, temperature.double(), with_entropy, max_logits, cap=cap
         )
         return (logprobs, entropy) if with_entropy else logprobs
 
     assert torch.autograd.gradcheck(function, (hidden, weight))
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_a_capped_head_in_fp32_has_the_gradient_of_fp64_also_where_logits_are_at_the_cap(rows):
+    found, expected = head_inputs(torch.float32), head_inputs()
+    for inputs in (found, expected):
+        inputs[1].data *= 4
+    logprobs, entropy = head_logprobs(*found, True, rows * HEAD_VOCAB, cap=3.0)
+    exact = reference(*expected, 3.0)
+    for each in ((logprobs, entropy), exact):
+        sum(t.sum() for t in each).backward()
+    assert torch.allclose(logprobs.double(), exact[0], atol=1e-5)
+    for mine, theirs in zip(found[:2], expected[:2], strict=True):
+        assert ((mine.grad - theirs.grad).norm() / theirs.grad.norm()).item() < 1e-5
 
 
 class LargestVocabTensor(TorchDispatchMode):

@@ -142,6 +142,8 @@ LONGROPE = {
         ("mixtral", {"sliding_window": None}),  # grouped products of experts know no float64
         ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}),
         ("phimoe", {"sliding_window": 8}),
+        ("granite", {"logits_scaling": 0.3}),
+        ("nanochat", {"final_logit_softcapping": 1.0}),
     ],
 )
 def test_other_architectures_are_scored_and_their_rounding_is_measured(kind, settings):
@@ -151,6 +153,16 @@ def test_other_architectures_are_scored_and_their_rounding_is_measured(kind, set
     assert close(scorer.scores(SEQUENCES), policy_scores(policy))
     assert 0 < scorer.rounding(SEQUENCES, "float32") < 1e-5
     assert close(scorer.scores(SEQUENCES), policy_scores(policy))
+
+
+def test_the_rounding_of_scaled_logits_is_scaled_with_them():
+    found = []
+    for scaling in (1.0, 100.0):
+        policy = PackedPolicy(make_model_of("granite", logits_scaling=scaling))
+        scorer = SnapshotScorer(policy.model)
+        scorer.hold(gather_weights(policy))
+        found.append(scorer.rounding(SEQUENCES, "bfloat16"))
+    assert found[1] < 0.03 * found[0]
 
 
 def test_the_proof_finds_the_policy_inside_of_what_fabric_made_of_it():
