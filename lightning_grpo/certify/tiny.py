@@ -1,7 +1,8 @@
 """A tiny random model of a model's own classes, with everything that changes what they compute.
 
 Sizes shrink; kinds of layers, RoPE, windows, biases, tying and caps stay. Windows, chunks and the
-lengths at which RoPE switches shrink so far that rows of 30 to 60 tokens lie on both sides.
+lengths at which RoPE switches shrink so far that rows of 30 to 60 tokens lie on both sides, and
+caps so far that they bend the small scores and logits of a tiny model.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ _AT_MOST: dict[str, int] = {
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "floor_scale", "window_size")
+_CAPS = {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 1.5}
 _LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 _FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -80,6 +82,7 @@ def tiny_config(config: Any) -> Any:
     experts = 8 if grouped else 5
     values |= {k: min(values[k], experts) for k in _EXPERTS if _counts(values.get(k))}
     values |= _of_lengths(config, values, names)
+    values |= {k: min(values[k], cap) for k, cap in _CAPS.items() if values.get(k)}
     values |= _of_ids(values)
     if own:
         values["per_layer_config"] = _of_each_layer(own, layers, before, values)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_grpo.certify.parts import (
     GRADIENT_LIMIT,
@@ -68,8 +70,9 @@ def gradient(config: Any, parts: Parts) -> CheckLine:
     """Of a weighted sum of logprobs, against autograd through transformers' own forward."""
     rows = rows_with_prompts(1) + rows_of(config, 1)
     plain, model = (tiny_model(config, dtype=torch.float64) for _ in range(2))
-    _backward(plain_logprobs(plain, rows))
-    _backward(parts.policy(model)(*pack(rows))[0])
+    with _AllInFp64():
+        _backward(plain_logprobs(plain, rows))
+        _backward(parts.policy(model)(*pack(rows))[0])
     figure, worst = _gradient_difference(model, plain)
     return measured(
         "gradient", figure, GRADIENT_LIMIT,
@@ -101,6 +104,25 @@ def flops(config: Any, parts: Parts) -> CheckLine:
     count = policy.flops(lengths, sum(lengths) - len(lengths))
     verdict: Verdict = "ok" if 0 < count < math.inf else "WRONG"
     return CheckLine("flops", verdict, f"{count:,.0f} operations of these rows, for metrics")
+
+
+class _AllInFp64(TorchFunctionMode):
+    """Has fp64 stay fp64 where a model's own code asks for fp32: norms, softmax, shares of sinks.
+
+    What two such roundings differ by grows from layer to layer beyond what a gradient may be off.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = [torch.float64 if each is torch.float32 else each for each in args]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def _weights(count: int) -> Tensor:

@@ -27,7 +27,7 @@ usage: lightning-grpo certify MODEL [--json]
 Prove that a model's path is right before it is trained. From the config of MODEL (a folder, a hub
 id, shipped:NAME, or an architecture of transformers such as qwen3 or mixtral) a tiny random model
 of the same classes is made, in seconds and on a CPU: every kind of layer, windows, RoPE, biases and
-caps as they are, sizes shrunk. Printed with its figure is a line for each check:
+caps, sizes shrunk. Printed with its figure is a line for each check:
 
   architecture   the package takes it
   packed         rows packed together, against each row alone in transformers

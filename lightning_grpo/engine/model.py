@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lightning_grpo._compat import window_in_mask
+from lightning_grpo.algorithm.scores import ScoreForm, bent_attention, causal_mask
 from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.errors import ConfigError
 
@@ -183,14 +184,20 @@ def slot_attention(
     Over slots the query heads that share a key-value head are laid out as queries of it, so that
     keys and values are read where they lie and never repeated.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnservableError(f"{type(module).__name__} has a `{name}`")
+    if kwargs.get("position_bias") is not None:
+        raise UnservableError(f"{type(module).__name__} has a `position_bias`")
     window = kwargs.get("sliding_window") or window_in_mask(module)
     batch, heads, queries, dim = query.shape
     kv_heads = key.shape[1]
     if attention_mask is not None:
         attention_mask = windowed(attention_mask, window)
+    if (form := ScoreForm.of(kwargs)) is not None:
+        if attention_mask is None:
+            visible = causal_mask(queries, window, query.device)
+        else:
+            visible = attention_mask.eq(0)
+        return bent_attention(query, key, value, visible, scaling, form).transpose(1, 2), None
+    if attention_mask is not None:
         packed = query.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
         if queries > 1:
             attention_mask = attention_mask.repeat(1, 1, heads // kv_heads, 1)
@@ -199,7 +206,7 @@ def slot_attention(
         )
         return mixed.reshape(batch, heads, queries, -1).transpose(1, 2), None
     if window is not None and queries > window:
-        attention_mask = windowed(torch.full((queries, queries), float("-inf")).triu(1), window)
+        attention_mask = causal_mask(queries, window, query.device)
     mixed = functional.scaled_dot_product_attention(
         query,
         key,

@@ -4,7 +4,8 @@ Causal attention on packed sequences, as an attention implementation of transfor
 
 Each token sees its own sequence only. On GPUs in half precision torch's variable-length kernel
 does it; elsewhere sequences of similar length are padded together, which a causal mask makes
-free of masks: padding stands at the right, where no real token looks.
+free of masks: padding stands at the right, where no real token looks. Soft caps and sinks, which no
+kernel knows, are computed in the padded form everywhere (`algorithm.scores`).
 
 RoPE whose factors depend on how long a sequence is.
 
@@ -32,6 +33,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lightning_grpo._compat import window_in_mask
 from lightning_grpo.algorithm.batch import to_device, token_positions
+from lightning_grpo.algorithm.scores import ScoreForm, bent_attention, causal_mask
 from lightning_grpo.errors import ConfigError
 
 try:  # Prototype in torch, seen in 2.11 to 2.13; without it the padded form serves.
@@ -98,9 +100,6 @@ def _one_sequence(query: Tensor, key: Tensor, value: Tensor, scale: float | None
 
 PACKED = "packed"
 """The name under which transformers knows the implementation."""
-
-_OTHER_ATTENTION = ("softcap", "s_aux", "position_bias")
-"""What transformers hands to attention that is more than causal: caps, sinks, biases."""
 
 _MAX_STRETCH = 1.3
 """Longest over shortest sequence that are padded together."""
@@ -308,24 +307,29 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
         raise NotPackedError("doesn't pass on to it where sequences begin")
     if attention_mask is not None:
         raise NotPackedError("gives it a mask of its own")
-    for name in _OTHER_ATTENTION:
-        if more.get(name) is not None:
-            raise ConfigError(
-                f"`model` must have plain causal attention, {type(module).__name__} has a "
-                f"`{name}`. Way out: a model without it, such as Qwen3 or Llama."
-            )
-    compiling, takes_kernel = torch.compiler.is_compiling(), has_packed_kernel(query)
-    if compiling and not takes_kernel:
-        return _unseen(
-            *(module, query, key, value, attention_mask, scaling, sliding_window, packing)
+    if more.get("position_bias") is not None:
+        raise ConfigError(
+            f"`model` must have no biases of positions in its attention, {type(module).__name__} "
+            "has a `position_bias`. Way out: a model without it, such as Qwen3 or Llama."
         )
+    form = ScoreForm.of(more)
+    compiling = torch.compiler.is_compiling()
+    # The kernel knows neither caps nor sinks: on GPUs, too, they take the padded form, which is
+    # slower and needs memory of length squared.
+    takes_kernel = form is None and has_packed_kernel(query)
+    if compiling and not takes_kernel:
+        given = (module, query, key, value, attention_mask, scaling, sliding_window, packing)
+        return _unseen(*given, **more)
     window = sliding_window or window_in_mask(module)
     if not compiling and packing.num_sequences == 1:
-        out = causal_attention(query, key, value, scaling, window)
+        out = causal_attention(query, key, value, scaling, window, form)
         return out.transpose(1, 2), None
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    attend = varlen_attention if takes_kernel else padded_attention
-    return attend(query, key, value, packing, scaling, window).unsqueeze(0), None
+    if takes_kernel:
+        out = varlen_attention(query, key, value, packing, scaling, window)
+    else:
+        out = padded_attention(query, key, value, packing, scaling, window, form)
+    return out.unsqueeze(0), None
 
 
 # The work of the padded form depends on where sequences begin, which is no reason to compile again.
@@ -396,10 +400,11 @@ def padded_attention(
     packing: PackedLayout,
     scale: float | None = None,
     window: int | None = None,
+    form: ScoreForm | None = None,
 ) -> Tensor:
     """Causal attention within each sequence by way of padding; all `[unique, heads, head_dim]`."""
     buckets, rows = packing.padded()
-    outs = [_bucket_attention(query, key, value, b, scale, window) for b in buckets]
+    outs = [_bucket_attention(query, key, value, b, scale, window, form) for b in buckets]
     return (outs[0] if len(outs) == 1 else torch.cat(outs)).index_select(0, rows)
 
 
@@ -410,27 +415,34 @@ def _bucket_attention(
     bucket: LengthBucket,
     scale: float | None,
     window: int | None,
+    form: ScoreForm | None,
 ) -> Tensor:
     def pad(tokens: Tensor) -> Tensor:
         rows = tokens.index_select(0, bucket.index)
         return rows.view(bucket.num_sequences, bucket.length, *tokens.shape[1:]).transpose(1, 2)
 
-    out = causal_attention(pad(query), pad(key), pad(value), scale, window)
+    out = causal_attention(pad(query), pad(key), pad(value), scale, window, form)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    window: int | None,
+    form: ScoreForm | None = None,
 ) -> Tensor:
     """Causal attention within each row, all `[sequences, heads, length, head_dim]`.
 
     Keys and values may have fewer heads; each then serves as many of the query's.
     """
     length, mask = query.shape[2], None
+    if form is not None:
+        visible = causal_mask(length, window, query.device)
+        return bent_attention(query, key, value, visible, scale, form)
     if window is not None and length > window:
-        distance = torch.arange(length, device=query.device)
-        distance = distance.unsqueeze(1) - distance.unsqueeze(0)
-        mask = (distance >= 0) & (distance < window)
+        mask = causal_mask(length, window, query.device)
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not query.is_cuda:  # kernels of GPUs do it by themselves
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -74,6 +74,45 @@ class NoCapInTheGradient(PackedPolicy):
         return without + (right - without).detach(), entropy
 
 
+class NoSoftcap(PackedPolicy):
+    """Attention's scores as they are."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        without_softcaps(model)
+
+
+class SinksOfOtherHeads(PackedPolicy):
+    """Each head has the sink of the next one."""
+
+    def hidden_states(self, input_ids, layout):
+        sinks = [p.data for name, p in self.model.named_parameters() if name.endswith("sinks")]
+        kept = [values.clone() for values in sinks]
+        for values in sinks:
+            values.copy_(values.roll(1))
+        hidden = super().hidden_states(input_ids, layout)
+        for values, own in zip(sinks, kept, strict=True):
+            values.copy_(own)
+        return hidden
+
+
+class FrozenSinks(PackedPolicy):
+    """Sinks have no gradient."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.endswith("sinks"))
+
+
+def without_softcaps(model: nn.Module) -> nn.Module:
+    """A model whose attention has no caps any more."""
+    for module in model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+    return model
+
+
 class SharesTooMuch(PackedPolicy):
     """Where prompts are shared, each token gets its neighbour's hidden state."""
 
@@ -224,6 +263,29 @@ def windows_of_the_neighbors(folder: str) -> ModelRunner:
     for module, window in zip(layers, [windows[-1], *windows[:-1]], strict=True):
         module.sliding_window = window
     return ModelRunner(model)
+
+
+def no_softcaps(folder: str) -> ModelRunner:
+    """An engine whose attention has no caps."""
+    return ModelRunner(without_softcaps(load_model(folder)))
+
+
+class ReadsWithOtherSinks(ModelRunner):
+    """Reads prompts with each head's own sink, and decodes with that of the next one."""
+
+    def decode(self, *args):
+        sinks = [p for name, p in self.model.named_parameters() if name.endswith("sinks")]
+        for parameter in sinks:
+            parameter.data.copy_(parameter.data.roll(1))
+        logits = super().decode(*args)
+        for parameter in sinks:
+            parameter.data.copy_(parameter.data.roll(-1))
+        return logits
+
+
+def reads_with_other_sinks(folder: str) -> ModelRunner:
+    """An engine whose heads have each other's sinks while it decodes."""
+    return ReadsWithOtherSinks(load_model(folder))
 
 
 def exports_another(policy: nn.Module, folder: Path) -> None:

@@ -37,6 +37,8 @@ MODELS = {
     "cohere2 with windows and scaled logits": ("cohere2", {}),
     "granite with scaled logits": ("granite", {"logits_scaling": 8.0}),
     "nanochat with capped logits": ("nanochat", {}),
+    "gemma2 with windows and caps": ("gemma2", {}),
+    "gpt_oss with windows and sinks": ("gpt_oss", {}),
     "mixtral": ("mixtral", {}),
     "gpt_neox with a head of another name": ("gpt_neox", {}),
     "glm4_moe with a bias that balances experts": ("glm4_moe", {}),
@@ -62,6 +64,10 @@ POLICIES = [
     (trained.packed, "cohere", {}, faulty.LeavesOutTheCap),
     (trained.packed, "granite", {"logits_scaling": 8.0}, faulty.MultipliesWhatItShouldDivide),
     (trained.gradient, "nanochat", {}, faulty.NoCapInTheGradient),
+    (trained.packed, "gemma2", {}, faulty.NoSoftcap),
+    (trained.packed, "gpt_oss", {}, faulty.SinksOfOtherHeads),
+    (trained.gradient, "gpt_oss", {}, faulty.FrozenSinks),
+    (trained.packed, "gpt_oss", {}, faulty.OneWindowTooMany),
     (trained.prefixes, "qwen3", {}, faulty.SharesTooMuch),
     (trained.passes, "qwen3", {}, faulty.Noisy),
     (trained.gradient, "qwen3", {}, faulty.Detached),
@@ -133,12 +139,19 @@ def test_an_adapter_that_is_not_merged_is_caught():
     assert line.figure > line.limit
 
 
-ENGINES = [faulty.one_window_too_many, faulty.windows_of_the_neighbors, faulty.forgets_its_windows]
+ENGINES = [
+    ("gemma3_text", faulty.one_window_too_many),
+    ("gemma3_text", faulty.windows_of_the_neighbors),
+    ("gemma3_text", faulty.forgets_its_windows),
+    ("gpt_oss", faulty.one_window_too_many),
+    ("gpt_oss", faulty.reads_with_other_sinks),
+    ("gemma2", faulty.no_softcaps),
+]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_with_another_window_is_caught(engine):
-    line = run_check(served.engine, tiny("gemma3_text"), Parts(engine=engine))
+@pytest.mark.parametrize(("kind", "engine"), ENGINES)
+def test_an_engine_with_other_windows_caps_or_sinks_is_caught(kind, engine):
+    line = run_check(served.engine, tiny(kind), Parts(engine=engine))
     assert (line.check, line.verdict) == ("engine", "WRONG")
     assert line.figure > line.limit
 

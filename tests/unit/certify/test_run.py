@@ -15,8 +15,7 @@ from lightning_grpo.shipped import resolve_path
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("gemma2", "has a `softcap`"),
-        ("gpt_oss", "has a `s_aux`"),
+        ("minimax", "['linear_attention'], which would run across the sequences of a packed row"),
         ("mamba", "must let transformers choose its attention"),
         ("gemma3", "consists of parts: text, vision"),
         ("vit", "must be a causal language model"),

@@ -88,7 +88,7 @@ def test_rope_that_switches_does_so_within_the_rows():
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        ("gemma2", ("final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar")),
+        ("gemma2", ("query_pre_attn_scalar",)),
         ("granite", ("embedding_multiplier", "attention_multiplier", "residual_multiplier")),
         ("qwen2", ("tie_word_embeddings", "rms_norm_eps", "hidden_act", "use_sliding_window")),
         ("deepseek_v3", ("routed_scaling_factor", "norm_topk_prob", "rope_interleave")),

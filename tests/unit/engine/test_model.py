@@ -29,6 +29,7 @@ def no_bars():
     transformers_logging.enable_progress_bar()
 
 
+CAPS = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
 SERVED = [
     ("mistral", {"sliding_window": 128}),  # no sequence is longer: full attention
     ("mistral", {"sliding_window": 5}),
@@ -39,6 +40,10 @@ SERVED = [
     ("phimoe", {"sliding_window": 128}),
     ("qwen2", {"sliding_window": 16, "use_sliding_window": False}),
     ("gpt2", {}),
+    ("gpt_oss", {"sliding_window": 5, "num_attention_heads": 4}),
+    ("gemma2", {"sliding_window": 5, "num_attention_heads": 4, **CAPS}),
+    ("cohere", {"logit_scale": 0.3}),
+    ("granite", {"logits_scaling": 6.0}),
     ("mixtral", {"sliding_window": None}),
 ]
 
@@ -69,7 +74,6 @@ REFUSED = [
     ("deepseek_v3", {}, "differ in shape (multi-head latent attention)"),
     ("deepseek_v2", {}, "differ in shape (multi-head latent attention)"),
     ("opt", {}, "its layers ask for a cache of another kind"),
-    ("gpt_oss", {}, "has a `s_aux`"),
 ]
 
 

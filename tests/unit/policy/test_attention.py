@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_grpo.algorithm.scores import ScoreForm
 from lightning_grpo.policy.attention import (
     PackedLayout,
     _Pick,
@@ -44,7 +45,7 @@ def test_shared_prefixes_are_those_found_by_brute_force(sequences):
     assert shared_prefixes(ids, cu_seqlens).tolist() == first_with_the_same_past(sequences)
 
 
-def naive(query, key, value, cu_seqlens, scale, window):
+def naive(query, key, value, cu_seqlens, scale, window, softcap, sinks):
     """Causal attention within each sequence, one at a time, by the formula."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -54,19 +55,27 @@ def naive(query, key, value, cu_seqlens, scale, window):
         distance = torch.arange(end - start)
         distance = distance.unsqueeze(1) - distance
         visible = (distance >= 0) & (distance < (window or end))
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, float("-inf"))
-        outs.append((scores.softmax(-1) @ v).transpose(0, 1))
+        scores = q @ k.transpose(1, 2) * scale
+        scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+        shares = scores.exp() * visible
+        whole = shares.sum(-1, keepdim=True)
+        whole = whole if sinks is None else whole + sinks.exp().view(-1, 1, 1)
+        outs.append((shares / whole @ v).transpose(0, 1))
     return torch.cat(outs)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6),
     heads=st.sampled_from([(2, 2), (4, 1), (4, 2)]),
     seed=st.integers(0, 99),
 )
-def test_padding_changes_neither_values_nor_gradients(window, lengths, heads, seed):
+def test_padding_changes_neither_values_nor_gradients(
+    window, softcap, has_sinks, lengths, heads, seed
+):
     generator = torch.Generator().manual_seed(seed)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
 
@@ -76,8 +85,13 @@ def test_padding_changes_neither_values_nor_gradients(window, lengths, heads, se
         return tokens.requires_grad_()
 
     inputs = random(heads[0]), random(heads[1]), random(heads[1])
-    found = padded_attention(*inputs, PackedLayout(cu_seqlens), 0.3, window)
-    expected = naive(*inputs, cu_seqlens, 0.3, window)
+    sinks = None
+    if has_sinks:
+        sinks = torch.randn(heads[0], generator=generator, dtype=torch.float64).requires_grad_()
+    form = ScoreForm.of({"softcap": softcap, "s_aux": sinks})
+    found = padded_attention(*inputs, PackedLayout(cu_seqlens), 0.3, window, form)
+    expected = naive(*inputs, cu_seqlens, 0.3, window, softcap, sinks)
+    inputs = (*inputs, sinks) if has_sinks else inputs
     assert torch.allclose(found, expected, atol=1e-12)
     probe = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     for left, right in zip(

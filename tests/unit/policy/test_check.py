@@ -98,7 +98,6 @@ UNTRAINABLE = [
     ("gptj", {"rotary_dim": 8}, "must let transformers choose its attention"),
     ("falcon", {}, "must let transformers choose its attention"),
     ("bloom", {}, "must let transformers choose its attention"),
-    ("gpt_oss", {}, "must have plain causal attention, GptOssAttention has a `s_aux`"),
     ("phi", {}, "linear head without bias, PhiForCausalLM has Linear with one"),
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"has \['conv'\]"),
 ]
@@ -113,7 +112,11 @@ def test_a_model_that_packing_would_get_wrong_is_refused_by_its_config_alone(
         check_architecture(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "mixtral", "deepseek_v3", "opt", "gemma3_text"])
+PLAIN = ("qwen3", "gpt2", "mixtral", "deepseek_v3", "opt", "gemma3_text")
+VARIANTS = ("gpt_oss", "gemma2", "cohere2", "granite", "nanochat")
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *VARIANTS])
 def test_models_that_can_be_trained_pass_by_their_config_alone(kind, tmp_path):
     make_model_of(kind).config.save_pretrained(tmp_path)
     check_architecture(str(tmp_path))

@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_grpo.policy.packed import PackedPolicy, compile_blocks
+from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_lm import VOCAB, make_lm
 
 
@@ -54,6 +55,18 @@ def test_values_and_gradients_are_those_of_the_policy_that_is_not_compiled():
         (logprobs.sin() + entropy.cos()).sum().backward()
     for expected, found in zip(plain.parameters(), policy.parameters(), strict=True):
         assert torch.allclose(found.grad, expected.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2"])
+def test_caps_and_sinks_reach_attention_where_blocks_are_compiled(kind):
+    caps = {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 16} if kind == "gemma2" else {}
+    model = make_model_of(kind, sliding_window=5, **caps)
+    model.set_experts_implementation("eager")
+    plain = PackedPolicy(copy.deepcopy(model))
+    policy = PackedPolicy(model, compiled=True)
+    compile_blocks(model, backend="aot_eager")
+    found, expected = (each(*packed([9, 12, 3]))[0] for each in (policy, plain))
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_a_compiled_policy_keeps_its_names_and_can_be_copied():

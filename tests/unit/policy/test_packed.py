@@ -7,19 +7,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from lightning_grpo.certify.trained import _AllInFp64
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.policy.attention import PackedLayout
+from lightning_grpo.policy.attention import PackedLayout, packed_attention_forward
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import (
     LogitForm,
@@ -245,16 +241,37 @@ def test_absolute_positions_work_too_and_a_model_all_in_fp64_agrees_to_fp64():
     assert relative(gradients(model), expected_gradients) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["s_aux", "softcap"])
-def test_attention_that_is_more_than_causal_is_refused_by_name(name):
-    settings = {"s_aux": ("gpt_oss", {}), "softcap": ("gemma2", {})}
-    kind, more = settings[name]
-    small = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    config = CONFIG_MAPPING[kind](vocab_size=VOCAB, **small, **heads, **more)
-    policy = PackedPolicy(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    with pytest.raises(ConfigError, match=f"has a `{name}`"):
-        policy(*pack(make_sequences([6, 9])))
+CAPS = {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 16}
+
+
+@pytest.mark.parametrize("lengths", [(9, 12, 3, 8), (11,)])
+@pytest.mark.parametrize(("kind", "settings"), [("gpt_oss", {}), ("gemma2", CAPS)])
+def test_caps_and_sinks_of_attention_are_those_of_transformers(kind, settings, lengths):
+    sizes = {"num_attention_heads": 4, "sliding_window": 5, **settings}
+    model = make_model_of(kind, **sizes).double()
+    model.set_experts_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "sinks"):
+            module.sinks.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert model.config._attn_implementation == "eager"
+    sequences = make_sequences(lengths, shared=6)
+    with _AllInFp64():
+        expected, _ = plain_logprobs(model, sequences)
+        expected.sum().backward()
+        expected_gradients = gradients(model)
+        found, _ = PackedPolicy(model)(*pack(sequences))
+        found.sum().backward()
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert relative(gradients(model), expected_gradients) <= 1e-12
+
+
+def test_biases_of_positions_are_refused_by_name():
+    tokens = torch.zeros(1, 2, 5, 8)
+    layout = PackedLayout(torch.tensor([0, 2, 5]))
+    with pytest.raises(ConfigError, match="Linear has a `position_bias`"):
+        packed_attention_forward(
+            nn.Linear(1, 1), tokens, tokens, tokens, None, packing=layout, position_bias=tokens
+        )
 
 
 FORMS = [
