@@ -28,7 +28,7 @@ _MOST_PARAMETERS = 3_000_000
 
 _FIXED: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
-    "hidden_size_per_layer_input": 8,
+    **{"hidden_size_per_layer_input": 8, "laurel_rank": 6},
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"), 36),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"), 20),
     **dict.fromkeys(
@@ -59,6 +59,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size", "floor_scale", "window_siz
 _CAPS = {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 1.5}
 _LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 _FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+_LAST_LAYERS = ("num_kv_shared_layers",)
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _NOT_SETTINGS = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 
@@ -77,6 +78,11 @@ def tiny_config(config: Any) -> Any:
     before = dict(values)
     values |= _of_heads(config, names)
     values |= {k: size for k, size in _FIXED.items() if _counts(values.get(k))}
+    values |= {
+        k: [size] * len(values[k])  # a size of each layer's own
+        for k, size in _FIXED.items()
+        if _is_list(values.get(k)) and all(map(_counts, values[k]))
+    }
     values |= {k: min(values[k], most) for k, most in _AT_MOST.items() if _counts(values.get(k))}
     grouped = any(values.get(name, 1) not in (None, 1) for name in ("n_group", "num_expert_group"))
     experts = 8 if grouped else 5
@@ -188,6 +194,7 @@ def _chosen_layers(values: Mapping[str, Any], count: int) -> list[int]:
         kind += [layer in (values.get(name) or ()) for name in _LAYER_INDICES]
         kind.append(_own_of(values.get("per_layer_config"), layer))
         kind += [layer < (values.get(name) or 0) for name in _FIRST_LAYERS]
+        kind += [layer >= count - (values.get(name) or 0) for name in _LAST_LAYERS]
         kinds.setdefault(repr(kind), layer)
     chosen = list(kinds.values())
     if len(chosen) == 1 < count:
@@ -227,6 +234,8 @@ def _of_layers(values: Mapping[str, Any], layers: Sequence[int], names: _Names) 
             made[name] = [value[layer] for layer in layers]
         elif name in _FIRST_LAYERS and _counts(value):
             made[name] = sum(layer < value for layer in layers)
+        elif name in _LAST_LAYERS and _counts(value):
+            made[name] = sum(layer >= count - value for layer in layers)
     return made
 
 

@@ -85,11 +85,12 @@ def cuts(config: Any, parts: Parts) -> CheckLine:
     rows = rows_of(config, 2)
     weights = _weights(sum(map(len, rows))).split([len(row) for row in rows])
     whole, parted = (tiny_model(config, dtype=torch.float64) for _ in range(2))
-    _backward(parts.policy(whole)(*pack(rows))[0], torch.cat(weights))
     policy = parts.policy(parted)
-    for start in range(_MICRO_BATCHES):
-        part = slice(start, None, _MICRO_BATCHES)
-        _backward(policy(*pack(rows[part]))[0], torch.cat(weights[part]))
+    with _AllInFp64():
+        _backward(parts.policy(whole)(*pack(rows))[0], torch.cat(weights))
+        for start in range(_MICRO_BATCHES):
+            part = slice(start, None, _MICRO_BATCHES)
+            _backward(policy(*pack(rows[part]))[0], torch.cat(weights[part]))
     figure, worst = _gradient_difference(parted, whole)
     return measured(
         "cuts", figure, GRADIENT_LIMIT,

@@ -102,6 +102,16 @@ def test_what_is_no_size_stays_as_it_is(kind, names):
     assert config.to_dict() == before
 
 
+def test_layers_that_share_the_keys_of_others_are_among_the_chosen():
+    config = config_of("gemma3n_text")
+    tiny = tiny_config(config)
+    shared = tiny.num_kv_shared_layers
+    assert 0 < shared < tiny.num_hidden_layers
+    assert set(tiny.layer_types[-shared:]) == set(config.layer_types)
+    assert set(tiny.layer_types[:-shared]) == set(config.layer_types)
+    assert len(set(tiny.intermediate_size)) == 1
+
+
 def test_no_bias_and_no_weight_is_nothing_and_seeds_tell_models_apart():
     tiny = tiny_config(config_of("qwen2"))
     first, again, other = tiny_model(tiny), tiny_model(tiny), tiny_model(tiny, seed=1)

@@ -144,6 +144,8 @@ LONGROPE = {
         ("phimoe", {"sliding_window": 8}),
         ("granite", {"logits_scaling": 0.3}),
         ("nanochat", {"final_logit_softcapping": 1.0}),
+        ("gpt_oss", {"sliding_window": 5}),
+        ("gemma2", {"sliding_window": 5, "attn_logit_softcapping": 0.5}),
     ],
 )
 def test_other_architectures_are_scored_and_their_rounding_is_measured(kind, settings):
