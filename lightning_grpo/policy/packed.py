@@ -556,16 +556,16 @@ def _per_row(temperature: Tensor | float, positions: Tensor, hidden: Tensor) -> 
 
 def _check(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
-    if not model._supports_attention_backend:
-        raise ConfigError(
-            f"`model` must let transformers choose its attention, {name} doesn't. Way out: a "
-            "model with `_supports_attention_backend`, such as Qwen3 or Llama."
-        )
     other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if other:
         raise ConfigError(
             f"`model` must consist of attention layers, {name} has {sorted(other)}, which would "
             "run across the sequences of a packed row. Way out: a model without them."
+        )
+    if not model._supports_attention_backend:
+        raise ConfigError(
+            f"`model` must let transformers choose its attention, {name} doesn't. Way out: a "
+            "model with `_supports_attention_backend`, such as Qwen3 or Llama."
         )
     form = LogitForm.of(config)
     if form.cap is not None and form.scale != 1:
