@@ -94,7 +94,7 @@ class Speed:
     token_s: float = 15e-6
     score_s: float = 1.2e-3
     request_s: float = 100e-6
-    resent_s: float = 1.7e-6
+    resent_s: float = 2.8e-6
     sync_s: float = 0.02
     other_s: float = 0.1
 

@@ -99,12 +99,12 @@ def step_parts(
     scoring = seconds.scoring_seconds(size, setup, micro_batches, predicted, speed)
     passes += work.scorings * work.minibatches * scoring
     optimizer = seconds.optimizer_seconds(size, setup, speed) * work.steps
-    in_flight = work.completions * work.staleness
+    in_flight = min(work.completions * work.staleness, serving.servers * serving.running)
     had = work.completion / 2
     sync = seconds.sync_seconds(size, setup, in_flight, speed, servers=serving.servers, tokens=had)
     rollout = seconds.rollout_seconds(size, work, serving, speed)
-    busy = passes + optimizer + sync + speed.other_s
-    waiting = rollout if work.staleness == 0 else max(0.0, rollout - busy)
+    beside = passes + optimizer + speed.other_s  # in a sync servers stand still
+    waiting = rollout if work.staleness == 0 else max(0.0, rollout - beside)
     if serving.shared and work.staleness:
         at_once = min(passes, rollout)  # both take turns, and each gets half
         waiting, passes = rollout - at_once, passes + at_once

@@ -274,6 +274,6 @@ def test_the_main_job_with_long_answers(run, running, shared):
     work = Workload(256, 4, 2, 109, length, 1024, trained_share=0.02)
     serving = Serving(4, running, per_gpu=4, shared=shared)
     parts = step_parts(SMOLLM, TrainingSetup(16384), work, serving, H200)
-    within(parts.step, statistics.mean(row["step_s"][3:]), 0.35)
-    within(parts.waiting, statistics.mean(row["wait_s"][3:]), 0.40)
+    within(parts.step, statistics.mean(row["step_s"][3:]), 0.30)
+    within(parts.waiting, statistics.mean(row["wait_s"][3:]), 0.30)
     within(parts.sync, statistics.mean(row["sync_s"][3:]), 0.30)
