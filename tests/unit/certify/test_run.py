@@ -16,7 +16,7 @@ from lightning_grpo.shipped import resolve_path
     ("kind", "reason"),
     [
         ("minimax", "['linear_attention'], which would run across the sequences of a packed row"),
-        ("mamba", "must let transformers choose its attention"),
+        ("mamba", "must consist of attention layers"),
         ("gemma3", "consists of parts: text, vision"),
         ("vit", "must be a causal language model"),
     ],

@@ -56,7 +56,7 @@ def test_a_config_that_transformers_can_t_make_is_not_tried():
     [
         ("gemma4_assistant", "a language model alone"),
         ("lfm2_moe", r"has \['conv'\]"),
-        ("qwen4_exp_text", "let transformers choose its attention, Qwen4Exp"),
+        ("qwen4_exp_text", "must consist of attention layers, Qwen4Exp"),
         ("reformer", "let transformers choose its attention, Reformer"),
     ],
 )

@@ -29,7 +29,7 @@ def test_a_refusal_is_one_line_and_an_exit_status_of_its_own(capsys):
     assert main(["certify", "mamba", "--json"]) == 3
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (line["check"], line["verdict"]) == ("architecture", "refused")
-    assert "must let transformers choose its attention" in line["found"]
+    assert "must consist of attention layers" in line["found"]
 
 
 def test_a_folder_of_a_config_alone_is_enough(tmp_path, capsys):
