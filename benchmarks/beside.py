@@ -31,7 +31,7 @@ from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.serving.event_loop import SWITCH_INTERVAL_S
 from lightning_grpo.shipped import resolve_path
 
-INTERVALS_S = (0.005, SWITCH_INTERVAL_S, 0.0001)
+INTERVALS_S = (0.005, 0.0005, SWITCH_INTERVAL_S)
 TOKENS = {"many small kernels": (50,) * 4, "few large ones": (45,) * 128}
 
 

@@ -198,7 +198,7 @@ def seen(future: asyncio.Future[Any]) -> None:
 # -- the loop in its thread ------------------------------------------------------------------------
 
 _BEAT_S = 0.1
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 """How long one thread may keep the interpreter while another waits for it.
 
 The trainer gives it up at every kernel it starts. With Python's 5 ms it waits that long to get it
