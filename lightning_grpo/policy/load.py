@@ -61,7 +61,7 @@ _DECIDED = {
 """Options of `from_pretrained` that are no one else's to choose, and why."""
 _QUANTIZED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "int8", "uint8", "float8_e4m3fn", "float8_e5m2")
 """As files of safetensors and of torch call them."""
-_PACKED = (".qweight", ".weight_packed")
+_PACKED_WEIGHTS = (".qweight", ".weight_packed")
 """Integers that hold several weights each (GPTQ and AWQ, compressed-tensors)."""
 _LFS_POINTER = b"version https://git-lfs"
 _OTHER_THAN_TEXT = ("vision", "audio", "vq")
@@ -308,7 +308,7 @@ def _check_dtypes(model: str, options: Mapping[str, Any]) -> None:
             return
         folder = Path(config).parent
     for name, dtype in _stored_dtypes(folder):
-        packed = name.endswith(_PACKED)
+        packed = name.endswith(_PACKED_WEIGHTS)
         if (dtype in _QUANTIZED or packed) and not _OLD_BUFFERS.search(name):
             raise ConfigError(
                 f"`model` must have weights that can be trained, {name} of {model!r} is {dtype}: "

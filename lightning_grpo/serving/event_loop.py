@@ -201,9 +201,8 @@ _BEAT_S = 0.1
 SWITCH_INTERVAL_S = 0.0001
 """How long one thread may keep the interpreter while another waits for it.
 
-The trainer gives it up at every kernel it starts. With Python's 5 ms it waits that long to get it
-back while the loop is busy, and a small model's pass takes three times as long beside a thousand
-requests.
+The trainer gives it up at every kernel it starts, and with Python's own 5 ms waits that long to get
+it back while the loop is busy (`benchmarks/beside.py`).
 """
 MOST_READY = 128
 """To read from so many sockets takes milliseconds."""

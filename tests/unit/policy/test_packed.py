@@ -228,10 +228,7 @@ def test_models_that_packing_would_get_wrong_are_refused():
         PackedPolicy(biased)
 
 
-def test_absolute_positions_work_too_and_a_model_all_in_fp64_agrees_to_fp64():
-    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    model = GPT2LMHeadModel(config).double().eval()
-    sequences = make_sequences([9, 12, 3, 8], shared=2)
+def assert_agrees_to_fp64(model, sequences):
     expected, _ = plain_logprobs(model, sequences)
     expected.sum().backward()
     expected_gradients = gradients(model)
@@ -239,6 +236,12 @@ def test_absolute_positions_work_too_and_a_model_all_in_fp64_agrees_to_fp64():
     found.sum().backward()
     assert torch.allclose(found, expected, atol=1e-12)
     assert relative(gradients(model), expected_gradients) <= 1e-12
+
+
+def test_absolute_positions_work_too_and_a_model_all_in_fp64_agrees_to_fp64():
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(config).double().eval()
+    assert_agrees_to_fp64(model, make_sequences([9, 12, 3, 8], shared=2))
 
 
 CAPS = {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 16}
@@ -254,15 +257,8 @@ def test_caps_and_sinks_of_attention_are_those_of_transformers(kind, settings, l
         if hasattr(module, "sinks"):
             module.sinks.data.normal_(generator=torch.Generator().manual_seed(0))
     assert model.config._attn_implementation == "eager"
-    sequences = make_sequences(lengths, shared=6)
     with _AllInFp64():
-        expected, _ = plain_logprobs(model, sequences)
-        expected.sum().backward()
-        expected_gradients = gradients(model)
-        found, _ = PackedPolicy(model)(*pack(sequences))
-        found.sum().backward()
-    assert torch.allclose(found, expected, atol=1e-12)
-    assert relative(gradients(model), expected_gradients) <= 1e-12
+        assert_agrees_to_fp64(model, make_sequences(lengths, shared=6))
 
 
 def test_biases_of_positions_are_refused_by_name():
