@@ -6,6 +6,8 @@ Apart from `_compat_lightning`, so that the embedded engine starts without impor
 | name | where | seen in |
 |---|---|---|
 | `_execution_engine.queue_callback` | torch.autograd.Variable | torch 2.13.0 |
+| `_will_engine_execute_node` | torch._C | torch 2.13.0 |
+| `ban_recompute_materialized_backward` | torch._functorch.config | torch 2.11, 2.13.0 |
 | `master_listen_fd` | torch.distributed.TCPStore | torch 2.13.0 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 | `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
@@ -31,6 +33,31 @@ from torch import Tensor, nn
 def after_backward(call: Callable[[], None]) -> None:
     """Have something called when the backward pass that runs now has ended; FSDP2 does so, too."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def will_accumulate(node: Any) -> bool:
+    """Whether the backward pass that runs now ends in this leaf's `.grad`; `autograd.grad` doesn't.
+
+    Args:
+        node: The leaf's, as another node's `next_functions` have it.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # as it answers under `autograd.grad`
+        return False
+
+
+def compile_sparingly(graph: Any, inputs: Any) -> Any:
+    """Compile for torch.compile as Inductor does, and keep less for the backward pass.
+
+    What is cheap to compute from what is kept anyway is computed again, also where a product reads
+    it: of a gated MLP the product of both branches, a quarter of what a block would keep.
+    """
+    import torch._functorch.config as partitioner  # here, not above: only who compiles needs them
+    from torch._inductor import compile as by_inductor
+
+    with partitioner.patch(ban_recompute_materialized_backward=False):
+        return by_inductor(graph, inputs)
 
 
 def no_split_modules(module: nn.Module) -> set[str]:

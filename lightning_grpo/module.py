@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import PreTrainedModel
 
 from lightning_grpo import hparams
-from lightning_grpo._compat_lightning import forget_metrics, given_hyperparameters, is_compiled
+from lightning_grpo._compat_lightning import given_hyperparameters, is_compiled, log_values
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage, Truncation
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
@@ -491,9 +491,8 @@ class GRPOModule(EvaluatedModule):
             gone |= self._rollout_metrics - batch.rollout.metrics.keys()
             self._rollout_metrics = set(batch.rollout.metrics)
             logged.update(batch.rollout.metrics)
-        forget_metrics(self.trainer, gone)
         # Lightning counts from 0: `step` is what loggers take in its place, one number everywhere.
-        self.log_dict(logged | {"step": float(self.global_step + 1)})
+        log_values(self, logged | {"step": float(self.global_step + 1)}, gone)
         self._step_plateau(logged, held_out=False)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -37,30 +37,58 @@ SERVER_FLAGS: dict[str, Any] = {
 }
 
 
-def make_model(folder: Path) -> Path:
-    """The Qwen2.5-1.5B shape with random weights in bf16, and the quickstart's tokenizer."""
-    if (folder / "model.safetensors").exists():
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen2.5-1.5B": {
+        "model_type": "qwen2",
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "max_position_embeddings": 32768,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 131072,
+    },
+    "Qwen3-4B": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 9728,
+        "max_position_embeddings": 131072,
+    },
+}
+
+
+def make_model(folder: Path, shape: str = "Qwen2.5-1.5B") -> Path:
+    """A shape with random weights in bf16, and the quickstart's tokenizer."""
+    if (folder / "config.json").exists():
         return folder
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen2Config(
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
+    config = AutoConfig.for_model(
+        **SHAPES[shape],
         vocab_size=151936,
         tie_word_embeddings=True,
-        max_position_embeddings=32768,
         rms_norm_eps=1e-6,
         bos_token_id=None,
         eos_token_id=0,
     )
-    config.architectures = ["Qwen2ForCausalLM"]
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    config.architectures = [type(model).__name__]
     model.generation_config.eos_token_id = 0
     model.save_pretrained(folder)
     source = Path(resolve_path("shipped:quickstart"))

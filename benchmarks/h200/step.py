@@ -8,8 +8,15 @@ measured in the same process.
 
 The rule: at least 0.60 at 45 GiB or less.
 
+With `--tokens` every sequence has exactly so many, four a step, one in each micro-batch: the shapes
+that prime-rl publishes (`BENCHMARKS.md` of 2026-02, one H100, fake data, of the nominal 989 TFLOP/s):
+Qwen3-0.6B 11.1 % and 11.9k tokens/s at 16k, 26.8 % and 10.2k at 64k; Qwen3-4B with LoRA of rank 16
+21.7 % and 6.2k, 37.4 % and 4.2k.
+
     python -m benchmarks.h200.step --out step.json
     python -m benchmarks.h200.step --only "compiled, 8k" --out step.json
+    python -m benchmarks.h200.step --shape Qwen3-0.6B --tokens 65536 --only long --out step.json
+    python -m benchmarks.h200.step --shape Qwen3-4B --tokens 16384 --only "long, LoRA" --out step.json
     python -m benchmarks.h200.step --smoke --out step.json
 """
 
@@ -23,13 +30,14 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from benchmarks.h200.main_job import lightning_grpo
-from benchmarks.h200.serving import hardware, make_model, write_report
+from benchmarks.h200.serving import SHAPES, hardware, make_model, write_report
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
@@ -42,12 +50,15 @@ COLUMNS = {
     "forward_backward_s": "time/forward_backward_s",
     "optimizer_s": "time/optimizer_s",
     "wait_s": "time/wait_rollout_s",
+    "tokens_per_s": "throughput/tokens_per_s",
 }
 TOKENS = "--model.max_tokens_per_microbatch"
 COMPILED = ["--model.compile", "true"]
 # As on several ranks: block by block, with FSDP's own hooks.
 SHARDED = ["--trainer.strategy", "lightning_grpo.FSDP2Strategy"]
 SHARDED += ["--trainer.strategy.reshard_after_forward", "false"]
+CHECKPOINTED = ["--model.gradient_checkpointing", "true"]
+ADAPTER = ["--model.lora.rank", "16"]
 VARIANTS: dict[str, list[str]] = {
     "eager, 8k": [TOKENS, "8192"],
     "compiled, 8k": [TOKENS, "8192", *COMPILED],
@@ -56,23 +67,39 @@ VARIANTS: dict[str, list[str]] = {
     "compiled, 12k": [TOKENS, "12288", *COMPILED],
     "compiled, 16k": [TOKENS, "16384", *COMPILED],
     "eager, 16k": [TOKENS, "16384"],
+    "long": [*COMPILED],
+    "long, checkpointed": [*COMPILED, *CHECKPOINTED],
+    "long, LoRA": [*COMPILED, *ADAPTER],
+    "long, LoRA, checkpointed": [*COMPILED, *ADAPTER, *CHECKPOINTED],
 }
 
 
-def length(draw: random.Random, mean: int) -> int:
+@dataclass(frozen=True)
+class Load:
+    """What a step trains on: groups, their sequences, and tokens of each (None: drawn)."""
+
+    groups: int = GROUPS
+    group: int = GROUP
+    mean: int = MEAN_TOKENS
+    tokens: int | None = None
+
+
+def length(draw: random.Random, load: Load) -> int:
     """Of one sequence, prompt included."""
-    drawn = draw.lognormvariate(0.0, SIGMA) * mean / 2.718281828 ** (SIGMA**2 / 2)
+    if load.tokens is not None:
+        return load.tokens
+    drawn = draw.lognormvariate(0.0, SIGMA) * load.mean / 2.718281828 ** (SIGMA**2 / 2)
     return int(min(max(drawn, PROMPT_TOKENS + 16), LONGEST))
 
 
-def made_up(draw: random.Random, row: int, version: int, vocab: int, mean: int) -> Group:
+def made_up(draw: random.Random, row: int, version: int, vocab: int, load: Load) -> Group:
     """A group of random tokens with random rewards."""
     ids = tuple(draw.randrange(5, vocab) for _ in range(PROMPT_TOKENS))
     trajectories = []
-    for _ in range(GROUP):
-        new = length(draw, mean) - PROMPT_TOKENS
+    for i in range(load.group):
+        new = length(draw, load) - PROMPT_TOKENS
         mask = (False,) * PROMPT_TOKENS + (True,) * new
-        reward = float(draw.random() < 0.5)
+        reward = float(i % 2)
         trajectories.append(
             Trajectory(
                 input_ids=(*ids, *(draw.randrange(5, vocab) for _ in range(new))),
@@ -90,11 +117,11 @@ def made_up(draw: random.Random, row: int, version: int, vocab: int, mean: int) 
     return Group(prompt, tuple(trajectories), admitted_version=version)
 
 
-def record(folder: Path, steps: int, vocab: int, mean: int) -> None:
+def record(folder: Path, steps: int, vocab: int, load: Load) -> None:
     """As many rollout batches as steps."""
     draw = random.Random(0)
     for step in range(steps):
-        made = [made_up(draw, row, step, vocab, mean) for row in range(GROUPS)]
+        made = [made_up(draw, row, step, vocab, load) for row in range(load.groups)]
         write_groups(folder / f"step_{step:06d}.parquet", made, step=step, version=step)
 
 
@@ -124,21 +151,28 @@ def callbacks(profiling: bool, out: Path) -> str:
 def main() -> None:
     """Each variant in turn; one that fails says why."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "bench-model")
+    parser.add_argument("--model", type=Path, help="where the model is, or is to be made")
+    parser.add_argument("--shape", default="Qwen2.5-1.5B", choices=list(SHAPES))
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, help="of each sequence, four of them a step")
     parser.add_argument("--profile", action="store_true", help="the seventh step, beside --out")
     parser.add_argument("--smoke", action="store_true", help="small, on this CPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("more", nargs="*", help="further options of replay, after --")
     args = parser.parse_args()
-    model = Path(resolve_path("shipped:quickstart")) if args.smoke else make_model(args.model)
+    load = Load(2, 2, tokens=args.tokens) if args.tokens else Load(mean=args.mean)
     if args.smoke:
+        model = Path(resolve_path("shipped:quickstart"))
         args.steps = 8
         args.more += ["--trainer.accelerator", "cpu", "--model.optimizer.init_args.fused", "false"]
+    else:
+        model = make_model(args.model or Path(tempfile.gettempdir()) / args.shape, args.shape)
+    if args.tokens:
+        args.more += [TOKENS, str(args.tokens)]
     work = Path(tempfile.mkdtemp())
-    record(work / "recorded", args.steps, AutoConfig.from_pretrained(model).vocab_size, args.mean)
+    record(work / "recorded", args.steps, AutoConfig.from_pretrained(model).vocab_size, load)
     report: dict[str, Any] = {"hardware": hardware(), "variants": {}}
     for name in args.only:
         folder = work / name.replace(" ", "-").replace(",", "")

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
+from lightning_grpo._compat_lightning import log_values
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.policy.packed import PackedPolicy
@@ -84,7 +85,7 @@ class StepTimer(Callback):
             logged["health/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         logged |= data.health()
-        pl_module.log_dict(logged)
+        log_values(pl_module, logged)
         self._period_started, self._validation_s = now, 0.0
 
     def _now(self) -> float:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_grpo._compat_lightning import log_values
 from lightning_grpo.checks import require_count, require_seconds
 from lightning_grpo.contract import KEEP_BEST, Trained
 from lightning_grpo.datamodule import RolloutDataModule
@@ -151,7 +152,7 @@ class WeightSync(Callback):
                 logged["mismatch/probe"] = report.probe_diff
             if report.sent_diff is not None:
                 logged["mismatch/sent"] = report.sent_diff
-        pl_module.log_dict(trainer.strategy.broadcast(logged))
+        log_values(pl_module, trainer.strategy.broadcast(logged))
 
     def _publish(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, trained: bool

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from lightning_grpo._compat import no_split_modules
+from lightning_grpo._compat import compile_sparingly, no_split_modules
 from lightning_grpo.algorithm.batch import to_device
 from lightning_grpo.checks import require_count
 from lightning_grpo.errors import ConfigError
@@ -99,6 +99,14 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
         # Products of bf16 are exact in fp32, so this is the fp32 head at the speed of bf16.
         return torch.mm(hidden, weight.t(), out_dtype=dtype)
     return hidden.to(dtype) @ weight.to(dtype).t()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a total that may be wider, which it is rounded to once."""
+    if total.is_cuda and total.dtype == torch.float32 and left.dtype == torch.bfloat16:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def _of_targets(log_softmax: Tensor, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
@@ -259,7 +267,7 @@ class _Head(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad @ weight).to(hidden.dtype)
                 if grad_weight is not None:
-                    grad_weight += grad.t() @ hidden[part].to(grad.dtype)
+                    _add_product(grad_weight, grad.t(), hidden[part].to(grad.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
@@ -513,7 +521,7 @@ class PackedPolicy(nn.Module):
         return hidden
 
 
-def compile_blocks(model: PreTrainedModel, backend: str = "inductor") -> None:
+def compile_blocks(model: PreTrainedModel, backend: Any = compile_sparingly) -> None:
     """Have each block of the decoder compiled when it is first run, for any number of tokens.
 
     Args:

@@ -387,8 +387,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     def shard(self, module: nn.Module, cpu_offload: bool) -> None:
         """Shard a module over the ranks, in this strategy's blocks and precision."""
         if self.world_size == 1 and self._reshard_after_forward is None and not cpu_offload:
-            _find_blocks(module, self._blocks)  # a name that is wrong is wrong here, too
-            WorkingCopy(module, _DTYPES[self.compute_dtype])
+            blocks = _find_blocks(module, self._blocks)
+            WorkingCopy(module, _DTYPES[self.compute_dtype], blocks)
             return
         parallelize(
             module,

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lightning_grpo._compat import compile_sparingly
 from lightning_grpo.policy.packed import PackedPolicy, compile_blocks
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_lm import VOCAB, make_lm
@@ -67,6 +69,30 @@ def test_caps_and_sinks_reach_attention_where_blocks_are_compiled(kind):
     compile_blocks(model, backend="aot_eager")
     found, expected = (each(*packed([9, 12, 3]))[0] for each in (policy, plain))
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+class GatedMLP(nn.Module):
+    """Whose product of both branches is read by a matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 32), nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_a_block_keeps_nothing_that_is_cheap_to_compute_from_what_it_keeps():
+    mlp, kept = GatedMLP(), []
+    x = torch.randn(5, 8)
+    expected = torch.autograd.grad(mlp(x).sin().sum(), [*mlp.parameters()])
+    mlp.compile(backend=compile_sparingly)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = mlp(x)
+    assert [tuple(each.shape) for each in kept].count((5, 32)) == 2
+    asked = torch.autograd.grad(out.sin().sum(), [*mlp.parameters()])
+    for found, each in zip(asked, expected, strict=True):
+        assert torch.allclose(found, each, atol=1e-6)
 
 
 def test_a_compiled_policy_keeps_its_names_and_can_be_copied():

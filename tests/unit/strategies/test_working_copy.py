@@ -74,6 +74,51 @@ def test_passes_compute_in_half_and_gradients_add_up_in_fp32(again, keeps):
         assert torch.equal(parameter.grad, expected)
 
 
+@pytest.mark.parametrize("as_block", [False, True])
+def test_gradients_that_are_added_together_are_those_of_parameters_alone(as_block):
+    tower = Tower()
+    WorkingCopy(tower, HALF, [tower] if as_block else [])
+    inputs = [torch.randn(3, 4) for _ in range(3)]
+    for each in inputs:
+        tower(each).float().square().sum().backward()
+    for parameter, expected in zip(tower.parameters(), expected_gradients(inputs), strict=True):
+        assert torch.equal(parameter.grad, expected)
+
+
+def test_a_gradient_that_is_asked_for_is_given_and_added_to_nothing():
+    tower, x = Tower(), torch.randn(3, 4)
+    WorkingCopy(tower, HALF, [tower])
+    tower(x).float().square().sum().backward()
+    before = [p.grad.clone() for p in tower.parameters()]
+    asked = torch.autograd.grad(tower(x).float().square().sum(), [*tower.parameters()])
+    for parameter, kept, given in zip(tower.parameters(), before, asked, strict=True):
+        assert torch.equal(parameter.grad, kept)
+        assert given.dtype == torch.float32
+        assert torch.equal(given, kept)
+
+
+def test_a_parameters_own_hooks_see_every_gradient():
+    tower, seen = Tower(), []
+    WorkingCopy(tower, HALF, [tower])
+    tower.first.bias.register_hook(lambda grad: seen.append(grad.dtype))
+    tower.second.bias.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.dtype))
+    for _ in range(2):
+        tower(torch.randn(3, 4)).sum().backward()
+    assert seen == [torch.float32] * 4
+
+
+def test_frozen_parameters_get_no_gradient_and_their_copies_ask_for_none():
+    tower = Tower()
+    tower.first.requires_grad_(False)
+    copy = WorkingCopy(tower, HALF, [tower])
+    copy.keeps = True
+    tower(torch.randn(3, 4)).sum().backward()
+    asks = {parameter: each.requires_grad for parameter, each in copy._copies.items()}
+    assert asks == {parameter: parameter.requires_grad for parameter in tower.parameters()}
+    assert tower.first.bias.grad is None
+    assert tower.second.bias.grad is not None
+
+
 def test_a_copy_that_is_kept_follows_a_change_of_the_weights():
     tower, x = Tower(), torch.randn(3, 4)
     WorkingCopy(tower, HALF).keeps = True
