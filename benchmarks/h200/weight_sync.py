@@ -2,8 +2,8 @@
 
 The trainer's side is a run's own: the policy under `fully_shard`, fp32 masters, bf16 compute, on
 the main thread, the servers' client on a loop of its own; what is sent is scored while it travels,
-and the policy once the servers work again (`policy_s`, which is no part of the sync). The weights
-move by about 1 % before each sync. By NCCL the trainer is on another GPU than the server, by IPC on
+and then the policy (`policy_s`). `end_to_end_s` is when the servers work again, `trainer_waits_s` when
+the trainer goes on. The weights move by about 1 % before each sync. By NCCL the trainer is on another GPU than the server, by IPC on
 the same. `--in-flight` requests of 1,024 tokens are always under way. `--no-proof` leaves the probe
 out: what is left is the weights' own way. With `--release` the server gives its memory back before
 each sync, as beside a trainer that needs it (`enable-memory-saver`).
@@ -161,28 +161,32 @@ def sync(
     turn: Future[None] = Future()
     publish = servers.publisher.publish
     report_to_come = portal.start_task_soon(publish, snapshot, version, sent, turn)
+    proved: list[float] = []
+    report_to_come.add_done_callback(lambda _: proved.append(time.perf_counter()))
     turn.result()
     weights = gather_weights(policy.module, policy.serving_dtype, into=proof.memory)
     snapshot.set_result(policy.names.of(weights))
     gathered = time.perf_counter()
     sent.set_result(proof.score(policy.module, weights) if servers.proves else SentScores([]))
     scored = time.perf_counter()
-    report = report_to_come.result()
-    ended = time.perf_counter()
-    sent_diff = 0.0
     if servers.proves:
         scores, kind = policy_scores(policy.module, proof.probe.sequences)
+    policy_scored = time.perf_counter()
+    report = report_to_come.result()
+    sent_diff = 0.0
+    if servers.proves:
         sent_diff = proof.check_policy(version, sent.result(), scores, kind, merged=False)
     assert not report.failures, report.failures
     return {
         "requests_in_flight": float(in_flight),
-        "end_to_end_s": ended - started,
+        "end_to_end_s": proved[0] - started,
+        "trainer_waits_s": time.perf_counter() - started,
         "release_s": started - asked,
         "paused_s": report.paused_s,
         **{f"{phase}_s": seconds for phase, seconds in report.seconds.items()},
         "gather_s": gathered - started,
         "score_s": scored - gathered,
-        "policy_s": time.perf_counter() - ended,
+        "policy_s": policy_scored - scored,
         "sent_diff": sent_diff,
         "probe_diff": report.probe_diff or 0.0,
         "bytes": report.num_bytes,

@@ -55,7 +55,7 @@ from lightning_grpo.session.proof import TrainerProof, is_adapted, packed, polic
 from lightning_grpo.types import Group, RolloutProgress, Sampling, ServerActivity
 from lightning_grpo.validation import EvaluationBatch, joined_groups, score_groups
 from lightning_grpo.weights.gather import gather_weights
-from lightning_grpo.weights.proof import SentScores, promised
+from lightning_grpo.weights.proof import Scores, SentScores, promised
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Snapshot
 
@@ -369,11 +369,16 @@ class RolloutSession(Session):
             snapshot.set_result(self._as_checkpoint(policy, weights))
             if lead is not None and lead.proof is not None:
                 sent.set_result(lead.proof.score(policy, weights))  # while the weights travel
+        # On one rank the policy's own scores cost the CPU's time alone, which the servers give: what
+        # is sent again afterwards would take it. Of several ranks, collectives beside the update's
+        # could wait for each other.
+        alone = self.channel.world_size == 1
+        scored = self._policy_scores(policy) if alone else None
         self.report = self.channel.wait(
             future_report, what=f"the weight sync of version {version}", stoppable=False
         )
         self._finish_publish(version)
-        self._check_policy(policy, version, sent)
+        self._check_policy(policy, version, sent, scored or self._policy_scores(policy))
         return self.report
 
     def _adopt(self, policy: nn.Module) -> bool:
@@ -387,7 +392,7 @@ class RolloutSession(Session):
         done = self.channel.wait(adopted, what="the first probe of the servers")
         if not self.channel.broadcast(done):
             return False
-        self._check_policy(policy, 0, sent)
+        self._check_policy(policy, 0, sent, self._policy_scores(policy))
         return True
 
     def _gather(self, policy: nn.Module) -> Mapping[str, Tensor]:
@@ -406,13 +411,26 @@ class RolloutSession(Session):
             lead.names = CheckpointNames(packed(policy).model)
         return lead.names.of(weights)
 
-    def _check_policy(self, policy: nn.Module, version: int, sent: Future[SentScores]) -> None:
-        """Prove that what was sent is what trains, while the servers work again."""
+    def _policy_scores(self, policy: nn.Module) -> tuple[Scores, str] | None:
+        """What the policy itself gives the probe, and the precision it computes in."""
         if not self.sync.verify:
-            return
+            return None
         lead = self._lead
         sequences = self.channel.broadcast(lead.material.probe.sequences if lead else None)
-        scores, kind = policy_scores(policy, sequences)
+        return policy_scores(policy, sequences)
+
+    def _check_policy(
+        self,
+        policy: nn.Module,
+        version: int,
+        sent: Future[SentScores],
+        scored: tuple[Scores, str] | None,
+    ) -> None:
+        """Prove that what was sent is what trains."""
+        if scored is None:
+            return
+        lead = self._lead
+        scores, kind = scored
 
         def check() -> None:
             assert lead is not None
