@@ -8,15 +8,15 @@ measured in the same process.
 
 The rule: at least 0.60 at 45 GiB or less.
 
-With `--tokens` every sequence has exactly so many, four a step, one in each micro-batch: the shapes
-that prime-rl publishes (`BENCHMARKS.md` of 2026-02, one H100, fake data, of the nominal 989 TFLOP/s):
-Qwen3-0.6B 11.1 % and 11.9k tokens/s at 16k, 26.8 % and 10.2k at 64k; Qwen3-4B with LoRA of rank 16
-21.7 % and 6.2k, 37.4 % and 4.2k.
+With `--tokens` every sequence has exactly so many, four a step (two above 32k), one in each
+micro-batch: the shapes that prime-rl publishes (`BENCHMARKS.md` of 2026-02, one H100, fake data, of the nominal 989
+TFLOP/s): Qwen3-0.6B 11.1 % and 11.9k tokens/s at 16k, 26.8 % and 10.2k at 64k; Qwen3-4B with LoRA
+of rank 16 21.7 % and 6.2k, 37.4 % and 4.2k.
 
     python -m benchmarks.h200.step --out step.json
     python -m benchmarks.h200.step --only "compiled, 8k" --out step.json
-    python -m benchmarks.h200.step --shape Qwen3-0.6B --tokens 65536 --only long --out step.json
-    python -m benchmarks.h200.step --shape Qwen3-4B --tokens 16384 --only "long, LoRA" --out step.json
+    python -m benchmarks.h200.step --shape Qwen3-0.6B --tokens 65536 --only long --out s.json
+    python -m benchmarks.h200.step --shape Qwen3-4B --tokens 16384 --only "long, LoRA" --out s.json
     python -m benchmarks.h200.step --smoke --out step.json
 """
 
@@ -44,6 +44,7 @@ from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
 
 GROUPS, GROUP, PROMPT_TOKENS, MEAN_TOKENS, SIGMA, LONGEST = 8, 8, 128, 600, 0.6, 2048
 WARM = 3
+LONG = 32768
 COLUMNS = {
     "share": "throughput/mfu",
     "peak_gib": "health/gpu_peak_gb",
@@ -156,13 +157,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a sequence")
-    parser.add_argument("--tokens", type=int, help="of each sequence, four of them a step")
+    parser.add_argument("--tokens", type=int, help="of each sequence")
     parser.add_argument("--profile", action="store_true", help="the seventh step, beside --out")
     parser.add_argument("--smoke", action="store_true", help="small, on this CPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("more", nargs="*", help="further options of replay, after --")
     args = parser.parse_args()
-    load = Load(2, 2, tokens=args.tokens) if args.tokens else Load(mean=args.mean)
+    load = Load(mean=args.mean)
+    if args.tokens:
+        load = Load(1 if args.tokens > LONG else 2, 2, tokens=args.tokens)
     if args.smoke:
         model = Path(resolve_path("shipped:quickstart"))
         args.steps = 8

@@ -2,11 +2,12 @@
 
 The trainer's side is a run's own: the policy under `fully_shard`, fp32 masters, bf16 compute, on
 the main thread, the servers' client on a loop of its own; what is sent is scored while it travels,
-and then the policy (`policy_s`). `end_to_end_s` is when the servers work again, `trainer_waits_s` when
-the trainer goes on. The weights move by about 1 % before each sync. By NCCL the trainer is on another GPU than the server, by IPC on
-the same. `--in-flight` requests of 1,024 tokens are always under way. `--no-proof` leaves the probe
-out: what is left is the weights' own way. With `--release` the server gives its memory back before
-each sync, as beside a trainer that needs it (`enable-memory-saver`).
+and then the policy (`policy_s`). `end_to_end_s` is when the servers work again, `trainer_waits_s`
+when the trainer goes on. The weights move by about 1 % before each sync. By NCCL the trainer is on
+another GPU than the server, by IPC on the same. `--in-flight` requests of 1,024 tokens are always
+under way. `--no-proof` leaves the probe out: what is left is the weights' own way. With `--release`
+the server gives its memory back before each sync, as beside a trainer that needs it
+(`enable-memory-saver`).
 
 The rule: end to end at most 60 ms by IPC and by NCCL after the first; servers paused at most 100 ms
 with 32 requests in flight.

@@ -22,7 +22,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -393,19 +393,28 @@ class ServerClient:
         body = {"prompt": text, "add_special_tokens": False}
         return (await self._control("POST", "/tokenize", body, Tokens)).tokens
 
-    async def generate(self, request: GenerateRequest) -> GenerateReply:
+    async def generate(
+        self, request: GenerateRequest, arrived: Callable[[], object] = bool
+    ) -> GenerateReply:
         """Samples one completion; an aborted one returns what it has.
+
+        Args:
+            request: What to sample.
+            arrived: Called when the answer is there, before it is read: a thousand of them at once
+                are read in turns.
 
         Raises:
             BusyError: The server wants it later.
         """
-        data = await self._generate(request, _num_tokens(request))
+        data = await self._generate(request, _num_tokens(request), arrived)
         return self._decode(data, GenerateReply)
 
-    async def generate_together(self, requests: Sequence[GenerateRequest]) -> list[GenerateReply]:
+    async def generate_together(
+        self, requests: Sequence[GenerateRequest], arrived: Callable[[], object] = bool
+    ) -> list[GenerateReply]:
         """Samples several completions in one exchange, which lasts as long as the longest."""
         if len(requests) == 1:
-            return [await self.generate(requests[0])]
+            return [await self.generate(requests[0], arrived)]
         body = GenerateRequests(
             input_ids=[request.input_ids for request in requests],
             sampling_params=[request.sampling_params for request in requests],
@@ -413,16 +422,17 @@ class ServerClient:
             rid=[request.rid for request in requests],
             extra_key=[request.extra_key for request in requests],
         )
-        data = await self._generate(body, sum(map(_num_tokens, requests)))
+        data = await self._generate(body, sum(map(_num_tokens, requests)), arrived)
         replies = self._decode(data, list[GenerateReply])
         if len(replies) != len(requests):
             raise ReplyError(f"{self.url} answered {len(replies)} of {len(requests)} requests")
         return replies
 
-    async def _generate(self, body: Any, num_tokens: int) -> bytes:
+    async def _generate(self, body: Any, num_tokens: int, arrived: Callable[[], object]) -> bytes:
         most = bytes_of(num_tokens)
         call = Call("POST", "/generate", body, self._request_timeout_s, most)
         data = await self._call(call, patient=False)
+        arrived()
         await self._turns.take()
         return data
 

@@ -441,11 +441,11 @@ async def stop_generation(
     suspect: Callable[[Member, Exception], None],
     mode: Interruption = "abort",
 ) -> None:
-    """Pauses the server; to abort, aborts before until every reply is collected.
+    """Pauses the server; to abort, aborts before until every reply has arrived.
 
-    The replies carry the partial tokens. SGLang's own pause by abort is not used: it polls every
-    second for requests to be gone, also for one whose reply was just read. A server that does not
-    play along is dirty.
+    The replies carry the partial tokens, and may still be read while the server goes on to its
+    update. SGLang's own pause by abort is not used: it polls every second for requests to be gone,
+    also for one whose reply was just read. A server that does not play along is dirty.
 
     Args:
         member: The server; nothing new is sent to it meanwhile.
@@ -455,7 +455,7 @@ async def stop_generation(
     """
     try:
         with anyio.fail_after(timeout_s):
-            if mode == "abort" and member.in_flight:
+            if mode == "abort" and member.unanswered:
                 await _drain(member)
             await member.pause("in_place" if mode == "in_place" else "retract")
     except (ServerError, TimeoutError) as error:
@@ -465,7 +465,7 @@ async def stop_generation(
 
 
 async def _drain(member: Member) -> None:
-    while member.in_flight:
+    while member.unanswered:
         await member.client.abort()
         with anyio.move_on_after(ABORT_INTERVAL_S):
             await member.drained.wait()

@@ -4,12 +4,6 @@ A completion survives interruption (its partial tokens are resubmitted after the
 the death of its server (it goes on at another one) and waits while the last server is restarted.
 Every token keeps its own logprob and the version of the weights that sampled it.
 
-Which request goes where, and when: evaluation goes first, then requests that were interrupted (they
-hold the oldest tokens), then fresh ones; within a class first come, first served. A request goes to
-the server that its group used before (the prompt's prefix is cached there) unless that one is much
-busier than the least loaded. What may leave at once, after an update or at the start, leaves in
-slices: ten thousand requests would hold the event loop for seconds.
-
 Requests for one prompt that leave at the same moment travel as one. One exchange for a group of
 eight instead of eight took the client's CPU time in a step of the quickstart from 98 to 62 ms and
 the server's, sampling aside, from 48 to 18. The replies come back together, when the longest is
@@ -20,14 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
+import functools
 import itertools
 import logging
-import math
-from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import aiohttp
 import anyio
@@ -59,159 +51,11 @@ from lightning_grpo.serving.health import (
     Restore,
     stop_generation,
 )
+from lightning_grpo.serving.router import Rank, Router
 from lightning_grpo.serving.server import Decode, Member, MemberState, Partial, ServerHandle
 from lightning_grpo.types import Completion, Interruption, Sampling
 
 logger = logging.getLogger(__name__)
-
-AFFINITY_SLACK = 8
-"""How many more requests than the least loaded a group's own server may hold."""
-
-REMEMBERED_GROUPS = 8192
-
-SLICE = 16
-"""So many requests leave in one turn of the event loop; those of one group leave together."""
-
-
-class Rank(IntEnum):
-    """Order of service."""
-
-    PRIORITY = 0
-    CONTINUED = 1
-    FRESH = 2
-
-
-Waiter = tuple[int, int, Hashable, Member | None, "asyncio.Future[Member]"]
-
-
-class Router:
-    """Hands servers to waiting requests; nothing here blocks, all of it runs on one loop.
-
-    Args:
-        members: The pool's servers; their states change under the router, which is told by
-            `dispatch`.
-        most: Requests that all servers together may hold; None: no limit.
-
-    Attributes:
-        error: Why no request can be served any more.
-    """
-
-    def __init__(self, members: Sequence[Member], most: int | None = None) -> None:
-        self._members = members
-        self._most = math.inf if most is None else most
-        self._room = self._most
-        self._num_out = 0
-        self._left_this_turn = 0
-        self._last_key: Hashable = None
-        self._waiters: list[Waiter] = []
-        self._ticket = itertools.count()
-        self._homes: OrderedDict[Hashable, int] = OrderedDict()
-        self.error: Exception | None = None
-        self.closed = False
-
-    @property
-    def num_waiting(self) -> int:
-        """Requests that no server has taken yet."""
-        return sum(not future.done() for *_, future in self._waiters)
-
-    async def acquire(self, group_key: Hashable, rank: Rank, avoid: Member | None = None) -> Member:
-        """Waits for a server with room; unblocked by `dispatch`, `release` and `fail`.
-
-        Args:
-            group_key: Requests of one key prefer one server.
-            rank: Its place in the order of service.
-            avoid: A server that has failed the request: taken only if there is no other.
-        """
-        if self.error is not None:
-            raise self.error
-        future: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiters, (rank, next(self._ticket), group_key, avoid, future))
-        self.dispatch()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self.release(future.result())
-            raise
-
-    def release(self, member: Member) -> None:
-        """The request has ended, well or not; its place is free."""
-        self._num_out -= 1
-        member.give_back()
-        self.dispatch()
-
-    def shrink(self) -> None:
-        """This process can't have as many connections as there are requests out."""
-        self._room = max(1, min(self._room, self._num_out - 1))
-
-    def answered(self) -> None:
-        """A connection is free again: one more may be tried."""
-        self._room = min(self._most, self._room + 1)
-
-    def close(self) -> None:
-        """Hands nothing out until `open`."""
-        self.closed = True
-
-    def open(self) -> None:
-        """Hands servers out again."""
-        self.closed = False
-        self.dispatch()
-
-    def fail(self, error: Exception) -> None:
-        """Every request that waits or will come raises the first error given."""
-        self.error = error = self.error or error
-        waiters, self._waiters = self._waiters, []
-        for *_, future in waiters:
-            if not future.done():
-                future.set_exception(error)
-
-    def dispatch(self) -> None:
-        """Gives waiting requests to servers with room, in order; the rest in the turns to come."""
-        while self._waiters and not self.closed:
-            *_, group_key, avoid, future = self._waiters[0]
-            if not future.done():
-                together = group_key is not None and group_key == self._last_key
-                if self._left_this_turn >= SLICE and not together:
-                    return
-                member = self._choose(group_key, avoid)
-                if member is None:
-                    return
-                self._last_key = group_key
-                self._leave(member)
-                future.set_result(member)
-            heapq.heappop(self._waiters)
-
-    def _leave(self, member: Member) -> None:
-        member.take()
-        self._num_out += 1
-        self._left_this_turn += 1
-        if self._left_this_turn == 1:
-            asyncio.get_running_loop().call_soon(self._next_turn)
-
-    def _next_turn(self) -> None:
-        self._left_this_turn = 0
-        self.dispatch()
-
-    def _choose(self, group_key: Hashable, avoid: Member | None) -> Member | None:
-        if self._num_out >= self._room:
-            return None
-        free = [m for m in self._members if m.in_flight < m.room and m.routable]
-        if avoid is not None and len(free) > 1:
-            free = [m for m in free if m is not avoid]
-        if not free:
-            return None
-        least = min(free, key=lambda m: (m.in_flight / m.bound, m.slot))
-        if group_key is None:
-            return least
-        home = self._homes.get(group_key)
-        chosen = next((m for m in free if m.slot == home), least)
-        if chosen.in_flight - least.in_flight > AFFINITY_SLACK:
-            chosen = least
-        self._homes[group_key] = chosen.slot
-        self._homes.move_to_end(group_key)
-        if len(self._homes) > REMEMBERED_GROUPS:
-            self._homes.popitem(last=False)
-        return chosen
 
 
 class Together:
@@ -238,7 +82,7 @@ class Together:
         finally:
             if self._gathering.get(key) is exchange:
                 del self._gathering[key]
-        return await client.generate_together(exchange.requests)
+        return await client.generate_together(exchange.requests, exchange.arrived)
 
 
 class Exchange:
@@ -254,6 +98,7 @@ class Exchange:
     def __init__(self) -> None:
         self.requests: list[GenerateRequest] = []
         self.rids: list[str] = []
+        self._on_arrival: list[Callable[[], object]] = []
         self._num_waiting = 0
 
     @property
@@ -261,8 +106,17 @@ class Exchange:
         """Whether nobody waits for it any more: it is being cancelled."""
         return not self._num_waiting and bool(self.requests)
 
-    async def reply(self, request: GenerateRequest) -> GenerateReply:
+    def arrived(self) -> None:
+        """The answer to all of them is there."""
+        for tell in self._on_arrival:
+            tell()
+
+    async def reply(self, request: GenerateRequest, arrived: Callable[[], object]) -> GenerateReply:
         """Travel with the others.
+
+        Args:
+            request: One more of them.
+            arrived: Called when the answer is there, before it is read.
 
         Raises:
             RequestError: The server refuses one of them.
@@ -271,6 +125,7 @@ class Exchange:
         index = len(self.requests)
         self.requests.append(request)
         self.rids.append(request.rid)
+        self._on_arrival.append(arrived)
         self._num_waiting += 1
         try:
             return (await asyncio.shield(self.task))[index]
@@ -506,9 +361,10 @@ class ServerPool:
             rank = Rank.CONTINUED if partial.started or num_failures else Rank.FRESH
             rank = Rank.PRIORITY if priority else rank
             member, pause_s = await self._router.acquire(group_key, rank, avoid), 0.0
-            avoid = None
+            avoid, comes_back = None, False
             try:
                 num_late += await self._send(member, partial, num_late)
+                comes_back = not partial.done
             except RequestError:
                 raise
             except BusyError as error:
@@ -522,7 +378,7 @@ class ServerPool:
                 if num_failures > self._limits.max_failovers:
                     raise
             finally:
-                self._router.release(member)
+                self._router.release(member, comes_back=comes_back)
             if pause_s:
                 await asyncio.sleep(pause_s)
         return partial.completion(self._decode, self._spell)
@@ -530,8 +386,9 @@ class ServerPool:
     async def interrupt(self, timeout_s: float = 30.0, mode: Interruption = "abort") -> None:
         """Stops handing out servers and pauses them.
 
-        After `abort` no request of ours is in flight: partial tokens are kept and wait for
-        `resume`. A server that does not play along in time is dirty, its requests go elsewhere.
+        After `abort` no server works on a request of ours: partial tokens are kept, or still
+        being read, and wait for `resume`. A server that does not play along in time is dirty, its
+        requests go elsewhere.
         """
         self._router.close()
         async with anyio.create_task_group() as tasks:
@@ -583,6 +440,7 @@ class ServerPool:
     async def _send(self, member: Member, partial: Partial, num_late: int) -> bool:
         """One exchange with a server; whether it had to be called back."""
         if not member.routable:
+            member.answer()
             raise ServerError(f"{member.describe()}: given up before the request was sent")
         version = member.version
         run_id = self._requirements.run_id
@@ -590,16 +448,18 @@ class ServerPool:
         exchange = None if self._together is None else self._together.join(member.client, request)
         rids = [request.rid] if exchange is None else exchange.rids
         held = member.hold(self._pace.allowed_s(request, num_late), rids)
+        arrived = functools.partial(member.hear, held)
         try:
             with held.scope:
                 if exchange is None:
-                    reply = await member.client.generate(request)
+                    reply = await member.client.generate(request, arrived)
                 else:
-                    reply = await exchange.reply(request)
+                    reply = await exchange.reply(request, arrived)
                 self._pace.saw(len(reply.output_ids), member.service_s - held.since_s)
                 # Unless it aborts, an update is under way with requests in flight: what they got
                 # since counts once the new weights are proved.
-                await member.settled()
+                if held.in_update:
+                    await member.settled()
         finally:
             member.forget(held)
         if held.given_up:

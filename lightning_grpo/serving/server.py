@@ -113,6 +113,7 @@ class Held:
         scope: Cancelled when the server is given up.
         called_back_s: When it was called back for being late; None: it was not.
         given_up: Nothing of it is taken any more.
+        in_update: Whether weights were being changed when its answer arrived; None: it has not.
     """
 
     since_s: float
@@ -121,6 +122,7 @@ class Held:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     called_back_s: float | None = None
     given_up: bool = False
+    in_update: bool | None = None
 
 
 class Member:
@@ -135,7 +137,8 @@ class Member:
         paused: It was told to hold requests back.
         released: It gave its GPU memory back.
         renewed: It is, for all that is known, another process than before.
-        in_flight: Requests of the pool that it holds.
+        in_flight: Requests of the pool that have a place at it.
+        unanswered: Those among them that it works on; what it has answered may still be read here.
         bound: The most requests that it is given at once.
         room: The same where it said that it is busy: grows again as replies come.
         busy: It asked for a pause, which lasts.
@@ -147,7 +150,7 @@ class Member:
     ) -> None:
         self.slot = slot
         self.bound = bound
-        self.in_flight = 0
+        self.in_flight = self.unanswered = 0
         self.drained = anyio.Event()
         self._idle_s = 0.0
         self._idle_since = time.monotonic()
@@ -244,24 +247,29 @@ class Member:
     @property
     def idle_s(self) -> float:
         """How long it had no request of the pool, since it was added."""
-        now = time.monotonic() - self._idle_since if self.in_flight == 0 else 0.0
+        now = time.monotonic() - self._idle_since if self.unanswered == 0 else 0.0
         return self._idle_s + now
 
     def take(self) -> None:
-        """A request is given to it."""
+        """A request is given to it; `answer` and `give_back` follow."""
         self._idle_s = self.idle_s
         self.in_flight += 1
-        if self.in_flight == 1:
+        self.unanswered += 1
+        if self.unanswered == 1:
             self._note_activity()
 
-    def give_back(self) -> None:
-        """A request has ended, well or not."""
-        self.in_flight -= 1
-        if self.in_flight == 0:
+    def answer(self) -> None:
+        """It works on a request no more, which has ended there, well or not."""
+        self.unanswered -= 1
+        if self.unanswered == 0:
             self._idle_since = time.monotonic()
             self._note_activity()
             self.drained.set()
             self.drained = anyio.Event()
+
+    def give_back(self) -> None:
+        """A request's place is free again."""
+        self.in_flight -= 1
 
     def describe(self) -> str:
         """`url clean(3)` or `url dirty: reason`, for messages."""
@@ -404,8 +412,15 @@ class Member:
         self._held.add(held)
         return held
 
+    def hear(self, held: Held) -> None:
+        """Its answer to a request has arrived, whole, and is to be read."""
+        if held.in_update is None:
+            held.in_update = self.state is MemberState.UPDATING
+            self.answer()
+
     def forget(self, held: Held) -> None:
         """The request has ended, well or not."""
+        self.hear(held)
         self._held.discard(held)
 
     def call_back(self, late: Held) -> None:
@@ -449,7 +464,7 @@ class Member:
             return "updating"
         if self.paused:
             return "paused"
-        return "generating" if self.in_flight else "idle"
+        return "generating" if self.unanswered else "idle"
 
     def _settle(self) -> None:
         self._settled.set()

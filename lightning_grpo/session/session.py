@@ -369,9 +369,8 @@ class RolloutSession(Session):
             snapshot.set_result(self._as_checkpoint(policy, weights))
             if lead is not None and lead.proof is not None:
                 sent.set_result(lead.proof.score(policy, weights))  # while the weights travel
-        # On one rank the policy's own scores cost the CPU's time alone, which the servers give: what
-        # is sent again afterwards would take it. Of several ranks, collectives beside the update's
-        # could wait for each other.
+        # Afterwards requests are sent again, and this pass would wait for the interpreter at each
+        # kernel. Of several ranks it has collectives, which must not meet the update's.
         alone = self.channel.world_size == 1
         scored = self._policy_scores(policy) if alone else None
         self.report = self.channel.wait(

@@ -138,6 +138,56 @@ async def test_nothing_is_in_flight_after_an_interruption_and_nothing_is_sent_un
         await asyncio.gather(generating, late)
 
 
+class Turns:
+    """Nobody's turn comes before it is let go."""
+
+    def __init__(self):
+        self.going = asyncio.Event()
+
+    async def take(self):
+        await self.going.wait()
+
+
+async def test_a_server_is_free_for_an_update_once_it_has_answered_whatever_is_still_to_be_read():
+    server = FakeServer(token_delay_s=0.005)
+    tables = {0: server.table, 1: make_table(1)}
+    async with pool_of(server) as pool:
+        (member,) = pool.members
+        member.client._turns = turns = Turns()
+        generating = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=40)))
+        await until(lambda: server.running)
+        await pool.interrupt()
+        assert (member.unanswered, member.in_flight) == (0, 1)
+        member.mark_updating()
+        member.expect(1, "run:1")
+        turns.going.set()
+        await until(lambda: member.in_flight == 0)  # it does not wait for the proof
+        server.table, server.label = tables[1], "run:1"
+        await member.unpause()
+        member.mark_clean(1, "run:1")
+        await pool.resume()
+        completion = await generating
+    assert set(completion.versions) == {0, 1}
+    assert completion.num_interruptions == 1
+    assert completion.logprobs == pytest.approx(expected_logprobs([1], completion, tables))
+
+
+async def test_what_is_read_after_the_servers_went_on_keeps_its_place_before_fresh_requests():
+    server = FakeServer(token_delay_s=0.005, info={"max_running_requests": 1})
+    async with pool_of(server) as pool:
+        (member,) = pool.members
+        member.client._turns = turns = Turns()
+        old = asyncio.create_task(pool.generate([1], Sampling(max_new_tokens=40)))
+        await until(lambda: server.running)
+        fresh = asyncio.create_task(pool.generate([2], Sampling(max_new_tokens=2)))
+        await until(lambda: pool.num_waiting == 1)
+        await pool.interrupt()
+        await pool.resume()
+        turns.going.set()
+        await asyncio.gather(old, fresh)
+    assert [request["input_ids"][0] for request in server.requests] == [1, 1, 2]
+
+
 async def test_an_abort_that_takes_the_last_token_finishes_for_length():
     server = FakeServer()
     async with pool_of(server) as pool:
@@ -969,7 +1019,7 @@ class Client:
         self.cancelled = 0
         self.error = error
 
-    async def generate_together(self, requests):
+    async def generate_together(self, requests, arrived):
         self.exchanges.append([request.rid for request in requests])
         try:
             await self.open.wait()
@@ -978,14 +1028,18 @@ class Client:
             raise
         if self.error is not None:
             raise self.error
+        arrived()
         return [GenerateReply(MetaInfo(), [int(request.rid)]) for request in requests]
 
 
-def ask(together, client, name, prompt=(1, 2)):
+def ask(together, client, name, prompt=(1, 2), told=None):
+    told = [] if told is None else told
     request = GenerateRequest(list(prompt), {}, return_logprob=True, rid=str(name))
 
     async def generate():
-        return await together.join(client, request).reply(request)
+        return await together.join(client, request).reply(
+            request, arrived=lambda: told.append(request.rid)
+        )
 
     return asyncio.create_task(generate())
 
@@ -997,14 +1051,17 @@ async def settle():
 
 async def test_those_of_one_moment_and_prompt_share_an_exchange_and_each_gets_its_reply():
     together, client = Together(), Client()
-    tasks = [ask(together, client, i, prompt=[7, i % 2]) for i in range(6)]
+    told = []
+    tasks = [ask(together, client, i, prompt=[7, i % 2], told=told) for i in range(6)]
     await settle()
+    assert not told
     later = ask(together, client, 9, prompt=[7, 0])
     await settle()
     client.open.set()
     replies = await asyncio.gather(*tasks, later)
     assert [reply.output_ids for reply in replies] == [[0], [1], [2], [3], [4], [5], [9]]
     assert client.exchanges == [["0", "2", "4"], ["1", "3", "5"], ["9"]]
+    assert sorted(told) == list("012345")
 
 
 async def test_servers_do_not_share_exchanges():

@@ -110,8 +110,8 @@ def test_what_a_server_does_changes_with_its_state_and_its_first_and_last_reques
     member.mark_clean(0, "v0")
     member.take()
     member.take()
-    member.give_back()
-    member.give_back()
+    member.answer()
+    member.answer()
     member.mark_dead("gone")
     done = member.take_activities()
     assert [each.what for each in done] == ["out", "updating", "idle", "generating", "idle"]
