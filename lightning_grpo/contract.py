@@ -382,6 +382,7 @@ def training_setup(
         offloaded=sharding is not None and sharding.cpu_offload,
         reference=reference,
         chunk_logits=largest_chunk(torch.device(device_type)),
+        shard_size=None if sharding is None else sharding.shard_size,
     )
 
 

@@ -103,6 +103,7 @@ class TrainingSetup:
         offloaded: Whether parameters and optimizer state are in host memory.
         reference: Where the reference policy of a KL penalty is: `gpu`, `host`, or there is none.
         chunk_logits: Logits that are computed at once.
+        shard_size: Ranks that share one copy of a sharded model; None: all.
     """
 
     max_tokens: int
@@ -116,11 +117,12 @@ class TrainingSetup:
     offloaded: bool = False
     reference: str = ""
     chunk_logits: int = CHUNK_LOGITS
+    shard_size: int | None = None
 
     @property
     def shards(self) -> int:
         """Ranks over which parameters and optimizer state are divided."""
-        return self.ranks if self.sharded else 1
+        return min(self.shard_size or self.ranks, self.ranks) if self.sharded else 1
 
     @property
     def bytes_each(self) -> int:

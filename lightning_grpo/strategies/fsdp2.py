@@ -129,6 +129,7 @@ def parallelize(
     reduce_dtype: str = "float32",
     reshard_after_forward: bool | None = None,
     cpu_offload: bool = False,
+    shard_size: int | None = None,
 ) -> nn.Module:
     """Shard every decoder block, then the root, over the ranks of a mesh.
 
@@ -147,6 +148,8 @@ def parallelize(
             where there are several ranks. The root (embeddings and head) keeps its own in any
             case: backward begins with them.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
+        shard_size: Ranks in a row that share one copy, most often those of a machine; the others
+            have copies like it. None: all share one.
 
     Returns:
         The same module.
@@ -154,7 +157,7 @@ def parallelize(
     Raises:
         ConfigError: A block is not found, or a setting can't work on this device.
     """
-    mesh = _data_parallel(mesh)
+    mesh = _hybrid(_data_parallel(mesh), shard_size)
     if cpu_offload and mesh.device_type == "cpu":
         raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
     compute = _dtype("param_dtype", param_dtype, mesh.device_type)
@@ -222,6 +225,31 @@ def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[MESH_DIMENSION]
 
 
+def _hybrid(mesh: DeviceMesh, shard_size: int | None) -> DeviceMesh:
+    """Rows of ranks that share a copy (hybrid sharding, arXiv 2304.11277, section 3.2.2)."""
+    if shard_size is None or shard_size == mesh.size():
+        return mesh
+    require_shard_size(shard_size, mesh.size())
+    rows = mesh.mesh.view(-1, shard_size)
+    return DeviceMesh(mesh.device_type, rows, mesh_dim_names=("replicate", "shard"))
+
+
+def require_shard_size(shard_size: int, num_ranks: int) -> None:
+    """Refuse copies that would not come out even.
+
+    Raises:
+        ConfigError: It does not divide the number of ranks.
+    """
+    require_count("shard_size", shard_size)
+    if num_ranks % shard_size:
+        raise ConfigError(
+            "shard_size",
+            f"must divide the number of ranks ({num_ranks})",
+            shard_size,
+            "Most often it is the number of GPUs of a machine; leave it out to shard over all.",
+        )
+
+
 def _dtype(parameter: str, name: str, device_type: str) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device_type == "cpu" else torch.bfloat16
@@ -265,7 +293,7 @@ class Materializable(Protocol):
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shards parameters, gradients and optimizer state over all ranks.
+    """Shards parameters, gradients and optimizer state over all ranks, or over those of a machine.
 
     Data-parallel by default, on GPUs and on CPUs (gloo), with one device or many. Precision is set
     here, not by the Trainer: parameters stay fp32 (updates of 1e-6 vanish in bf16) and are cast
@@ -288,6 +316,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: Each rank writes its shards into a folder; otherwise rank 0
             writes one file. Either can be resumed on another number of ranks.
         timeout: Limit of one collective.
+        shard_size: Ranks in a row that share one copy of parameters and optimizer state; between
+            these rows only gradients travel. Set it to the GPUs of a machine where the network
+            between machines is slow and the model fits into one. None: all ranks share one copy.
     """
 
     strategy_name = "fsdp2"
@@ -302,7 +333,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         timeout: timedelta = timedelta(minutes=30),
+        shard_size: int | None = None,
     ) -> None:
+        if shard_size is not None:
+            require_count("shard_size", shard_size)
         super().__init__(
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=1,
@@ -318,6 +352,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.reduce_dtype = reduce_dtype
         self._reshard_after_forward = reshard_after_forward
         self.cpu_offload = cpu_offload
+        self.shard_size = shard_size
 
     @property
     def reshard_after_forward(self) -> bool:
@@ -398,6 +433,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             reduce_dtype=self.reduce_dtype,
             reshard_after_forward=self._reshard_after_forward,
             cpu_offload=cpu_offload,
+            shard_size=self.shard_size,
         )
 
     @override
@@ -574,6 +610,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`data_parallel_size` must be auto or the number of ranks ({size}), got "
                 f"{self._requested_size}."
             )
+        if self.shard_size is not None:
+            require_shard_size(self.shard_size, size)
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
 

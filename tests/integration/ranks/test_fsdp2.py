@@ -9,6 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, is_sharded
+from lightning_grpo.weights.gather import gather_weights
 from tests.fakes.ranks import run_ranks
 from tests.fakes.tiny_lm import MetaModule, Steps, TinyModule, global_batch, make_lm, make_trainer
 
@@ -48,6 +49,57 @@ def test_losses_and_norms_agree_between_one_process_ddp_and_fsdp2(tmp_path):
         for losses, norms in results.values():
             assert torch.allclose(torch.tensor(losses), expected_losses, atol=1e-5)
             assert torch.allclose(torch.tensor(norms), expected_norms, atol=1e-4)
+
+
+def train_alone(folder: str) -> tuple[list[float], list[float]]:
+    module, _ = fit("auto", 1, folder, steps=4)
+    return module.losses, module.norms
+
+
+def train_hybrid(folder: str, shard_size: int) -> tuple[list[float], list[float], tuple[int, ...]]:
+    """Four steps, what servers would be sent, and a checkpoint."""
+    module, trainer = fit(FSDP2Strategy(shard_size=shard_size), 4, folder, steps=4)
+    trainer.save_checkpoint(Path(folder) / f"shards_{shard_size}")
+    whole = {
+        name.removeprefix("model."): parameter.full_tensor()
+        for name, parameter in module.policy.named_parameters()
+    }
+    sent = gather_weights(module.policy)
+    assert sent.keys() <= whole.keys()
+    assert all(torch.equal(sent[name], whole[name]) for name in sent)
+    held = next(module.policy.parameters())
+    return module.losses, module.norms, tuple(held.device_mesh.shape)
+
+
+def check_hybrid(folder: str, shard_size: int, mesh: tuple[int, ...]) -> None:
+    ((losses, norms),) = run_ranks(train_alone, 1, folder)
+    for found_losses, found_norms, shape in run_ranks(train_hybrid, 4, folder, shard_size):
+        assert torch.allclose(torch.tensor(found_losses), torch.tensor(losses), atol=1e-6)
+        assert torch.allclose(torch.tensor(found_norms), torch.tensor(norms), atol=1e-6)
+        assert shape == mesh
+
+
+def test_shards_within_rows_of_ranks_give_the_numbers_of_one_process(tmp_path):
+    check_hybrid(str(tmp_path), 2, (2, 2))
+
+
+def resume_hybrid(world_size: int, folder: str, saved: int, shard_size: int | None) -> list[float]:
+    path = Path(folder) / f"shards_{saved}"
+    strategy = FSDP2Strategy(shard_size=shard_size)
+    return fit(strategy, world_size, folder, steps=6, ckpt_path=path)[0].losses
+
+
+@pytest.mark.slow
+def test_checkpoints_of_rows_of_ranks_resume_in_every_layout(tmp_path):
+    for shard_size, mesh in {1: (4, 1), 2: (2, 2), 4: (4,)}.items():
+        check_hybrid(str(tmp_path), shard_size, mesh)
+    layouts = [(4, 2, 2), (4, 4, 2), (4, 1, 4), (4, 2, None), (2, 2, None), (1, 2, 1)]
+    further = [
+        torch.tensor(run_ranks(resume_hybrid, ranks, ranks, str(tmp_path), saved, shard_size))
+        for ranks, saved, shard_size in layouts
+    ]
+    for losses in further:
+        assert torch.allclose(losses, further[0][:1].expand_as(losses), atol=1e-6)
 
 
 def materialize(folder: str, tied: bool) -> dict[str, object]:

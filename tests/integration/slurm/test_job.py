@@ -123,6 +123,17 @@ def test_ranks_on_two_nodes_train_together_and_the_first_serves(submit):
     assert job.steps() == [1, 2, 3]
 
 
+def test_four_ranks_on_two_nodes_shard_within_each(submit):
+    strategy = ("--trainer.strategy", "lightning_grpo.FSDP2Strategy")
+    job = submit(
+        *("--train-nodes", "2", "--server-nodes", "0", "--ranks-per-node", "2"),
+        *(*strategy, "--trainer.strategy.shard_size", "2", "--trainer.max_steps", "3"),
+    )
+    job.wait_for_end()
+    assert "[rank: 3] Seed set to 0" in job.log
+    assert job.steps() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("options", [("--partition", "none"), ("--qos", "none", "--mem", "1E")])
 def test_a_job_that_slurm_refuses_is_told_in_its_own_words(tmp_path, options):
     done = launch(tmp_path, *options)

@@ -70,6 +70,7 @@ def test_the_parts_of_one_rank_add_up_as_by_hand():
             {"ranks": 4, "keeps": False},
             {"weights": 1000, "gradients": 4000, "optimizer": 2000, "copies": 2 * 600 + 2000},
         ),
+        ({"ranks": 4, "shard_size": 2}, {"weights": 2000, "gradients": 4000, "optimizer": 4000}),
         ({"ranks": 4, "sharded": False, "half": False}, {"weights": 4000, "gradients": 8000}),
         ({"sharded": False, "half": False}, {"copies": 2000, "activations": 100 * 4 * 196 * 4}),
         ({"checkpointing": True}, {"activations": 100 * (4 * 8 + 196) * 2}),

@@ -63,6 +63,22 @@ def test_a_data_parallel_size_that_is_not_the_number_of_ranks_is_refused():
         trainer(FSDP2Strategy(data_parallel_size=2))
 
 
+@pytest.mark.parametrize(
+    ("shard_size", "message"),
+    [
+        (
+            2,
+            r"`shard_size` must divide the number of ranks \(1\), got 2.*number of GPUs of a machine",
+        ),
+        (0, "`shard_size` must be"),
+        (True, "`shard_size` must be"),
+    ],
+)
+def test_a_shard_size_that_leaves_ranks_over_is_refused(shard_size, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(FSDP2Strategy(shard_size=shard_size))
+
+
 def test_cpu_offload_is_refused_on_the_cpu():
     with pytest.raises(ConfigError, match="`cpu_offload` needs a GPU"):
         trainer(FSDP2Strategy(cpu_offload=True))
