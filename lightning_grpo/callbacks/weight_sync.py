@@ -36,8 +36,9 @@ class WeightSync(Callback):
             trainer's own GPU, a process group where one can be formed, else disk).
         bucket_mb: Size of the flat buckets that tensors are sent in, MiB. Each costs a few
             milliseconds; a server needs twice as much free memory for a process group's.
-        gather_timeout_s: Deadline of gathering the shards.
-        request_timeout_s: Deadline of each request to a server.
+        gather_timeout_s: Deadline of gathering the shards; larger models have 5 s more for each GB.
+        request_timeout_s: Deadline of each request to a server; the transfer has 5 s more for each
+            GB.
         verify: Whether a probe must agree after each publish. Without it nothing tells whether
             servers took the weights, or whether a step has broken them.
         interruption: What becomes of requests in flight. `abort` takes them back and sends them

@@ -54,7 +54,7 @@ from lightning_grpo.session.material import Material, SessionSettings, open_mate
 from lightning_grpo.session.proof import TrainerProof, is_adapted, packed, policy_scores
 from lightning_grpo.types import Group, RolloutProgress, Sampling, ServerActivity
 from lightning_grpo.validation import EvaluationBatch, joined_groups, score_groups
-from lightning_grpo.weights.gather import gather_weights
+from lightning_grpo.weights.gather import gather_weights, wire_bytes
 from lightning_grpo.weights.proof import Scores, SentScores, promised
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Snapshot
@@ -360,7 +360,8 @@ class RolloutSession(Session):
         future_report = None
         if lead is not None:
             publish = self._live.publisher.publish
-            future_report = lead.service.run(publish, snapshot, version, sent, turn)
+            expected = wire_bytes(policy, serving_dtype())
+            future_report = lead.service.run(publish, snapshot, version, sent, turn, expected)
         with promised(snapshot, sent):
             self.channel.wait(
                 turn if lead else None, what="the servers' last update", stoppable=False

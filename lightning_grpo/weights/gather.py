@@ -244,6 +244,11 @@ class AdaptedLayer(Protocol):
         """What the adapter adds to the weight; sharded where its parameters are."""
 
 
+def wire_bytes(module: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """About how many bytes `gather_weights` returns."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in module.parameters())
+
+
 @torch.no_grad()
 def gather_weights(
     module: nn.Module,

@@ -83,6 +83,10 @@ class UpdateTurns:
             pass
 
 
+SLOWEST_BYTES_PER_S = 2e8
+"""Weights may take so long beyond the deadlines: a network file system that others use, too."""
+
+
 @dataclass(frozen=True)
 class SyncSettings:
     """How weights travel, and how long each part may take.
@@ -90,8 +94,8 @@ class SyncSettings:
     Attributes:
         transport: None chooses by what is there.
         bucket_bytes: Size of flat buckets.
-        gather_timeout_s: Deadline of gathering the shards.
-        request_timeout_s: Deadline of each phase at a server.
+        gather_timeout_s: Deadline of gathering the shards, beside what their bytes may take.
+        request_timeout_s: Deadline of each phase at a server; of the transfer beside its bytes.
         verify: Whether a probe must agree after each publish.
         interruption: What is to become of requests in flight.
         recovery_timeout_s: Deadline for a server to come back when none is left.
@@ -106,6 +110,14 @@ class SyncSettings:
     interruption: InterruptionChoice = "auto"
     recovery_timeout_s: float = 300.0
     release_memory: bool = False
+
+    def gather_s(self, num_bytes: int) -> float:
+        """How long weights of so many bytes may take to be gathered."""
+        return self.gather_timeout_s + num_bytes / SLOWEST_BYTES_PER_S
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """How long they may take to a server."""
+        return self.request_timeout_s + num_bytes / SLOWEST_BYTES_PER_S
 
 
 @dataclass
@@ -284,6 +296,7 @@ class WeightPublisher:
         self._turns = UpdateTurns()
         self._current: tuple[int, Sent] | None = None
         self._prepared = False
+        self._num_bytes = 0
         self._restoring: set[Target] = set()
 
     async def adopt(self, version: int, sent: SentScores) -> bool:
@@ -318,6 +331,7 @@ class WeightPublisher:
         version: int,
         sent: Sent,
         turn: Future[None] | None = None,
+        num_bytes: int = 0,
     ) -> PublishReport:
         """Brings `snapshot` to every server that lives, dirty ones included.
 
@@ -329,6 +343,7 @@ class WeightPublisher:
                 the weights travel.
             turn: Set once no server is sent earlier weights any more, so that their memory may
                 be written to.
+            num_bytes: How many the snapshot will have, as far as is known: more take longer.
 
         Returns:
             What happened; `failures` names servers that are left behind.
@@ -340,7 +355,7 @@ class WeightPublisher:
             TrainerFailedError: A promise was broken. Servers are not left in the middle of a
                 transfer, and none is clean.
         """
-        report = PublishReport(version)
+        report = PublishReport(version, num_bytes)
         turn = turn or Future()
         with promised(turn):
             return await self._publish(snapshot, sent, report, turn)
@@ -416,7 +431,7 @@ class WeightPublisher:
         await self._transport.abandon(target)
         if self._current is None:
             return
-        report = PublishReport(self._current[0])
+        report = PublishReport(self._current[0], self._num_bytes)
         target.mark_updating()
         if self._prepared:
             await self._update(target, target.client, report)
@@ -439,10 +454,10 @@ class WeightPublisher:
                 logger.info("%s keeps the name of its weights: %s", target.url, error)
 
     async def _prepare(self, given: Snapshot | Future[Snapshot], report: PublishReport) -> None:
-        async with report.phase("gather", self._settings.gather_timeout_s):
+        async with report.phase("gather", self._settings.gather_s(report.num_bytes)):
             snapshot = await settled(given)
         started = time.monotonic()
-        report.num_bytes = await anyio.to_thread.run_sync(
+        report.num_bytes = self._num_bytes = await anyio.to_thread.run_sync(
             self._transport.prepare, snapshot, report.version
         )
         report.seconds["prepare"] = time.monotonic() - started
@@ -457,7 +472,7 @@ class WeightPublisher:
     ) -> None:
         """Updates one server, in a few attempts; its failure is recorded, not raised."""
         client = target.client
-        for attempt in self._attempts():
+        for attempt in self._attempts(report.num_bytes):
             if target.client is not client or not target.alive:
                 return
             target.mark_updating()
@@ -483,9 +498,9 @@ class WeightPublisher:
                 return
         self._fleet.give_up(client.url)
 
-    def _attempts(self) -> Iterator[int]:
+    def _attempts(self, num_bytes: int) -> Iterator[int]:
         """Of an update; none after a deadline has passed, since the trainer and signals wait."""
-        until = time.monotonic() + self._settings.request_timeout_s
+        until = time.monotonic() + self._settings.transfer_s(num_bytes)
         for attempt in range(ATTEMPTS):
             if attempt == 0 or time.monotonic() < until:
                 yield attempt
@@ -497,7 +512,8 @@ class WeightPublisher:
         target.expect(report.version, label)
         refusal: UpdateRefusedError | None = None
         try:
-            await transfer(self._transport, target, label, report, self._settings.request_timeout_s)
+            allowed_s = self._settings.transfer_s(report.num_bytes)
+            await transfer(self._transport, target, label, report, allowed_s)
         except UpdateRefusedError as error:
             # Refused, or done and answered so (a flush that failed): the probe knows.
             if self._proof is None:

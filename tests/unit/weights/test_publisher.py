@@ -244,6 +244,19 @@ async def test_closing_waits_for_a_publish_that_is_under_way(tmp_path, transport
         assert not holds(server, 2)
 
 
+async def test_large_weights_have_the_time_that_their_bytes_take_beyond_the_deadline(tmp_path):
+    server = FakeServer()
+    async with fleet(tmp_path, DiskTransport(), server, timeout_s=0.3) as (_, publisher):
+        weights = Future()
+        asyncio.get_running_loop().call_later(0.8, weights.set_result, snapshot(1))
+        report = await publisher.publish(weights, 1, expected(1), num_bytes=10**9)
+        assert report.updated == [server.url]
+        assert report.seconds["gather"] > 0.3
+    settings = SyncSettings()
+    assert settings.gather_s(0) == settings.transfer_s(0) == 60.0
+    assert settings.transfer_s(140 * 10**9) == 60.0 + 700.0
+
+
 async def test_closing_breaks_off_a_publish_that_hangs_and_leaves_no_thread(tmp_path):
     server = FakeServer(faults=[Fault("/update_weights_from_distributed", "hang")])
     transport = ProcessGroupTransport("gloo", timeout_s=100.0)
