@@ -557,7 +557,7 @@ class ServerClient:
                 content = await _read(response, call.most_bytes)
                 status = response.status
         except TimeoutError as error:
-            limit = "in time" if call.timeout_s is None else f"within {call.timeout_s:g} s"
+            limit = "in time" if call.timeout_s is None else f"within {call.timeout_s:.3g} s"
             raise ServerError(f"{url} did not answer {limit}") from error
         except (aiohttp.ClientError, OSError) as error:
             message = f"{url}: {type(error).__name__}: {error}"

@@ -164,7 +164,7 @@ class PublishReport:
                 yield
         except TimeoutError as error:
             raise WeightSyncError(
-                f"`{name}` of version {self.version} took longer than {timeout_s:g} s"
+                f"`{name}` of version {self.version} took longer than {timeout_s:.3g} s"
             ) from error
         finally:
             elapsed = time.monotonic() - started
@@ -254,7 +254,7 @@ async def recover(fleet: Fleet, report: PublishReport, timeout_s: float) -> None
         await fleet.wait_until_clean(timeout_s)
     except TimeoutError as error:
         raise WeightSyncError(
-            f"No server could be brought to version {report.version} within {timeout_s:g} s:"
+            f"No server could be brought to version {report.version} within {timeout_s:.3g} s:"
             f" {reasons}"
         ) from error
 
