@@ -493,7 +493,10 @@ def build_run(
     and `make` is what builds it.
     """
     make = functools.partial(make, "fit", kind="fit")
-    with _built(make, configs, options, settings, module_class, datamodule_class) as built:
+    with (
+        _logged_if(is_no_seed),
+        _built(make, configs, options, settings, module_class, datamodule_class) as built,
+    ):
         yield built
 
 
@@ -553,15 +556,22 @@ def _quiet_lightning() -> Iterator[None]:
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     # What is resumed has a folder with checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    with _logged_if(is_news):
+        yield
+
+
+@contextmanager
+def _logged_if(is_logged: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Drop other lines of Lightning's log."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     handlers = [handler for logger in loggers for handler in logger.handlers]
     for handler in handlers:
-        handler.addFilter(is_news)
+        handler.addFilter(is_logged)
     try:
         yield
     finally:
         for handler in handlers:
-            handler.removeFilter(is_news)
+            handler.removeFilter(is_logged)
 
 
 _NO_NEWS = (
@@ -578,3 +588,8 @@ def is_news(record: logging.LogRecord) -> bool:
     """Whether a line of Lightning's says something of this run that its user doesn't know."""
     message = record.getMessage()
     return not any(words in message for words in _NO_NEWS)
+
+
+def is_no_seed(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is another than that of the seed, of which no run comes."""
+    return not record.getMessage().startswith("Seed set to ")

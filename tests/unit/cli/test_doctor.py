@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import socket
 import sys
 from pathlib import Path
@@ -123,6 +125,18 @@ def test_what_would_stop_a_run_is_one_line_with_a_way_out(
     assert status == (1 if verdict == "failure" else 0), said
     assert said[check][0] == verdict, said
     assert words in said[check][1]
+
+
+def test_no_line_tells_of_a_seed_since_nothing_runs(task):
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logger = logging.getLogger("lightning.fabric")
+    logger.addHandler(handler)
+    try:
+        main(["doctor", "--config", str(task / "config.yaml")])
+    finally:
+        logger.removeHandler(handler)
+    assert "Seed" not in logged.getvalue()
 
 
 def test_servers_that_do_not_answer_are_a_failure(task, findings):
