@@ -42,7 +42,13 @@ from lightning_grpo.cli.runs import (
     move_beside,
     version_of,
 )
-from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, read_yaml
+from lightning_grpo.cli.sources import (
+    ConfigProblem,
+    Setting,
+    asks_for_help,
+    nearest,
+    read_yaml,
+)
 from lightning_grpo.contract import run_folder
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, GRPOError
@@ -133,7 +139,7 @@ class GRPOCLI(LightningCLI):
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            if isinstance(error, SystemExit) and _asks_for_help(self._arguments):
+            if isinstance(error, SystemExit) and asks_for_help(self._arguments):
                 raise
             # What the user's files raised while they were imported.
             check_settings(self._settings, self._roots)
@@ -538,12 +544,6 @@ def _located(settings: Setting) -> Iterator[None]:
         raise
     except (ConfigError, MisconfigurationException) as error:
         raise locate(error, settings) from error
-
-
-def _asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the parser ends the process itself: after a help text, or the config."""
-    names = [argument.partition("=")[0].lstrip("-") for argument in arguments]
-    return any(n in ("h", "help", "print_config") or n.endswith(".help") for n in names)
 
 
 @contextmanager

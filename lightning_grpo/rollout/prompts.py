@@ -106,11 +106,21 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         import datasets
 
         return _pick_split(datasets.load_from_disk(str(resolved)), split, resolved.name)
-    if resolved.suffix.lower() in FILES:
-        raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
+    refuse_missing(str(path))
     if not resolved.exists():
         require_on_hub("path", str(path), "dataset")
     return _load_dataset(str(path), str(resolved), name, split)
+
+
+def refuse_missing(path: str) -> None:
+    """Refuse the name of a file of rows that is not there; others may be a folder or the hub's.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    resolved = Path(_resolve(path))
+    if resolved.suffix.lower() in FILES and not resolved.is_file():
+        raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
 
 
 def is_columns(source: Any) -> bool:

@@ -127,6 +127,20 @@ def test_what_would_stop_a_run_is_one_line_with_a_way_out(
     assert words in said[check][1]
 
 
+def test_a_reward_beside_the_config_is_found_from_another_folder_and_by_the_process_it_runs_in(
+    task, tmp_path, monkeypatch
+):
+    (task / "reward.py").rename(task / "beside_reward.py")
+    config = (task / "config.yaml").read_text().replace("reward: reward.", "reward: beside_reward.")
+    (task / "config.yaml").write_text(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    files = {"prompts": "train", "val_prompts": "test"}
+    paths = [f"--data.{key}.path={task}/{name}.jsonl" for key, name in files.items()]
+    status = main(["doctor", "--config", "../task/config.yaml", *paths])
+    assert status == 0
+
+
 def test_no_line_tells_of_a_seed_since_nothing_runs(task):
     logged = io.StringIO()
     handler = logging.StreamHandler(logged)
