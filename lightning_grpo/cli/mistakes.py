@@ -371,6 +371,9 @@ def import_object(path: str, base: type = object) -> Any:
         raise ConfigProblem("", rule, way_out=near) from error
 
 
+_ANOTHER_FOLDER = "run where it lies, or name its folder: `PYTHONPATH=FOLDER lightning-grpo ...`"
+
+
 def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
     try:
         return importlib.import_module(module)
@@ -379,7 +382,7 @@ def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
         rule = f"`{path}` can't be imported: there is no module `{error.name}`"
         rule += f" in {looked}, nor is one installed" * bool(looked)
         near = nearest(path.rpartition(".")[2], known)
-        raise ConfigProblem("", rule, way_out=near) from error
+        raise ConfigProblem("", rule, way_out=near or _ANOTHER_FOLDER) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:
