@@ -373,7 +373,7 @@ def _explained(error: Exception) -> Exception:
             "trainer.accelerator",
             "must be one that this machine has, and there is no GPU",
             "gpu",
-            "Run on a machine with one; on a CPU start with `--config quickstart.yaml`.",
+            "Run on a machine with one, or set `cpu`, as `--config quickstart.yaml` does.",
         )
     return error
 
@@ -480,7 +480,10 @@ def _devices(given: Any, present: Sequence[int], default: list[int]) -> list[int
     devices = numbers if several else list(range(numbers[0]))
     if not devices or not set(devices) <= set(present):
         count = len(present)
-        raise ConfigError("trainer.devices", f"must be of the {count} that there are", given)
+        way_out = "Name fewer, or plan for a machine with more: `--gpus N`."
+        raise ConfigError(
+            "trainer.devices", f"must be of the {count} that there are", given, way_out
+        )
     return devices
 
 
@@ -592,4 +595,4 @@ def is_news(record: logging.LogRecord) -> bool:
 
 def is_no_seed(record: logging.LogRecord) -> bool:
     """Whether a line of Lightning's is another than that of the seed, of which no run comes."""
-    return not record.getMessage().startswith("Seed set to ")
+    return "Seed set to " not in record.getMessage()

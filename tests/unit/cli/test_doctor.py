@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_grpo.cli.init import write_task
 from lightning_grpo.cli.machine import disk
 from lightning_grpo.cli.main import main
+from lightning_grpo.policy.load import load_policy
+from lightning_grpo.shipped import resolve_path
 
 
 @pytest.fixture
@@ -67,6 +70,25 @@ def always_zero(task):
     (task / "reward.py").write_text("def reward(completion, answer):\n    return 0.0\n")
 
 
+def slow(task):
+    source = "import time\ndef reward(completion, answer):\n    time.sleep(5)\n    return 1.0\n"
+    (task / "reward.py").write_text(source)
+
+
+def save(file, parameters):
+    state = {f"policy.model.{name}": torch.zeros(shape) for name, shape in parameters.items()}
+    torch.save({"pytorch-lightning_version": "2.6.6", "state_dict": state}, file)
+
+
+def another_checkpoint(task):
+    save(task / "a.ckpt", {"layers.9.weight": (3,)})
+
+
+def own_checkpoint(task):
+    model = load_policy(resolve_path("shipped:quickstart"), meta=True)
+    save(task / "a.ckpt", {name: value.shape for name, value in model.state_dict().items()})
+
+
 def raises(task):
     (task / "reward.py").write_text("def reward(completion, answer):\n    return answer.no\n")
 
@@ -97,6 +119,29 @@ def in_no_module(task):
             "warning",
             "gives 0.0 to the first answer tried and 0.0 to an empty one",
         ),
+        (
+            slow,
+            ["--data.limits.reward_timeout_s", "0.2"],
+            "reward",
+            "warning",
+            "took longer than `reward_timeout_s` (0.2 s)",
+        ),
+        (
+            None,
+            ["--trainer.devices", "64", "--trainer.strategy", "ddp"],
+            "trainer",
+            "warning",
+            "64 ranks, and",
+        ),
+        (
+            None,
+            ["--trainer.devices", "200", "--trainer.strategy", "ddp"],
+            "trainer",
+            "failure",
+            "at most the sequences of a minibatch",
+        ),
+        (another_checkpoint, ["--ckpt_path", "a.ckpt"], "checkpoint", "failure", "differ"),
+        (own_checkpoint, ["--ckpt_path", "a.ckpt"], "checkpoint", "ok", "a.ckpt"),
         (raises, [], "reward", "failure", "'str' object has no attribute 'no'"),
         (asks_for_more, [], "prompts", "failure", "asks for 'gold', which is no column"),
         (in_no_module, [], "config", "failure", "reward.reward"),
