@@ -259,8 +259,8 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{where} is not JSON: {error}. A .jsonl file has one object a line, a .json file a list "
-            "of them."
+            f"{where} is not JSON: {error}. A .jsonl file has one object a line, a .json file a "
+            "list of them."
         ) from error
 
 
