@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lightning_grpo.cli.init import write_task
-from lightning_grpo.cli.machine import disk
+from lightning_grpo.cli.machine import disk, free_memory
 from lightning_grpo.cli.main import main
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.shipped import resolve_path
@@ -219,6 +219,15 @@ def test_a_disk_that_is_too_small_or_read_only_is_a_failure(tmp_path):
     (closed,) = disk(Path("/proc/self"))
     assert closed.verdict == "failure"
     assert "trainer.default_root_dir" in closed.way_out
+
+
+def test_the_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+    assert free_memory(tmp_path / "none") > 0
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory(tmp_path) == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 5000
 
 
 def test_without_a_config_it_looks_at_the_machine(capsys):
