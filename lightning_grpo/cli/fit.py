@@ -12,7 +12,6 @@ from pathlib import Path
 from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.cli.environment import import_from
 from lightning_grpo.cli.sources import ConfigProblem, asks_for_help, collect
-from lightning_grpo.cli.unimported import ROOTS, refuse_at_once, refuse_missing_prompts
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import Source
 from lightning_grpo.shipped import resolve_config
@@ -69,6 +68,9 @@ def _run(command: str, argv: Sequence[str], kind: str) -> None:
     options = with_paths(configs, options)
     settings = collect(configs, options)
     if not asks_for_help(options):
+        # Only now: a file that can't be read needs no parser's import to be told.
+        from lightning_grpo.cli.unimported import ROOTS, refuse_at_once, refuse_missing_prompts
+
         data_class = "ReplayDataModule" if kind == "replay" else "RolloutDataModule"
         refuse_at_once(settings, {**ROOTS, "data": f"lightning_grpo.{data_class}"})
         if command == "fit" and kind != "replay":

@@ -378,11 +378,13 @@ def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        looked = ", ".join(f"`{folder}`" for folder in looked_in())
         rule = f"`{path}` can't be imported: there is no module `{error.name}`"
-        rule += f" in {looked}, nor is one installed" * bool(looked)
         near = nearest(path.rpartition(".")[2], known)
-        raise ConfigProblem("", rule, way_out=near or _ANOTHER_FOLDER) from error
+        if f"{module}.".startswith(f"{error.name}."):  # itself, and not one that it imports
+            looked = ", ".join(f"`{folder}`" for folder in looked_in())
+            rule += f" in {looked}, nor is one installed" * bool(looked)
+            near = near or _ANOTHER_FOLDER
+        raise ConfigProblem("", rule, way_out=near) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:
