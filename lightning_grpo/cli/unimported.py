@@ -12,6 +12,7 @@ import ast
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -326,7 +327,7 @@ def _find(module: str, name: str, imports: int = 0) -> tuple[str, ast.AST] | Non
     if file is None or imports > _MOST_IMPORTS:
         return None
     found: list[tuple[str, ast.AST] | None] = []
-    for node in _statements(_tree(file)):
+    for node in _statements(_tree(file, file.stat().st_mtime_ns)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             found.append((module, node))
         elif isinstance(node, ast.ImportFrom):
@@ -361,7 +362,9 @@ def _statements(tree: ast.AST) -> Iterator[ast.stmt]:
             yield node
 
 
-def _tree(file: Path) -> ast.Module:
+@cache
+def _tree(file: Path, changed_ns: int) -> ast.Module:
+    """A source, parsed once for as long as it stays as it is."""
     try:
         return ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
