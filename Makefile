@@ -36,6 +36,7 @@ help:
 install: $(VENV)/.installed
 
 quickstart: $(VENV)/.installed
+	@echo "training 40 steps on this CPU: about a minute on two cores"
 	$(BIN)/lightning-grpo fit --config quickstart.yaml
 
 test: $(VENV)/.test
@@ -69,6 +70,7 @@ WITHOUT_TORCH = rewards serving test_errors.py report/test_run.py \
   $(addprefix servers/test_,base other_nodes supervisor))
 test-python:
 	$(PYTHON) -m venv --clear $(VENV)
+	@echo "pip fetches what runs without torch into $(VENV): a minute, for some 0.1 GB"
 	$(PIP) install -q -c constraints.txt $(NEEDED)
 	$(PIP) install -q --no-deps -e .
 	$(BIN)/python -m pytest $(IN_PROCESSES) -m "$(ELSEWHERE)" $(PYTEST_ARGS) \
@@ -109,10 +111,13 @@ clean:
 # Stamps: a second run installs nothing unless what is to be installed changed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo "1 of 2: pip fetches torch into $(VENV) and is silent meanwhile: minutes, for some 3 GB with CUDA, 0.2 GB without"
 	$(PIP) install -q $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	@echo "2 of 2: pip fetches this package and the others that it needs: a minute or two, for some 0.3 GB"
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.installed
+	@echo "pip fetches what \`make $*\` needs: a minute or two, for some 0.1 GB"
 	$(PIP) install -q -c constraints.txt -e ".[$*]"
 	@touch $@

@@ -25,8 +25,16 @@ def held_out(axes: Any, scores: dict[str, dict[str, float]], name: str, label: s
     points = sorted((int(step), found) for step, found in scores.items() if name in found)
     steps = [step for step, _ in points]
     values = [found[name] for _, found in points]
-    errors = [found.get(f"{name}_ci95", 0.0) for _, found in points]
-    axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=label)
+    errors = [_below_and_above(found, name) for _, found in points]
+    low, high = zip(*errors, strict=True)
+    axes.errorbar(steps, values, yerr=(low, high), marker="o", capsize=3, label=label)
+
+
+def _below_and_above(found: dict[str, float], name: str) -> tuple[float, float]:
+    """How far a score's interval reaches; version 0.2 recorded the longer half."""
+    value, half = found[name], found.get(f"{name}_ci95", 0.0)
+    low, high = (found.get(f"{name}_ci95_{end}") for end in ("low", "high"))
+    return half if low is None else value - low, half if high is None else high - value
 
 
 def main_job(report: dict[str, Any]) -> None:

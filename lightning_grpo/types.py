@@ -225,6 +225,15 @@ class ServerActivity:
     seconds: float
 
 
+CI_LOW, CI_HIGH = "_ci95_low", "_ci95_high"
+"""What the names of a held-out score's 95 % confidence interval end with."""
+
+
+def is_interval(metric: str) -> bool:
+    """Whether a metric is an end of another one's confidence interval."""
+    return metric.endswith((CI_LOW, CI_HIGH))
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """All trajectories of one prompt; advantages are computed within it.

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.workflow import check_stop, sampling_of
-from lightning_grpo.types import Group, Sampling
+from lightning_grpo.types import CI_HIGH, CI_LOW, Group, Sampling
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,14 @@ class PromptMean(Metric):
     """The mean over prompts of one number per prompt, with its 95 % confidence interval.
 
     The interval treats prompts as the sample: it covers both the choice of prompts and the noise
-    of sampling, so that several samples of a prompt count as one number, their mean. It is the
-    normal approximation. Where all numbers are between 0 and 1 (right and wrong, means and chances
-    of them) it is never narrower than Wilson's interval with the numbers' own variance in the place
-    of p (1 - p), which for one sample each is Wilson's: all right or all wrong is no proof that the
-    next one will be. Other numbers that are all equal have no interval (nan): nothing says how far
-    another could lie.
+    of sampling, so that several samples of a prompt count as one number, their mean.
+
+    Fractions of right answers, and chances of one, lie between 0 and 1 by what they are. Theirs is
+    Wilson's interval, which lies there, too, with the numbers' own variance in the place of
+    p (1 - p); for one answer to each prompt that is the same. All right or all wrong is no proof
+    that the next one will be. Of other numbers the range is not known, also where all that were
+    seen lie between 0 and 1: theirs is the normal approximation, and none (nan) if all are equal,
+    since nothing says how far another could lie.
 
     Source: Wilson 1927, JASA 22, 209-212.
     """
@@ -158,6 +160,7 @@ class PromptMean(Metric):
     total: Tensor
     squares: Tensor
     count: Tensor
+    others: Tensor
     least: Tensor
     most: Tensor
 
@@ -165,20 +168,26 @@ class PromptMean(Metric):
         # Every rank has the scores of all prompts already. Gathering them would fail, too, where
         # the ranks' group moves GPU tensors only, also on a single rank.
         super().__init__(sync_on_compute=False)
-        for name in ("total", "squares", "count"):
+        for name in ("total", "squares", "count", "others"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name, start in (("least", math.inf), ("most", -math.inf)):
             reduced = "min" if name == "least" else "max"
             self.add_state(name, torch.tensor(start, dtype=torch.float64), dist_reduce_fx=reduced)
 
-    def update(self, values: Tensor) -> None:
-        """Add one number per prompt, `[prompts]`."""
+    def update(self, values: Tensor, are_fractions: bool) -> None:
+        """Add one number per prompt.
+
+        Args:
+            values: `[prompts]`.
+            are_fractions: Whether each is a fraction of right answers, or a chance of one.
+        """
         if not values.numel():
             return
         values = values.double()
         self.total += values.sum()
         self.squares += (values * values).sum()
         self.count += values.numel()
+        self.others += 0 if are_fractions else values.numel()
         self.least = torch.minimum(self.least, values.min())
         self.most = torch.maximum(self.most, values.max())
 
@@ -186,19 +195,20 @@ class PromptMean(Metric):
         """The mean; nan before the first update."""
         return self.total / self.count
 
-    def half_width(self) -> float:
-        """The longer half of the 95 % confidence interval; nan where there is none."""
+    def interval(self) -> tuple[float, float]:
+        """Both ends of the 95 % confidence interval; nan where there is none."""
         n, least, most = float(self.count), float(self.least), float(self.most)
         if n < 2:  # noqa: PLR2004 - a variance needs two
-            return math.nan
+            return math.nan, math.nan
         mean = float(self.total) / n
         variance = max(float(self.squares) / n - mean * mean, 0.0) if least < most else 0.0
-        normal = _Z * math.sqrt(variance / (n - 1))
-        if least >= 0 and most <= 1:
+        if not float(self.others):
             center = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
             half = _Z / (1 + _Z**2 / n) * math.sqrt(variance / n + _Z**2 / (4 * n**2))
-            return max(normal, abs(mean - center) + half)
-        return normal if least < most else math.nan
+            # Of all right the end is 1 and its rounding.
+            return max(center - half, 0.0), min(center + half, 1.0)
+        half = _Z * math.sqrt(variance / (n - 1)) if least < most else math.nan
+        return mean - half, mean + half
 
 
 _Z = 1.959963984540054
@@ -388,6 +398,8 @@ class EvaluationMeans:
     def update(self, batch: EvaluationBatch) -> None:
         """Add the scores of some prompts."""
         prefix = f"{self._prefix}/{batch.name}/" if batch.name else f"{self._prefix}/"
+        rewards = [each for each in (batch.sampled, batch.greedy) if each is not None]
+        binary = all(bool(((each == 0) | (each == 1)).all()) for each in rewards)
         scores: dict[str, Tensor] = {}
         if batch.sampled is not None:
             scores |= sampled_metrics(batch.sampled, self._evaluation.pass_threshold)
@@ -396,15 +408,16 @@ class EvaluationMeans:
         if batch.greedy is not None:
             scores["greedy"] = batch.greedy
         for name, per_prompt in scores.items():
-            self._means.setdefault(prefix + name, PromptMean()).update(per_prompt)
+            mean = self._means.setdefault(prefix + name, PromptMean())
+            mean.update(per_prompt, binary or name.startswith("pass_at_"))
         self._groups.setdefault(batch.name, []).extend(batch.groups)
 
     def record(self, step: int) -> EvaluationRecord:
-        """The means with half of their 95 % confidence intervals (`..._ci95`)."""
+        """The means with both ends of their 95 % confidence intervals."""
         metrics: dict[str, float] = {}
         for name, mean in self._means.items():
             metrics[name] = float(mean.compute())
-            metrics[f"{name}_ci95"] = mean.half_width()
+            metrics[name + CI_LOW], metrics[name + CI_HIGH] = mean.interval()
         return EvaluationRecord(step, metrics, self._groups)
 
 
@@ -440,7 +453,7 @@ class EvaluatedModule(L.LightningModule):
         self._means.update(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means with half of their 95 % confidence intervals, and keep the record."""
+        """Log the means with their 95 % confidence intervals, and keep the record."""
         step, self._loaded_step = self._loaded_step, None
         if self.trainer.state.fn == TrainerFn.FITTING:
             step = self.global_step

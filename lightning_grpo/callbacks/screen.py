@@ -32,7 +32,7 @@ from lightning_grpo.contract import (
 from lightning_grpo.errors import printable
 from lightning_grpo.hparams import arguments_of, loggable
 from lightning_grpo.loader import Minibatch
-from lightning_grpo.types import Group, RolloutProgress
+from lightning_grpo.types import CI_HIGH, CI_LOW, Group, RolloutProgress, is_interval
 from lightning_grpo.validation import EvaluationRecord
 
 _MEAN_OVER = 5
@@ -344,13 +344,16 @@ def evaluation_line(step: int, scores: Mapping[str, float]) -> str:
     """The held-out scores in one line, each with its 95 % interval where there is one."""
     parts = []
     for name, value in scores.items():
-        if name.endswith("_ci95"):
+        if is_interval(name):
             continue
-        interval = scores.get(f"{name}_ci95")
-        shown = f" +- {interval:.3f}" if interval is not None and interval == interval else ""
-        parts.append(f"{name.partition('/')[2]} {value:.3f}{shown}")
+        parts.append(f"{name.partition('/')[2]} {value:.3f}{_interval(name, scores)}")
     asked = "test" if any(name.startswith("test/") for name in scores) else "held-out"
     return f"{asked} at step {step} | " + " | ".join(parts)
+
+
+def _interval(score: str, scores: Mapping[str, float]) -> str:
+    low, high = (scores.get(score + end, math.nan) for end in (CI_LOW, CI_HIGH))
+    return "" if math.isnan(low) or math.isnan(high) else f" ({low:.3f} to {high:.3f})"
 
 
 _LABEL_WIDTH = 14
@@ -542,9 +545,8 @@ def held_out_lines(evaluations: Sequence[EvaluationRecord]) -> Iterator[str]:
         return
     first, last = evaluations[0], evaluations[-1]
     for name, after in last.metrics.items():
-        if not name.endswith("_ci95"):
-            interval = last.metrics.get(f"{name}_ci95", float("nan"))
-            shown = f"{after:.3f}" + (f" (+- {interval:.3f})" if interval == interval else "")
+        if not is_interval(name):
+            shown = f"{after:.3f}{_interval(name, last.metrics)}"
             steps = f"{last.step}"
             if first is not last:
                 shown = f"{first.metrics.get(name, float('nan')):.3f} -> {shown}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lightning_grpo.cli.fit import split_configs, with_paths
+from lightning_grpo.cli.fit import find_configs, with_paths
 from lightning_grpo.cli.machine import (
     Check,
     CheckResult,
@@ -22,6 +22,7 @@ from lightning_grpo.cli.machine import (
     packages,
 )
 from lightning_grpo.cli.sources import Parser, collect
+from lightning_grpo.cli.unimported import refuse_at_once
 from lightning_grpo.errors import ConfigError, GRPOError, printable
 
 _USAGE = """\
@@ -49,7 +50,7 @@ def doctor(argv: Sequence[str]) -> int:
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--json", action="store_true")
     options, words = parser.parse_known_args(list(argv))
-    configs, rest = split_configs(words)
+    configs, rest = find_configs(words)
     if not configs and (rest or options.start):
         raise ConfigError("--config", "needs a file before other options", rest or "--start")
     found: list[CheckResult] = []
@@ -117,6 +118,7 @@ def examine_config(
     try:
         options = with_paths(configs, options)
         settings = collect(configs, options)
+        refuse_at_once(settings)
         # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
         import lightning_grpo.strategies.fsdp2  # noqa: F401
         from lightning_grpo.cli.examine import run_checks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -37,11 +38,31 @@ def prepare_imports() -> None:
     refuse_hiding(Path(here))
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
-    folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    folders = looked_in()
     if here not in folders:
         os.environ["PYTHONPATH"] = os.pathsep.join([here, *folders])
     # Its warnings are about its own tear-down, such as memory that a stopped server had mapped.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def import_from(configs: Iterable[Path]) -> None:
+    """Make files beside configs importable, after those of the current folder; also in children.
+
+    A folder whose `yaml.py` would take the place of a module that others need is left out.
+    """
+    for folder in (str(config.absolute().parent) for config in configs):
+        if folder in looked_in() or hiding(Path(folder)):
+            continue
+        inherited = looked_in()
+        for places in (sys.path, inherited):
+            here = [at for at, place in enumerate(places) if place in ("", os.getcwd())]
+            places.insert(here[0] + 1 if here else 0, folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join(inherited)
+
+
+def looked_in() -> list[str]:
+    """The folders of modules that are not installed."""
+    return [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 
 
 def refuse_hiding(folder: Path) -> None:
@@ -50,17 +71,28 @@ def refuse_hiding(folder: Path) -> None:
     Raises:
         ConfigError: Which file it is.
     """
+    file = hiding(folder)
+    if file is not None:
+        raise ConfigError(
+            f"`{file.name}` in the current folder must have another name: {file.stem!r} is a "
+            "module that this program needs, and this one would be imported in its place. Rename "
+            "it, or run in another folder."
+        )
+
+
+def hiding(folder: Path) -> Path | None:
+    """The file, or the package, of a folder that has the name of a module that is needed."""
     files = {file.stem: file for file in folder.glob("*.py")}
     files |= {file.parent.name: file.parent for file in folder.glob("*/__init__.py")}
     elsewhere = [place for place in sys.path if place and Path(place) != folder]
-    for name, file in sorted(files.items()):
-        if name in _HARMLESS or not _is_needed(name, file, elsewhere):
-            continue
-        raise ConfigError(
-            f"`{file.name}` in the current folder must have another name: {name!r} is a module "
-            "that this program needs, and this one would be imported in its place. Rename it, or "
-            "run in another folder."
-        )
+    return next(
+        (
+            file
+            for name, file in sorted(files.items())
+            if name not in _HARMLESS and _is_needed(name, file, elsewhere)
+        ),
+        None,
+    )
 
 
 def _is_needed(name: str, file: Path, elsewhere: list[str]) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_grpo.callbacks.early_stop import EarlyStop
-from lightning_grpo.cli.sources import ConfigProblem, collect
+from lightning_grpo.cli.environment import import_from
+from lightning_grpo.cli.sources import ConfigProblem, asks_for_help, collect
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import Source
 from lightning_grpo.shipped import resolve_config
@@ -63,17 +64,25 @@ def run_trainer(command: str, argv: Sequence[str], kind: str = "") -> int:
 
 
 def _run(command: str, argv: Sequence[str], kind: str) -> None:
-    configs, options = split_configs(argv)
+    configs, options = find_configs(argv)
     options = with_paths(configs, options)
     settings = collect(configs, options)
+    if not asks_for_help(options):
+        # Only now: a file that can't be read needs no parser's import to be told.
+        from lightning_grpo.cli.unimported import ROOTS, refuse_at_once, refuse_missing_prompts
+
+        data_class = "ReplayDataModule" if kind == "replay" else "RolloutDataModule"
+        refuse_at_once(settings, {**ROOTS, "data": f"lightning_grpo.{data_class}"})
+        if command == "fit" and kind != "replay":
+            refuse_missing_prompts(settings, configs)
     # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
     import lightning_grpo.strategies.fsdp2  # noqa: F401
     from lightning_grpo.cli.trainer_cli import run_cli
     from lightning_grpo.datamodule import ReplayDataModule, RolloutDataModule
     from lightning_grpo.module import GRPOModule
 
-    data_class = ReplayDataModule if kind == "replay" else RolloutDataModule
-    run_cli(command, configs, options, settings, GRPOModule, data_class, kind)
+    data = ReplayDataModule if kind == "replay" else RolloutDataModule
+    run_cli(command, configs, options, settings, GRPOModule, data, kind)
 
 
 def split_configs(argv: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
@@ -96,6 +105,13 @@ def split_configs(argv: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str
                 raise ConfigProblem("--config", "needs the name of a file", "command line")
             value = rest.pop(0)
         configs.append((value, _find(value)))
+    return configs, options
+
+
+def find_configs(argv: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Take the config files out of the options, and import modules from where they lie, too."""
+    configs, options = split_configs(argv)
+    import_from(path for name, path in configs if Path(name).is_file())
     return configs, options
 
 

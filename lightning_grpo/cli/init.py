@@ -11,6 +11,7 @@ from string import Template
 
 from lightning_grpo.cli.export import check_new_folder
 from lightning_grpo.cli.sources import Parser
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.shipped import resolve_path
 
 _TEMPLATES = Path(__file__).parent.parent / "shipped" / "start"
@@ -30,7 +31,16 @@ def init(argv: Sequence[str]) -> int:
     )
     folder = parser.parse_args(list(argv)).name
     check_new_folder("name", folder)
-    for path in write_task(folder):
+    try:
+        written = write_task(folder)
+    except OSError as error:
+        raise ConfigError(
+            "name",
+            f"must be a folder that can be written to ({error.strerror})",
+            str(folder),
+            "Name another, or free some of its disk.",
+        ) from error
+    for path in written:
         sys.stdout.write(f"{path}\n")
     sys.stdout.write(
         f"\ncd {shlex.quote(str(folder))}\n"

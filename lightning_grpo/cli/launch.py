@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.cli.fit import split_configs
+from lightning_grpo.cli.fit import find_configs
 from lightning_grpo.cli.sources import (
     SECTIONS,
     ConfigProblem,
@@ -27,6 +27,7 @@ from lightning_grpo.cli.sources import (
     nearest,
     read_options,
 )
+from lightning_grpo.cli.unimported import refuse_at_once
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.launch.slurm import require_at_least
 
@@ -192,13 +193,15 @@ def job_settings(options: argparse.Namespace, fit: Sequence[str]) -> dict[str, A
     Raises:
         ConfigProblem: There is no config, or it names no servers, or none that the nodes can start.
     """
-    configs, others = split_configs(fit)
+    configs, others = find_configs(fit)
     if not configs:
         raise ConfigProblem("--config", "needs the name of a file", "command line")
     _refuse_foreign(others)
     gpus, on_nodes = options.gpus_per_node, options.server_nodes > 0
     require_at_least("gpus_per_node", gpus, 0)
-    described = _class_and_arguments(collect(configs, others).plain().get("data", {}))
+    settings = collect(configs, others)
+    refuse_at_once(settings)
+    described = _class_and_arguments(settings.plain().get("data", {}))
     servers = _build(described)
     if on_nodes:
         # The nodes are told of these: SlurmServers and RayServers know no such settings.

@@ -72,7 +72,7 @@ def machine() -> Iterator[CheckResult]:
     """Cores, memory, open files, shared memory."""
     import resource
 
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().available / 2**30
+    cores, memory = len(os.sched_getaffinity(0)), free_memory() / 2**30
     few = cores < _CORES or memory < _MEMORY_GB
     yield CheckResult(
         "machine",
@@ -91,6 +91,20 @@ def machine() -> Iterator[CheckResult]:
             "shared memory", "warning", f"/dev/shm has {shared:.1f} GiB free",
             "in a container: --shm-size 16g, or --ipc host",
         )  # fmt: skip
+
+
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this machine has free, or what is left of a container's limit.
+
+    Args:
+        cgroup: Where the kernel says what the container may take (version 2).
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((cgroup / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or none with a limit ("max")
+        return free
 
 
 def gpus() -> Iterator[CheckResult]:

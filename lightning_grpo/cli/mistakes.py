@@ -28,6 +28,7 @@ from jsonargparse.typing import register_type
 from typing_extensions import is_protocol
 
 import lightning_grpo
+from lightning_grpo.cli.environment import looked_in
 from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Source, Table
@@ -370,12 +371,19 @@ def import_object(path: str, base: type = object) -> Any:
         raise ConfigProblem("", rule, way_out=near) from error
 
 
+_ANOTHER_FOLDER = "run where it lies, or name its folder: `PYTHONPATH=FOLDER lightning-grpo ...`"
+
+
 def _import_module(path: str, module: str, known: Mapping[str, type]) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         rule = f"`{path}` can't be imported: there is no module `{error.name}`"
         near = nearest(path.rpartition(".")[2], known)
+        if f"{module}.".startswith(f"{error.name}."):  # itself, and not one that it imports
+            looked = ", ".join(f"`{folder}`" for folder in looked_in())
+            rule += f" in {looked}, nor is one installed" * bool(looked)
+            near = near or _ANOTHER_FOLDER
         raise ConfigProblem("", rule, way_out=near) from error
     except KeyboardInterrupt:
         raise
@@ -407,7 +415,7 @@ def _descendants(base: type) -> list[type]:
 
 
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
-_NO_CONFIG = "give `--config FILE` (quickstart.yaml and gsm8k.yaml are shipped)"
+NO_CONFIG = "give `--config FILE` (quickstart.yaml and gsm8k.yaml are shipped)"
 _SHOWN, _LISTED = 60, 8
 
 
@@ -426,7 +434,7 @@ def check_settings(settings: Setting, roots: Mapping[str, type]) -> None:
         if setting is not None:
             check(section, root, setting)
         elif any(parameter.required for parameter in parameters(root).known.values()):
-            raise ConfigProblem(section, "is missing", "", _NO_CONFIG)
+            raise ConfigProblem(section, "is missing", "", NO_CONFIG)
 
 
 def check(key: str, annotation: Any, setting: Setting) -> None:
@@ -502,7 +510,7 @@ def _check_component(key: str, cls: type, setting: Setting) -> None:
         rule = f"needs `class_path`, the import path of a {cls.__name__}"
         raise ConfigProblem(key, rule, setting.where, _known(cls))
     else:
-        _check_arguments(key, cls.__name__, parameters(cls), setting, written)
+        check_arguments(key, cls.__name__, parameters(cls), setting, written)
 
 
 def _check_class_path(
@@ -517,7 +525,7 @@ def _check_class_path(
         missing = ", ".join(f"`{name}`" for name in sorted(found.__abstractmethods__))
         rule = f"must be a class that is complete, and `{path.value}` does not define {missing}"
         raise ConfigProblem(key, rule, path.where)
-    _check_init_args(key, str(path.value), parameters(found), setting, written)
+    check_init_args(key, str(path.value), parameters(found), setting, written)
 
 
 def _check_callable(key: str, kind: Any, setting: Setting) -> None:
@@ -536,10 +544,10 @@ def _check_callable(key: str, kind: Any, setting: Setting) -> None:
         raise ConfigProblem(key, rule, path.where, _known(result))
     if isinstance(written, dict):
         accepted = parameters(found).without_first(supplied)
-        _check_init_args(key, path.value, accepted, setting, written)
+        check_init_args(key, path.value, accepted, setting, written)
 
 
-def _check_init_args(
+def check_init_args(
     key: str, path: str, accepted: Parameters, setting: Setting, written: Mapping[str, Setting]
 ) -> None:
     """The arguments under `init_args`, or, on the command line, beside the class path."""
@@ -547,14 +555,14 @@ def _check_init_args(
     beside = {k: v for k, v in written.items() if k not in _CLASS_KEYS}
     inner = written.get("init_args")
     if inner is None or not isinstance(inner.value, dict):
-        _check_arguments(key, name, accepted, setting, beside)
+        check_arguments(key, name, accepted, setting, beside)
     elif beside:
-        _check_arguments(key, name, accepted, setting, {**inner.value, **beside})
+        check_arguments(key, name, accepted, setting, {**inner.value, **beside})
     else:
-        _check_arguments(f"{key}.init_args", name, accepted, inner, inner.value)
+        check_arguments(f"{key}.init_args", name, accepted, inner, inner.value)
 
 
-def _check_arguments(
+def check_arguments(
     key: str, name: str, accepted: Parameters, setting: Setting, written: Mapping[str, Setting]
 ) -> None:
     """Unknown arguments, then each argument's own value, then missing ones."""

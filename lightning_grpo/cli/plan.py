@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_grpo.cli.fit import split_configs
-from lightning_grpo.cli.sources import Parser, whole_number
+from lightning_grpo.cli.fit import find_configs, with_paths
+from lightning_grpo.cli.sources import Parser, collect, whole_number
+from lightning_grpo.cli.unimported import refuse_at_once, refuse_missing_prompts
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.report.run import find_folder, read_run
 
@@ -41,7 +42,7 @@ def plan(argv: Sequence[str]) -> int:
     parser.add_argument("--check", type=Path)
     parser.add_argument("--json", action="store_true")
     options, words = parser.parse_known_args(list(argv))
-    configs, rest = split_configs(words)
+    configs, rest = find_configs(words)
     run = None
     if options.check is not None:
         folder = find_folder(options.check)
@@ -53,6 +54,10 @@ def plan(argv: Sequence[str]) -> int:
             raise ConfigError(f"`--check` needs a run that trained, {str(folder)!r} has no step.")
     elif not configs:
         raise ConfigError("--config", "needs a file", words, "Such as gsm8k.yaml.")
+    settings = collect(configs, with_paths(configs, rest))
+    refuse_at_once(settings)
+    if run is None:
+        refuse_missing_prompts(settings, configs)
     # Only now: these imports take seconds.
     from lightning_grpo.cli.planned import say_check, say_plan
 

@@ -119,7 +119,7 @@ _MOST_VALUES = 100_000
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-_DATASETS = ("prompts", "val_prompts", "test_prompts")
+DATASETS = ("prompts", "val_prompts", "test_prompts")
 _OF_ONE = {"class_path", "init_args", *signature(Prompts).parameters}
 _SPECIAL = ("config", "c", "help", "h", "print_config")
 
@@ -298,6 +298,12 @@ def read_options(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     return pairs
 
 
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the parser ends the process itself: after a help text, or the config."""
+    names = [argument.partition("=")[0].lstrip("-") for argument in arguments]
+    return any(n in ("h", "help", "print_config") or n.endswith(".help") for n in names)
+
+
 def _refuse_secrets(key: str, written: Any) -> None:
     """Refuse a key or a token on the command line, also inside of a value that holds several."""
     value = written.value if isinstance(written, Setting) else written
@@ -383,12 +389,12 @@ def merge(base: Setting, over: Setting) -> Setting:
         return over
     values = dict(base.value)
     for key, child in over.value.items():
-        alike = key not in _DATASETS or _names_them(values.get(key)) == _names_them(child)
+        alike = key not in DATASETS or holds_datasets(values.get(key)) == holds_datasets(child)
         values[key] = merge(values[key], child) if key in values and alike else child
     return Setting(values, base.where or over.where)
 
 
-def _names_them(setting: Setting | None) -> bool:
+def holds_datasets(setting: Setting | None) -> bool:
     """Whether it holds datasets by name, and no settings of one."""
     written = setting.value if setting is not None else None
     return isinstance(written, dict) and bool(written) and not _OF_ONE & written.keys()

@@ -42,7 +42,13 @@ from lightning_grpo.cli.runs import (
     move_beside,
     version_of,
 )
-from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest, read_yaml
+from lightning_grpo.cli.sources import (
+    ConfigProblem,
+    Setting,
+    asks_for_help,
+    nearest,
+    read_yaml,
+)
 from lightning_grpo.contract import run_folder
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, GRPOError
@@ -133,7 +139,7 @@ class GRPOCLI(LightningCLI):
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            if isinstance(error, SystemExit) and _asks_for_help(self._arguments):
+            if isinstance(error, SystemExit) and asks_for_help(self._arguments):
                 raise
             # What the user's files raised while they were imported.
             check_settings(self._settings, self._roots)
@@ -367,7 +373,7 @@ def _explained(error: Exception) -> Exception:
             "trainer.accelerator",
             "must be one that this machine has, and there is no GPU",
             "gpu",
-            "Run on a machine with one; on a CPU start with `--config quickstart.yaml`.",
+            "Run on a machine with one, or set `cpu`, as `--config quickstart.yaml` does.",
         )
     return error
 
@@ -474,7 +480,10 @@ def _devices(given: Any, present: Sequence[int], default: list[int]) -> list[int
     devices = numbers if several else list(range(numbers[0]))
     if not devices or not set(devices) <= set(present):
         count = len(present)
-        raise ConfigError("trainer.devices", f"must be of the {count} that there are", given)
+        way_out = "Name fewer, or plan for a machine with more: `--gpus N`."
+        raise ConfigError(
+            "trainer.devices", f"must be of the {count} that there are", given, way_out
+        )
     return devices
 
 
@@ -493,7 +502,10 @@ def build_run(
     and `make` is what builds it.
     """
     make = functools.partial(make, "fit", kind="fit")
-    with _built(make, configs, options, settings, module_class, datamodule_class) as built:
+    with (
+        _logged_if(is_no_seed),
+        _built(make, configs, options, settings, module_class, datamodule_class) as built,
+    ):
         yield built
 
 
@@ -537,12 +549,6 @@ def _located(settings: Setting) -> Iterator[None]:
         raise locate(error, settings) from error
 
 
-def _asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether the parser ends the process itself: after a help text, or the config."""
-    names = [argument.partition("=")[0].lstrip("-") for argument in arguments]
-    return any(n in ("h", "help", "print_config") or n.endswith(".help") for n in names)
-
-
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Drop what says nothing about a run from Lightning's log, for the time of the run."""
@@ -553,15 +559,22 @@ def _quiet_lightning() -> Iterator[None]:
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     # What is resumed has a folder with checkpoints.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    with _logged_if(is_news):
+        yield
+
+
+@contextmanager
+def _logged_if(is_logged: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Drop other lines of Lightning's log."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     handlers = [handler for logger in loggers for handler in logger.handlers]
     for handler in handlers:
-        handler.addFilter(is_news)
+        handler.addFilter(is_logged)
     try:
         yield
     finally:
         for handler in handlers:
-            handler.removeFilter(is_news)
+            handler.removeFilter(is_logged)
 
 
 _NO_NEWS = (
@@ -578,3 +591,8 @@ def is_news(record: logging.LogRecord) -> bool:
     """Whether a line of Lightning's says something of this run that its user doesn't know."""
     message = record.getMessage()
     return not any(words in message for words in _NO_NEWS)
+
+
+def is_no_seed(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is another than that of the seed, of which no run comes."""
+    return "Seed set to " not in record.getMessage()

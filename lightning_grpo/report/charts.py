@@ -13,6 +13,7 @@ from typing import Any
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.report.run import PHASES, Run, step_times
 from lightning_grpo.shipped import metrics_page
+from lightning_grpo.types import is_interval
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def drawn(chart: Chart, runs: Sequence[Run]) -> list[str]:
     if len(runs) > 1:
         mains = [_main(chart, run) for run in runs]
         return list(dict.fromkeys(name for name in mains if name))
-    names = {name for run in runs for name in run.table if not name.endswith("_ci95")}
+    names = {name for run in runs for name in run.table if not is_interval(name)}
     found: list[str] = []
     for pattern in chart.metrics:
         found += sorted(n for n in names if fnmatchcase(n, pattern) and n not in found)
@@ -165,10 +166,9 @@ def _draw_lines(axes: Any, chart: Chart, metrics: Sequence[str], runs: Sequence[
             label = " ".join([run.name] * (len(runs) > 1) + [metric] * (len(metrics) > 1))
             steps, values = zip(*points, strict=True)
             (line,) = axes.plot(steps, values, label=label or None, linewidth=1.4)
-            widths = dict(run.series(f"{metric}_ci95"))
-            low = [v - widths.get(s, 0.0) for s, v in points]
-            high = [v + widths.get(s, 0.0) for s, v in points]
-            if widths:
+            intervals = run.intervals(metric)
+            low, high = zip(*(intervals.get(s, (v, v)) for s, v in points), strict=True)
+            if intervals:
                 axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
     if len(runs) > 1 or len(metrics) > 1:
         axes.legend(frameon=False, fontsize="small")

@@ -7,6 +7,7 @@ says which answers to read.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -20,15 +21,19 @@ from typing import Any
 from lightning_grpo.errors import UnreadableError
 from lightning_grpo.report.answers import HELD_OUT, TRAINED, light_rows, step_of
 from lightning_grpo.report.run import PHASES, Run, later_without_training, step_times
+from lightning_grpo.types import is_interval
 
 Row = Mapping[str, Any]
+Interval = tuple[float, float]
 
 _FEW = 5
 """Steps that are averaged: single rollout batches are noisy."""
-_SLOW, _MOST_SLOW = 1.5, 50
+_SLOW, _SLOW_S, _MOST_SLOW = 1.5, 1.0, 50
+"""How many times the median, and how many seconds more than it, a step is slow; steps explained."""
 _LAST_FILES = 3
 _SHORT_ANSWER = 8
 _SIGN = "! "
+_NO_WORSE = "no worse than the intervals allow"
 _NOTABLE, _FLAT_SHARE, _MANY_TRUNCATED, _MOSTLY = 0.05, 0.1, 0.2, 0.5
 _SAME_FOR = 3
 _TELLING = 10
@@ -137,16 +142,15 @@ def best_step(run: Run) -> Finding | None:
         return _best_by_reward(run, question)
     points = run.series(score)
     best, value = max(points, key=lambda point: point[1])
-    width = dict(run.series(f"{score}_ci95"))
-    answer = f"Step {best}: {score} {_with_interval(value, width.get(best))}"
+    intervals = run.intervals(score)
+    answer = f"Step {best}: {score} {_with_interval(value, intervals.get(best))}"
     first_step, first = points[0]
     answer += f", from {first:.3f} at step {first_step}." if first_step != best else "."
     last_step, last = points[-1]
     details = []
     if last_step != best:
-        apart = _joined(width.get(best), width.get(last_step))
-        worse = value - last > apart
-        what = "worse by more than the intervals" if worse else "no worse than the intervals allow"
+        _, high = _difference((value, intervals.get(best)), (last, intervals.get(last_step)))
+        what = "worse by more than the intervals" if high < 0 else _NO_WORSE
         details.append(f"At the last validation, step {last_step}, it was {last:.3f}: {what}.")
     trained_to = max(run.trained, default=0)
     if trained_to > last_step:
@@ -192,18 +196,20 @@ def is_it_learning(run: Run) -> Finding | None:
     if ends:
         details.append(f"Training reward: {ends.words()}.")
     gains = []
-    for name in sorted(n for n in run.table if n.startswith("eval/") and not n.endswith("_ci95")):
+    for name in sorted(n for n in run.table if n.startswith("eval/") and not is_interval(n)):
         points = run.series(name)
         if len(points) > 1:
-            width = dict(run.series(f"{name}_ci95"))
+            intervals = run.intervals(name)
             (first_step, first), (last_step, last) = points[0], points[-1]
-            apart = _joined(width.get(first_step), width.get(last_step))
-            gain = (last > first) - (last < first) if abs(last - first) > apart else 0
+            low, high = _difference(
+                (first, intervals.get(first_step)), (last, intervals.get(last_step))
+            )
+            gain = (low > 0) - (high < 0)
             gains.append(gain)
             verdict = {1: "better", -1: "worse", 0: "no difference"}[gain]
             details.append(
                 f"{name}: {first:.3f} -> {last:.3f} (step {first_step} -> {last_step}): {verdict} "
-                f"at 95 % (+- {apart:.3f})."
+                f"at 95 % ({low:+.3f} to {high:+.3f})."
             )
     if not details:
         return None
@@ -263,7 +269,10 @@ def slow_steps(run: Run) -> Finding | None:
     middle = median(times.values())
     slowest = sorted(words, key=lambda step: -times[step])[:_FEW]
     if not slowest:
-        answer = f"None took more than {_SLOW} times the median of {_seconds(middle)}."
+        answer = (
+            f"None took more than {_SLOW} times the median of {_seconds(middle)} and "
+            f"{_seconds(_SLOW_S)} longer."
+        )
         return Finding("Which steps took long, and why?", answer)
     listed = ", ".join(f"{step} ({_seconds(times[step])})" for step in slowest)
     more = f", and {len(words) - len(slowest)} more" if len(words) > len(slowest) else ""
@@ -282,7 +291,7 @@ def why_slow(run: Run) -> dict[int, str]:
         part: median(parts[part] for parts in times.values()) for part in next(iter(times.values()))
     }
     middle = median(totals.values())
-    slow = [step for step, total in totals.items() if total > _SLOW * middle]
+    slow = [s for s, t in totals.items() if t > _SLOW * middle and t - middle > _SLOW_S]
     slow = sorted(slow, key=lambda step: -totals[step])[:_MOST_SLOW]
     return {step: _why(run, step, times[step], usual, middle) for step in sorted(slow)}
 
@@ -643,13 +652,26 @@ def _values(run: Run, metric: str) -> list[float]:
     return [value for _, value in run.series(metric)]
 
 
-def _joined(*widths: float | None) -> float:
-    """The half-width of the interval of a difference."""
-    return sum((width or 0.0) ** 2 for width in widths) ** 0.5
+Measured = tuple[float, Interval | None]
+"""A score, and its confidence interval where there is one."""
 
 
-def _with_interval(value: float, width: float | None) -> str:
-    return f"{value:.3f}" + ("" if width is None else f" +- {width:.3f}")
+def _difference(before: Measured, after: Measured) -> Interval:
+    """The confidence interval of what a score changed by, of those of both.
+
+    Source: Newcombe 1998, Statistics in Medicine 17, 873-890, method 10.
+    """
+    (first, (first_low, first_high)), (last, (last_low, last_high)) = (
+        (value, interval or (value, value)) for value, interval in (before, after)
+    )
+    change = last - first
+    low = change - math.hypot(last - last_low, first_high - first)
+    return low, change + math.hypot(last_high - last, first - first_low)
+
+
+def _with_interval(value: float, interval: Interval | None) -> str:
+    shown = "" if interval is None else f" ({interval[0]:.3f} to {interval[1]:.3f})"
+    return f"{value:.3f}{shown}"
 
 
 def _seconds(seconds: float) -> str:

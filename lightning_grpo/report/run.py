@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from lightning_grpo.errors import UnreadableError
+from lightning_grpo.types import CI_HIGH, CI_LOW, is_interval
 
 METRICS, CONFIG, TIMELINE = "metrics.csv", "config.yaml", "timeline.jsonl"
 TRAJECTORIES, HELD_OUT = "trajectories", "trajectories/held_out"
@@ -138,13 +139,18 @@ class Run:
     @property
     def score(self) -> str | None:
         """The held-out score that it is judged by."""
-        names = [n for n in self.table if n.startswith("eval/") and not n.endswith("_ci95")]
+        names = [n for n in self.table if n.startswith("eval/") and not is_interval(n)]
         return next((n for p in _SCORES for n in sorted(names) if fnmatchcase(n, p)), None)
 
     def series(self, metric: str) -> list[tuple[int, float]]:
         """The steps at which a metric was measured, and what it was."""
         values = self.table.get(metric, [])
         return [(s, v) for s, v in zip(self.steps, values, strict=False) if v is not None]
+
+    def intervals(self, score: str) -> dict[int, tuple[float, float]]:
+        """The 95 % confidence intervals of a held-out score, by step."""
+        low, high = dict(self.series(score + CI_LOW)), dict(self.series(score + CI_HIGH))
+        return {step: (low[step], high[step]) for step in low if step in high}
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A setting by its dotted name, whether or not a class stands around it."""
@@ -273,7 +279,7 @@ def read_metrics(
                 continue
             if math.isfinite(value):
                 kept[name] = value
-            elif not name.endswith("_ci95"):  # of equal rewards there is no interval
+            elif not is_interval(name):  # of equal rewards there is no interval
                 strange[step, name] = text
     steps = sorted(by_step)
     names = sorted({name for values in by_step.values() for name in values})

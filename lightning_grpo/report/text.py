@@ -20,7 +20,8 @@ _COLUMNS = (
     "throughput/tokens_per_s",
     "time/step_s",
 )
-_MARKUP = re.compile(r"([\\`*_\[\]<>|#])")
+# A terminal shows them, so no more than needed: within a word `_` is itself, and `>` but at first.
+_MARKUP = re.compile(r"([\\`*\[\]<|#]|(?<![^\W_])_|_(?![^\W_])|^>)")
 
 
 def markdown(runs: Sequence[Run]) -> str:

@@ -106,11 +106,21 @@ def open_rows(path: Any, name: str | None = None, split: str = "train") -> Rows:
         import datasets
 
         return _pick_split(datasets.load_from_disk(str(resolved)), split, resolved.name)
-    if resolved.suffix.lower() in FILES:
-        raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
+    refuse_missing(str(path))
     if not resolved.exists():
         require_on_hub("path", str(path), "dataset")
     return _load_dataset(str(path), str(resolved), name, split)
+
+
+def refuse_missing(path: str) -> None:
+    """Refuse the name of a file of rows that is not there; others may be a folder or the hub's.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    resolved = Path(_resolve(path))
+    if resolved.suffix.lower() in FILES and not resolved.is_file():
+        raise ConfigError(f"`path` must name an existing file, folder or dataset, got {path!r}.")
 
 
 def is_columns(source: Any) -> bool:
@@ -233,10 +243,14 @@ def _read_table(text: str, where: str, delimiter: str) -> Rows:
     try:
         for row in reader:
             if None in row or None in row.values():
-                raise csv.Error(f"it has another number of cells than the header {list(row)[:9]}")
+                header = list(reader.fieldnames or ())[:9]
+                raise csv.Error(f"it has another number of cells than the header {header}")
             rows.append(row)
     except csv.Error as error:
-        raise ConfigError(f"{where}:{reader.line_num} is no row of a table: {error}.") from error
+        raise ConfigError(
+            f"{where}:{reader.line_num} is no row of a table: {error}. A cell that holds the "
+            "delimiter stands in quotes."
+        ) from error
     return rows
 
 
@@ -244,7 +258,10 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}.") from error
+        raise ConfigError(
+            f"{where} is not JSON: {error}. A .jsonl file has one object a line, a .json file a "
+            "list of them."
+        ) from error
 
 
 def _pick_split(source: Any, split: str, name: str = "") -> Rows:
@@ -546,7 +563,7 @@ class PromptSet:
             column: The column that every row must have, if any.
         """
         if not len(self):
-            raise ConfigError(f"{self._source} has no rows.")
+            raise ConfigError(f"{self._source} has no rows. Name a dataset with one at least.")
         self._require(column, 0)
         overhead = len(self._made(0).input_ids)
         too_long: dict[int, int] = {}

@@ -82,8 +82,7 @@ class FolderLock:
             try:
                 _take(file, self.folder)
                 if _is_at(file, path):  # else whoever had it has just removed it
-                    os.ftruncate(file, 0)
-                    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                    _sign(file, path)
                     return file
             except BaseException:
                 os.close(file)
@@ -170,6 +169,16 @@ def _take(file: int, folder: Path) -> None:
             "(`--trainer.default_root_dir`; `run_dir` without a Trainer), or begin anew without "
             "`--ckpt_path`, which makes one."
         ) from None
+
+
+def _sign(file: int, path: Path) -> None:
+    """Write down whose it is; where the disk is full nobody has it, and nothing is left of it."""
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -112,13 +112,18 @@ def write_batch(
     write_groups(path, groups, step=step, version=step - 1, outcome=outcome, policy_logprobs=scored)
 
 
+def ends(low: float, high: float) -> dict[str, object]:
+    """Of the held-out score's interval."""
+    return {"eval/avg_at_1_ci95_low": low, "eval/avg_at_1_ci95_high": high}
+
+
 def write_run(folder: Path, steps: int = 6) -> Path:
     """A run that learned: a slow step, a line at it, a validation at both ends, two servers."""
     slow = steps // 2
     rows: list[dict[str, object]] = [
-        {"step": 0, "eval/avg_at_1": 0.25, "eval/avg_at_1_ci95": 0.1},
+        {"step": 0, "eval/avg_at_1": 0.25, **ends(0.15, 0.35)},
         *(step_row(step) for step in range(1, steps + 1)),
-        {"step": steps, "eval/avg_at_1": 0.75, "eval/avg_at_1_ci95": 0.1},
+        {"step": steps, "eval/avg_at_1": 0.75, **ends(0.65, 0.85)},
     ]
     rows[slow] = step_row(slow, time__step_s=9.0, time__wait_rollout_s=7.5, rollout__retried=3)
     write_metrics(folder, rows)

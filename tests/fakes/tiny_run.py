@@ -98,7 +98,14 @@ class TinyModule(L.LightningModule):
         return self.weight * 1.0
 
     def validation_step(self, batch, batch_idx):
-        self.log_dict({"eval/avg_at_1": 0.25, "eval/avg_at_1_ci95": 0.125}, batch_size=1)
+        self.log_dict(
+            {
+                "eval/avg_at_1": 0.25,
+                "eval/avg_at_1_ci95_low": 0.125,
+                "eval/avg_at_1_ci95_high": 0.375,
+            },
+            batch_size=1,
+        )
 
     test_step = validation_step
 

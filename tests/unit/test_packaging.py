@@ -149,3 +149,13 @@ def test_a_benchmark_finds_all_that_it_imports(program):
         if error.name not in OPTIONAL:
             raise
         pytest.skip(f"needs {error.name}")
+
+
+def test_make_says_a_line_before_each_step_in_which_pip_is_silent():
+    lines = (REPOSITORY / "Makefile").read_text().splitlines()
+    steps = [at for at, line in enumerate(lines) if line.startswith("\t$(PIP) install -q")]
+    told = [lines[at - 1].startswith("\t@echo ") for at in steps]
+    # The package itself, without what it needs, takes a second.
+    alone = ["--no-deps" in lines[at] for at in steps]
+    assert steps
+    assert all(a or b for a, b in zip(told, alone, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def test_a_folder_that_another_run_has_is_refused_with_its_process_and_the_way_o
     assert f"process {process.pid} on {socket.gethostname()} has it" in message
     assert "Wait for that run or end it" in message
     assert "--trainer.default_root_dir" in message
+
+
+def test_a_disk_that_takes_no_line_is_refused_and_nothing_is_left_of_the_run(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(ConfigError, match="must be a folder that can be written to"):
+            hold_new_version(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_was_killed_leaves_its_folder_to_the_next_one(tmp_path, other_run):

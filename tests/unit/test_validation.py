@@ -10,9 +10,11 @@ from itertools import combinations
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.types import Group
+from lightning_grpo.types import CI_HIGH, CI_LOW, Group, is_interval
 from lightning_grpo.validation import (
     Evaluation,
     EvaluationBatch,
@@ -74,9 +76,8 @@ def test_means_of_several_sets_are_kept_apart_and_weigh_prompts_alike():
     assert record.metrics["eval/a/pass_at_2"] == 1.0
     assert record.metrics["eval/avg_at_2"] == 1.0
     assert "eval/greedy" not in record.metrics
-    assert {f"{name}_ci95" for name in record.metrics if not name.endswith("_ci95")} <= {
-        *record.metrics
-    }
+    scores = [name for name in record.metrics if not is_interval(name)]
+    assert all(record.metrics.keys() >= {n + CI_LOW, n + CI_HIGH} for n in scores)
     assert len(record.groups["a"]) == 2
 
 
@@ -105,16 +106,14 @@ def test_sampled_metrics_name_their_numbers_and_share_one_threshold():
 
 
 def test_a_mean_has_the_interval_of_its_prompts_and_none_for_one():
-    values = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    values = torch.tensor([0.0, 2.0, 2.0, 0.0, 2.0])
     mean = PromptMean()
-    mean.update(values[:2])
-    mean.update(values[2:])
-    assert float(mean.compute()) == pytest.approx(0.6)
-    spread = float(values.std()) / math.sqrt(5)
-    assert mean.half_width() == pytest.approx(1.96 * spread, rel=1e-3)
-    one = PromptMean()
-    one.update(torch.tensor([1.0]))
-    assert math.isnan(one.half_width())
+    mean.update(values[:2], are_fractions=False)
+    mean.update(values[2:], are_fractions=False)
+    assert float(mean.compute()) == pytest.approx(1.2)
+    half = 1.96 * float(values.std()) / math.sqrt(5)
+    assert mean.interval() == pytest.approx((1.2 - half, 1.2 + half), rel=1e-3)
+    assert all(map(math.isnan, interval([1.0])))
 
 
 @pytest.fixture
@@ -129,44 +128,76 @@ def test_a_mean_asks_nothing_of_a_group_that_moves_gpu_tensors_only(group_of_one
     with pytest.raises(RuntimeError, match="No backend type associated with device type cpu"):
         dist.all_reduce(torch.zeros(1))
     mean = PromptMean()
-    mean.update(torch.tensor([0.0, 1.0]))
+    mean.update(torch.tensor([0.0, 1.0]), are_fractions=True)
     assert float(mean.compute()) == 0.5
 
 
-def half_width(values):
+def interval(values, are_fractions=True):
     mean = PromptMean()
-    mean.update(torch.tensor(values, dtype=torch.float64))
-    return mean.half_width()
+    mean.update(torch.tensor(values, dtype=torch.float64), are_fractions)
+    return mean.interval()
 
 
-@pytest.mark.parametrize("number", [0.0, 1.0])
 @pytest.mark.parametrize(("n", "wilson"), [(2, 0.6576), (10, 0.2775), (100, 0.0370)])
-def test_all_right_and_all_wrong_have_wilsons_interval(number, n, wilson):
-    assert half_width([number] * n) == pytest.approx(wilson, abs=1e-4)
+def test_all_right_and_all_wrong_have_wilsons_interval(n, wilson):
+    assert interval([0.0] * n) == pytest.approx((0.0, wilson), abs=1e-4)
+    assert interval([1.0] * n) == pytest.approx((1 - wilson, 1.0), abs=1e-4)
 
 
-def test_nearly_all_right_has_wilsons_interval_and_half_of_them_the_normal_one():
-    # 99 of 100: Wilson's interval is 0.9455 to 0.9982.
-    assert half_width([1.0] * 99 + [0.0]) == pytest.approx(0.99 - 0.9455, abs=1e-4)
-    assert half_width([1.0] * 50 + [0.0] * 50) == pytest.approx(0.0985, abs=1e-4)
+def test_a_fraction_has_wilsons_interval():
+    assert interval([1.0] * 99 + [0.0]) == pytest.approx((0.9455, 0.9982), abs=1e-4)
+    assert interval([1.0] * 50 + [0.0] * 50) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=60))
+def test_the_interval_of_fractions_holds_their_mean_and_stays_where_fractions_are(values):
+    low, high = interval(values)
+    assert 0 <= low <= sum(values) / len(values) + 1e-12
+    assert sum(values) / len(values) - 1e-12 <= high <= 1
+
+
+def width(values):
+    low, high = interval(values)
+    return high - low
 
 
 def test_means_of_several_samples_have_an_interval_of_their_own_spread():
-    spread = half_width([0.0] * 50 + [1.0] * 50)
-    assert half_width([0.4] * 50 + [0.6] * 50) < spread / 3
-    assert 0 < half_width([0.5] * 100) < half_width([0.4] * 50 + [0.6] * 50)
+    assert width([0.4] * 50 + [0.6] * 50) < width([0.0] * 50 + [1.0] * 50) / 3
+    assert 0 < width([0.5] * 100) < width([0.4] * 50 + [0.6] * 50)
 
 
-@pytest.mark.parametrize("values", [[2.0] * 10, [-0.1] * 10])
-def test_equal_rewards_that_are_no_shares_have_no_interval(values):
-    assert math.isnan(half_width(values))
-    assert half_width([*values, 3.0]) > 0
+@pytest.mark.parametrize("values", [[2.0] * 10, [-0.1] * 10, [0.5] * 10])
+def test_equal_rewards_that_are_no_fractions_have_no_interval(values):
+    assert all(map(math.isnan, interval(values, are_fractions=False)))
+    low, high = interval([*values, 3.0], are_fractions=False)
+    assert low < high
 
 
 def test_rewards_around_zero_have_the_normal_interval():
     values = [-1.0, 1.0, 1.0, 0.5, -1.0]
-    spread = float(torch.tensor(values).std()) / math.sqrt(5)
-    assert half_width(values) == pytest.approx(1.96 * spread, rel=1e-3)
+    half = 1.96 * float(torch.tensor(values).std()) / math.sqrt(5)
+    assert interval(values, are_fractions=False) == pytest.approx(
+        (0.1 - half, 0.1 + half), rel=1e-3
+    )
+
+
+def logged(*sampled):
+    means = EvaluationMeans(Evaluation(num_samples=2, greedy=False))
+    for rows in sampled:
+        means.update(EvaluationBatch("", torch.tensor(rows, dtype=torch.float64), None, []))
+    return means.record(0).metrics
+
+
+def test_a_score_whose_rewards_are_0_or_1_stays_between_them():
+    metrics = logged([[1.0, 1.0]] * 9, [[1.0, 0.0]])
+    assert metrics["eval/avg_at_2_ci95_high"] < 1
+    assert metrics["eval/pass_at_2_ci95_high"] == pytest.approx(1)
+
+
+def test_that_all_rewards_seen_lie_between_0_and_1_proves_no_bound():
+    metrics = logged([[1.0, 1.0]] * 9, [[0.5, 0.0]])
+    assert metrics["eval/avg_at_2_ci95_high"] > 1
+    assert metrics["eval/pass_at_2_ci95_high"] == pytest.approx(1)  # a chance, whatever the rewards
 
 
 def test_scores_are_read_in_order_of_prompts_and_samples():
@@ -237,7 +268,8 @@ def test_it_is_logged_where_an_extractor_is_given():
     means.update(EvaluationBatch("", scores.sampled, scores.greedy, [], scores.majority))
     metrics = means.record(0).metrics
     assert metrics["eval/maj_at_3"] == 0.5
-    assert metrics["eval/maj_at_3_ci95"] == pytest.approx(0.98, abs=1e-3)
+    assert metrics["eval/maj_at_3_ci95_low"] == pytest.approx(0.0945, abs=1e-3)
+    assert metrics["eval/maj_at_3_ci95_high"] == pytest.approx(0.9055, abs=1e-3)
     assert metrics["eval/greedy"] == 0.5
 
 
@@ -268,18 +300,19 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         draws = torch.rand(60, 4, generator=generator, dtype=torch.float64)
         right = (draws < chances[:, None]).double()
         mean = PromptMean()
-        mean.update(right.mean(dim=1))
-        covered += abs(float(mean.compute()) - 0.5) <= mean.half_width()
+        mean.update(right.mean(dim=1), are_fractions=True)
+        low, high = mean.interval()
+        covered += low <= 0.5 <= high
     assert 0.92 <= covered / 400 <= 0.98
 
 
 def test_parts_of_two_ranks_come_to_what_one_has():
     values = torch.rand(11, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     whole, parts = PromptMean(), [PromptMean(), PromptMean()]
-    whole.update(values)
-    parts[0].update(values[:4])
-    parts[1].update(values[4:])
+    whole.update(values, True)
+    parts[0].update(values[:4], True)
+    parts[1].update(values[4:], True)
     joined = parts[0]
     joined.merge_state(parts[1])
     assert float(joined.compute()) == pytest.approx(float(whole.compute()), abs=1e-15)
-    assert joined.half_width() == pytest.approx(whole.half_width(), abs=1e-12)
+    assert joined.interval() == pytest.approx(whole.interval(), abs=1e-12)

@@ -110,6 +110,8 @@ function take(found) {
 }
 
 const theRun = () => data.runs.find((run) => run.name === state.run) || data.runs[0];
+/** What the names of an interval's ends end with. */
+const [LOW, HIGH] = ["_ci95_low", "_ci95_high"];
 const value = (run, metric, step) => {
   const values = run.metrics[metric];
   const at = values ? run.steps.indexOf(step) : -1;
@@ -274,8 +276,8 @@ function comparison() {
     const rewards = series(run, "reward/mean").slice(-5).map((point) => point[1]);
     const times = series(run, "time/step_s").map((point) => point[1]);
     const speed = series(run, "throughput/tokens_per_s").map((point) => point[1]);
-    const width = best[0] === null ? null : value(run, `${run.score}_ci95`, best[0]);
-    const score = show(best[1]) + (width === null ? "" : ` \u00b1 ${show(width)}`);
+    const [low, high] = [LOW, HIGH].map((end) => (best[0] === null ? null : value(run, run.score + end, best[0])));
+    const score = show(best[1]) + (low === null || high === null ? "" : ` (${show(low)} to ${show(high)})`);
     const cells = [run.trained.length, score, show(best[0]), show(last), show(rewards.length ? mean(rewards) : null),
       show(times.length ? median(times) : null), show(speed.length ? median(speed) : null)];
     return el("tr", {}, el("th", { scope: "row" }, el("span.swatch", { style: { color: colour(index) } }), run.name),
@@ -414,7 +416,7 @@ function drawCharts() {
   figures.forEach((each, index) => plots.push(each.make(widths[index])));
   if (state.xmin !== "") plots.forEach((plot) => plot.setScale("x", { min: Number(state.xmin), max: Number(state.xmax) }));
   const drawnNames = new Set(charts.flatMap((chart) => chart.metrics));
-  const others = [...new Set(data.runs.flatMap((run) => Object.keys(run.metrics)))].filter((name) => !drawnNames.has(name) && !name.endsWith("_ci95")).sort();
+  const others = [...new Set(data.runs.flatMap((run) => Object.keys(run.metrics)))].filter((name) => !drawnNames.has(name) && !name.endsWith(LOW) && !name.endsWith(HIGH)).sort();
   $("more").replaceChildren(choice("extra", "Draw another metric", [["", "choose ..."], ...others.map((name) => [name, name])], (name) => {
     if (!name) return;
     state.extra = [...extra, name].join(",");
@@ -459,10 +461,10 @@ function lineChart(chart) {
     columns.push(values);
     lines.push({ stroke, dash, width: 1.6, spanGaps: true, points: { show: few, size: 5, fill: stroke } });
     keys.push({ name: data.runs.length > 1 ? run.name : metric, stroke, index: columns.length - 1 });
-    const widths = new Map(series(run, `${metric}_ci95`));
-    if (widths.size) {
-      for (const sign of [1, -1]) {
-        columns.push(steps.map((step) => (at.has(step) ? at.get(step) + sign * (widths.get(step) || 0) : null)));
+    if (run.metrics[metric + HIGH]) {
+      for (const end of [HIGH, LOW]) {
+        const ends = new Map(series(run, metric + end));
+        columns.push(steps.map((step) => ends.get(step) ?? at.get(step) ?? null));
         lines.push({ stroke: "transparent", spanGaps: true, points: { show: false } });
       }
       bands.push({ series: [columns.length - 2, columns.length - 1], fill: `color-mix(in srgb, ${stroke} 20%, transparent)` });
@@ -470,7 +472,7 @@ function lineChart(chart) {
   }));
   const marks = [...new Set(data.runs.flatMap((run) => run.marks.map((mark) => mark.step)))];
   const shown = data.runs.length > 1 ? `${chart.metrics.join(", ")} ` : "";
-  const what = shown + (chart.metrics.some((name) => data.runs.some((run) => run.metrics[`${name}_ci95`])) ? "with 95 % interval" : chart.unit === "%" ? "" : chart.unit);
+  const what = shown + (chart.metrics.some((name) => data.runs.some((run) => run.metrics[name + HIGH])) ? "with 95 % interval" : chart.unit === "%" ? "" : chart.unit);
   const range = (_, low, high) => {
     if (low === null) return [0, 1];
     const least = chart.low === null ? low : Math.min(low, chart.low);

@@ -55,12 +55,14 @@ def test_the_logged_idle_fraction_wins_over_the_computed_one():
 def test_a_held_out_score_is_shown_with_its_interval():
     scores = {
         "eval/avg_at_1": 0.5,
-        "eval/avg_at_1_ci95": 0.02,
+        "eval/avg_at_1_ci95_low": 0.48,
+        "eval/avg_at_1_ci95_high": 0.52,
         "eval/greedy": 0.4,
-        "eval/greedy_ci95": float("nan"),
+        "eval/greedy_ci95_low": float("nan"),
+        "eval/greedy_ci95_high": float("nan"),
     }
     assert evaluation_line(10, scores) == (
-        "held-out at step 10 | avg_at_1 0.500 +- 0.020 | greedy 0.400"
+        "held-out at step 10 | avg_at_1 0.500 (0.480 to 0.520) | greedy 0.400"
     )
 
 
@@ -81,7 +83,7 @@ def test_one_line_is_printed_per_rollout_batch_not_per_step(make_trainer, consol
 def test_a_validation_gets_its_own_line(make_trainer, console, printed):
     trainer = make_trainer(callbacks=[GRPOProgress(console)], limit_val_batches=1)
     trainer.fit(TinyModule(), datamodule=TinyData(num_rollouts=1))
-    assert "held-out at step 2 | avg_at_1 0.250 +- 0.125" in printed().splitlines()
+    assert "held-out at step 2 | avg_at_1 0.250 (0.125 to 0.375)" in printed().splitlines()
 
 
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(make_trainer):
@@ -204,23 +206,25 @@ def test_several_rewards_are_shown_each_by_its_name():
 
 BEFORE = TinyEvaluation(
     0,
-    {"eval/avg_at_1": 0.25, "eval/avg_at_1_ci95": 0.125},
+    {"eval/avg_at_1": 0.25, "eval/avg_at_1_ci95_low": 0.125, "eval/avg_at_1_ci95_high": 0.375},
     {"": [make_group(0, (0.0,)), make_group(1, (0.0,)), make_group(2, (1.0,))]},
 )
 AFTER = TinyEvaluation(
     30,
-    {"eval/avg_at_1": 0.75, "eval/avg_at_1_ci95": 0.125},
+    {"eval/avg_at_1": 0.75, "eval/avg_at_1_ci95_low": 0.625, "eval/avg_at_1_ci95_high": 0.875},
     {"": [make_group(0, (0.0,)), make_group(1, (1.0,)), make_group(2, (1.0,))]},
 )
 
 
 def test_held_out_scores_are_told_before_and_after():
     first = next(held_out_lines([BEFORE, AFTER]))
-    assert first == "held-out      0.250 -> 0.750 (+- 0.125) avg_at_1, step 0 -> 30"
+    assert first == "held-out      0.250 -> 0.750 (0.625 to 0.875) avg_at_1, step 0 -> 30"
 
 
 def test_a_single_validation_is_no_change():
-    assert list(held_out_lines([AFTER])) == ["held-out      0.750 (+- 0.125) avg_at_1, step 30"]
+    assert list(held_out_lines([AFTER])) == [
+        "held-out      0.750 (0.625 to 0.875) avg_at_1, step 30"
+    ]
 
 
 def test_the_problem_that_gained_most_is_answered_before_and_after():

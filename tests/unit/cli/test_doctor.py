@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_grpo.cli.init import write_task
-from lightning_grpo.cli.machine import disk
+from lightning_grpo.cli.machine import disk, free_memory
 from lightning_grpo.cli.main import main
+from lightning_grpo.policy.load import load_policy
+from lightning_grpo.shipped import resolve_path
 
 
 @pytest.fixture
@@ -65,6 +70,25 @@ def always_zero(task):
     (task / "reward.py").write_text("def reward(completion, answer):\n    return 0.0\n")
 
 
+def slow(task):
+    source = "import time\ndef reward(completion, answer):\n    time.sleep(5)\n    return 1.0\n"
+    (task / "reward.py").write_text(source)
+
+
+def save(file, parameters):
+    state = {f"policy.model.{name}": torch.zeros(shape) for name, shape in parameters.items()}
+    torch.save({"pytorch-lightning_version": "2.6.6", "state_dict": state}, file)
+
+
+def another_checkpoint(task):
+    save(task / "a.ckpt", {"layers.9.weight": (3,)})
+
+
+def own_checkpoint(task):
+    model = load_policy(resolve_path("shipped:quickstart"), meta=True)
+    save(task / "a.ckpt", {name: value.shape for name, value in model.state_dict().items()})
+
+
 def raises(task):
     (task / "reward.py").write_text("def reward(completion, answer):\n    return answer.no\n")
 
@@ -95,6 +119,29 @@ def in_no_module(task):
             "warning",
             "gives 0.0 to the first answer tried and 0.0 to an empty one",
         ),
+        (
+            slow,
+            ["--data.limits.reward_timeout_s", "0.2"],
+            "reward",
+            "warning",
+            "took longer than `reward_timeout_s` (0.2 s)",
+        ),
+        (
+            None,
+            ["--trainer.devices", "64", "--trainer.strategy", "ddp"],
+            "trainer",
+            "warning",
+            "64 ranks, and",
+        ),
+        (
+            None,
+            ["--trainer.devices", "200", "--trainer.strategy", "ddp"],
+            "trainer",
+            "failure",
+            "at most the sequences of a minibatch",
+        ),
+        (another_checkpoint, ["--ckpt_path", "a.ckpt"], "checkpoint", "failure", "differ"),
+        (own_checkpoint, ["--ckpt_path", "a.ckpt"], "checkpoint", "ok", "a.ckpt"),
         (raises, [], "reward", "failure", "'str' object has no attribute 'no'"),
         (asks_for_more, [], "prompts", "failure", "asks for 'gold', which is no column"),
         (in_no_module, [], "config", "failure", "reward.reward"),
@@ -125,6 +172,32 @@ def test_what_would_stop_a_run_is_one_line_with_a_way_out(
     assert words in said[check][1]
 
 
+def test_a_reward_beside_the_config_is_found_from_another_folder_and_by_the_process_it_runs_in(
+    task, tmp_path, monkeypatch
+):
+    (task / "reward.py").rename(task / "beside_reward.py")
+    config = (task / "config.yaml").read_text().replace("reward: reward.", "reward: beside_reward.")
+    (task / "config.yaml").write_text(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    files = {"prompts": "train", "val_prompts": "test"}
+    paths = [f"--data.{key}.path={task}/{name}.jsonl" for key, name in files.items()]
+    status = main(["doctor", "--config", "../task/config.yaml", *paths])
+    assert status == 0
+
+
+def test_no_line_tells_of_a_seed_since_nothing_runs(task):
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logger = logging.getLogger("lightning.fabric")
+    logger.addHandler(handler)
+    try:
+        main(["doctor", "--config", str(task / "config.yaml")])
+    finally:
+        logger.removeHandler(handler)
+    assert "Seed" not in logged.getvalue()
+
+
 def test_servers_that_do_not_answer_are_a_failure(task, findings):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -146,6 +219,15 @@ def test_a_disk_that_is_too_small_or_read_only_is_a_failure(tmp_path):
     (closed,) = disk(Path("/proc/self"))
     assert closed.verdict == "failure"
     assert "trainer.default_root_dir" in closed.way_out
+
+
+def test_the_memory_of_a_container_is_what_its_limit_leaves(tmp_path):
+    assert free_memory(tmp_path / "none") > 0
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory(tmp_path) == 4000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) > 5000
 
 
 def test_without_a_config_it_looks_at_the_machine(capsys):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,18 @@ from tests.fakes.report_runs import write_run
 def task(tmp_path):
     write_task(tmp_path / "sums")
     return tmp_path / "sums"
+
+
+def test_a_disk_that_takes_no_file_is_told_with_a_way_out(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        assert main(["init", str(tmp_path / "task")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "`name` must be a folder that can be written to (File too large)" in said
+    assert "Name another, or free some of its disk." in said
 
 
 def test_a_new_folder_has_all_that_a_run_needs_and_says_how_to_run_it(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_grpo.cli.environment import (
+    import_from,
     is_first_rank,
     prepare_imports,
     refuse_hiding,
@@ -156,6 +157,31 @@ def test_preparing_twice_changes_nothing_more(tmp_path):
     before = (list(sys.path), os.environ["PYTHONPATH"])
     prepare_imports()
     assert (list(sys.path), os.environ["PYTHONPATH"]) == before
+
+
+def test_files_beside_a_config_come_after_those_of_the_current_folder(tmp_path):
+    prepare_imports()
+    mine = tmp_path / "mine"
+    for _ in range(2):
+        import_from([mine / "config.yaml", tmp_path / "other.yaml"])
+    assert sys.path[:2] == [str(tmp_path), str(mine)]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(tmp_path), str(mine)]
+
+
+def test_a_folder_beside_which_a_needed_module_would_be_another_is_left_out(tmp_path):
+    prepare_imports()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/yaml.py").touch()
+    import_from([tmp_path / "mine/config.yaml"])
+    assert str(tmp_path / "mine") not in sys.path
+
+
+def test_a_module_that_is_not_there_is_told_with_where_it_was_looked_for(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/c.yaml").write_text("model: {class_path: not_there.M}\n")
+    assert main(["fit", "--config", "mine/c.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert f"no module `not_there` in `{tmp_path}`, `{tmp_path}/mine`, nor is one installed" in said
 
 
 def test_a_process_without_a_launcher_is_the_first_rank(monkeypatch):

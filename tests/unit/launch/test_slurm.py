@@ -204,7 +204,10 @@ def test_the_command_prints_the_script_of_a_shipped_config(capsys, folder):
         (["slurm", "--config", "gsm8k.yaml", "--gres=gpu:8"], "options of sbatch stand at the end"),
         (["slurm", "--config", "gsm8k.yaml", "--", "gpu"], "begin with `-`, got `gpu`"),
         (["slurm", "--config", "gsm8k.yaml", "--", "-N", "3"], "Use `--train-nodes` and"),
-        (["slurm", "--config", "gsm8k.yaml", "--data.servers.tpp", "2"], "did you mean `tp`?"),
+        (
+            ["slurm", "--config", "gsm8k.yaml", "--data.servers.tpp", "2"],
+            "did you mean `data.servers.tp`?",
+        ),
         (["slurm"], "needs the name of a file"),
         (["slurm", "--config", "quickstart.yaml", "--train-nodes", "0"], "must be >= 1, got 0"),
         (["slurm", "--config", "none.yaml"], "none.yaml"),

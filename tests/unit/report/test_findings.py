@@ -125,7 +125,12 @@ def test_groups_of_equal_rewards_are_named_where_most_of_them_are(tmp_path):
 
 def validations(tmp_path, *scores, width=0.05):
     rows = [
-        {"step": 10 * i, "eval/avg_at_1": score, "eval/avg_at_1_ci95": width}
+        {
+            "step": 10 * i,
+            "eval/avg_at_1": score,
+            "eval/avg_at_1_ci95_low": score - width,
+            "eval/avg_at_1_ci95_high": score + width,
+        }
         for i, score in enumerate(scores)
     ]
     write_metrics(tmp_path, rows)
@@ -134,7 +139,7 @@ def validations(tmp_path, *scores, width=0.05):
 
 def test_the_best_step_is_that_of_the_best_validation(tmp_path):
     finding = best_step(validations(tmp_path, 0.2, 0.8, 0.5))
-    assert finding.answer == "Step 10: eval/avg_at_1 0.800 +- 0.050, from 0.200 at step 0."
+    assert finding.answer == "Step 10: eval/avg_at_1 0.800 (0.750 to 0.850), from 0.200 at step 0."
     assert finding.details[0] == (
         "At the last validation, step 20, it was 0.500: worse by more than the intervals."
     )
@@ -176,6 +181,15 @@ def test_without_validations_the_reward_s_mean_over_some_steps_decides(tmp_path)
 )
 def test_it_is_learning_where_the_held_out_score_rises_beyond_noise(tmp_path, scores, answer):
     assert is_it_learning(validations(tmp_path, *scores)).answer == answer
+
+
+def test_a_change_has_an_interval_of_both_scores_and_none_beyond_what_fractions_allow(tmp_path):
+    names = ("step", "eval/greedy", "eval/greedy_ci95_low", "eval/greedy_ci95_high")
+    rows = [(0, 0.0, 0.0, 0.2775), (10, 1.0, 0.7225, 1.0)]
+    write_metrics(tmp_path, [dict(zip(names, row, strict=True)) for row in rows])
+    assert is_it_learning(read(tmp_path)).details == [
+        "eval/greedy: 0.000 -> 1.000 (step 0 -> 10): better at 95 % (+0.608 to +1.000)."
+    ]
 
 
 def test_without_validations_only_the_training_reward_is_known(tmp_path):
@@ -229,7 +243,14 @@ def test_the_first_step_after_a_start_says_so(tmp_path):
 def test_where_no_step_was_slow_none_is_named(tmp_path):
     write_metrics(tmp_path, [step_row(step) for step in (1, 2, 3)])
     finding = slow_steps(read(tmp_path))
-    assert finding.answer == "None took more than 1.5 times the median of 2.0 s."
+    assert finding.answer == "None took more than 1.5 times the median of 2.0 s and 1.0 s longer."
+
+
+def test_a_step_that_took_tenths_of_a_second_longer_is_not_called_slow(tmp_path):
+    for seconds, slow in ((0.2, []), (1.0, []), (1.2, [4])):
+        taken = [(1, 0.1), (2, 0.1), (3, 0.1), (4, seconds)]
+        write_metrics(tmp_path, [{"step": step, "time/step_s": s} for step, s in taken])
+        assert list(why_slow(read(tmp_path))) == slow
 
 
 # -- what is wrong --------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_a_torn_last_row_is_passed_over(tmp_path):
 def test_what_is_not_finite_is_left_out_and_told(tmp_path):
     rows = [step_row(1, policy__grad_norm=float("nan")), step_row(2, ratio__max=float("inf"))]
     write_metrics(
-        tmp_path, [*rows, {"step": 2, "eval/greedy": 1.0, "eval/greedy_ci95": float("nan")}]
+        tmp_path, [*rows, {"step": 2, "eval/greedy": 1.0, "eval/greedy_ci95_low": float("nan")}]
     )
     run = read(tmp_path)
     assert run.series("policy/grad_norm") == [(2, 0.5)]
@@ -91,7 +91,7 @@ def test_a_setting_is_found_within_its_class(tmp_path):
     [
         (("eval/pass_at_4", "eval/avg_at_4", "eval/greedy"), "eval/avg_at_4"),
         (("eval/math/avg_at_1", "eval/code/avg_at_1"), "eval/code/avg_at_1"),
-        (("eval/greedy", "eval/greedy_ci95"), "eval/greedy"),
+        (("eval/greedy", "eval/greedy_ci95_low"), "eval/greedy"),
         (("reward/mean",), None),
     ],
 )

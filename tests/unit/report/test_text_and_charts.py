@@ -17,7 +17,7 @@ from tests.fakes.report_runs import step_row, write_metrics, write_run
 def test_the_text_answers_each_question_and_shows_the_curve(tmp_path):
     text = markdown(read_runs([write_run(tmp_path / "mine/version_0")]))
     assert text.startswith("# mine\n\n**How did it end?** It ran to its end at step 6.")
-    assert "**Which step was best?** Step 6: eval/avg\\_at\\_1 0.750" in text
+    assert "**Which step was best?** Step 6: eval/avg_at_1 0.750" in text
     assert "| 3 |  | 0.3 | 23 |" in text
     assert "- step 3: server 1 is out" in text
     assert "torch 2.13.0" in text
@@ -41,8 +41,13 @@ def test_a_table_has_as_many_cells_in_each_row_as_in_its_head(tmp_path):
 
 def test_a_stranger_s_words_are_no_markdown():
     assert escaped("<b>[x](y)</b>\n# `h` | *e*") == (
-        "\\<b\\>\\[x\\](y)\\</b\\> \\# \\`h\\` \\| \\*e\\*"
+        "\\<b>\\[x\\](y)\\</b> \\# \\`h\\` \\| \\*e\\*"
     )
+
+
+def test_names_are_read_in_a_terminal_as_they_are_written():
+    assert escaped("eval/avg_at_1: 0.2 -> 0.8") == "eval/avg_at_1: 0.2 -> 0.8"
+    assert escaped("> __a__") == "\\> \\_\\_a\\_\\_"
 
 
 def test_an_empty_run_has_a_text(tmp_path):

@@ -1,0 +1,387 @@
+"""Mistakes that are told before anything heavy is imported: what constructors accept is read.
+
+The imports of a run take seconds. Which names a constructor takes stands in its source, which is
+read in milliseconds, so that a misspelled setting, a missing section, a module and a file that are
+not there are told at once. What can't be read for sure (`**kwargs`, a class made by a function) is
+left to the parser, which knows the classes themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import lightning_grpo
+from lightning_grpo.cli.mistakes import (
+    NO_CONFIG,
+    Parameter,
+    Parameters,
+    check_arguments,
+    check_init_args,
+    import_object,
+)
+from lightning_grpo.cli.sources import DATASETS, ConfigProblem, Setting, holds_datasets
+from lightning_grpo.errors import ConfigError
+from lightning_grpo.rollout.prompts import refuse_missing
+
+ROOTS = {
+    "trainer": "lightning.pytorch.Trainer",
+    "model": "lightning_grpo.GRPOModule",
+    "data": "lightning_grpo.RolloutDataModule",
+}
+"""The class behind each section."""
+
+_MOST_IMPORTS = 20
+_NO_BASES = ("ABC", "Generic", "Protocol", "object")
+
+
+def refuse_at_once(settings: Setting, roots: Mapping[str, str] = ROOTS) -> None:
+    """Refuse what is known to be wrong without an import of torch.
+
+    Args:
+        settings: Everything that was written.
+        roots: The import path of the class behind each section.
+
+    Raises:
+        ConfigProblem: The first setting that does not fit.
+    """
+    for section, path in roots.items():
+        accepted = arguments_of(path)
+        setting = settings.value.get(section)
+        if setting is not None:
+            _check(section, setting, accepted, path, is_root=True)
+        elif accepted is not None and any(a.required for a in accepted.values()):
+            raise ConfigProblem(section, "is missing", "", NO_CONFIG)
+
+
+def refuse_missing_prompts(settings: Setting, configs: Sequence[tuple[str, Path]]) -> None:
+    """Refuse prompts of a file that is not there.
+
+    Args:
+        settings: Everything that was written.
+        configs: (name as given, path) of each config, beside which it may lie.
+
+    Raises:
+        ConfigProblem: Which file.
+    """
+    data = settings.value.get("data")
+    prompts = data.value.get("prompts") if data and isinstance(data.value, dict) else None
+    if prompts is None:
+        return
+    each = {f"data.{DATASETS[0]}": prompts}
+    if holds_datasets(prompts):
+        each = {f"data.{DATASETS[0]}.{name}": one for name, one in prompts.value.items()}
+    for key, setting in each.items():
+        if isinstance(setting.value, dict):
+            key, setting = f"{key}.path", setting.value.get("path", setting)
+        if not isinstance(setting.value, str):
+            continue
+        try:
+            refuse_missing(setting.value)
+        except ConfigError as error:
+            beside = [p.parent / setting.value for _, p in configs]
+            there = next((str(file) for file in beside if file.is_file()), None)
+            way_out = f"beside the config there is one: `{there}`" if there else error.way_out
+            raise ConfigProblem(key, error.sentence, setting.where, way_out) from error
+
+
+def _check(
+    key: str,
+    setting: Setting,
+    accepted: Mapping[str, Argument] | None,
+    path: str,
+    is_root: bool = False,
+) -> None:
+    """Hold a setting, and what stands in it, against what its class takes."""
+    written = setting.value
+    if isinstance(written, list):
+        for index, each in enumerate(written):
+            _check(f"{key}[{index}]", each, None, "")
+        return
+    if not isinstance(written, dict):
+        return
+    class_path = written.get("class_path")
+    if class_path is not None and isinstance(class_path.value, str):
+        path = class_path.value
+        package, _, name = path.rpartition(".")
+        if package == "lightning_grpo" and name not in lightning_grpo.__all__:
+            _import(key, class_path)
+        _require_module(key, class_path)
+        accepted = arguments_of(path)
+        if accepted is not None:
+            # What the caller supplies (`params` of an optimizer) is no setting that is missing.
+            check_init_args(key, path, _parameters(accepted, False), setting, written)
+    elif accepted is not None:
+        name = path.rpartition(".")[2]
+        # Of a part a default may hold what its class asks for.
+        check_arguments(key, name, _parameters(accepted, is_root), setting, written)
+    _check_inner(key, written, accepted or {})
+
+
+def _check_inner(
+    key: str, written: Mapping[str, Setting], accepted: Mapping[str, Argument]
+) -> None:
+    for name, value in written.items():
+        if name == "init_args" and isinstance(value.value, dict):
+            _check_inner(f"{key}.init_args", value.value, accepted)
+            continue
+        inner = accepted[name].kind() if name in accepted else None
+        if name in accepted and accepted[name].names_functions():
+            _require_module(f"{key}.{name}", value)
+        _check(f"{key}.{name}", value, arguments_of(inner) if inner else None, inner or "")
+
+
+def _require_module(key: str, setting: Setting) -> None:
+    """Refuse import paths into modules that are not there; nothing that is there is imported."""
+    written = setting.value
+    if isinstance(written, list):
+        for index, each in enumerate(written):
+            _require_module(f"{key}[{index}]", each)
+    elif isinstance(written, dict) and "class_path" not in written:
+        for name, each in written.items():
+            _require_module(f"{key}.{name}", each)
+    elif isinstance(written, str):
+        top, dot, _ = written.partition(".")
+        if dot and top.isidentifier() and top not in sys.modules and not find_spec(top):
+            _import(key, setting)
+
+
+def _import(key: str, setting: Setting) -> None:
+    """Fail to, as the parser would."""
+    try:
+        import_object(setting.value)
+    except ConfigProblem as error:
+        raise ConfigProblem(key, error.rule, setting.where, error.way_out) from error
+
+
+def _parameters(accepted: Mapping[str, Argument], required: bool) -> Parameters:
+    return Parameters({n: Parameter(Any, required and a.required) for n, a in accepted.items()})
+
+
+# -- what stands in a source ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a constructor, as its source has it.
+
+    Attributes:
+        required: Whether it has no default.
+        annotation: Its type, not evaluated.
+        module: Where that stands.
+    """
+
+    required: bool
+    annotation: ast.expr | None
+    module: str
+
+    def kind(self) -> str | None:
+        """The import path of the one dataclass that it may be; None where it is anything else."""
+        members = list(_members(self.module, self.annotation))
+        classes = [each for each in members if not _is_null(each[1])]
+        module, node = classes[0] if len(classes) == 1 else ("", None)
+        if not isinstance(node, ast.ClassDef) or _dataclass(node) is None:
+            return None
+        return f"{module}.{node.name}"
+
+    def names_functions(self) -> bool:
+        """Whether its texts can be nothing but import paths of functions."""
+        found = (node for _, node in _members(self.module, self.annotation))
+        members = [node for node in found if isinstance(node, ast.expr)]
+        plain = [each for each in members if isinstance(each, ast.Name | ast.Attribute)]
+        return any(_is_named(each, ("Callable",)) for each in members) and not plain
+
+
+Arguments = dict[str, Argument]
+
+
+def arguments_of(path: str) -> Arguments | None:
+    """What a class or function accepts; None where its source does not say it for sure.
+
+    Args:
+        path: Its import path.
+    """
+    module, _, name = path.rpartition(".")
+    found = _find(module, name) if module else None
+    return None if found is None else _accepted(*found)
+
+
+def _accepted(module: str, node: ast.AST) -> Arguments | None:
+    if isinstance(node, ast.ClassDef):
+        return _of_class(module, node)
+    return _of_function(module, node, skip=0) if isinstance(node, ast.FunctionDef) else None
+
+
+def _of_class(module: str, node: ast.ClassDef) -> Arguments | None:
+    defined = {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
+    options = _dataclass(node)
+    if "__init__" in defined:
+        return _of_function(module, defined["__init__"], skip=1)
+    if options is not None:
+        return None if "init" in options else _all_fields(module, node)
+    bases = list(_bases(module, node))
+    made_otherwise = node.keywords or node.decorator_list or "__new__" in defined
+    if made_otherwise or len(bases) > 1 or None in bases:
+        return None
+    return next((_of_class(*base) for base in bases if base), {})
+
+
+def _all_fields(module: str, node: ast.ClassDef) -> Arguments | None:
+    """The fields of a dataclass and of those that it is derived from."""
+    found: Arguments = {}
+    for base in reversed(list(_bases(module, node))):
+        inherited = _all_fields(*base) if base else None
+        if inherited is None:
+            return None
+        found |= inherited
+    return found | (dict(_fields(module, node)) if _dataclass(node) is not None else {})
+
+
+def _bases(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef] | None]:
+    """The classes that a class is derived from; None for one that is not found."""
+    for base in node.bases:
+        if _is_named(base, _NO_BASES):
+            continue
+        found = _find(module, base.id) if isinstance(base, ast.Name) else None
+        is_class = found is not None and isinstance(found[1], ast.ClassDef)
+        yield found if is_class else None  # type: ignore[misc]
+
+
+def _of_function(module: str, node: ast.FunctionDef, skip: int) -> Arguments | None:
+    given = node.args
+    if given.kwarg is not None:
+        return None
+    positional = [*given.posonlyargs, *given.args]
+    optional = {each.arg for each in positional[len(positional) - len(given.defaults) :]}
+    pairs = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    optional |= {each.arg for each, default in pairs if default is not None}
+    return {
+        each.arg: Argument(each.arg not in optional, each.annotation, module)
+        for each in [*positional[skip:], *given.kwonlyargs]
+    }
+
+
+def _dataclass(node: ast.ClassDef) -> list[str] | None:
+    """The options that a class is made a dataclass with; None where it is none."""
+    for each in node.decorator_list:
+        call = each if isinstance(each, ast.Call) else None
+        if _is_named(call.func if call else each, ("dataclass",)):
+            return [option.arg or "" for option in call.keywords] if call else []
+    return None
+
+
+def _fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
+    for each in node.body:
+        if not isinstance(each, ast.AnnAssign) or not isinstance(each.target, ast.Name):
+            continue
+        kind = each.annotation.value if isinstance(each.annotation, ast.Subscript) else None
+        options: dict[str | None, ast.expr] = {}
+        is_field = isinstance(each.value, ast.Call) and _is_named(each.value.func, ("field",))
+        if is_field and isinstance(each.value, ast.Call):
+            options = {option.arg: option.value for option in each.value.keywords}
+        if _is_named(kind or each.annotation, ("ClassVar", "KW_ONLY")) or "init" in options:
+            continue
+        has_default = not options.keys().isdisjoint(("default", "default_factory"))
+        required = not has_default if is_field else each.value is None
+        yield each.target.id, Argument(required, each.annotation, module)
+
+
+def _is_named(node: ast.expr, names: Sequence[str]) -> bool:
+    """Whether it is one of these names, also behind a module's or with a type in brackets."""
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    last = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+    return last in names
+
+
+def _members(module: str, annotation: ast.expr | None) -> Iterator[tuple[str, ast.AST]]:
+    """The members of `A | B`, each with where it stands; names are looked up as far as known."""
+    if isinstance(annotation, ast.BinOp):
+        yield from _members(module, annotation.left)
+        yield from _members(module, annotation.right)
+    elif isinstance(annotation, ast.Name) and (found := _find(module, annotation.id)) is not None:
+        place, node = found
+        yield from _members(place, node) if isinstance(node, ast.expr) else [found]
+    elif annotation is not None:
+        yield module, annotation
+
+
+def _is_null(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def _find(module: str, name: str, imports: int = 0) -> tuple[str, ast.AST] | None:
+    """Where a name of a module is defined, through the modules that it is imported from.
+
+    Returns:
+        (module, a class, a function or what is assigned to it); None where that isn't sure.
+    """
+    file = _file(module)
+    if file is None or imports > _MOST_IMPORTS:
+        return None
+    found: list[tuple[str, ast.AST] | None] = []
+    for node in _statements(_tree(file, file.stat().st_mtime_ns)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            found.append((module, node))
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    source = _absolute(module, file, node)
+                    found.append(_find(source, alias.name, imports + 1))
+        elif isinstance(node, ast.Assign) and name in _bound(node):
+            found.append((module, node.value))
+    return found[0] if len(found) == 1 else None
+
+
+def _bound(node: ast.Assign) -> list[str]:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)]
+
+
+def _absolute(module: str, file: Path, node: ast.ImportFrom) -> str:
+    """The module that a statement imports from."""
+    if not node.level:
+        return node.module or ""
+    up = node.level - (file.name == "__init__.py")
+    package = module.split(".")
+    return ".".join([*package[: len(package) - up], *filter(None, [node.module])])
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.stmt]:
+    """What runs when a module is imported, also below `if` and `try`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If | ast.Try | ast.ExceptHandler):
+            yield from _statements(node)
+        elif isinstance(node, ast.stmt):
+            yield node
+
+
+@cache
+def _tree(file: Path, changed_ns: int) -> ast.Module:
+    """A source, parsed once for as long as it stays as it is."""
+    try:
+        return ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
+def _file(module: str) -> Path | None:
+    """A module's source, found without importing the packages that it is in."""
+    top, *rest = module.split(".")
+    found = PathFinder.find_spec(top) if top else None
+    if found is None or found.origin is None:
+        return None
+    file = Path(found.origin)
+    for part in rest:
+        below = (file.parent / part / "__init__.py", file.parent / f"{part}.py")
+        inner = [each for each in below if each.is_file()]
+        if file.name != "__init__.py" or not inner:
+            return None
+        file = inner[0]
+    return file if file.suffix == ".py" else None
