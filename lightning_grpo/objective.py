@@ -17,6 +17,7 @@ from lightning_grpo.algorithm.losses import (
     TokenMean,
 )
 from lightning_grpo.algorithm.metrics import Metrics, Sum, masked_mean, merge, mismatch_metrics
+from lightning_grpo.algorithm.routing import Replay
 from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.loader import Minibatch, Rollout, on_device, token_rows
 
@@ -114,7 +115,8 @@ class Objective:
 
         Without a correction that is the behavior policy; with one the proximal policy, which is
         scored in the same micro-batches as training, or, if there is one step only, is the policy
-        itself, detached. A KL penalty's reference is scored here, too.
+        itself, detached. A KL penalty's reference is scored here, too, which is a model of its own:
+        its routers choose for themselves.
 
         Args:
             policy: A `PackedPolicy`, before the first step.
@@ -125,7 +127,7 @@ class Objective:
         """
         if self.kl is not None:
             assert reference is not None, "a KL penalty needs its reference policy"
-            rollout.reference_logprobs = score(reference, rollout, device)
+            rollout.reference_logprobs = score(reference, rollout, device, replays=False)
         if self.correction is None:
             rollout.proximal_logprobs = rollout.sequences.behavior_logprobs
         elif steps > 1:
@@ -152,14 +154,17 @@ class Objective:
             token_loss: Takes the place of `loss` (a subclass's hook).
         """
         host = minibatch.micro_batch(k)
-        batch = on_device(host, device)
+        replay = None if host.routes is None else Replay(host.routes)
+        batch = on_device(replace(host, routes=None), device)
         logprobs, entropy = policy(
             host.input_ids,
             host.cu_seqlens,
             batch.temperature,
             with_entropy=True,
             positions_mask=host.loss_mask,
+            **_replayed(replay),
         )
+        replayed = {} if replay is None else replay.metrics()
         if not self.entropy_coefficient:
             entropy = entropy.detach()
         if minibatch.pass_index == 0 and minibatch.rollout.plans[minibatch.index][k]:
@@ -173,15 +178,24 @@ class Objective:
             kl=self.kl,
             entropy_coefficient=self.entropy_coefficient,
         )
-        metrics["policy/loss"] = Sum(loss.detach())
+        metrics |= {"policy/loss": Sum(loss.detach()), **replayed}
         if minibatch.is_first:
             metrics.update(mismatch_metrics(logprobs, batch, minibatch.rollout.version))
         return loss, metrics
 
 
 @torch.no_grad()
-def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
-    """Logprobs of this rank's share under `policy`, `[share tokens]`, in training's own passes."""
+def score(
+    policy: nn.Module, rollout: Rollout, device: torch.device, replays: bool = True
+) -> Tensor:
+    """Logprobs of this rank's share under `policy`, `[share tokens]`, in training's own passes.
+
+    Args:
+        policy: A `PackedPolicy`.
+        rollout: The share.
+        device: Where it is computed.
+        replays: Whether tokens go through the experts that servers chose, where they are known.
+    """
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
     scores = torch.zeros_like(rollout.sequences.behavior_logprobs, dtype=dtype)
     for index, plan in enumerate(rollout.plans):
@@ -193,7 +207,13 @@ def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
                 batch.cu_seqlens,
                 to_device(batch.temperature, device),
                 positions_mask=batch.response_mask,
+                **_replayed(Replay(batch.routes) if replays and batch.routes is not None else None),
             )
             if rows:
                 scores[token_rows(rollout.sequences, rows)] = logprobs.cpu()
     return scores
+
+
+def _replayed(replay: Replay | None) -> dict[str, Replay]:
+    """An argument for a `PackedPolicy`; none for what only looks like one."""
+    return {} if replay is None else {"replay": replay}

@@ -102,6 +102,19 @@ class Replay:
         }
 
 
+@dataclass(frozen=True)
+class RoutersOf:
+    """The routers of a model.
+
+    Attributes:
+        by_layer: Decoder layers that have one, by their number, each with its router.
+        shape: Of what all of them choose.
+    """
+
+    by_layer: dict[int, tuple[nn.Module, nn.Module]]
+    shape: RouterShape
+
+
 class RouterReplay:
     """Has the routers of a model choose what `routes=Replay(...)` says, of each pass by itself.
 
@@ -126,6 +139,21 @@ class RouterReplay:
             hand_over = partial(_hand_over, router, index, routers.shape.experts)
             for part in layer.children():
                 part.register_forward_pre_hook(hand_over, with_kwargs=True)
+
+
+    def require_told(self, replay: Replay, model: str) -> None:
+        """Refuse a model that keeps from its routers what came with a pass.
+
+        Raises:
+            ConfigError: With its name.
+        """
+        if replay.num_told < self.num_routers:
+            raise ConfigError(
+                "router_replay",
+                "needs a model that passes on to its attention what came with a pass",
+                model,
+                _WAY_OUT,
+            )
 
 
 def _hand_over(
@@ -168,17 +196,30 @@ def _replayed(
     return chosen
 
 
-@dataclass(frozen=True)
-class RoutersOf:
-    """The routers of a model.
+class RouteRecorder:
+    """Listens to what the routers of a model choose.
 
-    Attributes:
-        by_layer: Decoder layers that have one, by their number, each with its router.
-        shape: Of what all of them choose.
+    Args:
+        routers: Of a model, which is changed in place.
     """
 
-    by_layer: dict[int, tuple[nn.Module, nn.Module]]
-    shape: RouterShape
+    def __init__(self, routers: RoutersOf) -> None:
+        self._shape = routers.shape
+        self._chosen: dict[int, Tensor] = {}
+        for index, (_, router) in routers.by_layer.items():
+            router.register_forward_hook(partial(self._hear, index))
+
+    def _hear(self, index: int, router: nn.Module, args: Any, output: tuple[Tensor, ...]) -> None:
+        self._chosen[index] = output[2]
+
+    def take(self) -> Tensor:
+        """The experts of the last pass, int32 `[tokens, layers, top_k]`; 0 in layers without."""
+        tokens = len(next(iter(self._chosen.values())))
+        experts = torch.zeros(tokens, self._shape.layers, self._shape.top_k, dtype=torch.int32)
+        for index, chosen in self._chosen.items():
+            experts[:, index] = chosen
+        self._chosen.clear()
+        return experts
 
 
 def routers_of(model: nn.Module) -> RoutersOf:

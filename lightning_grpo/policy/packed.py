@@ -405,21 +405,21 @@ class PackedPolicy(nn.Module):
             with_entropy: Whether to compute entropies too.
             positions_mask: Tokens whose logprobs are wanted (most often `response_mask`), bool
                 `[tokens]`; the others get 0 and cost no logits. None: all.
-            replay: The experts that tokens go through, and what is counted of them; needs
-                `router_replay`. Prompts are shared where their experts are the same, too.
+            replay: The experts that tokens go through, and what is counted of them; nothing
+                without `router_replay`. Prompts are shared where their experts are the same, too.
 
         Returns:
             Logprobs `[tokens]`: entry t is log p(token t | tokens before t), 0 for the first
             token of each sequence. Entropies `[tokens]` of the distributions that the tokens were
             drawn from, laid out alike, or None. Both at least fp32.
         """
+        replay = None if self.router_replay is None else replay
         layout = self._layout(input_ids, cu_seqlens, replay)
         predicted = predicted_positions(layout, positions_mask)
         device = next(self.model.get_input_embeddings().parameters()).device
-        if replay is not None:
-            assert self.router_replay is not None, "the policy was built without `router_replay`"
+        if replay is not None and self.router_replay is not None:
             replay.begin(to_device(replay.experts[layout.unique], device), self.router_replay)
-        return self.score(
+        scored = self.score(
             to_device(input_ids, device),
             layout.to(device),
             to_device(predicted, device),
@@ -427,6 +427,9 @@ class PackedPolicy(nn.Module):
             with_entropy,
             replay,
         )
+        if replay is not None and self.router_replay is not None and not self.compiled:
+            self.router_replay.require_told(replay, type(self.model).__name__)
+        return scored
 
     def score(
         self,
