@@ -183,13 +183,10 @@ class Sequences:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
         """The same on another device."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Sequences(
-            **{
-                name: None if each is None else each.to(device, non_blocking=non_blocking)
-                for name, each in held.items()
-            }
-        )
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, each in held.items():
+            held[name] = None if each is None else each.to(device, non_blocking=non_blocking)
+        return Sequences(**held)
 
 
 def _pack(rows: Sequence[Sequence[Any]], dtype: type[np.generic]) -> Tensor:

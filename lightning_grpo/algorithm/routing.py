@@ -4,10 +4,10 @@ Rollout routing replay (R3, arXiv 2510.11370). In half precision a trainer and a
 experts for a few tokens, and the logprobs of these tokens then differ by far more than rounding.
 With the experts that the server chose the trainer computes what the server did.
 
-All routers of transformers work alike: they score the experts, take the best by `topk`, and weigh
+Routers of transformers work alike: they score the experts, take the best by `topk`, and weigh
 these by what they scored. Only the outcome of `topk` is replaced. Groups, biases, normalization and
-scaling stay the architecture's own, and so does the gradient, which flows through the weights of the
-experts that are taken. A router that works otherwise is found out by trying it, and refused.
+scaling stay the architecture's own, and so does the gradient, which flows through the weights of
+the experts that are taken. A router that works otherwise is found out by trying it, and refused.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ class RoutersOf:
 class RouterReplay:
     """Has the routers of a model choose what `routes=Replay(...)` says, of each pass by itself.
 
-    The routes come to each layer's attention as an argument, as all that belongs to a pass does, and
-    from there to the router behind it. So a layer that is computed again in the backward pass takes
-    the same ones, whether its hooks are run again or not.
+    The routes come to each layer's attention as an argument, as all that belongs to a pass does,
+    and from there to the router behind it. So a layer that is computed again in the backward pass
+    takes the same ones, whether its own hooks are run again or not.
 
     Args:
         model: Changed in place; parameters and names stay.
@@ -133,13 +133,13 @@ class RouterReplay:
         routers = routers_of(model)
         self.shape = routers.shape
         self.num_routers = len(routers.by_layer)
+        router: Any
         for index, (layer, router) in routers.by_layer.items():
             router.given = None
             router.forward = MethodType(_forward, router)
             hand_over = partial(_hand_over, router, index, routers.shape.experts)
             for part in layer.children():
                 part.register_forward_pre_hook(hand_over, with_kwargs=True)
-
 
     def require_told(self, replay: Replay, model: str) -> None:
         """Refuse a model that keeps from its routers what came with a pass.
@@ -187,7 +187,7 @@ def _replayed(
     experts: Tensor, counts: Tensor, num_experts: int, scores: Tensor, own: Tensor
 ) -> Tensor:
     """The experts that are given, the router's own where none are."""
-    if scores.ndim != 2 or scores.shape[1] != num_experts or own.shape != experts.shape:
+    if scores.shape != (len(experts), num_experts) or own.shape != experts.shape:
         return own  # a choice among groups
     known = ((experts >= 0) & (experts < num_experts)).all(1, keepdim=True)
     chosen = torch.where(known, experts, own)
@@ -228,7 +228,8 @@ def routers_of(model: nn.Module) -> RoutersOf:
     Raises:
         ConfigError: It has none, or one whose choice can't be replaced.
     """
-    name, config = type(model).__name__, model.config.get_text_config()
+    of_model: Any = model
+    name, config = type(model).__name__, of_model.config.get_text_config()
     layers = _decoder_layers(model, config.num_hidden_layers)
     found = {i: list(_routers_in(layer)) for i, layer in enumerate(layers)}
     of_layer = {i: routers for i, routers in found.items() if routers}
@@ -242,7 +243,8 @@ def routers_of(model: nn.Module) -> RoutersOf:
     sizes: dict[Any, tuple[int, int]] = {}
     for routers in of_layer.values():
         for router in routers:
-            kind = (type(router), *(p.shape for p in router.parameters()), vars(router).get("top_k"))
+            shapes = (p.shape for p in router.parameters())
+            kind = (type(router), vars(router).get("top_k"), *shapes)
             if kind not in sizes:
                 sizes[kind] = _try(router, config.hidden_size, name)
     if len(set(sizes.values())) > 1 or any(len(routers) > 1 for routers in of_layer.values()):
@@ -308,7 +310,7 @@ def _tried(router: nn.Module, hidden: Tensor) -> tuple[int, int] | None:
         return weights, experts
 
     wanted = list(inspect.signature(type(router).forward).parameters)[2:]
-    linear = max((p for p in router.parameters() if p.ndim == 2), key=Tensor.numel)
+    linear = max(router.parameters(), key=Tensor.numel)
     more = [torch.zeros(len(linear))] * len(wanted)  # biases of the choice
     weights, own = forward(watch)
     scores, taken = choices[-1]

@@ -374,7 +374,7 @@ class ModelRunner:
         capture = PrefillCapture()
         last = (torch.arange(len(prompts)), torch.tensor(lengths) - 1)
         logits = self._forward(ids, capture, last)
-        routes = self.take_routes() or [None] * len(prompts)
+        routes: Sequence[Tensor | None] = self.take_routes() or [None] * len(prompts)
         return [
             PromptState(
                 capture.prompt(row, length),
@@ -391,7 +391,7 @@ class ModelRunner:
         capture = PrefillCapture()
         logits = self._forward(ids, capture, (torch.zeros_like(wanted), wanted))
         scores = logits[:-1].log_softmax(-1).gather(-1, ids[0, start + 1 :, None])[:, 0]
-        (routes,) = self.take_routes() or [None]
+        routes = next(iter(self.take_routes()), None)
         return PromptState(capture.prompt(0, len(prompt)), logits[-1].clone(), routes), scores
 
     def decode(self, slots: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -237,9 +237,7 @@ class PackedLayout:
         return buckets, rows.to(self.cu_seqlens.device)
 
 
-def shared_prefixes(
-    input_ids: Tensor, cu_seqlens: Tensor, experts: Tensor | None = None
-) -> Tensor:
+def shared_prefixes(input_ids: Tensor, cu_seqlens: Tensor, experts: Tensor | None = None) -> Tensor:
     """For each token the first one with the same past, among sequences that stand in a row.
 
     Token p of sequence i stands for token p of sequence i - 1 if both begin with the same p + 1

@@ -395,8 +395,8 @@ class PackedPolicy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Logprobs under softmax(logits / temperature), as the servers report them.
 
-        Ids, bounds, mask and routes are best in host memory: where sequences start and what they share is
-        then known without a wait for the GPU.
+        Ids, bounds, mask and experts are best in host memory: where sequences start and what they
+        share is then known without a wait for the GPU.
 
         Args:
             input_ids: int64 `[tokens]`.

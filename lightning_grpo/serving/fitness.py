@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError
 from lightning_grpo.serving.client import ModelInfo, ServerClient, ServerInfo
+from lightning_grpo.types import RouterShape
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class Requirements:
         architecture: Class of the trainer's model, as its config names it.
         shape: Its sizes, by their names in the config.
         sample: A text, and its ids by the trainer's tokenizer.
+        routes: What the model's routers choose, where completions must come with it.
     """
 
     run_id: str
@@ -121,6 +123,7 @@ class Requirements:
     architecture: str | None = None
     shape: Mapping[str, int] = field(default_factory=dict)
     sample: tuple[str, tuple[int, ...]] | None = None
+    routes: RouterShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ async def verify_server(client: ServerClient, requirements: Requirements) -> Ser
     _check_length(client.url, info, requirements.max_tokens)
     _check_vocabulary(client.url, info, model, requirements.vocab_size)
     _check_architecture(client.url, model, requirements)
+    _check_routes(client.url, info, requirements.routes)
     await _check_tokenizer(client, model, requirements.sample)
     return ServerFacts(dialect, info, model)
 
@@ -251,6 +255,15 @@ def _check_architecture(url: str, model: ModelInfo, requirements: Requirements) 
         raise ConfigError(
             f"{url} serves {model.model_path!r}, another model than the trainer's:"
             f" {', '.join(differing)}. Start the server with the model that is trained."
+        )
+
+
+def _check_routes(url: str, info: ServerInfo, routes: RouterShape | None) -> None:
+    if routes is not None and not info.enable_return_routed_experts:
+        raise ConfigError(
+            f"`router_replay` needs servers that say which experts tokens went through, and {url}"
+            " was not started for it. Start it with `--enable-return-routed-experts`, or leave"
+            " `router_replay` out."
         )
 
 

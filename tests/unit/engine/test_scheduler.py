@@ -40,6 +40,7 @@ class CountingRunner:
 
     def __init__(self, inner: ModelRunner) -> None:
         self.inner = inner
+        self.records = False
         self.vocab_size = inner.vocab_size
         self.context_length = inner.context_length
         self.prefilled: list[list[int]] = []
