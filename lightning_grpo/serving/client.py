@@ -156,6 +156,7 @@ class ServerInfo(msgspec.Struct):
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
     enable_return_routed_experts: bool | None = None
+    disable_overlap_schedule: bool | None = None
 
     @property
     def precision(self) -> str:
