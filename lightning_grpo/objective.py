@@ -172,10 +172,11 @@ class Objective:
             positions_mask=host.loss_mask,
             **_replayed(replay),
         )
-        replayed = {} if replay is None else replay.metrics()
+        is_filler = not minibatch.rollout.plans[minibatch.index][k]
+        replayed = {} if replay is None else replay.metrics(nothing=is_filler)
         if not self.entropy_coefficient:
             entropy = entropy.detach()
-        if minibatch.pass_index == 0 and minibatch.rollout.plans[minibatch.index][k]:
+        if minibatch.pass_index == 0 and not is_filler:
             minibatch.rollout.policy_logprobs.setdefault((minibatch.index, k), logprobs.detach())
         loss, metrics = minibatch_loss(
             logprobs,

@@ -93,11 +93,15 @@ class Replay:
         self.counts = torch.zeros(2, dtype=torch.int64, device=experts.device)
         self.num_choices = len(experts) * routers.num_routers
 
-    def metrics(self) -> Metrics:
-        """`moe/...`, over the choices of one pass; to be read before its backward."""
-        replayed, rerouted = self.counts.unbind()
+    def metrics(self, nothing: bool = False) -> Metrics:
+        """`moe/...`, over the choices of one pass; to be read before its backward.
+
+        Args:
+            nothing: Whether the pass was over nothing that is trained on.
+        """
+        replayed, rerouted = self.counts.clone().unbind()  # the backward may count again
         return {
-            "moe/replayed": Mean(replayed, self.num_choices),
+            "moe/replayed": Mean(replayed, 0 if nothing else self.num_choices),
             "moe/rerouted": Mean(rerouted, replayed),
         }
 

@@ -190,3 +190,14 @@ def test_what_was_replayed_and_rerouted_is_counted_over_micro_batches(mixture):
     rollout.sequences = replace(rollout.sequences, routes=None)
     _, metrics = objective.micro_batch_loss(mixture, minibatch, 0, CPU)
     assert not any(name.startswith("moe/") for name in metrics)
+
+
+def test_a_filler_counts_nothing_as_not_replayed(mixture):
+    rollout = routed_rollout(mixture)
+    rollout.plans = [[[]]]
+    minibatch = Minibatch(rollout, 0, 0, is_first=True, is_last=True)
+    objective = Objective(GRPOLoss())
+    objective.anchor(mixture, rollout, 1, CPU)
+    _, metrics = objective.micro_batch_loss(mixture, minibatch, 0, CPU)
+    assert {"moe/replayed", "moe/rerouted"} < metrics.keys()  # every rank has the same names
+    assert not any(name.startswith("moe/") for name in values(metrics))
