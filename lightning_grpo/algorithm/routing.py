@@ -240,7 +240,7 @@ def routers_of(model: nn.Module) -> RoutersOf:
     if not of_layer:
         raise ConfigError(
             "router_replay",
-            "needs a mixture of experts whose routers transformers keeps as modules",
+            "needs a mixture of experts whose decoder layers have a router each",
             name,
             "Leave `router_replay` out.",
         )

@@ -168,9 +168,7 @@ def test_a_run_without_replay_neither_asks_for_routes_nor_keeps_any(mixture, tmp
 def test_a_model_without_routers_is_refused_before_servers_start(tiny_model, tmp_path):
     servers = NeverServers()
     with pytest.raises(ConfigError, match=r"`router_replay` needs a mixture of experts"):
-        make_trainer(tmp_path).fit(
-            make_module(tiny_model, router_replay=True), make_data(servers)
-        )
+        make_trainer(tmp_path).fit(make_module(tiny_model, router_replay=True), make_data(servers))
     assert not servers.started
 
 

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_grpo.errors import CheckpointError
+from lightning_grpo.rollout.producer import pack_group, unpack_group
 from lightning_grpo.rollout.records import (
     SCHEMA,
     read_rows,
     trajectory_files,
     write_groups,
 )
-from lightning_grpo.rollout.producer import pack_group, unpack_group
 from lightning_grpo.types import Outcome, RouterShape, Routes
 from tests.fakes.ranks import ROOT
 from tests.fakes.recordings import read_groups
