@@ -171,6 +171,17 @@ def test_an_abort_that_tells_no_experts_leaves_them_to_the_next_reply():
     assert experts_of(partial.completion(decode, spell)) == [5, 6, 7, 0]
 
 
+def test_a_token_that_an_abort_leaves_without_a_logprob_is_sampled_with_new_experts():
+    partial = started()
+    entries = [(-0.5, 3, None), (None, 4, None)]
+    cut = routed_reply([3, 4], 0, 4, "abort", output_token_logprobs=entries)
+    partial.add(cut, SERVER, 0)
+    partial.add(routed_reply([END], 5, 4), SERVER, 0)
+    completion = partial.completion(decode, spell)
+    assert completion.token_ids == (3, END)
+    assert experts_of(completion) == [0, 1, 7]
+
+
 def test_what_is_cut_off_behind_a_stop_string_takes_its_experts_with_it():
     partial = started(stop=("d",))
     partial.add(routed_reply([3, 4], 0, 4, "abort"), SERVER, 0)
