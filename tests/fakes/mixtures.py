@@ -15,7 +15,7 @@ from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import make_model_of
 
 NUM_EXPERTS = 8
-_SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True},
     "qwen2_moe": {"num_experts": 8},
     "mixtral": {"num_local_experts": 8},
@@ -28,7 +28,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 def make_mixture(kind: str, seed: int = 0, **settings: Any) -> Any:
     """Three layers, eight experts each, two for each token; every weight has a value."""
-    model = make_model_of(kind, seed, **{"num_hidden_layers": 3, **_SETTINGS[kind], **settings})
+    model = make_model_of(kind, seed, **{"num_hidden_layers": 3, **SETTINGS[kind], **settings})
     if next(model.parameters()).device.type != "meta":
         generator = torch.Generator().manual_seed(seed)
         for router in routers(model):

@@ -10,7 +10,14 @@ from lightning_grpo.algorithm.routing import RouteRecorder, routers_of
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import RouterShape, Routes
 from tests.fakes.causal_models import make_causal_model, make_model_of
-from tests.fakes.mixtures import FORMULAS, MIXTURES, make_mixture, replaying, routers
+from tests.fakes.mixtures import (
+    FORMULAS,
+    MIXTURES,
+    SETTINGS,
+    make_mixture,
+    replaying,
+    routers,
+)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -36,6 +43,14 @@ def test_the_shape_of_the_routers_is_found_without_values(kind):
     dense = 1 if kind.startswith("deepseek") else 0
     assert found.shape == RouterShape(layers=3, top_k=2, experts=8)
     assert list(found.by_layer) == list(range(dense, 3))
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_model_as_wide_and_with_as_many_experts_as_real_ones_is_taken(kind):
+    (name,) = SETTINGS[kind].keys() & {"num_experts", "num_local_experts", "n_routed_experts"}
+    with torch.device("meta"):
+        model = make_mixture(kind, hidden_size=4096, num_experts_per_tok=8, **{name: 256})
+    assert routers_of(model).shape == RouterShape(layers=3, top_k=8, experts=256)
 
 
 def test_a_recorder_tells_what_each_layer_chose_and_nothing_of_layers_without_experts():
