@@ -372,6 +372,13 @@ class GRPOModule(EvaluatedModule):
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Begin an optimizer step, which may evaluate the loss several times."""
         check_sized(self.trainer)
+        if self.router_replay and batch.rollout.sequences.routes is None:
+            raise ConfigError(
+                "router_replay",
+                "needs trajectories with `routes`, and none of the batch has any",
+                way_out="Give those of the completions on in the workflow, as `EpisodeRecord` does;"
+                " a recording has them where its run had `router_replay`. Or leave it out.",
+            )
         self._is_evaluated = False
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:

@@ -284,6 +284,9 @@ def _try(router: nn.Module, hidden_size: int, model: str) -> tuple[int, int]:
     with torch.device("cpu"):
         twin = copy.deepcopy(router).to_empty(device="cpu").float().eval()
         for values in (*twin.parameters(), *twin.buffers()):
+            values.zero_()
+            if not values.is_floating_point():
+                continue  # a table of routes that don't follow from scores
             # Scores of about 1, so that no expert's weight is too small for fp32.
             values.normal_(std=hidden_size**-0.5, generator=generator)
         hidden = torch.randn(_TRIED, hidden_size, generator=generator)

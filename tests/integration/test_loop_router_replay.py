@@ -163,6 +163,8 @@ def test_a_recording_is_replayed_with_its_experts_on_one_rank_and_sharded_over_t
 def test_a_run_without_replay_neither_asks_for_routes_nor_keeps_any(mixture, tmp_path):
     fit(tmp_path, make_module(mixture))
     assert {trajectory.routes for trajectory in recorded(tmp_path)} == {None}
+    with pytest.raises(ConfigError, match="`router_replay` needs trajectories with `routes`"):
+        replay(mixture, tmp_path / "again")
 
 
 def test_a_model_without_routers_is_refused_before_servers_start(tiny_model, tmp_path):

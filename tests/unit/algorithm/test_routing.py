@@ -74,6 +74,10 @@ REFUSED = {
         lambda: make_mixture("deepseek_v2", topk_method="group_limited_greedy", n_group=4),
         "DeepseekV2TopkRouter",
     ),
+    "routes that are looked up by the token": (
+        lambda: make_model_of("deepseek_v4", num_hash_layers=1),
+        "DeepseekV4.*Router",
+    ),
     "layers that are no blocks": (lambda: make_model_of("jetmoe"), "JetMoeForCausalLM"),
 }
 
