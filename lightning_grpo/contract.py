@@ -74,6 +74,7 @@ class Trained(Protocol):
     max_tokens_per_microbatch: int
     gradient_checkpointing: bool
     compiles: bool
+    router_replay: bool
     lora: object | None
     kl: KLPenalty | None
     truncation: Truncation

@@ -263,18 +263,22 @@ class RolloutDataModule(L.LightningDataModule):
 
     # -- without a Trainer (Fabric) -------------------------------------------------------------
 
-    def start(self, model_path: str, run_dir: str | Path = "runs/fabric") -> None:
+    def start(
+        self, model_path: str, run_dir: str | Path = "runs/fabric", router_replay: bool = False
+    ) -> None:
         """Check, then start servers and rollouts; for programs that have no Trainer.
 
         Args:
             model_path: Hub id, folder or `shipped:NAME`, the same that is trained.
             run_dir: Where logs and weights go.
+            router_replay: Whether completions come with the experts that their tokens went
+                through, for a `PackedPolicy(router_replay=True)`.
         """
         model_path = resolve_path(model_path)
         contract.check_engine(self.servers, model_path)
         channel = self._own_folder(lambda: hold_folder(Path(run_dir)))
         try:
-            self.session = open_session(self.settings_for(model_path), channel)
+            self.session = open_session(self.settings_for(model_path, router_replay), channel)
         except BaseException:
             self.close()
             raise
@@ -346,7 +350,8 @@ class RolloutDataModule(L.LightningDataModule):
         """Where rollouts come from under a Trainer; a collective."""
         module: Trained = trainer.lightning_module  # type: ignore[assignment]
         module.truncation.check(self.workflow.sampling)
-        return open_session(self.settings_for(module.model_path), channel)
+        replays = module.router_replay and contract.is_fitting(trainer)
+        return open_session(self.settings_for(module.model_path, replays), channel)
 
     def _own_folder(self, hold: Callable[[], FolderLock]) -> RankChannel:
         """Join the ranks, and have rank 0 take the run's folder; a collective."""
@@ -383,8 +388,13 @@ class RolloutDataModule(L.LightningDataModule):
             )
         return self.session
 
-    def settings_for(self, model_path: str) -> SessionSettings:
-        """What a session of this model needs to know; `run_dir` must be set."""
+    def settings_for(self, model_path: str, router_replay: bool = False) -> SessionSettings:
+        """What a session of this model needs to know; `run_dir` must be set.
+
+        Args:
+            model_path: Hub id or folder.
+            router_replay: Whether servers must say which experts tokens went through.
+        """
         assert self.run_dir is not None
         overridden = type(self).make_prompt is not RolloutDataModule.make_prompt
         return SessionSettings(
@@ -405,6 +415,7 @@ class RolloutDataModule(L.LightningDataModule):
             seed=next(iter(self.prompts.values())).seed,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             training_bytes=self._training_bytes if contract.is_fitting(self.trainer) else None,
+            router_replay=router_replay,
             on_event=self.on_event,
         )
 

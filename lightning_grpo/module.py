@@ -1,4 +1,4 @@
-"""GRPOModule, and the reference policy of a KL penalty."""
+"""GRPOModule: the model, its loss and its optimizer, as Lightning trains them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 import inspect
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed.channel import reduced
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import Minibatch, Prepared
-from lightning_grpo.objective import Objective
+from lightning_grpo.objective import Objective, ReferencePolicy
 from lightning_grpo.policy.attention import longest_steady
-from lightning_grpo.policy.check import check_architecture, check_reference, check_two_passes
+from lightning_grpo.policy.check import check_architecture, check_two_passes
 from lightning_grpo.policy.load import (
     checkpoint_activations,
     export_policy,
@@ -53,95 +53,13 @@ from lightning_grpo.policy.load import (
     load_tokenizer,
     materialize_from_folder,
 )
-from lightning_grpo.policy.lora import LoRA, WithoutAdapter, export_adapter
+from lightning_grpo.policy.lora import LoRA, export_adapter
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import forget_foreign_paths, require_own_weights
-from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, gradient_sync, reshard
+from lightning_grpo.strategies.fsdp2 import gradient_sync, reshard
 from lightning_grpo.validation import EvaluatedModule
 from lightning_grpo.weights.gather import gather_weights
-
-
-class ReferencePolicy:
-    """Holds the reference from the first rollout batch on.
-
-    It is no `nn.Module`, so that a module may hold it without training, sharding or saving it.
-
-    Args:
-        kl: The penalty that asks for it; None: there is none.
-        model: What is trained, the reference where the penalty names no other.
-        model_kwargs: For `from_pretrained`.
-        has_adapter: Whether what is trained is an adapter: then the model below it is there
-            already, and nothing is loaded.
-    """
-
-    def __init__(
-        self,
-        kl: KLPenalty | None,
-        model: str,
-        model_kwargs: dict[str, Any],
-        has_adapter: bool = False,
-    ) -> None:
-        self._kl = kl
-        self._path = (kl.reference if kl is not None else None) or model
-        self._model = model
-        self._model_kwargs = model_kwargs
-        self._is_base = has_adapter and kl is not None and kl.reference is None
-        self._policy: PackedPolicy | None = None
-
-    def check(self) -> None:
-        """Refuse a reference of another model that can't score packed sequences.
-
-        Raises:
-            ConfigError: Why not, and what to use instead.
-        """
-        if self._kl is not None and self._kl.reference is not None:
-            check_reference(resolve_path(self._path), resolve_path(self._model), self._model_kwargs)
-
-    @contextmanager
-    def on(
-        self, policy: nn.Module, device: torch.device, strategy: object = None
-    ) -> Iterator[nn.Module | None]:
-        """The reference, ready to score while the context is open; None without a penalty.
-
-        Under FSDP2Strategy it is sharded as the policy is, and entering is a collective.
-
-        Args:
-            policy: What is trained.
-            device: Where it computes.
-            strategy: The Trainer's.
-        """
-        if self._kl is None:
-            yield None
-        elif self._is_base:
-            yield WithoutAdapter(policy)
-        else:
-            offload = self._kl.offload and device.type != "cpu"
-            sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
-            if self._policy is None:
-                self._policy = self._load(device, sharding, offload)
-            if sharding is None:
-                self._policy.to(device)
-            yield self._policy
-            if sharding is not None:
-                reshard(self._policy)  # no backward comes that would do it
-            elif offload:
-                self._policy.to("cpu")
-
-    def _load(
-        self, device: torch.device, sharding: FSDP2Strategy | None, offload: bool
-    ) -> PackedPolicy:
-        path, meta = resolve_path(self._path), sharding is not None
-        model = load_policy(path, meta=meta, model_kwargs=self._model_kwargs)
-        policy = PackedPolicy(model).requires_grad_(False)
-        if sharding is not None:
-            sharding.shard(policy, offload)
-            home = torch.device("cpu") if offload else device
-            materialize_from_folder(model, path, device=home, model_kwargs=self._model_kwargs)
-            for buffer in policy.buffers():
-                buffer.data = buffer.data.to(device)
-        return policy
-
 
 _FINAL: Mapping[str, str] = {
     "training_step": "token_loss",
@@ -187,6 +105,9 @@ class GRPOModule(EvaluatedModule):
         compile: Compile the decoder's blocks, and on GPUs the head, by torch.compile. It
             saves memory and may save time: compare `time/step_s`, after the first steps, which
             take a minute more. Needs a C compiler.
+        router_replay: Send each token of a mixture of experts through the experts that the server
+            chose for it (rollout routing replay, arXiv 2510.11370), where it is known. Its own
+            choice differs for a few tokens, whose logprobs then differ by far more than rounding.
         model_kwargs: Passed to `from_pretrained` (`revision`, `attn_implementation`, ...).
     """
 
@@ -224,6 +145,7 @@ class GRPOModule(EvaluatedModule):
         max_tokens_per_microbatch: int = 16384,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        router_replay: bool = False,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -247,6 +169,7 @@ class GRPOModule(EvaluatedModule):
         self._check_parts()
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile  # `compile` is a method of modules
+        self.router_replay = router_replay
         self._model_kwargs = model_kwargs or {}
         self.policy: PackedPolicy | None = None
         self._step_metrics: set[str] = set()  # that the last step, and rollout batch, logged
@@ -293,7 +216,8 @@ class GRPOModule(EvaluatedModule):
             )
         builds_own = type(self).build_policy is not GRPOModule.build_policy
         if not builds_own and self.policy is None:
-            check_architecture(self.model_path, self._model_kwargs, self._try_out)
+            kwargs, replays = self._model_kwargs, self.router_replay
+            check_architecture(self.model_path, kwargs, self._try_out, replays)
         self._reference.check()
 
     def _try_out(self, model: PreTrainedModel) -> None:
@@ -348,7 +272,8 @@ class GRPOModule(EvaluatedModule):
         if self.policy is None:
             model = self.build_policy()
             self._prepare(model)
-            self.policy = PackedPolicy(model, compiled=self.compiles)
+            replays = self.router_replay
+            self.policy = PackedPolicy(model, compiled=self.compiles, router_replay=replays)
 
     def _prepare(self, model: PreTrainedModel) -> None:
         """What is done to the model once it is built."""
@@ -447,6 +372,13 @@ class GRPOModule(EvaluatedModule):
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Begin an optimizer step, which may evaluate the loss several times."""
         check_sized(self.trainer)
+        if self.router_replay and batch.rollout.sequences.routes is None:
+            raise ConfigError(
+                "router_replay",
+                "needs trajectories with `routes`, and none of the batch has any",
+                way_out="Give those of the completions on in the workflow, as `EpisodeRecord` does;"
+                " a recording has them where its run had `router_replay`. Or leave it out.",
+            )
         self._is_evaluated = False
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -630,6 +562,8 @@ class GRPOModule(EvaluatedModule):
             passes += ", activations computed again in the backward pass"
         if self.compiles:
             passes += ", blocks compiled in the first steps"
+        if self.router_replay:
+            passes += ", through the experts that servers chose"
         return {
             "model": model,
             "loss": f"{self._overridden('token_loss') or self.loss}, clip anchored at {anchor}",

@@ -1,9 +1,11 @@
-"""From a micro-batch to its loss."""
+"""From a micro-batch to its loss, and the reference policy of a KL penalty."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,15 @@ from lightning_grpo.algorithm.losses import (
     TokenMean,
 )
 from lightning_grpo.algorithm.metrics import Metrics, Sum, masked_mean, merge, mismatch_metrics
+from lightning_grpo.algorithm.routing import Replay
 from lightning_grpo.checks import MOST, require_number
 from lightning_grpo.loader import Minibatch, Rollout, on_device, token_rows
+from lightning_grpo.policy.check import check_reference
+from lightning_grpo.policy.load import load_policy, materialize_from_folder
+from lightning_grpo.policy.lora import WithoutAdapter
+from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.shipped import resolve_path
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, reshard
 
 TokenLoss = Callable[[Tensor, MicroBatch], tuple[Tensor, Metrics]]
 
@@ -114,7 +123,8 @@ class Objective:
 
         Without a correction that is the behavior policy; with one the proximal policy, which is
         scored in the same micro-batches as training, or, if there is one step only, is the policy
-        itself, detached. A KL penalty's reference is scored here, too.
+        itself, detached. A KL penalty's reference is scored here, too, which is a model of its own:
+        its routers choose for themselves.
 
         Args:
             policy: A `PackedPolicy`, before the first step.
@@ -125,7 +135,7 @@ class Objective:
         """
         if self.kl is not None:
             assert reference is not None, "a KL penalty needs its reference policy"
-            rollout.reference_logprobs = score(reference, rollout, device)
+            rollout.reference_logprobs = score(reference, rollout, device, replays=False)
         if self.correction is None:
             rollout.proximal_logprobs = rollout.sequences.behavior_logprobs
         elif steps > 1:
@@ -152,17 +162,21 @@ class Objective:
             token_loss: Takes the place of `loss` (a subclass's hook).
         """
         host = minibatch.micro_batch(k)
-        batch = on_device(host, device)
+        replay = None if host.routes is None else Replay(host.routes)
+        batch = on_device(replace(host, routes=None), device)
         logprobs, entropy = policy(
             host.input_ids,
             host.cu_seqlens,
             batch.temperature,
             with_entropy=True,
             positions_mask=host.loss_mask,
+            **_replayed(replay),
         )
+        is_filler = not minibatch.rollout.plans[minibatch.index][k]
+        replayed = {} if replay is None else replay.metrics(nothing=is_filler)
         if not self.entropy_coefficient:
             entropy = entropy.detach()
-        if minibatch.pass_index == 0 and minibatch.rollout.plans[minibatch.index][k]:
+        if minibatch.pass_index == 0 and not is_filler:
             minibatch.rollout.policy_logprobs.setdefault((minibatch.index, k), logprobs.detach())
         loss, metrics = minibatch_loss(
             logprobs,
@@ -173,15 +187,24 @@ class Objective:
             kl=self.kl,
             entropy_coefficient=self.entropy_coefficient,
         )
-        metrics["policy/loss"] = Sum(loss.detach())
+        metrics |= {"policy/loss": Sum(loss.detach()), **replayed}
         if minibatch.is_first:
             metrics.update(mismatch_metrics(logprobs, batch, minibatch.rollout.version))
         return loss, metrics
 
 
 @torch.no_grad()
-def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
-    """Logprobs of this rank's share under `policy`, `[share tokens]`, in training's own passes."""
+def score(
+    policy: nn.Module, rollout: Rollout, device: torch.device, replays: bool = True
+) -> Tensor:
+    """Logprobs of this rank's share under `policy`, `[share tokens]`, in training's own passes.
+
+    Args:
+        policy: A `PackedPolicy`.
+        rollout: The share.
+        device: Where it is computed.
+        replays: Whether tokens go through the experts that servers chose, where they are known.
+    """
     dtype = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
     scores = torch.zeros_like(rollout.sequences.behavior_logprobs, dtype=dtype)
     for index, plan in enumerate(rollout.plans):
@@ -193,7 +216,94 @@ def score(policy: nn.Module, rollout: Rollout, device: torch.device) -> Tensor:
                 batch.cu_seqlens,
                 to_device(batch.temperature, device),
                 positions_mask=batch.response_mask,
+                **_replayed(Replay(batch.routes) if replays and batch.routes is not None else None),
             )
             if rows:
                 scores[token_rows(rollout.sequences, rows)] = logprobs.cpu()
     return scores
+
+
+def _replayed(replay: Replay | None) -> dict[str, Replay]:
+    """An argument for a `PackedPolicy`; none for what only looks like one."""
+    return {} if replay is None else {"replay": replay}
+
+
+class ReferencePolicy:
+    """Holds the reference from the first rollout batch on.
+
+    It is no `nn.Module`, so that a module may hold it without training, sharding or saving it.
+
+    Args:
+        kl: The penalty that asks for it; None: there is none.
+        model: What is trained, the reference where the penalty names no other.
+        model_kwargs: For `from_pretrained`.
+        has_adapter: Whether what is trained is an adapter: then the model below it is there
+            already, and nothing is loaded.
+    """
+
+    def __init__(
+        self,
+        kl: KLPenalty | None,
+        model: str,
+        model_kwargs: dict[str, Any],
+        has_adapter: bool = False,
+    ) -> None:
+        self._kl = kl
+        self._path = (kl.reference if kl is not None else None) or model
+        self._model = model
+        self._model_kwargs = model_kwargs
+        self._is_base = has_adapter and kl is not None and kl.reference is None
+        self._policy: PackedPolicy | None = None
+
+    def check(self) -> None:
+        """Refuse a reference of another model that can't score packed sequences.
+
+        Raises:
+            ConfigError: Why not, and what to use instead.
+        """
+        if self._kl is not None and self._kl.reference is not None:
+            check_reference(resolve_path(self._path), resolve_path(self._model), self._model_kwargs)
+
+    @contextmanager
+    def on(
+        self, policy: nn.Module, device: torch.device, strategy: object = None
+    ) -> Iterator[nn.Module | None]:
+        """The reference, ready to score while the context is open; None without a penalty.
+
+        Under FSDP2Strategy it is sharded as the policy is, and entering is a collective.
+
+        Args:
+            policy: What is trained.
+            device: Where it computes.
+            strategy: The Trainer's.
+        """
+        if self._kl is None:
+            yield None
+        elif self._is_base:
+            yield WithoutAdapter(policy)
+        else:
+            offload = self._kl.offload and device.type != "cpu"
+            sharding = strategy if isinstance(strategy, FSDP2Strategy) else None
+            if self._policy is None:
+                self._policy = self._load(device, sharding, offload)
+            if sharding is None:
+                self._policy.to(device)
+            yield self._policy
+            if sharding is not None:
+                reshard(self._policy)  # no backward comes that would do it
+            elif offload:
+                self._policy.to("cpu")
+
+    def _load(
+        self, device: torch.device, sharding: FSDP2Strategy | None, offload: bool
+    ) -> PackedPolicy:
+        path, meta = resolve_path(self._path), sharding is not None
+        model = load_policy(path, meta=meta, model_kwargs=self._model_kwargs)
+        policy = PackedPolicy(model).requires_grad_(False)
+        if sharding is not None:
+            sharding.shard(policy, offload)
+            home = torch.device("cpu") if offload else device
+            materialize_from_folder(model, path, device=home, model_kwargs=self._model_kwargs)
+            for buffer in policy.buffers():
+                buffer.data = buffer.data.to(device)
+        return policy

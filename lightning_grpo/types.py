@@ -114,6 +114,63 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterShape:
+    """What the routers of a mixture of experts choose.
+
+    Attributes:
+        layers: Decoder layers, those without experts included.
+        top_k: Experts that a token goes through in each.
+        experts: How many there are to choose from.
+    """
+
+    layers: int
+    top_k: int
+    experts: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of an expert's number, of which all bits set is none."""
+        return 1 if self.experts < 1 << 8 else 2
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token's experts in all layers."""
+        return self.layers * self.top_k * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """The experts that a server sent the first tokens of a sequence through.
+
+    Entry `t` is about the pass that read token `t`, so the last token of a completion has none: it
+    was sampled and not read.
+
+    Attributes:
+        experts: `[tokens, layers, top_k]`, unsigned and little-endian, row by row. Layers without
+            experts hold anything.
+        shape: Of a row.
+    """
+
+    experts: bytes
+    shape: RouterShape
+
+    def __len__(self) -> int:
+        """Tokens that have experts."""
+        return len(self.experts) // self.shape.row_bytes
+
+    def first(self, num_tokens: int) -> Routes:
+        """Of the first so many tokens, or all."""
+        return Routes(self.experts[: num_tokens * self.shape.row_bytes], self.shape)
+
+    def then(self, later: Routes) -> Routes:
+        """These, and behind them what a later request of the same tokens knows.
+
+        A token that was read again keeps the experts with which the one behind it was sampled.
+        """
+        return Routes(self.experts + later.experts[len(self.experts) :], self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled continuation, also when it was interrupted and resumed on the way.
 
@@ -124,6 +181,7 @@ class Completion:
         text: Decoded text without special tokens.
         finish_reason: `stop`, `length` or `abort`.
         num_interruptions: How often it was aborted and resubmitted.
+        routes: Experts of prompt and completion, where they were asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -132,6 +190,7 @@ class Completion:
     text: str
     finish_reason: str
     num_interruptions: int = 0
+    routes: Routes | None = None
 
     @property
     def truncated(self) -> bool:
@@ -156,6 +215,7 @@ class Trajectory:
         num_turns: How many completions it holds.
         transcript: All from the first sampled token on, decoded, where there were several turns.
         length_limit: The `max_new_tokens` of the last completion; None where nobody said it.
+        routes: The experts that servers chose for its tokens, where they were asked for.
     """
 
     input_ids: tuple[int, ...]
@@ -170,6 +230,7 @@ class Trajectory:
     num_turns: int = 1
     length_limit: int | None = None
     transcript: str = ""
+    routes: Routes | None = None
 
     @property
     def num_response_tokens(self) -> int:

@@ -64,7 +64,7 @@ class EpisodeRecord:
         Raises:
             RolloutError: The ids at a completion's place are not those that were sampled.
         """
-        length = len(self.input_ids)
+        length, routes = len(self.input_ids), None
         mask, versions = [False] * length, [NO_VERSION] * length
         logprobs = [0.0] * length
         for start, completion in self.completions:
@@ -77,6 +77,8 @@ class EpisodeRecord:
             mask[start:end] = [True] * (end - start)
             logprobs[start:end] = completion.logprobs
             versions[start:end] = completion.versions
+            if completion.routes is not None:  # of all that was told before it, too
+                routes = completion.routes if routes is None else routes.then(completion.routes)
         return Trajectory(
             input_ids=self.input_ids,
             response_mask=tuple(mask),
@@ -88,6 +90,7 @@ class EpisodeRecord:
             truncated=self.last.truncated,
             temperature=temperature,
             num_turns=len(self.completions),
+            routes=routes,
         )
 
 

@@ -91,6 +91,8 @@ class Sequences:
         behavior_logprobs: Under the policy that sampled; 0 outside, fp32 `[tokens]`.
         weight_versions: Weights that sampled the token, int64 `[tokens]`.
         trajectory_index: Row in the `RolloutBatch`, int64 `[sequences]`.
+        routes: The experts that servers chose, uint8 or int16 `[tokens, layers, top_k]`, all bits
+            set where nobody knows; None: nobody asked.
     """
 
     input_ids: Tensor
@@ -100,6 +102,7 @@ class Sequences:
     behavior_logprobs: Tensor
     weight_versions: Tensor
     trajectory_index: Tensor
+    routes: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -134,6 +137,7 @@ class Sequences:
             behavior_logprobs=_pack([t.logprobs for t in trajectories], np.float32),
             weight_versions=_pack([t.versions for t in trajectories], np.int64),
             trajectory_index=torch.tensor(list(index), dtype=torch.int64),
+            routes=_pack_routes(trajectories),
         )
 
     @classmethod
@@ -157,7 +161,11 @@ class Sequences:
         rows at all give `filler()`.
         """
         if len(rows) == 0:
-            return self.filler().to(self.input_ids.device)
+            filler = self.filler()
+            if self.routes is not None:  # each micro-batch counts what it replays
+                unknown = torch.full((2, *self.routes.shape[1:]), -1).to(self.routes.dtype)
+                filler = replace(filler, routes=unknown)
+            return filler.to(self.input_ids.device)
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.cu_seqlens.device)
         tokens = packed_rows(self.cu_seqlens, index)
         starts = torch.zeros(len(index) + 1, dtype=torch.int64, device=index.device)
@@ -170,22 +178,38 @@ class Sequences:
             behavior_logprobs=self.behavior_logprobs[tokens],
             weight_versions=self.weight_versions[tokens],
             trajectory_index=self.trajectory_index[index],
+            routes=None if self.routes is None else self.routes[tokens],
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Sequences:
         """The same on another device."""
-        return Sequences(
-            **{
-                f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-                for f in fields(self)
-            }
-        )
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, each in held.items():
+            held[name] = None if each is None else each.to(device, non_blocking=non_blocking)
+        return Sequences(**held)
 
 
 def _pack(rows: Sequence[Sequence[Any]], dtype: type[np.generic]) -> Tensor:
     # A fifth of what torch.tensor takes of a list: the trainer's GPU waits for it.
     values = np.fromiter(chain.from_iterable(rows), dtype, sum(map(len, rows)))
     return torch.from_numpy(values)
+
+
+def _pack_routes(trajectories: Sequence[Trajectory]) -> Tensor | None:
+    """Of all their tokens, where one of them has any."""
+    shape = next((t.routes.shape for t in trajectories if t.routes is not None), None)
+    if shape is None:
+        return None
+    num_tokens = sum(len(t.input_ids) for t in trajectories)
+    rows = np.full((num_tokens, shape.row_bytes), 255, np.uint8)
+    start = 0
+    for each in trajectories:
+        if each.routes is not None:
+            known = np.frombuffer(each.routes.experts, np.uint8).reshape(-1, shape.row_bytes)
+            rows[start : start + len(known)] = known[: len(each.input_ids)]
+        start += len(each.input_ids)
+    values = rows.view(np.uint8 if shape.width == 1 else np.dtype("<i2"))
+    return torch.from_numpy(values).view(num_tokens, shape.layers, shape.top_k)
 
 
 __all__ = ["Denominators", "MicroBatch", "RolloutBatch", "Sequences"]
@@ -345,6 +369,8 @@ class MicroBatch:
         reference_logprobs: Under the reference policy, where a KL penalty asks for them.
         entropy: Of the policy at each token, where asked for.
         policy_logprobs: The policy being trained, detached; `minibatch_loss` fills it in.
+        routes: The experts that servers chose, as `Sequences` has them, where the router is
+            replayed.
     """
 
     input_ids: Tensor
@@ -361,6 +387,7 @@ class MicroBatch:
     reference_logprobs: Tensor | None = None
     entropy: Tensor | None = None
     policy_logprobs: Tensor | None = None
+    routes: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -391,6 +418,7 @@ class MicroBatch:
             temperature=_per_token(rollout.temperatures, rollout, sequences),
             trajectory_index=index,
             denominators=denominators,
+            routes=sequences.routes,
         )
 
     def with_proximal(self, policy_logprobs: Tensor) -> MicroBatch:

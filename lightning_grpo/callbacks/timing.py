@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import lightning as L
 import psutil
@@ -96,7 +97,7 @@ class StepTimer(Callback):
     def _flops(self, module: L.LightningModule, batch: Minibatch) -> float:
         rollout = batch.rollout
         rows = [row for part in rollout.plans[batch.index] for row in part]
-        share = rollout.sequences.select(rows)
+        share = replace(rollout.sequences, routes=None).select(rows)
         policy: PackedPolicy = module.sharding_root()  # type: ignore[operator]
         return policy.flops(share.lengths.tolist(), int(share.loss_mask.sum()))
 

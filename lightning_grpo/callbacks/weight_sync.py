@@ -45,8 +45,9 @@ class WeightSync(Callback):
             again with what they have, and is exact on every server. `retract` has the server read
             them again: quicker, and exact on the embedded engine and on SGLang from 0.5.19 when
             started with `disable-radix-cache`. `auto` is retract where every server does it
-            exactly, else abort. `in_place` keeps the old weights' keys and values: quickest, and
-            the logprobs behind an update are then those of no version.
+            exactly and no `router_replay` needs what it forgets, else abort. `in_place` keeps the
+            old weights' keys and values: quickest, and the logprobs behind an update are then those
+            of no version.
         release_memory: Servers give their GPU memory back while the trainer steps, and take it
             again for the next publish: for a shared GPU on which both don't fit. Nothing is
             sampled meanwhile; they must have been started with `enable-memory-saver`.

@@ -128,7 +128,7 @@ def prompts(
 ) -> Iterator[CheckResult]:
     """Whether the prompts can be read and rendered; shows the end of the first."""
     data.run_dir = scratch
-    material = open_material(data.settings_for(module.model_path))
+    material = open_material(data.settings_for(module.model_path, module.router_replay))
     opened.append(material)
     held_out = sum(map(len, material.val_prompts.values()))
     yield CheckResult("prompts", "ok", f"{material.num_prompts:,}, and {held_out:,} held out")

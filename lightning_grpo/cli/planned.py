@@ -140,7 +140,7 @@ def _facts_of(run: PlannedCLI, scratch: Path, gpu: str, completion: int | None) 
     data.servers.machine, data.run_dir = run.machine, scratch
     check_gpus(run.training, data.servers.planned_devices if run.training else ())
     setup = training_setup(module, run.trainer, run.ranks, "cuda" if run.training else "cpu")
-    settings = data.settings_for(module.model_path)
+    settings = data.settings_for(module.model_path, module.router_replay)
     material = open_material(settings)
     size, load = model_size(material.config), material.load_of(settings)
     if size is None:

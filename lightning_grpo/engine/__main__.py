@@ -190,7 +190,12 @@ def build(
     engine = EngineThread(Scheduler(runner, tokenizer, limits, options.weight_version), loop)
     end_ids = end_token_ids(model, tokenizer)
     intake = Intake(
-        runner.vocab_size, runner.context_length, end_ids, tokenizer, options.deterministic
+        runner.vocab_size,
+        runner.context_length,
+        end_ids,
+        tokenizer,
+        options.deterministic,
+        runner.has_routers,
     )
     updates = WeightUpdates(engine, ModelWeights(model), options.model)
     server = EngineServer(engine, updates, intake, limits, model, options.api_key)

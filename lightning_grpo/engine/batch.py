@@ -47,6 +47,8 @@ class Request:
         output_logprobs: Their logprobs.
         versions: Names of the weights that sampled them.
         input_logprobs: Logprobs of the prompt's tokens behind `logprob_start`, if asked for.
+        routes: The experts of prompt and output tokens as each was read first, a row for each;
+            where they are asked for.
         cached_tokens: Prompt tokens that were not read again.
         num_retractions: How often it lost its slot.
     """
@@ -58,6 +60,7 @@ class Request:
     output_logprobs: list[float] = field(default_factory=list)
     versions: list[str] = field(default_factory=list)
     input_logprobs: list[float] | None = None
+    routes: list[bytes] = field(default_factory=list)
     cached_tokens: int = 0
     num_retractions: int = 0
 
@@ -65,6 +68,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output together."""
         return len(self.generation.input_ids) + len(self.output_ids)
+
+    def add_routes(self, rows: Tensor, start: int) -> None:
+        """Take the experts of tokens from position `start` on, those that are not known yet."""
+        if self.generation.return_routed_experts:
+            self.routes += [row.numpy().tobytes() for row in rows[len(self.routes) - start :]]
 
     @property
     def only_scores(self) -> bool:
@@ -100,6 +108,15 @@ class Output:
     def logprobs(self) -> list[float]:
         """Their logprobs."""
         return self.request.output_logprobs[: self.num_tokens]
+
+    @property
+    def routes(self) -> bytes:
+        """The experts of all tokens but the newest, which was not read, int32."""
+        return b"".join(self.request.routes[: self._num_read])
+
+    @property
+    def _num_read(self) -> int:
+        return max(0, len(self.request.generation.input_ids) + self.num_tokens - 1)
 
     @property
     def spans(self) -> list[dict[str, Any]]:
@@ -333,6 +350,7 @@ class RunningBatch:
             self._newest = torch.tensor([request.output_ids[-1] for request in self.requests])
         plan = self._plan
         logits = self.runner.decode(self.slots, self._newest, plan.positions - 1)
+        self._record(self.requests, [r.num_tokens - 1 for r in self.requests])
         self._newest = self._sample(0, logits, plan, version)
         plan.positions += 1
 
@@ -359,6 +377,11 @@ class RunningBatch:
             tails = [request.output_ids for request in requests[fresh:]]
             lengths = torch.tensor([state.num_tokens for state in states[fresh:]])
             logits[fresh:] = self.runner.extend(self.slots, tails, lengths, first + fresh)
+        for request, state in placed:
+            if state.routes is not None:
+                request.add_routes(state.routes, 0)
+        again = requests[fresh:]
+        self._record(again, [len(request.generation.input_ids) for request in again])
         self._plan = None
         self._sample(first, logits, SamplingPlan.of(requests), version)
 
@@ -375,6 +398,13 @@ class RunningBatch:
             request.num_retractions += 1
         self._drop(range(len(requests)))
         return requests
+
+    def _record(self, requests: Sequence[Request], starts: Sequence[int]) -> None:
+        """Keep the experts of what some requests had read, from a position of each on."""
+        if self.runner.records:
+            read = zip(requests, self.runner.take_routes(), starts, strict=True)
+            for request, rows, start in read:
+                request.add_routes(rows[: request.num_tokens - start], start)
 
     def _sample(self, first: int, logits: Tensor, plan: SamplingPlan, version: str) -> Tensor:
         requests = self.requests[first:]

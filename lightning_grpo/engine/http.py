@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import resource
 import socket
@@ -244,6 +245,8 @@ def generate_reply(
         meta["output_token_logprobs_length"] = len(token_ids)
     if output.finish_reason is not None:
         meta["weight_versions"] = output.spans
+        if asked.return_routed_experts:
+            meta["routed_experts"] = base64.b64encode(output.routes).decode("ascii")
     return {"text": reply_text(output, tokenizer), "output_ids": token_ids, "meta_info": meta}
 
 
@@ -433,6 +436,7 @@ class EngineServer:
                 "max_total_num_tokens": self.limits.max_total_tokens,
                 "max_req_input_len": self.intake.context_length - 1,
                 "enable_memory_saver": True,
+                "enable_return_routed_experts": self.intake.has_routers,
                 "enable_deterministic_inference": self.limits.deterministic,
                 "tp_size": 1,
                 "dp_size": 1,

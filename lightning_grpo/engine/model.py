@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lightning_grpo._compat import window_in_mask
+from lightning_grpo.algorithm.routing import RouteRecorder, routers_of
 from lightning_grpo.algorithm.scores import ScoreForm, bent_attention, causal_mask
 from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.errors import ConfigError
@@ -157,6 +158,7 @@ class PromptState:
 
     kv: Tensor  # [layers, 2, kv_heads, tokens, head_dim]
     logits: Tensor  # of the token after the prompt, [vocab]
+    routes: Tensor | None = None  # the experts of its tokens, [tokens, layers, top_k]
 
     @property
     def num_tokens(self) -> int:
@@ -330,8 +332,37 @@ class ModelRunner:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.context_length = int(model.config.get_text_config().max_position_embeddings)
         self._positions = torch.arange(self.context_length + 1)
+        self._recorder: RouteRecorder | None = None
+        self._routes: list[Tensor] = []
         self._pick: tuple[Tensor, Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._pick_positions)
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether the model is a mixture whose routers can be listened to."""
+        try:
+            routers_of(self.model)
+        except ConfigError:
+            return False
+        return True
+
+    @property
+    def records(self) -> bool:
+        """Whether the experts of each token are kept for `take_routes`."""
+        return self._recorder is not None
+
+    def record(self) -> None:
+        """Keep the experts from here on."""
+        self._recorder = self._recorder or RouteRecorder(routers_of(self.model))
+
+    def take_routes(self) -> list[Tensor]:
+        """The experts of what was appended since the last call, in its order.
+
+        One int32 `[tokens, layers, top_k]` for each slot and call; behind a slot's own tokens there
+        may be padding.
+        """
+        taken, self._routes = self._routes, []
+        return taken
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptState]:
         """Read prompts, padded on the right to the longest."""
@@ -343,9 +374,14 @@ class ModelRunner:
         capture = PrefillCapture()
         last = (torch.arange(len(prompts)), torch.tensor(lengths) - 1)
         logits = self._forward(ids, capture, last)
+        routes: Sequence[Tensor | None] = self.take_routes() or [None] * len(prompts)
         return [
-            PromptState(capture.prompt(row, length), logits[row].clone())
-            for row, length in enumerate(lengths)
+            PromptState(
+                capture.prompt(row, length),
+                logits[row].clone(),
+                None if chosen is None else chosen[:length],
+            )
+            for row, (length, chosen) in enumerate(zip(lengths, routes, strict=True))
         ]
 
     def score(self, prompt: Sequence[int], start: int) -> tuple[PromptState, Tensor]:
@@ -355,7 +391,8 @@ class ModelRunner:
         capture = PrefillCapture()
         logits = self._forward(ids, capture, (torch.zeros_like(wanted), wanted))
         scores = logits[:-1].log_softmax(-1).gather(-1, ids[0, start + 1 :, None])[:, 0]
-        return PromptState(capture.prompt(0, len(prompt)), logits[-1].clone()), scores
+        routes = next(iter(self.take_routes()), None)
+        return PromptState(capture.prompt(0, len(prompt)), logits[-1].clone(), routes), scores
 
     def decode(self, slots: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Append a token to each of the first slots, which have `lengths`; the next logits.
@@ -413,6 +450,8 @@ class ModelRunner:
             past_key_values=cache,
             use_cache=True,
         )
+        if self._recorder is not None:
+            self._routes += self._recorder.take().unflatten(0, tuple(ids.shape))
         return output.logits[:, 0].float()
 
     def _pick_positions(self, _: torch.nn.Module, args: tuple[Tensor, ...]) -> Tensor | None:

@@ -114,7 +114,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     LACKS: ClassVar[dict[str, Any]] = dict.fromkeys(
         (
             *("input_embeds", "image_data", "audio_data", "video_data", "lora_path"),
-            *("token_ids_logprob", "return_hidden_states", "return_routed_experts"),
+            *("token_ids_logprob", "return_hidden_states"),
             *("return_sampling_mask", "custom_logit_processor", "session_params"),
             *("return_text_in_logprobs", "top_logprobs_num"),
         ),
@@ -128,6 +128,7 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     extra_key: str | list[str] | None = None
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
+    return_routed_experts: bool = False
     stream: bool = False
 
 
@@ -216,6 +217,7 @@ class Generation(SamplingBody, kw_only=True, frozen=True):
         return_logprob: Whether logprobs are in the reply.
         logprob_start: First prompt token of `input_token_logprobs`; None for none.
         extra_key: Prompts are only shared under one key.
+        return_routed_experts: Whether the experts of each token are in the reply.
     """
 
     rid: str
@@ -228,6 +230,7 @@ class Generation(SamplingBody, kw_only=True, frozen=True):
     return_logprob: bool
     logprob_start: int | None
     extra_key: str | None
+    return_routed_experts: bool = False
 
     @property
     def num_positions(self) -> int:
@@ -336,6 +339,7 @@ class Intake:
         end_ids: Tokens that end a completion unless `ignore_eos`.
         tokenizer: For prompts given as text and for stop strings; None if the model has none.
         deterministic: Whether requests without a seed get a fixed one.
+        has_routers: Whether the model is a mixture whose experts can be told.
     """
 
     vocab_size: int
@@ -343,6 +347,7 @@ class Intake:
     end_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase | None
     deterministic: bool = False
+    has_routers: bool = False
 
     def __post_init__(self) -> None:
         known = self.tokenizer.get_vocab() if self.tokenizer else {}
@@ -396,6 +401,11 @@ class Intake:
             strict=True,
         )
         firsts = [self._generation(*each) for each in asked]
+        if body.return_routed_experts:
+            if not self.has_routers:
+                raise BadRequestError("`return_routed_experts` needs a mixture of experts")
+            told = {"return_routed_experts": True}
+            firsts = [msgspec.structs.replace(each, **told) for each in firsts]
         if len({first.rid for first in firsts}) < len(firsts):
             raise BadRequestError(f"`rid` must name each prompt once, got {shorten(body.rid)}")
         if num_samples == 1:

@@ -192,6 +192,10 @@ class Scheduler:
                 raise BadRequestError(
                     f"`rid` must not name a request in flight, got {request.generation.rid!r}"
                 )
+        asks = any(request.generation.return_routed_experts for request in requests)
+        if asks and not self.running.runner.records:
+            self.running.runner.record()
+            self._prompts.forget()  # of those read before nobody knows
         self._held += requests
         self._open()
 

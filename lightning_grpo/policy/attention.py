@@ -147,6 +147,8 @@ class PackedLayout:
         input_ids: int64 `[tokens]`; None shares nothing.
         bounds: The values of `cu_seqlens` where they are known; to read them off a GPU is to wait
             for it.
+        experts: `[tokens, layers, top_k]` that tokens go through: those shared have the same; None:
+            they follow from the tokens.
 
     Attributes:
         cu_seqlens: int32 `[sequences + 1]`.
@@ -164,6 +166,7 @@ class PackedLayout:
         cu_seqlens: Tensor,
         input_ids: Tensor | None = None,
         bounds: Sequence[int] | None = None,
+        experts: Tensor | None = None,
     ) -> None:
         self.cu_seqlens = cu_seqlens.to(torch.int32)
         bounds = cu_seqlens.tolist() if bounds is None else bounds
@@ -179,7 +182,7 @@ class PackedLayout:
             positions = token_positions(cu_seqlens)
             source = tokens = torch.arange(len(positions), device=cu_seqlens.device)
             if input_ids is not None:
-                source = shared_prefixes(input_ids, cu_seqlens)
+                source = shared_prefixes(input_ids, cu_seqlens, experts)
             self.unique, self.unique_of = torch.unique(source, return_inverse=True)
             self.positions = positions[self.unique]
             self.repeats = (self.unique[self.unique_of] != tokens).nonzero().squeeze(1)
@@ -234,11 +237,11 @@ class PackedLayout:
         return buckets, rows.to(self.cu_seqlens.device)
 
 
-def shared_prefixes(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+def shared_prefixes(input_ids: Tensor, cu_seqlens: Tensor, experts: Tensor | None = None) -> Tensor:
     """For each token the first one with the same past, among sequences that stand in a row.
 
     Token p of sequence i stands for token p of sequence i - 1 if both begin with the same p + 1
-    tokens, and so on backward. int64 `[tokens]`.
+    tokens (and go through the same experts), and so on backward. int64 `[tokens]`.
     """
     lengths, starts = cu_seqlens.diff(), cu_seqlens[:-1].long()
     positions = token_positions(cu_seqlens)
@@ -249,6 +252,8 @@ def shared_prefixes(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     differs = (input_ids != input_ids[twin]) | (
         positions >= torch.repeat_interleave(known, lengths)
     )
+    if experts is not None:
+        differs |= (experts != experts[twin]).flatten(1).any(1)
     # Differences so far in this sequence: the running count minus what it was before its start.
     count = differs.long().cumsum(0)
     before_start = torch.cat([count.new_zeros(1), count])[starts]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_grpo.algorithm.routing import Replay
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import load_policy, load_tokenizer
 from lightning_grpo.policy.packed import PackedPolicy
@@ -25,6 +26,7 @@ def check_architecture(
     model: str,
     model_kwargs: dict[str, Any] | None = None,
     adapt: Callable[[PreTrainedModel], None] | None = None,
+    router_replay: bool = False,
 ) -> None:
     """Refuse a model that the packed pass can't compute, by one pass over shapes without values.
 
@@ -32,6 +34,7 @@ def check_architecture(
         model: Hub id or folder.
         model_kwargs: For `from_pretrained`.
         adapt: What is done to the model once it is built (`LoRA.add_to`).
+        router_replay: Whether its routers must take the experts that they are told.
 
     Raises:
         ConfigError: Why it can't be trained, and what to use instead.
@@ -39,10 +42,10 @@ def check_architecture(
     policy = load_policy(model, meta=True, model_kwargs=model_kwargs)
     if adapt is not None:
         adapt(policy)
-    packed = PackedPolicy(policy)
+    packed = PackedPolicy(policy, router_replay=router_replay)
     with torch.device("meta"), torch.no_grad():
         try:
-            packed(torch.zeros(_ROW_TOKENS, dtype=torch.int64))
+            packed(torch.zeros(_ROW_TOKENS, dtype=torch.int64), replay=_no_routes(packed))
         except (TypeError, AttributeError) as error:
             raise ConfigError(
                 f"`model` must take packed sequences, {type(policy).__name__} doesn't: {error}. "
@@ -50,6 +53,14 @@ def check_architecture(
             ) from error
         except (RuntimeError, NotImplementedError):
             pass  # what depends on values (the routes of some mixtures) shows when there are any
+
+
+def _no_routes(packed: PackedPolicy) -> Replay | None:
+    """Routes of which none is known, for a policy that can be told some."""
+    if packed.router_replay is None:
+        return None
+    shape = packed.router_replay.shape
+    return Replay(torch.full((_ROW_TOKENS, shape.layers, shape.top_k), -1))
 
 
 def check_reference(reference: str, model: str, model_kwargs: dict[str, Any] | None = None) -> None:

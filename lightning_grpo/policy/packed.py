@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from lightning_grpo._compat import compile_sparingly, no_split_modules
 from lightning_grpo.algorithm.batch import to_device
+from lightning_grpo.algorithm.routing import Replay, RouterReplay
 from lightning_grpo.checks import require_count
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import (
@@ -359,6 +360,10 @@ class PackedPolicy(nn.Module):
         max_logits: Largest number of logits held at once; None: 2^26 on CPUs, 2^28 (1 GiB) on GPUs.
         share_prefixes: Computes a prompt once for sequences in a row that begin with it.
         compiled: Whether the decoder's blocks, and on GPUs the head, are compiled by torch.compile.
+        router_replay: Whether passes may be told which experts their tokens go through.
+
+    Raises:
+        ConfigError: The model can't be computed on packed sequences, or its routers be told.
     """
 
     def __init__(
@@ -367,6 +372,7 @@ class PackedPolicy(nn.Module):
         max_logits: int | None = None,
         share_prefixes: bool = True,
         compiled: bool = False,
+        router_replay: bool = False,
     ) -> None:
         super().__init__()
         if max_logits is not None:
@@ -382,6 +388,7 @@ class PackedPolicy(nn.Module):
         self.max_logits = max_logits
         self.share_prefixes = share_prefixes
         self.compiled = compiled
+        self.router_replay = RouterReplay(model) if router_replay else None
         if compiled:
             compile_blocks(model)
 
@@ -392,11 +399,12 @@ class PackedPolicy(nn.Module):
         temperature: Tensor | float = 1.0,
         with_entropy: bool = False,
         positions_mask: Tensor | None = None,
+        replay: Replay | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logprobs under softmax(logits / temperature), as the servers report them.
 
-        Ids, bounds and mask are best in host memory: where sequences start and what they share is
-        then known without a wait for the GPU.
+        Ids, bounds, mask and experts are best in host memory: where sequences start and what they
+        share is then known without a wait for the GPU.
 
         Args:
             input_ids: int64 `[tokens]`.
@@ -405,22 +413,31 @@ class PackedPolicy(nn.Module):
             with_entropy: Whether to compute entropies too.
             positions_mask: Tokens whose logprobs are wanted (most often `response_mask`), bool
                 `[tokens]`; the others get 0 and cost no logits. None: all.
+            replay: The experts that tokens go through, and what is counted of them; nothing
+                without `router_replay`. Prompts are shared where their experts are the same, too.
 
         Returns:
             Logprobs `[tokens]`: entry t is log p(token t | tokens before t), 0 for the first
             token of each sequence. Entropies `[tokens]` of the distributions that the tokens were
             drawn from, laid out alike, or None. Both at least fp32.
         """
-        layout = self._layout(input_ids, cu_seqlens)
+        replay = None if self.router_replay is None else replay
+        layout = self._layout(input_ids, cu_seqlens, replay)
         predicted = predicted_positions(layout, positions_mask)
         device = next(self.model.get_input_embeddings().parameters()).device
-        return self.score(
+        if replay is not None and self.router_replay is not None:
+            replay.begin(to_device(replay.experts[layout.unique], device), self.router_replay)
+        scored = self.score(
             to_device(input_ids, device),
             layout.to(device),
             to_device(predicted, device),
             temperature,
             with_entropy,
+            replay,
         )
+        if replay is not None and self.router_replay is not None and not self.compiled:
+            self.router_replay.require_told(replay, type(self.model).__name__)
+        return scored
 
     def score(
         self,
@@ -429,6 +446,7 @@ class PackedPolicy(nn.Module):
         predicted: Tensor,
         temperature: Tensor | float = 1.0,
         with_entropy: bool = False,
+        replay: Replay | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what `forward` returns, for a layout that is known already.
 
@@ -441,8 +459,9 @@ class PackedPolicy(nn.Module):
             predicted: Positions whose logprobs are wanted, as `predicted_positions` gives them.
             temperature: One for all, or fp32 `[tokens]`.
             with_entropy: Whether to compute entropies too.
+            replay: The experts of the unique tokens.
         """
-        hidden = self.hidden_states(input_ids, layout)
+        hidden = self.hidden_states(input_ids, layout, replay)
         per_row, form = _per_row(temperature, predicted, hidden), self.logit_form
         logprobs, entropy = head_logprobs(
             hidden.index_select(0, layout.unique_of[predicted - 1]),
@@ -482,35 +501,42 @@ class PackedPolicy(nn.Module):
         attention = 6 * width * config.num_hidden_layers * sum(n * n for n in lengths)
         return float(of_trunk * sum(lengths) + of_head * predicted + attention)
 
-    def hidden_states(self, input_ids: Tensor, layout: PackedLayout) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, layout: PackedLayout, replay: Replay | None = None
+    ) -> Tensor:
         """Compute what the head sees of each unique token, `[unique, hidden]`.
 
         Args:
             input_ids: int64 `[tokens]`.
             layout: Of these tokens.
+            replay: The experts of the unique tokens.
         """
         if self.model.get_input_embeddings().training:
             compute_as_served(self.model)
         with self._factors.of_rows(layout):
-            return self._hidden(input_ids, layout)
+            return self._hidden(input_ids, layout, replay)
 
-    def _layout(self, input_ids: Tensor, cu_seqlens: Tensor | None) -> PackedLayout:
+    def _layout(
+        self, input_ids: Tensor, cu_seqlens: Tensor | None, replay: Replay | None
+    ) -> PackedLayout:
         if cu_seqlens is None:
             return PackedLayout.of_one(len(input_ids), input_ids.device)
         bounds = cu_seqlens.tolist()
         # A prompt is not the same to two sequences with other factors of RoPE.
         alike = self._factors.are_one([end - start for start, end in pairwise(bounds)])
         shared = input_ids if self.share_prefixes and alike else None
-        return PackedLayout(cu_seqlens, shared, bounds)
+        return PackedLayout(cu_seqlens, shared, bounds, None if replay is None else replay.experts)
 
-    def _hidden(self, input_ids: Tensor, layout: PackedLayout) -> Tensor:
+    def _hidden(self, input_ids: Tensor, layout: PackedLayout, replay: Replay | None) -> Tensor:
         """The last hidden state of each unique token, `[unique, hidden]`."""
+        routes = {} if replay is None else {"routes": replay}
         try:
             output = self.model.get_decoder()(
                 input_ids=input_ids[layout.unique].unsqueeze(0),
                 position_ids=layout.positions.unsqueeze(0),
                 use_cache=False,
                 packing=layout,
+                **routes,
             )
         except NotPackedError as error:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_grpo.errors import UnreadableError
-from lightning_grpo.types import Group, Outcome, Prompt, Trajectory
+from lightning_grpo.types import Group, Outcome, Prompt, RouterShape, Routes, Trajectory
 
 FORMAT = "1"
 """Version of the columns, kept in the file's metadata; readers take no other."""
@@ -54,12 +54,14 @@ SCHEMA = pa.schema(
         ("messages", pa.string()),  # JSON
         ("asked", pa.string()),
         ("columns", pa.string()),  # JSON
+        ("routes", pa.large_binary()),  # `Routes.experts`; null where nobody asked
+        ("router_shape", pa.list_(pa.int32())),  # layers, top_k, experts
     ],
     metadata={_FORMAT_KEY: FORMAT.encode()},
 )
 """One row is one trajectory; a group's rows follow each other."""
 
-_FIELDS = [each.name for each in fields(Trajectory)]
+_FIELDS = [each.name for each in fields(Trajectory) if each.name != "routes"]
 _COLUMN = {"input_ids": "tokens", "text": "completion"}
 """Columns that are not named as the trajectory's fields are."""
 _FIELD = {column: name for name, column in _COLUMN.items()}
@@ -177,7 +179,7 @@ class RecordedBatch:
 def read_batch(file: Path) -> RecordedBatch:
     """The rollout batch of one file."""
     by_group: dict[int, list[dict[str, Any]]] = {}
-    rows = to_rows(read_table(file))
+    rows = to_rows(read_table(file, with_routes=True))
     for row in rows:
         by_group.setdefault(row["group"], []).append(row)
     return RecordedBatch(rows[0]["version"], [_group(part) for part in by_group.values()])
@@ -236,6 +238,9 @@ def _rows(
     }
     for trajectory in group.trajectories:
         own = {_COLUMN.get(name, name): getattr(trajectory, name) for name in _FIELDS}
+        routes = trajectory.routes
+        if routes is not None:
+            own |= {"routes": routes.experts, "router_shape": list(astuple(routes.shape))}
         yield {**shared, **own, "rewards": list(trajectory.rewards.items())}
 
 
@@ -260,12 +265,25 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     found = {name: row.get(_COLUMN.get(name, name)) for name in _FIELDS}
     own: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
     own |= {"rewards": dict(row["rewards"]), "transcript": row.get("transcript") or ""}
+    if row.get("routes") is not None:
+        own["routes"] = Routes(row["routes"], RouterShape(*row["router_shape"]))
     return Trajectory(**own)
 
 
-def read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
-    """One file, if it is one of ours."""
+def read_table(
+    file: Path, columns: list[str] | None = None, *, with_routes: bool = False
+) -> pa.Table:
+    """One file, if it is one of ours.
+
+    Args:
+        file: Written by `write_groups`.
+        columns: What is read; None: all.
+        with_routes: Whether all includes the experts of each token, of which there may be hundreds.
+    """
     try:
+        if columns is None:
+            names = pq.read_schema(file).names
+            columns = [name for name in names if with_routes or name != "routes"]
         table = pq.read_table(file, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise UnreadableError(f"{str(file)!r} can't be read as Parquet: {error}") from error

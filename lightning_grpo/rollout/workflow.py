@@ -269,6 +269,7 @@ def single_turn(
         text=completion.text,
         truncated=completion.truncated,
         temperature=temperature,
+        routes=completion.routes,
     )
 
 

@@ -57,6 +57,8 @@ class Servers(ABC):
     api_key: str | None = None
     deterministic: bool = False
     """Whether equal requests must get equal bits; set before `start` by a deterministic run."""
+    tells_routes: bool = False
+    """Whether the experts of each token must be told; set before `start` by a run that replays."""
     fits_load: bool = False
     """Whether servers are started to suit what the run will ask of them."""
     load: ServerLoad | None = None

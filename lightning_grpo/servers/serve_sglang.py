@@ -37,7 +37,7 @@ def main() -> None:
     key = os.environ.get(VARIABLE)
     if key:
         hide_in_logs(key)
-        sys.argv += ["--api-key", key]
+        sys.argv += [f"--api-key={key}"]  # one word: a key may begin with a dash
     # With `alter_sys` its spawned children find the same main module as after `-m`.
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 

@@ -328,6 +328,8 @@ class SGLangServers(OwnedServers):
                 fraction = self._size.memory_fraction
             elif fraction is None and layout.shared:
                 fraction = SHARED_FRACTION
+        if self.tells_routes:
+            chosen["enable-return-routed-experts"] = True
         flags = {"host": self.host} | chosen | self.flags
         environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
         names = device_names()

@@ -14,6 +14,7 @@ process lacks: neither counts as an attempt.
 from __future__ import annotations
 
 import asyncio
+import base64
 import email.utils
 import errno
 import logging
@@ -29,10 +30,11 @@ from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
+import numpy as np
 
 from lightning_grpo.errors import BusyError, OwnLimitError, ReplyError, RequestError, ServerError
 from lightning_grpo.serving.event_loop import FairTurns
-from lightning_grpo.types import Sampling
+from lightning_grpo.types import RouterShape, Routes, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +63,10 @@ class GenerateRequest(msgspec.Struct, omit_defaults=True):
     rid: str = ""
     extra_key: str = ""
     logprob_start_len: int = -1
+    return_routed_experts: bool = False
 
 
-class GenerateRequests(msgspec.Struct):
+class GenerateRequests(msgspec.Struct, omit_defaults=True):
     """Several `GenerateRequest`s as one call: the same fields, a list of each."""
 
     input_ids: list[list[int]]
@@ -71,6 +74,7 @@ class GenerateRequests(msgspec.Struct):
     return_logprob: list[bool]
     rid: list[str]
     extra_key: list[str]
+    return_routed_experts: bool = False
 
 
 class FinishReason(msgspec.Struct):
@@ -102,6 +106,7 @@ class MetaInfo(msgspec.Struct):
     weight_versions: list[Span] | None = None
     output_token_logprobs: list[LogprobEntry] | None = None
     input_token_logprobs: list[LogprobEntry] | None = None
+    routed_experts: str | None = None
 
 
 class GenerateReply(msgspec.Struct):
@@ -150,6 +155,8 @@ class ServerInfo(msgspec.Struct):
     device: str = "cuda"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"
+    enable_return_routed_experts: bool | None = None
+    disable_overlap_schedule: bool | None = None
 
     @property
     def precision(self) -> str:
@@ -212,6 +219,39 @@ def check_reply(
         wrong = f"an answer to {meta.prompt_tokens} of the prompt's {len(request.input_ids)} tokens"
     if wrong is not None:
         raise ReplyError(f"{url} sent {wrong}")
+
+
+def checked_routes(encoded: str, shape: RouterShape, num_tokens: int, url: str) -> Routes:
+    """The experts that a sequence went through, but for its newest token.
+
+    SGLang keeps them with keys and values: a prefix that it found in its cache has those of the
+    pass that read it.
+
+    Args:
+        encoded: As a server sent it: int32 `[tokens - 1, layers, top_k]` in base64.
+        shape: Of the model's routers.
+        num_tokens: Of prompt and output.
+        url: Of the server.
+
+    Raises:
+        ReplyError: They are those of other tokens, or of another model.
+    """
+    try:
+        experts = np.frombuffer(base64.b64decode(encoded, validate=True), "<i4")
+    except ValueError as error:
+        raise ReplyError(f"{url} sent `routed_experts` that can't be read: {error}") from error
+    wanted = max(0, num_tokens - 1) * shape.layers * shape.top_k
+    if len(experts) != wanted:
+        raise ReplyError(
+            f"{url} sent {len(experts)} experts of {num_tokens} tokens, {wanted} are"
+            f" {shape.top_k} in {shape.layers} layers for each but the last"
+        )
+    if wanted and not 0 <= experts.min() <= experts.max() < shape.experts:
+        raise ReplyError(
+            f"{url} sent experts from {experts.min()} to {experts.max()}, the model has"
+            f" {shape.experts}"
+        )
+    return Routes(experts.astype("u1" if shape.width == 1 else "<i2").tobytes(), shape)
 
 
 def checked_logprobs(
@@ -311,6 +351,7 @@ class ServerClient:
     Args:
         url: `http://host:port`.
         session: From `new_session`; shared by all clients of a pool and not closed here.
+        routes: What the model's routers choose, where completions come with it.
         request_timeout_s: Longest generation; None: whoever asks sees to it.
         control_timeout_s: Longest control call; weight operations take their own.
         told: What was said already of this process's own limits; clients may share it.
@@ -324,6 +365,7 @@ class ServerClient:
         self,
         url: str,
         session: aiohttp.ClientSession,
+        routes: RouterShape | None = None,
         *,
         request_timeout_s: float | None = 600.0,
         control_timeout_s: float = 30.0,
@@ -337,6 +379,8 @@ class ServerClient:
         self._told = set() if told is None else told
         self._request_timeout_s = request_timeout_s
         self._control_timeout_s = control_timeout_s
+        # int32 in base64
+        self._route_bytes = 6 * routes.layers * routes.top_k if routes is not None else 0
 
     async def healthy(self, timeout_s: float = 5.0) -> bool:
         """Whether the server answers its health check in time; never raises for a sick server.
@@ -406,7 +450,7 @@ class ServerClient:
         Raises:
             BusyError: The server wants it later.
         """
-        data = await self._generate(request, _num_tokens(request), arrived)
+        data = await self._generate(request, self._bytes_of(request), arrived)
         return self._decode(data, GenerateReply)
 
     async def generate_together(
@@ -421,15 +465,21 @@ class ServerClient:
             return_logprob=[request.return_logprob for request in requests],
             rid=[request.rid for request in requests],
             extra_key=[request.extra_key for request in requests],
+            return_routed_experts=any(request.return_routed_experts for request in requests),
         )
-        data = await self._generate(body, sum(map(_num_tokens, requests)), arrived)
+        data = await self._generate(body, sum(map(self._bytes_of, requests)), arrived)
         replies = self._decode(data, list[GenerateReply])
         if len(replies) != len(requests):
             raise ReplyError(f"{self.url} answered {len(replies)} of {len(requests)} requests")
         return replies
 
-    async def _generate(self, body: Any, num_tokens: int, arrived: Callable[[], object]) -> bytes:
-        most = bytes_of(num_tokens)
+    def _bytes_of(self, request: GenerateRequest) -> int:
+        """The longest answer to a request."""
+        num_tokens = int(request.sampling_params["max_new_tokens"])
+        routed = len(request.input_ids) + num_tokens if request.return_routed_experts else 0
+        return bytes_of(num_tokens) + routed * self._route_bytes
+
+    async def _generate(self, body: Any, most: int, arrived: Callable[[], object]) -> bytes:
         call = Call("POST", "/generate", body, self._request_timeout_s, most)
         data = await self._call(call, patient=False)
         arrived()
@@ -604,10 +654,6 @@ async def _read(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
 def bytes_of(num_tokens: int) -> int:
     """The longest answer about so many tokens: id, logprob and text of each take some 100."""
     return (1 << 20) + 512 * num_tokens
-
-
-def _num_tokens(request: GenerateRequest) -> int:
-    return int(request.sampling_params["max_new_tokens"])
 
 
 class _Repeats:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError
 from lightning_grpo.serving.client import ModelInfo, ServerClient, ServerInfo
+from lightning_grpo.types import RouterShape
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,14 @@ class Dialect:
             not, the version pinned at submission holds, because every update drains first.
         update_session: Distributed and tensor updates go between `/begin_weight_update` and
             `/end_weight_update` (a disk update needs neither).
+        keeps_routes: The experts of a pass are copied before the next one, which overlaps with its
+            results, writes its own in their place.
     """
 
     since: Version
     reports_spans: bool
     update_session: bool
+    keeps_routes: bool = True
 
 
 ENDPOINTS = (
@@ -45,7 +49,7 @@ ENDPOINTS = (
 """What interruption and versioned weights take, on every version."""
 SESSION_ENDPOINTS = ("/begin_weight_update", "/end_weight_update")
 DIALECTS: tuple[Dialect, ...] = (
-    Dialect((0, 5, 17), reports_spans=False, update_session=False),
+    Dialect((0, 5, 17), reports_spans=False, update_session=False, keeps_routes=False),
     Dialect((0, 5, 19), reports_spans=True, update_session=False),
     Dialect((0, 5, 20), reports_spans=True, update_session=True),
 )
@@ -112,6 +116,7 @@ class Requirements:
         architecture: Class of the trainer's model, as its config names it.
         shape: Its sizes, by their names in the config.
         sample: A text, and its ids by the trainer's tokenizer.
+        routes: What the model's routers choose, where completions must come with it.
     """
 
     run_id: str
@@ -121,6 +126,7 @@ class Requirements:
     architecture: str | None = None
     shape: Mapping[str, int] = field(default_factory=dict)
     sample: tuple[str, tuple[int, ...]] | None = None
+    routes: RouterShape | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +169,8 @@ async def verify_server(client: ServerClient, requirements: Requirements) -> Ser
     _check_length(client.url, info, requirements.max_tokens)
     _check_vocabulary(client.url, info, model, requirements.vocab_size)
     _check_architecture(client.url, model, requirements)
+    if requirements.routes is not None:
+        _check_routes(client.url, info, dialect)
     await _check_tokenizer(client, model, requirements.sample)
     return ServerFacts(dialect, info, model)
 
@@ -251,6 +259,22 @@ def _check_architecture(url: str, model: ModelInfo, requirements: Requirements) 
         raise ConfigError(
             f"{url} serves {model.model_path!r}, another model than the trainer's:"
             f" {', '.join(differing)}. Start the server with the model that is trained."
+        )
+
+
+def _check_routes(url: str, info: ServerInfo, dialect: Dialect) -> None:
+    """What replaying the choice of experts needs of a server."""
+    if not dialect.keeps_routes and not info.disable_overlap_schedule:
+        raise ConfigError(
+            f"`router_replay` needs SGLang 0.5.19 or newer, {url} runs {info.version}: while its"
+            " scheduler overlaps with the model, it may tell the next pass's experts. Upgrade it,"
+            " or start it with `--disable-overlap-schedule`."
+        )
+    if not info.enable_return_routed_experts:
+        raise ConfigError(
+            f"`router_replay` needs servers that say which experts tokens went through, and {url}"
+            " was not started for it. Start it with `--enable-return-routed-experts`, or leave"
+            " `router_replay` out."
         )
 
 

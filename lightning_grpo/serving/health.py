@@ -377,16 +377,34 @@ ABORT_INTERVAL_S = 0.05
 """A request that was on its way when the abort was sent is caught by the next one."""
 
 
-def choose_interruption(wanted: InterruptionChoice, members: Sequence[Member]) -> Interruption:
+def choose_interruption(
+    wanted: InterruptionChoice, members: Sequence[Member], routes: bool = False
+) -> Interruption:
     """The mode to use with these servers; `auto` is retract where all do it exactly, else abort.
 
     Retract spares each request in flight two more messages per update.
+
+    Args:
+        wanted: By the user.
+        members: The servers.
+        routes: Whether tokens must keep the experts that they were sampled with. SGLang forgets
+            those of a retracted request, and tells those of the reading under the new weights.
 
     Raises:
         ConfigError: The mode would give tokens a wrong version or wrong keys and values: a server
             does not name the weights of each token, or keeps old prefixes.
     """
+    if routes and wanted == "retract":
+        raise ConfigError(
+            "interruption",
+            "must not be retract with `router_replay`: servers forget which experts the tokens of"
+            " retracted requests were sampled with",
+            wanted,
+            "Use abort, or leave it out.",
+        )
     if wanted == "auto":
+        if routes:
+            return "abort"
         return "retract" if all(_retracts_exactly(m) for m in members) else "abort"
     _check(wanted, members)
     return wanted

@@ -238,8 +238,7 @@ class ServerPool:
         self._changed = anyio.Event()
         self._pace = Pace(self._limits)
         self._starving_since: float | None = None
-        self._told: set[str] = set()
-        self._turns = FairTurns()
+        self._turns, self._told = FairTurns(), set[str]()  # of all clients
         self._router = Router(self._members, self._limits.max_in_flight)
         self._monitor = Monitor(
             self._members,
@@ -353,7 +352,9 @@ class ServerPool:
             ServersLostError: Too few servers are left for the run.
         """
         check_ids(input_ids, self._requirements.vocab_size)
-        partial = Partial(input_ids, sampling, seed, self._requirements.end_ids)
+        needs = self._requirements
+        routes = None if priority else needs.routes  # nothing is trained on what has priority
+        partial = Partial(input_ids, sampling, seed, needs.end_ids, routes)
         num_failures = num_late = 0
         avoid: Member | None = None
         pauses = growing(0.05, 1.0)
@@ -442,8 +443,7 @@ class ServerPool:
         if not member.routable:
             member.answer()
             raise ServerError(f"{member.describe()}: given up before the request was sent")
-        version = member.version
-        run_id = self._requirements.run_id
+        version, run_id = member.version, self._requirements.run_id
         request = partial.request(f"{run_id}-{next(self._rids)}", f"{run_id}:{version}")
         exchange = None if self._together is None else self._together.join(member.client, request)
         rids = [request.rid] if exchange is None else exchange.rids
@@ -451,10 +451,8 @@ class ServerPool:
         arrived = functools.partial(member.hear, held)
         try:
             with held.scope:
-                if exchange is None:
-                    reply = await member.client.generate(request, arrived)
-                else:
-                    reply = await exchange.reply(request, arrived)
+                ask = member.client.generate if exchange is None else exchange.reply
+                reply = await ask(request, arrived)
                 self._pace.saw(len(reply.output_ids), member.service_s - held.since_s)
                 # Unless it aborts, an update is under way with requests in flight: what they got
                 # since counts once the new weights are proved.
@@ -515,7 +513,10 @@ class ServerPool:
     async def _connect(self, handle: ServerHandle) -> tuple[ServerClient, ServerFacts]:
         assert self._session is not None, "the pool was not started"
         client = ServerClient(
-            handle.url, self._session, request_timeout_s=None, told=self._told, turns=self._turns
+            *(handle.url, self._session, self._requirements.routes),
+            request_timeout_s=None,
+            told=self._told,
+            turns=self._turns,
         )
         return client, await verify_server(client, self._requirements)
 

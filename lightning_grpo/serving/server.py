@@ -28,12 +28,20 @@ from lightning_grpo.serving.client import (
     ServerClient,
     Span,
     checked_logprobs,
+    checked_routes,
     growing,
     sampling_params,
 )
 from lightning_grpo.serving.event_loop import in_turns
 from lightning_grpo.serving.fitness import ServerFacts
-from lightning_grpo.types import NO_VERSION, Completion, Sampling, ServerActivity
+from lightning_grpo.types import (
+    NO_VERSION,
+    Completion,
+    RouterShape,
+    Routes,
+    Sampling,
+    ServerActivity,
+)
 
 CLOCK_S = 0.01
 """A timer may be early by so much."""
@@ -487,6 +495,7 @@ class Partial:
         sampling: The whole budget; what is left of it goes into each next request.
         seed: Goes unchanged into every piece: the server's noise depends on the position.
         end_ids: Tokens that end a completion, beside those of `sampling`.
+        routes: What the model's routers choose, if it is asked for; None: it isn't.
     """
 
     def __init__(
@@ -495,6 +504,7 @@ class Partial:
         sampling: Sampling,
         seed: int | None,
         end_ids: frozenset[int] = frozenset(),
+        routes: RouterShape | None = None,
     ) -> None:
         self._prompt = list(input_ids)
         self._sampling = sampling
@@ -503,6 +513,7 @@ class Partial:
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[int] = []
+        self._routes = None if routes is None else Routes(b"", routes)
         self._finish: str | None = None
         self._num_interruptions = 0
         self._num_idle_aborts = 0
@@ -531,6 +542,7 @@ class Partial:
             return_logprob=True,
             rid=rid,
             extra_key=extra_key,
+            return_routed_experts=self._routes is not None,
         )
 
     def add(self, reply: GenerateReply, member: Member, pinned_version: int) -> None:
@@ -544,6 +556,7 @@ class Partial:
         entries = reply.meta_info.output_token_logprobs or []
         ids, logprobs = self._matched(reply.output_ids, entries, reason, member.url)
         versions = token_versions(reply.meta_info, len(reply.output_ids), member, pinned_version)
+        self._add_routes(reply, len(ids), reason, member.url)
         self._ids += ids
         self._logprobs += logprobs
         self._versions += versions[: len(ids)]
@@ -574,6 +587,7 @@ class Partial:
         """
         assert self._finish is not None, "the completion is not finished"
         self._end_at_stop_string(spell or decode)
+        num_read = len(self._prompt) + len(self._ids) - 1
         return Completion(
             token_ids=tuple(self._ids),
             logprobs=tuple(self._logprobs),
@@ -581,7 +595,26 @@ class Partial:
             text=decode(self._ids),
             finish_reason=self._finish,
             num_interruptions=self._num_interruptions,
+            routes=None if self._routes is None else self._routes.first(num_read),
         )
+
+    def _add_routes(self, reply: GenerateReply, num_kept: int, reason: str, url: str) -> None:
+        """Keep the experts that each token was sampled with.
+
+        After an update the tokens before it are read again, and go through other experts then.
+        """
+        if self._routes is None or not num_kept:
+            return
+        encoded, before = reply.meta_info.routed_experts, len(self._prompt) + len(self._ids)
+        if encoded is not None:
+            num_tokens = before + len(reply.output_ids)
+            later = checked_routes(encoded, self._routes.shape, num_tokens, url)
+            self._routes = self._routes.then(later.first(before + num_kept - 1))
+        elif reason != "abort":
+            raise ReplyError(
+                f"{url} does not say which experts its tokens went through, although it was started"
+                " with `enable-return-routed-experts`"
+            )
 
     @staticmethod
     def _matched(

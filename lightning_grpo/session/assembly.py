@@ -252,6 +252,7 @@ async def open_live(
     Servers start at once, the rest when `beginning` is there.
     """
     settings.servers.deterministic = settings.deterministic
+    settings.servers.tells_routes = settings.router_replay
     raise_file_limit()  # first of all, so that what is started has it, too
     try:
         if settings.servers.fits_load:
@@ -355,7 +356,8 @@ def _publisher(
     )
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
-    mode = choose_interruption(begun.sync.interruption, pool.members)
+    routes = material.routes is not None
+    mode = choose_interruption(begun.sync.interruption, pool.members, routes)
     if begun.sync.release_memory:
         check_memory_release(pool.members)
     return WeightPublisher(pool, transport, begun.run_id, material.probe, begun.sync, mode)

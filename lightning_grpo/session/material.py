@@ -15,9 +15,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
+from lightning_grpo.algorithm.routing import routers_of
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.policy.attention import length_switches, usable_context
-from lightning_grpo.policy.load import check_config, check_source, load_tokenizer
+from lightning_grpo.policy.load import check_config, check_source, load_policy, load_tokenizer
 from lightning_grpo.policy.size import HALF, ModelSize, model_size
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.ledger import RolloutLimits
@@ -26,7 +27,7 @@ from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import RolloutWorkflow, check_sampling
 from lightning_grpo.servers.base import ServerLoad, Servers
 from lightning_grpo.serving.fitness import SHAPE, Requirements
-from lightning_grpo.types import Group, Prompt, Sampling
+from lightning_grpo.types import Group, Prompt, RouterShape, Sampling
 from lightning_grpo.validation import Evaluation
 from lightning_grpo.weights.proof import Probe
 
@@ -55,6 +56,7 @@ class SessionSettings:
             equal requests with equal bits.
         training_bytes: Estimates what the trainer needs of its GPU for a model and the longest
             sequence; None: it does not train.
+        router_replay: Whether servers must say which experts tokens went through.
         on_event: Told of every fetch, admission, finish, take, sync and advance.
     """
 
@@ -75,6 +77,7 @@ class SessionSettings:
     seed: int = 0
     deterministic: bool = False
     training_bytes: Callable[[ModelSize, int | None], int] | None = None
+    router_replay: bool = False
     on_event: Callable[..., None] | None = None
 
     @property
@@ -120,6 +123,7 @@ class Material:
         val_prompts: Held-out prompts by name.
         end_ids: Tokens that end a completion, as servers find them.
         config: Of the model.
+        routes: What its routers choose, where that is replayed.
     """
 
     tokenizer: Any
@@ -131,6 +135,7 @@ class Material:
     val_prompts: dict[str, PromptSet]
     end_ids: frozenset[int] = frozenset()
     config: Any = None
+    routes: RouterShape | None = None
 
     @property
     def longest_prompt(self) -> int:
@@ -225,6 +230,7 @@ class Material:
             architecture=next(iter(self.config.architectures or ()), None),
             shape={name: size for name, size in sizes.items() if isinstance(size, int)},
             sample=(text, tuple(self.tokenizer.encode(text, add_special_tokens=False))),
+            routes=self.routes,
         )
 
     @property
@@ -340,7 +346,17 @@ def open_material(settings: SessionSettings) -> Material:
         val_prompts,
         end_ids=end_ids,
         config=config,
+        routes=router_shape(settings.model_path) if settings.router_replay else None,
     )
+
+
+def router_shape(model_path: str) -> RouterShape:
+    """What a model's routers choose.
+
+    Raises:
+        ConfigError: It has none, or some whose choice can't be replayed.
+    """
+    return routers_of(load_policy(model_path, meta=True)).shape
 
 
 def end_token_ids(model_path: str, config: Any, tokenizer: Any) -> frozenset[int]:

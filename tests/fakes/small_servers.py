@@ -15,7 +15,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers()
     def log_message(self, *args): pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-print("loading", flush=True)
+print("loading", *sys.argv[1:], flush=True)
 print(f"READY http://127.0.0.1:{server.server_port}", flush=True)
 server.serve_forever()
 """
@@ -31,7 +31,9 @@ class PythonServers(OwnedServers):
         self.code, self.num_servers, self.start_timeout_s = code, num_servers, start_timeout_s
 
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
+        command = [sys.executable, "-u", "-c", self.code]
+        command += ["tells-routes"] if self.tells_routes else []
         return [
-            Launch([sys.executable, "-u", "-c", self.code], run_dir / "servers" / f"{slot}.log", {})
+            Launch(command, run_dir / "servers" / f"{slot}.log", {})
             for slot in range(self.num_servers)
         ]

@@ -18,7 +18,8 @@ from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss
 from lightning_grpo.callbacks.recording import DEFAULT_CALLBACKS
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.module import GRPOModule, ReferencePolicy
+from lightning_grpo.module import GRPOModule
+from lightning_grpo.objective import ReferencePolicy
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.loops import NeverServers, make_data, make_module, make_trainer
 from tests.fakes.tiny_model import make_tiny_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,10 +11,13 @@ from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.corrections import TokenTIS
 from lightning_grpo.algorithm.kl import KLPenalty
 from lightning_grpo.algorithm.losses import GRPOLoss, M2POLoss, SequenceMean, TokenMean
+from lightning_grpo.algorithm.metrics import merge, values
+from lightning_grpo.algorithm.routing import Replay
 from lightning_grpo.loader import Minibatch, Prepared, Rollout, Shape, Taken, split
 from lightning_grpo.objective import Objective, score
 from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import make_causal_model
+from tests.fakes.mixtures import make_mixture
 from tests.fakes.tiny_run import make_group
 
 CPU = torch.device("cpu")
@@ -136,3 +141,63 @@ def test_entropy_is_reported_without_a_gradient_unless_it_is_rewarded(policy):
         assert "mismatch/abs_logprob_diff" not in metrics  # only where the batch is new
     assert gradients[0] == 0
     assert gradients[1] > 0
+
+
+def routed_rollout(policy, max_tokens: int = 9) -> Rollout:
+    """Random experts for all tokens but the last of each trajectory."""
+    rollout = make_rollout(max_tokens)
+    generator = torch.Generator().manual_seed(0)
+    tokens = rollout.sequences.num_tokens
+    experts = torch.rand(tokens, 3, 8, generator=generator).topk(2, dim=-1).indices
+    experts[rollout.sequences.cu_seqlens[1:] - 1] = -1
+    rollout.sequences = replace(rollout.sequences, routes=experts.to(torch.uint8))
+    return rollout
+
+
+@pytest.fixture(scope="module")
+def mixture() -> PackedPolicy:
+    return PackedPolicy(make_mixture("qwen3_moe"), router_replay=True)
+
+
+def test_proximal_and_training_passes_replay_and_the_reference_chooses_for_itself(mixture):
+    rollout = routed_rollout(mixture)
+    objective = Objective(GRPOLoss(), TokenTIS(), KLPenalty(0.1))
+    objective.anchor(mixture, rollout, 2, CPU, mixture)
+    sequences = rollout.sequences
+    mask = sequences.response_mask
+    with torch.no_grad():
+        replayed, alone = (
+            mixture(sequences.input_ids, sequences.cu_seqlens, replay=replay)[0][mask]
+            for replay in (Replay(sequences.routes), None)
+        )
+    assert torch.allclose(rollout.proximal_logprobs[mask], replayed, atol=1e-5)
+    assert torch.allclose(rollout.reference_logprobs[mask], alone, atol=1e-5)
+    assert not torch.allclose(replayed, alone, atol=1e-2)
+
+
+def test_what_was_replayed_and_rerouted_is_counted_over_micro_batches(mixture):
+    rollout = routed_rollout(mixture)
+    minibatch = Minibatch(rollout, 0, 0, is_first=True, is_last=True)
+    objective, metrics = Objective(GRPOLoss()), {}
+    objective.anchor(mixture, rollout, 1, CPU)
+    assert minibatch.num_micro_batches > 1
+    for k in range(minibatch.num_micro_batches):
+        _, more = objective.micro_batch_loss(mixture, minibatch, k, CPU)
+        metrics = merge(metrics, more)
+    logged = values(metrics)
+    assert 0.5 < logged["moe/replayed"] < 1.0
+    assert 0.5 < logged["moe/rerouted"] <= 1.0
+    rollout.sequences = replace(rollout.sequences, routes=None)
+    _, metrics = objective.micro_batch_loss(mixture, minibatch, 0, CPU)
+    assert not any(name.startswith("moe/") for name in metrics)
+
+
+def test_a_filler_counts_nothing_as_not_replayed(mixture):
+    rollout = routed_rollout(mixture)
+    rollout.plans = [[[]]]
+    minibatch = Minibatch(rollout, 0, 0, is_first=True, is_last=True)
+    objective = Objective(GRPOLoss())
+    objective.anchor(mixture, rollout, 1, CPU)
+    _, metrics = objective.micro_batch_loss(mixture, minibatch, 0, CPU)
+    assert {"moe/replayed", "moe/rerouted"} < metrics.keys()  # every rank has the same names
+    assert not any(name.startswith("moe/") for name in values(metrics))

@@ -7,7 +7,7 @@ import pytest
 from lightning_grpo.agents.turns import EpisodeRecord, call_id, first_ids, next_ids, with_answer
 from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.rollout.chat import with_arguments
-from lightning_grpo.types import Completion
+from lightning_grpo.types import Completion, RouterShape, Routes
 from tests.fakes.agents import TOOL_TEMPLATE, make_chat_tokenizer
 from tests.fakes.tokenizer import CharTokenizer
 
@@ -211,3 +211,18 @@ def test_a_history_that_was_made_anew_is_refused():
         again.trajectory(0.0, {})
     with pytest.raises(RolloutError, match="nothing was sampled"):
         EpisodeRecord((1, 2)).trajectory(0.0, {})
+
+
+def test_tokens_of_several_turns_keep_the_experts_of_the_turn_that_read_them_first():
+    shape = RouterShape(layers=1, top_k=1, experts=64)
+
+    def answer(ids, first, num_read):
+        routes = Routes(bytes(range(first, first + num_read)), shape)
+        told = (0.0,) * len(ids), (0,) * len(ids)
+        return Completion(ids, *told, "", "stop", routes=routes)
+
+    record = EpisodeRecord().told([1, 2]).sampled(answer((3, 4), 0, 3))
+    record = record.told([5]).sampled(answer((6, 7), 20, 6))
+    assert list(record.trajectory(0.0, {}).routes.experts) == [0, 1, 2, 23, 24, 25]
+    unasked = EpisodeRecord().told([1]).sampled(Completion((2,), (0.0,), (0,), "", "stop"))
+    assert unasked.trajectory(0.0, {}).routes is None

@@ -14,7 +14,7 @@ from lightning_grpo.algorithm.advantages import (
 )
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch, Sequences
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.types import Group, Prompt, Sampling, Trajectory
+from lightning_grpo.types import Group, Prompt, RouterShape, Routes, Sampling, Trajectory
 from tests.fakes.tiny_run import make_group
 
 
@@ -269,3 +269,37 @@ def test_a_buffer_longer_than_a_completion_is_refused():
     Truncation(penalty_buffer=8).check(None)
     with pytest.raises(ConfigError, match=r"must be <= `sampling.max_new_tokens` \(8\), got 9"):
         Truncation(penalty_buffer=9).check(Sampling(max_new_tokens=8))
+
+
+def routed(trajectory, num_known, experts=8, first=1):
+    """With the experts `first`, `first + 1`, ... of its first tokens: two layers, top 1."""
+    shape = RouterShape(layers=2, top_k=1, experts=experts)
+    numbers = range(first, first + 2 * num_known)
+    encoded = b"".join(number.to_bytes(shape.width, "little") for number in numbers)
+    return replace(trajectory, routes=Routes(encoded, shape))
+
+
+def test_routes_stand_at_their_tokens_and_none_where_nobody_knows():
+    packed = Sequences.from_trajectories(
+        [routed(trajectory(2, 3), 4), trajectory(1, 1), routed(trajectory(1, 2), 2, first=21)],
+        [0, 1, 2],
+    )
+    expected = [[1, 2], [3, 4], [5, 6], [7, 8], [255] * 2, [255] * 2, [255] * 2]
+    expected += [[21, 22], [23, 24], [255] * 2]
+    assert packed.routes.dtype == torch.uint8
+    assert packed.routes.squeeze(2).tolist() == expected
+    assert packed.select([2, 0]).routes.squeeze(2).tolist() == expected[7:] + expected[:5]
+    assert packed.select([]).routes.squeeze(2).tolist() == [[255, 255]] * 2
+    assert torch.equal(packed.to("cpu").routes, packed.routes)
+
+
+def test_numbers_of_many_experts_take_two_bytes():
+    packed = Sequences.from_trajectories([routed(trajectory(1, 2), 2, 300, first=254)], [0])
+    assert packed.routes.dtype == torch.int16
+    assert packed.routes.squeeze(2).tolist() == [[254, 255], [256, 257], [-1, -1]]
+
+
+def test_trajectories_without_routes_carry_none():
+    packed = Sequences.from_trajectories([trajectory(2, 3)], [0])
+    assert packed.routes is None
+    assert packed.select([0]).routes is packed.select([]).routes is None

@@ -40,6 +40,7 @@ class CountingRunner:
 
     def __init__(self, inner: ModelRunner) -> None:
         self.inner = inner
+        self.records = False
         self.vocab_size = inner.vocab_size
         self.context_length = inner.context_length
         self.prefilled: list[list[int]] = []
@@ -373,3 +374,102 @@ def test_an_unknown_pause_changes_nothing(runner: ModelRunner) -> None:
     with pytest.raises(BadRequestError, match="sleep"):
         scheduler.pause("sleep")
     assert not scheduler.paused
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> ModelRunner:
+    """Three layers of eight experts, whose router weights may be changed."""
+    folder = make_tiny_model(tmp_path, num_layers=3, num_experts=8, tie_word_embeddings=False)
+    return ModelRunner(load_model(str(folder)))
+
+
+def routes_of(output: Output) -> torch.Tensor:
+    """What is told, sorted in each layer, `[tokens - 1, 3, 2]`."""
+    told = torch.frombuffer(bytearray(output.routes), dtype=torch.int32)
+    return told.view(-1, 3, 2).sort(-1).values.long()
+
+
+def full_pass(runner: ModelRunner, output: Output) -> torch.Tensor:
+    """What transformers' own forward chooses for the same tokens."""
+    ids = [*output.request.generation.input_ids, *output.token_ids[:-1]]
+    chosen: list[torch.Tensor] = []
+    found = [m for m in runner.model.modules() if type(m).__name__.endswith("Router")]
+    hooks = [m.register_forward_hook(lambda _, __, out: chosen.append(out[2])) for m in found]
+    runner.model(input_ids=torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen, 1).sort(-1).values
+
+
+@pytest.mark.parametrize("row_by_row", [False, True])
+@pytest.mark.parametrize("retracts", [False, True])
+def test_the_experts_that_are_told_are_those_of_a_full_pass(
+    mixture: ModelRunner, row_by_row: bool, retracts: bool
+) -> None:
+    mixture.row_by_row = row_by_row
+    scheduler = make(mixture)
+    asked = requests(4, return_routed_experts=True)
+    asked[3].generation = msgspec.structs.replace(
+        asked[3].generation, input_ids=asked[2].generation.input_ids
+    )
+    others = requests(1, rid="other")
+    scheduler.submit([*asked, *others])
+    if retracts:
+        for _ in range(3):
+            scheduler.step()
+        scheduler.pause("retract")
+        scheduler.resume()
+    outputs = drain(scheduler)
+    assert outputs.pop("other").routes == b""
+    for output in outputs.values():
+        assert torch.equal(routes_of(output), full_pass(mixture, output))
+
+
+def test_retracted_requests_keep_the_experts_that_their_tokens_were_sampled_with(
+    mixture: ModelRunner,
+) -> None:
+    scheduler = make(mixture)
+    (request,) = requests(1, max_new_tokens=20, return_routed_experts=True)
+    scheduler.submit([request])
+    for _ in range(9):
+        scheduler.step()
+    scheduler.pause("retract")
+    known = len(request.routes)
+    before = Output(request, len(request.output_ids), None, "")
+    sampled_with = full_pass(mixture, before)
+    assert len(sampled_with) == known
+    for module in mixture.model.modules():
+        if type(module).__name__.endswith("Router"):
+            module.weight.data = module.weight.data.roll(1, 0)
+    scheduler.update(lambda: None, "new")
+    scheduler.resume()
+    (output,) = drain(scheduler).values()
+    told, read_again = routes_of(output), full_pass(mixture, output)
+    assert torch.equal(told[:known], sampled_with)
+    assert torch.equal(told[known:], read_again[known:])
+    assert not torch.equal(read_again[:known], sampled_with)
+
+
+def test_nothing_is_recorded_before_somebody_asks_and_prompts_of_before_are_read_again(
+    mixture: ModelRunner,
+) -> None:
+    scheduler = make(mixture)
+    scheduler.submit(requests(1))
+    (first,) = drain(scheduler).values()
+    assert not mixture.records
+    scheduler.submit(requests(1, return_routed_experts=True))
+    (second,) = drain(scheduler).values()
+    assert mixture.records
+    assert second.token_ids == first.token_ids
+    assert torch.equal(routes_of(second), full_pass(mixture, second))
+
+
+def test_an_aborted_request_tells_the_experts_of_what_it_has(mixture: ModelRunner) -> None:
+    scheduler = make(mixture)
+    scheduler.submit(requests(1, max_new_tokens=20, return_routed_experts=True))
+    for _ in range(5):
+        scheduler.step()
+    scheduler.abort(None)
+    (output,) = drain(scheduler).values()
+    assert len(output.token_ids) == 5
+    assert torch.equal(routes_of(output), full_pass(mixture, output))

@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_grpo.errors import CheckpointError
+from lightning_grpo.rollout.producer import pack_group, unpack_group
 from lightning_grpo.rollout.records import (
     SCHEMA,
     read_rows,
     trajectory_files,
     write_groups,
 )
-from lightning_grpo.types import Outcome
+from lightning_grpo.types import Outcome, RouterShape, Routes
 from tests.fakes.ranks import ROOT
 from tests.fakes.recordings import read_groups
 from tests.fakes.tiny_run import make_group
@@ -122,3 +123,26 @@ def test_a_folder_without_files_is_refused(tmp_path):
 
 def test_every_column_has_a_name_of_its_own():
     assert len(set(SCHEMA.names)) == len(SCHEMA.names)
+
+
+def with_routes(group, experts=8):
+    shape = RouterShape(layers=2, top_k=2, experts=experts)
+    routes = Routes(bytes(range(3 * shape.row_bytes)), shape)
+    return dataclasses.replace(
+        group, trajectories=tuple(dataclasses.replace(t, routes=routes) for t in group.trajectories)
+    )
+
+
+@pytest.mark.parametrize("experts", [8, 300])
+def test_routes_come_back_as_they_were_written(experts, tmp_path):
+    groups = [with_routes(make_group(0), experts), make_group(7)]
+    path = write_groups(tmp_path / "x.parquet", groups, step=4, version=5)
+    assert read_groups(path) == [groups]
+    assert "routes" not in read_rows(path)[0]  # of which whoever looks at answers wants none
+    assert unpack_group(pack_group(groups[0]), lambda key: groups[0].prompt) == groups[0]
+
+
+def test_files_of_a_release_without_routes_are_read(tmp_path):
+    path = write_groups(tmp_path / "x.parquet", [make_group(0)], step=4, version=5)
+    pq.write_table(pq.read_table(path).drop_columns(["routes", "router_shape"]), path)
+    assert read_groups(path) == [[make_group(0)]]

@@ -80,6 +80,18 @@ def test_every_node_starts_restarts_and_ends_its_servers_and_leaves_at_the_end(t
             assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("tells", [False, True])
+def test_servers_of_every_node_are_started_to_tell_routes_where_the_run_replays_them(
+    tells, tmp_path
+):
+    servers = NodeServers(1, str(tmp_path / "nodes"), PythonServers(), connect_timeout_s=30)
+    servers.tells_routes = tells
+    with nodes(tmp_path / "nodes", 1):
+        (handle,) = servers.start("model", tmp_path / "run")
+        assert ("tells-routes" in handle.log_path.read_text()) is tells
+        servers.stop()
+
+
 def test_a_server_that_does_not_start_is_told_with_the_node_and_its_log(tmp_path):
     servers = NodeServers(1, str(tmp_path), EmbeddedServers(), connect_timeout_s=30)
     with nodes(tmp_path, 1), pytest.raises(ServerStartError, match=r"on server node 0: .*\n.*log"):

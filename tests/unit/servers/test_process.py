@@ -326,7 +326,7 @@ def test_sglang_gets_its_key_and_nobody_reads_it(tmp_path, key):
         check=True,
     )
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["arguments"] == ["--model-path", "m", *(["--api-key", key] if key else [])]
+    assert said["arguments"] == ["--model-path", "m", *([f"--api-key={key}"] if key else [])]
     assert said["status"] == 0
     assert "--api-key" not in said["shown"]
     assert "arguments=" in done.stderr

@@ -36,6 +36,14 @@ def launches(tmp_path, **options):
     return SGLangServers(python=sys.executable, **options).launches("model", tmp_path)
 
 
+@pytest.mark.parametrize("tells", [False, True])
+def test_servers_are_started_to_tell_routes_where_the_run_replays_them(tells, tmp_path):
+    servers = SGLangServers(python=sys.executable, flags={"device": "cpu"})
+    servers.tells_routes = tells
+    (launch,) = servers.launches("model", tmp_path)
+    assert ("--enable-return-routed-experts" in launch.command) is tells
+
+
 def test_the_command_line_follows_the_parameters(tmp_path):
     (launch,) = launches(
         tmp_path,

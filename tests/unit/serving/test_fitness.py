@@ -3,7 +3,8 @@ import logging
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.serving.fitness import DIALECTS, dialect_of, parse_version
+from lightning_grpo.serving.client import ServerInfo
+from lightning_grpo.serving.fitness import DIALECTS, _check_routes, dialect_of, parse_version
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,25 @@ def test_versions_parse():
     assert parse_version("0.5.19.post2") == (0, 5, 19)
     assert parse_version("1.2") == (1, 2, 0)
     assert parse_version("main") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "told", "refused"),
+    [
+        ("0.5.19", {"enable_return_routed_experts": True}, ""),
+        ("0.5.19", {}, "Start it with `--enable-return-routed-experts`"),
+        ("0.5.17", {"enable_return_routed_experts": True}, "0.5.19 or newer, http://a runs 0.5.17"),
+        (
+            "0.5.17",
+            {"enable_return_routed_experts": True, "disable_overlap_schedule": True},
+            "",
+        ),
+    ],
+)
+def test_a_server_that_can_t_tell_the_experts_of_tokens_is_refused(version, told, refused):
+    info, dialect = ServerInfo(version, **told), dialect_of(version, "http://a")
+    if not refused:
+        _check_routes("http://a", info, dialect)
+        return
+    with pytest.raises(ConfigError, match=rf"`router_replay` needs .*{refused}"):
+        _check_routes("http://a", info, dialect)

@@ -644,6 +644,15 @@ async def test_a_way_of_interruption_that_would_be_wrong_is_refused(server, mode
             choose_interruption(mode, pool.members)
 
 
+async def test_requests_are_never_retracted_where_tokens_must_keep_their_experts():
+    async with pool_of(FakeServer(version="0.5.19")) as pool:
+        assert choose_interruption("auto", pool.members, routes=True) == "abort"
+        assert choose_interruption("abort", pool.members, routes=True) == "abort"
+        assert choose_interruption("in_place", pool.members, routes=True) == "in_place"
+        with pytest.raises(ConfigError, match="must not be retract with `router_replay`"):
+            choose_interruption("retract", pool.members, routes=True)
+
+
 async def test_requests_are_retracted_where_every_server_does_it_exactly():
     servers = [FakeServer(version="0.5.19") for _ in range(2)]
     async with pool_of(*servers) as pool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 from itertools import pairwise
 from types import SimpleNamespace
 
+import msgspec
+import numpy as np
 import pytest
+import torch
 
-from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo
+from lightning_grpo.errors import ReplyError
+from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo, checked_routes
 from lightning_grpo.serving.server import Member, Partial
-from lightning_grpo.types import Sampling
+from lightning_grpo.types import RouterShape, Sampling
 
 END, SPECIAL = 9, 8
 SERVER = SimpleNamespace(url="http://server", version_of=lambda label: 0)
@@ -120,3 +125,107 @@ def test_what_a_server_does_changes_with_its_state_and_its_first_and_last_reques
         assert before.began_at + before.seconds == pytest.approx(after.began_at, abs=0.05)
     assert member.take_activities() == []
     assert [each.what for each in member.take_activities(ongoing=True)] == ["out"]
+
+
+SHAPE = RouterShape(layers=2, top_k=1, experts=8)
+
+
+def routed_reply(ids, first, num_tokens, reason="stop", shift=0, **changed):
+    """A reply whose token `t` went through the experts `first + t` in both layers."""
+    rows = [[(first + t) % 8] * 2 for t in range(num_tokens - 1 + shift)]
+    meta = {
+        "finish_reason": FinishReason(reason),
+        "weight_version": "v0",
+        "output_token_logprobs": [(-0.5, i, None) for i in ids],
+        "routed_experts": base64.b64encode(np.array(rows, "<i4").tobytes()).decode(),
+    }
+    return GenerateReply(MetaInfo(**{**meta, **changed}), list(ids))
+
+
+def started(prompt=(1, 2), **sampling):
+    settings = Sampling(**{"max_new_tokens": 9, **sampling})
+    return Partial(prompt, settings, None, frozenset([END]), SHAPE)
+
+
+def experts_of(completion):
+    """Of the first layer."""
+    return list(completion.routes.experts[::2])
+
+
+def test_tokens_keep_the_experts_that_they_were_sampled_with_over_an_interruption():
+    partial = started()
+    assert partial.request("r", "").return_routed_experts
+    partial.add(routed_reply([3, 4], 0, 4, "abort"), SERVER, 0)
+    # After the update all tokens are read again, and go through other experts.
+    partial.add(routed_reply([5, END], 5, 6), SERVER, 0)
+    completion = partial.completion(decode, spell)
+    assert completion.token_ids == (3, 4, 5, END)
+    # Token 3 (the last before the update) was read first under the new weights.
+    assert experts_of(completion) == [0, 1, 2, 0, 1]
+
+
+def test_an_abort_that_tells_no_experts_leaves_them_to_the_next_reply():
+    partial = started()
+    partial.add(routed_reply([3, 4], 0, 4, "abort", routed_experts=None), SERVER, 0)
+    partial.add(routed_reply([END], 5, 5), SERVER, 0)
+    assert experts_of(partial.completion(decode, spell)) == [5, 6, 7, 0]
+
+
+def test_a_token_that_an_abort_leaves_without_a_logprob_is_sampled_with_new_experts():
+    partial = started()
+    entries = [(-0.5, 3, None), (None, 4, None)]
+    cut = routed_reply([3, 4], 0, 4, "abort", output_token_logprobs=entries)
+    partial.add(cut, SERVER, 0)
+    partial.add(routed_reply([END], 5, 4), SERVER, 0)
+    completion = partial.completion(decode, spell)
+    assert completion.token_ids == (3, END)
+    assert experts_of(completion) == [0, 1, 7]
+
+
+def test_what_is_cut_off_behind_a_stop_string_takes_its_experts_with_it():
+    partial = started(stop=("d",))
+    partial.add(routed_reply([3, 4], 0, 4, "abort"), SERVER, 0)
+    partial.add(routed_reply([5, END], 5, 6), SERVER, 0)
+    completion = partial.completion(decode, spell)
+    assert completion.token_ids == (3,)
+    assert experts_of(completion) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"shift": 1}, "sent 6 experts of 3 tokens, 4 are 1 in 2 layers"),
+        ({"shift": -1}, "sent 2 experts of 3 tokens, 4 are"),
+        ({"routed_experts": None}, "does not say which experts"),
+        ({"routed_experts": "{}"}, "can't be read"),
+        ({"routed_experts": "YWJj"}, "can't be read"),
+        (
+            {"routed_experts": base64.b64encode(np.full(4, 8, "<i4").tobytes()).decode()},
+            "experts from 8 to 8, the model has 8",
+        ),
+        (
+            {"routed_experts": base64.b64encode(np.full(4, -1, "<i4").tobytes()).decode()},
+            "experts from -1 to -1",
+        ),
+    ],
+)
+def test_experts_that_can_t_be_those_of_the_tokens_are_refused(changed, words):
+    with pytest.raises(ReplyError, match=words):
+        started().add(routed_reply([END], 0, 3, **changed), SERVER, 0)
+
+
+def test_nobody_asks_for_experts_unless_they_are_replayed():
+    partial = Partial([1], Sampling(max_new_tokens=1), None)
+    assert b"routed" not in msgspec.json.encode(partial.request("r", ""))
+    partial.add(routed_reply([5], 0, 2, "length"), SERVER, 0)
+    assert partial.completion(decode, spell).routes is None
+
+
+def test_sglang_s_own_encoding_is_read():
+    """As `RoutedExpertsCapturer.get_topk` and the detokenizer write it: int32, row by row."""
+    experts = torch.randint(0, 300, (5, 3, 2), dtype=torch.int32)
+    encoded = base64.b64encode(experts.numpy().tobytes()).decode("utf-8")
+    for num_experts, dtype in ((300, "<i2"), (320, "<i2")):
+        routes = checked_routes(encoded, RouterShape(3, 2, num_experts), 6, "http://a")
+        read = np.frombuffer(routes.experts, dtype).reshape(5, 3, 2)
+        assert read.tolist() == experts.tolist()
