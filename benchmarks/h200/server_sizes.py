@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from benchmarks.h200.serving import (
     hardware,
-    make_model,
+    model_of,
     parse_arguments,
     server_python,
     write_report,
@@ -152,7 +152,7 @@ def try_out(servers: OwnedServers, load: Load, model: Path, folder: Path, rounds
 def of_load(name: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
     """All variants of one load, one after another."""
     load = LOADS[name]
-    model = args.small if load.model == "small" else make_model(args.model)
+    model = args.small if load.model == "small" else model_of(args)
     if args.smoke:
         load, model = Load("small", 64, 24), Path(resolve_path("shipped:quickstart"))
     found = report["loads"][name] = {"requests": load.in_flight, "new_tokens": load.new_tokens}

@@ -67,6 +67,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 9728,
         "max_position_embeddings": 131072,
     },
+    # 3.1 billion parameters, of which a token meets 0.8; below it a dense one of as many as those.
+    "Qwen3-MoE-3B": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 1536,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": 768,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 32768,
+    },
+    "dense as Qwen3-MoE-3B": {
+        "model_type": "qwen3",
+        "hidden_size": 1536,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 32768,
+    },
 }
 
 
@@ -115,7 +140,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True)
     add("--smoke", action="store_true", help="small, on this CPU, with the embedded engine")
-    add("--model", type=Path, default=Path(tempfile.gettempdir()) / "bench-model")
+    add("--model", type=Path, help="where the model is, or is to be made")
+    add("--shape", default="Qwen2.5-1.5B", choices=list(SHAPES))
     add("--url", help="of a server that runs, with this model; None: start one")
     add("--serve-device", type=int, default=0)
     add("--train-device", type=int, default=0)
@@ -124,7 +150,9 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def model_of(args: argparse.Namespace) -> Path:
     """The folder of the model, made if it is not there."""
-    return Path(resolve_path("shipped:quickstart")) if args.smoke else make_model(args.model)
+    if args.smoke:
+        return Path(resolve_path("shipped:quickstart"))
+    return make_model(args.model or Path(tempfile.gettempdir()) / args.shape, args.shape)
 
 
 def make_servers(args: argparse.Namespace, folder: Path, **flags: Any) -> Servers:

@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from benchmarks.h200.main_job import lightning_grpo
 from benchmarks.h200.serving import SHAPES, hardware, make_model, write_report
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.shipped import resolve_path
-from lightning_grpo.types import NO_VERSION, Group, Prompt, Trajectory
+from lightning_grpo.types import NO_VERSION, Group, Prompt, RouterShape, Routes, Trajectory
 
 GROUPS, GROUP, PROMPT_TOKENS, MEAN_TOKENS, SIGMA, LONGEST = 8, 8, 128, 600, 0.6, 2048
 WARM = 3
@@ -60,6 +60,7 @@ SHARDED = ["--trainer.strategy", "lightning_grpo.FSDP2Strategy"]
 SHARDED += ["--trainer.strategy.reshard_after_forward", "false"]
 CHECKPOINTED = ["--model.gradient_checkpointing", "true"]
 ADAPTER = ["--model.lora.rank", "16"]
+REPLAYED = ["--model.router_replay", "true"]
 VARIANTS: dict[str, list[str]] = {
     "eager, 8k": [TOKENS, "8192"],
     "compiled, 8k": [TOKENS, "8192", *COMPILED],
@@ -68,6 +69,8 @@ VARIANTS: dict[str, list[str]] = {
     "compiled, 12k": [TOKENS, "12288", *COMPILED],
     "compiled, 16k": [TOKENS, "16384", *COMPILED],
     "eager, 16k": [TOKENS, "16384"],
+    "eager, 8k, routes replayed": [TOKENS, "8192", *REPLAYED],
+    "compiled, 8k, routes replayed": [TOKENS, "8192", *COMPILED, *REPLAYED],
     "long": [*COMPILED],
     "long, checkpointed": [*COMPILED, *CHECKPOINTED],
     "long, LoRA": [*COMPILED, *ADAPTER],
@@ -77,12 +80,13 @@ VARIANTS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Load:
-    """What a step trains on: groups, their sequences, and tokens of each (None: drawn)."""
+    """What a step trains on: groups, their sequences, tokens of each (None: drawn), and routers."""
 
     groups: int = GROUPS
     group: int = GROUP
     mean: int = MEAN_TOKENS
     tokens: int | None = None
+    routers: RouterShape | None = None
 
 
 def length(draw: random.Random, load: Load) -> int:
@@ -91,6 +95,16 @@ def length(draw: random.Random, load: Load) -> int:
         return load.tokens
     drawn = draw.lognormvariate(0.0, SIGMA) * load.mean / 2.718281828 ** (SIGMA**2 / 2)
     return int(min(max(drawn, PROMPT_TOKENS + 16), LONGEST))
+
+
+def routes(draw: random.Random, num_tokens: int, shape: RouterShape) -> Routes:
+    """Experts of no server: some other ones for each token and layer, all as often as another."""
+    assert shape.width == 1
+    rows = bytearray()
+    for _ in range(num_tokens * shape.layers):
+        first = draw.randrange(shape.experts)
+        rows += bytes((first + k) % shape.experts for k in range(shape.top_k))
+    return Routes(bytes(rows), shape)
 
 
 def made_up(draw: random.Random, row: int, version: int, vocab: int, load: Load) -> Group:
@@ -112,6 +126,7 @@ def made_up(draw: random.Random, row: int, version: int, vocab: int, load: Load)
                 text="...",
                 truncated=False,
                 temperature=1.0,
+                routes=None if load.routers is None else routes(draw, len(mask) - 1, load.routers),
             )
         )
     prompt = Prompt(ids, f"prompt {row}", row=row)
@@ -167,15 +182,19 @@ def main() -> None:
     if args.tokens:
         load = Load(1 if args.tokens > LONG else 2, 2, tokens=args.tokens)
     if args.smoke:
-        model = Path(resolve_path("shipped:quickstart"))
+        model = args.model or Path(resolve_path("shipped:quickstart"))
         args.steps = 8
         args.more += ["--trainer.accelerator", "cpu", "--model.optimizer.init_args.fused", "false"]
     else:
         model = make_model(args.model or Path(tempfile.gettempdir()) / args.shape, args.shape)
     if args.tokens:
         args.more += [TOKENS, str(args.tokens)]
+    config = AutoConfig.from_pretrained(model)
+    if getattr(config, "num_experts", 0):
+        layers, top_k = config.num_hidden_layers, config.num_experts_per_tok
+        load = replace(load, routers=RouterShape(layers, top_k, config.num_experts))
     work = Path(tempfile.mkdtemp())
-    record(work / "recorded", args.steps, AutoConfig.from_pretrained(model).vocab_size, load)
+    record(work / "recorded", args.steps, config.vocab_size, load)
     report: dict[str, Any] = {"hardware": hardware(), "variants": {}}
     for name in args.only:
         folder = work / name.replace(" ", "-").replace(",", "")
