@@ -9,9 +9,9 @@ measured in the same process.
 The rule: at least 0.60 at 45 GiB or less.
 
 With `--tokens` every sequence has exactly so many, four a step (two above 32k), one in each
-micro-batch: the shapes that prime-rl publishes (`BENCHMARKS.md` of 2026-02, one H100, fake data, of the nominal 989
-TFLOP/s): Qwen3-0.6B 11.1 % and 11.9k tokens/s at 16k, 26.8 % and 10.2k at 64k; Qwen3-4B with LoRA
-of rank 16 21.7 % and 6.2k, 37.4 % and 4.2k.
+micro-batch: the shapes that prime-rl publishes (`BENCHMARKS.md` of 2026-02, one H100, fake data, of
+the nominal 989 TFLOP/s): Qwen3-0.6B 11.1 % and 11.9k tokens/s at 16k, 26.8 % and 10.2k at 64k;
+Qwen3-4B with LoRA of rank 16 21.7 % and 6.2k, 37.4 % and 4.2k.
 
     python -m benchmarks.h200.step --out step.json
     python -m benchmarks.h200.step --only "compiled, 8k" --out step.json
@@ -164,20 +164,8 @@ def callbacks(profiling: bool, out: Path) -> str:
     return json.dumps([{"class_path": name, "init_args": {"out": str(out)}}] if profiling else [])
 
 
-def main() -> None:
-    """Each variant in turn; one that fails says why."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="where the model is, or is to be made")
-    parser.add_argument("--shape", default="Qwen2.5-1.5B", choices=list(SHAPES))
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a sequence")
-    parser.add_argument("--tokens", type=int, help="of each sequence")
-    parser.add_argument("--profile", action="store_true", help="the seventh step, beside --out")
-    parser.add_argument("--smoke", action="store_true", help="small, on this CPU")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("more", nargs="*", help="further options of replay, after --")
-    args = parser.parse_args()
+def prepared(args: argparse.Namespace) -> tuple[Path, Any, Load]:
+    """The model, its config, and what a step trains on; adds to the options of replay."""
     load = Load(mean=args.mean)
     if args.tokens:
         load = Load(1 if args.tokens > LONG else 2, 2, tokens=args.tokens)
@@ -193,6 +181,24 @@ def main() -> None:
     if getattr(config, "num_experts", 0):
         layers, top_k = config.num_hidden_layers, config.num_experts_per_tok
         load = replace(load, routers=RouterShape(layers, top_k, config.num_experts))
+    return model, config, load
+
+
+def main() -> None:
+    """Each variant in turn; one that fails says why."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="where the model is, or is to be made")
+    parser.add_argument("--shape", default="Qwen2.5-1.5B", choices=list(SHAPES))
+    parser.add_argument("--only", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, help="of each sequence")
+    parser.add_argument("--profile", action="store_true", help="the seventh step, beside --out")
+    parser.add_argument("--smoke", action="store_true", help="small, on this CPU")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("more", nargs="*", help="further options of replay, after --")
+    args = parser.parse_args()
+    model, config, load = prepared(args)
     work = Path(tempfile.mkdtemp())
     record(work / "recorded", args.steps, config.vocab_size, load)
     report: dict[str, Any] = {"hardware": hardware(), "variants": {}}
