@@ -130,7 +130,8 @@ class NullServer(asyncio.Protocol):
         if path == "/hold":
             canned.hold(msgspec.json.decode(body))
         elif path == "/abort_request":
-            canned.abort(msgspec.json.decode(body)["rid"])
+            asked = msgspec.json.decode(body)
+            canned.hold(False) if asked.get("abort_all") else canned.abort(asked["rid"])
         elif path == "/update_weight_version":
             canned.label = msgspec.json.decode(body)["new_version"]
         elif path == "/model_info":

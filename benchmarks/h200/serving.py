@@ -80,6 +80,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 32,
         "num_experts_per_tok": 4,
         "norm_topk_prob": True,
+        "tie_word_embeddings": False,  # SGLang's Qwen3-MoE knows no tied head
         "max_position_embeddings": 32768,
     },
     "dense as Qwen3-MoE-3B": {
@@ -90,6 +91,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "head_dim": 128,
         "intermediate_size": 3072,
+        "tie_word_embeddings": False,
         "max_position_embeddings": 32768,
     },
 }
@@ -102,14 +104,9 @@ def make_model(folder: Path, shape: str = "Qwen2.5-1.5B") -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        **SHAPES[shape],
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-6,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
+    common = {"vocab_size": 151936, "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
+    ends = {"bos_token_id": None, "eos_token_id": 0}
+    config = AutoConfig.for_model(**common | ends | SHAPES[shape])
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
