@@ -118,7 +118,7 @@ def test_a_killed_trainer_goes_on_from_its_last_checkpoint(launch):
     assert "train-0 ended with status 137" in job.output
     assert job.end() == 0, job.output[-4000:]
     again = job.output.partition("restart 1 of 1")[2]
-    assert re.search(r"Restoring states from the checkpoint path at \S+step=\d+", again)
+    assert re.search(r"Restoring states from the checkpoint path at \S+\.ckpt", again)
     assert not re.search(r"step +1/10", again)
     assert job.steps() == list(range(1, 11))
 
