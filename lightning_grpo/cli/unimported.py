@@ -20,6 +20,7 @@ from typing import Any
 
 import lightning_grpo
 from lightning_grpo.cli.mistakes import (
+    CLASS_KEYS,
     NO_CONFIG,
     Parameter,
     Parameters,
@@ -40,6 +41,10 @@ ROOTS = {
 
 _MOST_IMPORTS = 20
 _NO_BASES = ("ABC", "Generic", "Protocol", "object")
+_HARMLESS = ("_defaults_from_env_vars", "final", "override", "runtime_checkable")
+"""Decorators that leave what is accepted as it is."""
+
+_CONSTRUCTORS = ("__init__", "__new__")
 
 
 def refuse_at_once(settings: Setting, roots: Mapping[str, str] = ROOTS) -> None:
@@ -73,7 +78,7 @@ def refuse_missing_prompts(settings: Setting, configs: Sequence[tuple[str, Path]
     """
     data = settings.value.get("data")
     prompts = data.value.get("prompts") if data and isinstance(data.value, dict) else None
-    if prompts is None:
+    if prompts is None or "class_path" in data.value:  # another class may make the file itself
         return
     each = {f"data.{DATASETS[0]}": prompts}
     if holds_datasets(prompts):
@@ -118,7 +123,7 @@ def _check(
         if accepted is not None:
             # What the caller supplies (`params` of an optimizer) is no setting that is missing.
             check_init_args(key, path, _parameters(accepted, False), setting, written)
-    elif accepted is not None:
+    elif accepted is not None and CLASS_KEYS.isdisjoint(written):
         name = path.rpartition(".")[2]
         # Of a part a default may hold what its class asks for.
         check_arguments(key, name, _parameters(accepted, is_root), setting, written)
@@ -129,6 +134,8 @@ def _check_inner(
     key: str, written: Mapping[str, Setting], accepted: Mapping[str, Argument]
 ) -> None:
     for name, value in written.items():
+        if value.is_carried:
+            continue
         if name == "init_args" and isinstance(value.value, dict):
             _check_inner(f"{key}.init_args", value.value, accepted)
             continue
@@ -220,15 +227,18 @@ def _accepted(module: str, node: ast.AST) -> Arguments | None:
 
 
 def _of_class(module: str, node: ast.ClassDef) -> Arguments | None:
-    defined = {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
+    bound = _names(node)
     options = _dataclass(node)
-    if "__init__" in defined:
-        return _of_function(module, defined["__init__"], skip=1)
+    if not _keeps_what_it_decorates(node, ("dataclass",)):
+        return None
+    if "__init__" in bound:
+        own = bound["__init__"]
+        is_plain = len(own) == 1 and own[0] in node.body and isinstance(own[0], ast.FunctionDef)
+        return _of_function(module, own[0], skip=1) if is_plain else None  # type: ignore[arg-type]
     if options is not None:
         return None if "init" in options else _all_fields(module, node)
     bases = list(_bases(module, node))
-    made_otherwise = node.keywords or node.decorator_list or "__new__" in defined
-    if made_otherwise or len(bases) > 1 or None in bases:
+    if node.keywords or "__new__" in bound or len(bases) > 1 or None in bases:
         return None
     return next((_of_class(*base) for base in bases if base), {})
 
@@ -241,6 +251,8 @@ def _all_fields(module: str, node: ast.ClassDef) -> Arguments | None:
         if inherited is None:
             return None
         found |= inherited
+    if any(isinstance(each, ast.AnnAssign) and each not in node.body for each in _scope(node)):
+        return None  # fields below an `if`
     return found | (dict(_fields(module, node)) if _dataclass(node) is not None else {})
 
 
@@ -256,7 +268,7 @@ def _bases(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]
 
 def _of_function(module: str, node: ast.FunctionDef, skip: int) -> Arguments | None:
     given = node.args
-    if given.kwarg is not None:
+    if given.kwarg is not None or not _keeps_what_it_decorates(node):
         return None
     positional = [*given.posonlyargs, *given.args]
     optional = {each.arg for each in positional[len(positional) - len(given.defaults) :]}
@@ -293,6 +305,14 @@ def _fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
         yield each.target.id, Argument(required, each.annotation, module)
 
 
+def _keeps_what_it_decorates(
+    node: ast.ClassDef | ast.FunctionDef, beside: Sequence[str] = ()
+) -> bool:
+    """Whether what is defined is what the name will stand for."""
+    calls = (each.func if isinstance(each, ast.Call) else each for each in node.decorator_list)
+    return all(_is_named(each, (*_HARMLESS, *beside)) for each in calls)
+
+
 def _is_named(node: ast.expr, names: Sequence[str]) -> bool:
     """Whether it is one of these names, also behind a module's or with a type in brackets."""
     if isinstance(node, ast.Subscript):
@@ -326,22 +346,17 @@ def _find(module: str, name: str, imports: int = 0) -> tuple[str, ast.AST] | Non
     file = _file(module)
     if file is None or imports > _MOST_IMPORTS:
         return None
-    found: list[tuple[str, ast.AST] | None] = []
-    for node in _statements(_tree(file, file.stat().st_mtime_ns)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            found.append((module, node))
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    source = _absolute(module, file, node)
-                    found.append(_find(source, alias.name, imports + 1))
-        elif isinstance(node, ast.Assign) and name in _bound(node):
-            found.append((module, node.value))
-    return found[0] if len(found) == 1 else None
-
-
-def _bound(node: ast.Assign) -> list[str]:
-    return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    bound = _names_in(file, file.stat().st_mtime_ns)
+    found = bound.get(name, [])
+    node = found[0] if len(found) == 1 else None
+    if node is None or any(star.lineno > node.lineno for star in bound.get("*", ())):
+        return None
+    if isinstance(node, ast.ImportFrom):
+        origin = next(each.name for each in node.names if name in (each.asname, each.name))
+        return _find(_absolute(module, file, node), origin, imports + 1)
+    if isinstance(node, ast.Assign):
+        return module, node.value
+    return (module, node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
 
 
 def _absolute(module: str, file: Path, node: ast.ImportFrom) -> str:
@@ -353,22 +368,54 @@ def _absolute(module: str, file: Path, node: ast.ImportFrom) -> str:
     return ".".join([*package[: len(package) - up], *filter(None, [node.module])])
 
 
-def _statements(tree: ast.AST) -> Iterator[ast.stmt]:
-    """What runs when a module is imported, also below `if` and `try`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If | ast.Try | ast.ExceptHandler):
-            yield from _statements(node)
-        elif isinstance(node, ast.stmt):
-            yield node
+Names = dict[str, list[ast.stmt | ast.expr]]
 
 
 @cache
-def _tree(file: Path, changed_ns: int) -> ast.Module:
-    """A source, parsed once for as long as it stays as it is."""
+def _names_in(file: Path, changed_ns: int) -> Names:
+    """The names of a module, read once for as long as its source stays as it is."""
     try:
-        return ast.parse(file.read_bytes())
+        return _names(ast.parse(file.read_bytes()))
     except (OSError, SyntaxError, ValueError):
-        return ast.Module([], [])
+        return {}
+
+
+def _names(scope: ast.AST) -> Names:
+    """All that gives each name of a scope its value, or changes how what it names is made."""
+    found: Names = {}
+    for node in _scope(scope):
+        names: list[str] = []
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [each.asname or each.name.partition(".")[0] for each in node.names]
+        elif isinstance(node, ast.Assign):
+            names = [each.id for each in node.targets if isinstance(each, ast.Name)]
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names = [node.id]
+        elif isinstance(node, ast.Attribute) and node.attr in _CONSTRUCTORS:
+            is_set = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name)
+            names = [node.value.id] if is_set else []  # type: ignore[attr-defined]
+        for name in names:
+            known = found.setdefault(name, [])
+            # The name in a plain assignment is a node, too.
+            if not (isinstance(node, ast.Name) and known and _assigns(known[-1], node)):
+                known.append(node)  # type: ignore[arg-type]
+    return found
+
+
+def _assigns(statement: ast.AST, name: ast.Name) -> bool:
+    return isinstance(statement, ast.Assign) and name in statement.targets
+
+
+def _scope(scope: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs with a module or a class body, without those of inner functions."""
+    waiting = list(ast.iter_child_nodes(scope))[::-1]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += list(ast.iter_child_nodes(node))[::-1]
 
 
 def _file(module: str) -> Path | None:
@@ -384,4 +431,4 @@ def _file(module: str) -> Path | None:
         if file.name != "__init__.py" or not inner:
             return None
         file = inner[0]
-    return file if file.suffix == ".py" else None
+    return file if file.suffix == ".py" and file.is_file() else None

@@ -68,6 +68,18 @@ def test_the_classes_that_configs_name_most_can_be_read(name):
         "class C(Unknown): ...",
         "@changed\nclass C: ...",
         "this is no Python",
+        "class C:\n    if this:\n        def __init__(self, a=1): ...",
+        "class C:\n    __init__ = made()",
+        "class C:\n    @swapped\n    def __init__(self, a=1): ...",
+        "class C:\n    def __init__(self, a=1): ...\nC.__init__ = made",
+        "@changed\nclass C:\n    def __init__(self, a=1): ...",
+        "@changed\ndef C(a=1): ...",
+        "class C:\n    def __init__(self, a=1): ...\nC: type = changed(C)",
+        "class C:\n    def __init__(self, a=1): ...\nC, D = changed(C), 1",
+        "class C: ...\nfor _ in 1, 2:\n    class C: ...",
+        "class C: ...\nwith this:\n    from somewhere_else import C",
+        "class C: ...\nfrom somewhere_else import *",
+        "from dataclasses import dataclass\n@dataclass\nclass C:\n    if this:\n        a: int = 1",
     ],
 )
 def test_what_is_not_sure_is_left_to_the_parser(source, tmp_path, monkeypatch):
@@ -120,6 +132,23 @@ def test_a_class_of_the_users_is_read_and_not_run(tmp_path, monkeypatch):
     refuse(tmp_path, "model:\n", "model:\n  class_path: read_only_module.MaxRL\n  init_args:\n  ")
     with pytest.raises(ConfigProblem, match=r"model.los .*\n.*is not a setting of MaxRL"):
         refuse(tmp_path, "", "", "--model", "read_only_module.MaxRL", "--model.los", "1")
+
+
+def test_arguments_of_a_class_that_another_source_replaced_are_no_mistakes(tmp_path):
+    optimizer = "torch.optim.SGD"
+    refuse(tmp_path, "", "", "--model.optimizer", optimizer, "--model.optimizer.momentum", "0.5")
+    with pytest.raises(ConfigProblem, match=r"betas .*\n.*not a setting of SGD"):
+        refuse(tmp_path, "", "", "--model.optimizer", optimizer, "--model.optimizer.betas", "[0,0]")
+
+
+def test_arguments_of_the_class_that_a_section_has_by_default_are_no_mistakes(tmp_path):
+    refuse(tmp_path, "", "", "--model.init_args.compile", "false")
+
+
+def test_a_class_of_the_users_may_make_the_file_of_its_prompts_itself(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("data:\n  class_path: mine.Data\n  prompts: made_later.csv\n")
+    refuse_missing_prompts(collect([("c.yaml", config)], []), [])
 
 
 def test_a_file_that_lies_beside_the_config_is_named(tmp_path):
