@@ -29,7 +29,7 @@ from typing_extensions import is_protocol
 
 import lightning_grpo
 from lightning_grpo.cli.environment import looked_in
-from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest
+from lightning_grpo.cli.sources import ConfigProblem, Setting, is_config, nearest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Source, Table
 from lightning_grpo.servers.base import Address
@@ -500,6 +500,8 @@ def _elements(key: str, kind: Any, setting: Setting) -> list[tuple[str, Any, Set
 
 def _check_component(key: str, cls: type, setting: Setting) -> None:
     """A class by `class_path` and `init_args`, or by its arguments alone."""
+    if is_config(setting.value):
+        return  # the parser reads it
     written = {"class_path": setting} if isinstance(setting.value, str) else setting.value
     if not isinstance(written, dict):
         raise _wrong_type(key, cls, setting)

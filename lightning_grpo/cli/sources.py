@@ -119,6 +119,7 @@ _MOST_VALUES = 100_000
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_CONFIGS = (".yaml", ".yml", ".json")
 DATASETS = ("prompts", "val_prompts", "test_prompts")
 _OF_ONE = {"class_path", "init_args", *signature(Prompts).parameters}
 _SPECIAL = ("config", "c", "help", "h", "print_config")
@@ -420,7 +421,12 @@ def holds_datasets(setting: Setting | None) -> bool:
 def _is_class_path(value: Any) -> bool:
     """Whether it may name a class, and is no file or address."""
     is_name = isinstance(value, str) and _CLASS_PATH.fullmatch(value) is not None
-    return is_name and Path(value).suffix.lower() not in FILES
+    return is_name and Path(value).suffix.lower() not in (*FILES, *_CONFIGS)
+
+
+def is_config(value: Any) -> bool:
+    """Whether it names a file with the settings, as the parser takes it for any component."""
+    return isinstance(value, str) and Path(value).suffix in _CONFIGS and Path(value).is_file()
 
 
 def refuse_unknown_sections(settings: Setting) -> None:

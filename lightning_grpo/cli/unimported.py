@@ -28,7 +28,7 @@ from lightning_grpo.cli.mistakes import (
     check_init_args,
     import_object,
 )
-from lightning_grpo.cli.sources import DATASETS, ConfigProblem, Setting, holds_datasets
+from lightning_grpo.cli.sources import DATASETS, ConfigProblem, Setting, holds_datasets, is_config
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import refuse_missing
 
@@ -44,6 +44,7 @@ _NO_BASES = ("ABC", "Generic", "Protocol", "object")
 _HARMLESS = ("_defaults_from_env_vars", "final", "override", "runtime_checkable")
 """Decorators that leave what is accepted as it is."""
 
+_DATA = ("Any", "Dict", "Mapping", "dict", "object")
 _CONSTRUCTORS = ("__init__", "__new__")
 
 
@@ -142,6 +143,8 @@ def _check_inner(
         inner = accepted[name].kind() if name in accepted else None
         if name in accepted and accepted[name].names_functions():
             _require_module(f"{key}.{name}", value)
+        if name in accepted and accepted[name].is_data():
+            continue
         _check(f"{key}.{name}", value, arguments_of(inner) if inner else None, inner or "")
 
 
@@ -156,6 +159,8 @@ def _require_module(key: str, setting: Setting) -> None:
             _require_module(f"{key}.{name}", each)
     elif isinstance(written, str):
         top, dot, _ = written.partition(".")
+        if is_config(written):
+            return  # the parser reads it
         if dot and top.isidentifier() and top not in sys.modules and not find_spec(top):
             _import(key, setting)
 
@@ -197,6 +202,12 @@ class Argument:
         if not isinstance(node, ast.ClassDef) or _dataclass(node) is None:
             return None
         return f"{module}.{node.name}"
+
+    def is_data(self) -> bool:
+        """Whether the parser may leave what it holds as it stands, classes' names included."""
+        members = [node for _, node in _members(self.module, self.annotation)]
+        plain = [each for each in members if isinstance(each, ast.expr) and not _is_null(each)]
+        return not members or any(_is_named(each, _DATA) for each in plain)
 
     def names_functions(self) -> bool:
         """Whether its texts can be nothing but import paths of functions."""

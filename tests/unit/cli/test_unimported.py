@@ -145,6 +145,25 @@ def test_arguments_of_the_class_that_a_section_has_by_default_are_no_mistakes(tm
     refuse(tmp_path, "", "", "--model.init_args.compile", "false")
 
 
+def test_a_file_with_the_settings_of_a_component_is_no_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loss.yaml").write_text("class_path: lightning_grpo.GRPOLoss\n")
+    refuse(tmp_path, "", "", "--model.loss", "loss.yaml")
+    with pytest.raises(ConfigProblem, match="no module `gone`"):
+        refuse(tmp_path, "", "", "--model.loss", "gone.yaml")
+
+
+def test_what_stands_in_data_is_left_as_it_stands(tmp_path, monkeypatch):
+    (tmp_path / "data_module.py").write_text(
+        "class C:\n    def __init__(self, table: dict | None = None, more=None): ..."
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in "table", "more":
+        arguments = f'{{{name}: {{class_path: torch.optim.SGD, init_args: {{nothing: 1}}}}}}'
+        callback = f"[{{class_path: data_module.C, init_args: {arguments}}}]"
+        refuse(tmp_path, "", "", f"--trainer.callbacks={callback}")
+
+
 def test_a_class_of_the_users_may_make_the_file_of_its_prompts_itself(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("data:\n  class_path: mine.Data\n  prompts: made_later.csv\n")
