@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
 from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo
+from lightning_grpo.serving.health import stop_generation
 from lightning_grpo.serving.server import Member, Partial
 from lightning_grpo.types import Sampling
+from tests.fakes.virtual_time import run_virtual
 
 END, SPECIAL = 9, 8
 SERVER = SimpleNamespace(url="http://server", version_of=lambda label: 0)
@@ -102,6 +105,25 @@ def make_member():
     info = SimpleNamespace(tp_size=1, precision="float32", device="cpu", disable_radix_cache=None)
     handle = SimpleNamespace(url="http://server")
     return Member(2, handle, SimpleNamespace(), SimpleNamespace(info=info), bound=4)
+
+
+def test_nobody_waits_after_an_answer_that_came_before_that_to_the_abort():
+    member = make_member()
+
+    async def stop():
+        member.take()
+        member.client.abort, member.client.pause = answer, paused
+        await stop_generation(member, 30.0, lambda *fault: None)
+        return asyncio.get_running_loop().time()
+
+    async def answer():
+        member.answer()
+
+    async def paused(mode):
+        assert not member.unanswered
+
+    assert run_virtual(stop) == 0.0
+    assert member.paused
 
 
 def test_what_a_server_does_changes_with_its_state_and_its_first_and_last_request():
