@@ -126,6 +126,16 @@ def test_nobody_waits_after_an_answer_that_came_before_that_to_the_abort():
     assert member.paused
 
 
+def test_a_request_that_was_answered_is_not_late_however_long_it_is_read():
+    member = make_member()
+    member.mark_clean(0, "v0")
+    member.take()
+    held = member.hold(-1.0, ["r"])
+    assert member.late is held
+    member.hear(held)
+    assert member.late is None
+
+
 def test_what_a_server_does_changes_with_its_state_and_its_first_and_last_request():
     member = make_member()
     member.mark_updating()
