@@ -126,7 +126,8 @@ def test_nobody_waits_after_an_answer_that_came_before_that_to_the_abort():
     assert member.paused
 
 
-def test_a_request_that_was_answered_is_not_late_however_long_it_is_read():
+@pytest.mark.anyio
+async def test_a_request_that_was_answered_is_not_late_however_long_it_is_read():
     member = make_member()
     member.mark_clean(0, "v0")
     member.take()
