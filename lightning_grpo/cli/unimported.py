@@ -238,18 +238,22 @@ def _accepted(module: str, node: ast.AST) -> Arguments | None:
 
 
 def _of_class(module: str, node: ast.ClassDef) -> Arguments | None:
-    bound = _names(node)
-    options = _dataclass(node)
     if not _keeps_what_it_decorates(node, ("dataclass",)):
         return None
+    bound, options = _names(node), _dataclass(node)
     if "__init__" in bound:
-        own = bound["__init__"]
-        is_plain = len(own) == 1 and own[0] in node.body and isinstance(own[0], ast.FunctionDef)
-        return _of_function(module, own[0], skip=1) if is_plain else None  # type: ignore[arg-type]
+        own = bound["__init__"][0] if len(bound["__init__"]) == 1 else None
+        is_plain = isinstance(own, ast.FunctionDef) and own in node.body
+        return _of_function(module, own, skip=1) if is_plain else None  # type: ignore[arg-type]
     if options is not None:
         return None if "init" in options else _all_fields(module, node)
+    return None if node.keywords or "__new__" in bound else _inherited(module, node)
+
+
+def _inherited(module: str, node: ast.ClassDef) -> Arguments | None:
+    """What a class accepts that has no constructor of its own."""
     bases = list(_bases(module, node))
-    if node.keywords or "__new__" in bound or len(bases) > 1 or None in bases:
+    if len(bases) > 1 or None in bases:
         return None
     return next((_of_class(*base) for base in bases if base), {})
 
@@ -363,11 +367,10 @@ def _find(module: str, name: str, imports: int = 0) -> tuple[str, ast.AST] | Non
     if node is None or any(star.lineno > node.lineno for star in bound.get("*", ())):
         return None
     if isinstance(node, ast.ImportFrom):
-        origin = next(each.name for each in node.names if name in (each.asname, each.name))
+        origin = next(each.name for each in node.names if (each.asname or each.name) == name)
         return _find(_absolute(module, file, node), origin, imports + 1)
-    if isinstance(node, ast.Assign):
-        return module, node.value
-    return (module, node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+    is_known = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)
+    return (module, getattr(node, "value", node)) if is_known else None
 
 
 def _absolute(module: str, file: Path, node: ast.ImportFrom) -> str:
@@ -395,28 +398,27 @@ def _names(scope: ast.AST) -> Names:
     """All that gives each name of a scope its value, or changes how what it names is made."""
     found: Names = {}
     for node in _scope(scope):
-        names: list[str] = []
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            names = [node.name]
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = [each.asname or each.name.partition(".")[0] for each in node.names]
-        elif isinstance(node, ast.Assign):
-            names = [each.id for each in node.targets if isinstance(each, ast.Name)]
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names = [node.id]
-        elif isinstance(node, ast.Attribute) and node.attr in _CONSTRUCTORS:
-            is_set = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name)
-            names = [node.value.id] if is_set else []  # type: ignore[attr-defined]
-        for name in names:
+        for name in _bound_by(node):
             known = found.setdefault(name, [])
             # The name in a plain assignment is a node, too.
-            if not (isinstance(node, ast.Name) and known and _assigns(known[-1], node)):
+            if not (known and isinstance(known[-1], ast.Assign) and node in known[-1].targets):
                 known.append(node)  # type: ignore[arg-type]
     return found
 
 
-def _assigns(statement: ast.AST, name: ast.Name) -> bool:
-    return isinstance(statement, ast.Assign) and name in statement.targets
+def _bound_by(node: ast.AST) -> list[str]:
+    """The names that one node gives a value to."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [each.asname or each.name.partition(".")[0] for each in node.names]
+    if isinstance(node, ast.Assign):
+        targets: list[ast.expr] = node.targets
+    else:
+        is_read = isinstance(getattr(node, "ctx", None), ast.Load | None)
+        is_made = isinstance(node, ast.Attribute) and node.attr in _CONSTRUCTORS
+        targets = [] if is_read else [node.value if is_made else node]  # type: ignore
+    return [each.id for each in targets if isinstance(each, ast.Name)]
 
 
 def _scope(scope: ast.AST) -> Iterator[ast.AST]:

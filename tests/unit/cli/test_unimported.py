@@ -159,7 +159,7 @@ def test_what_stands_in_data_is_left_as_it_stands(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     for name in "table", "more":
-        arguments = f'{{{name}: {{class_path: torch.optim.SGD, init_args: {{nothing: 1}}}}}}'
+        arguments = f"{{{name}: {{class_path: torch.optim.SGD, init_args: {{nothing: 1}}}}}}"
         callback = f"[{{class_path: data_module.C, init_args: {arguments}}}]"
         refuse(tmp_path, "", "", f"--trainer.callbacks={callback}")
 
@@ -168,6 +168,16 @@ def test_a_class_of_the_users_may_make_the_file_of_its_prompts_itself(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("data:\n  class_path: mine.Data\n  prompts: made_later.csv\n")
     refuse_missing_prompts(collect([("c.yaml", config)], []), [])
+
+
+def test_a_name_is_found_by_the_name_that_it_has_here(tmp_path, monkeypatch):
+    (tmp_path / "renaming_module.py").write_text(
+        "from lightning_grpo import GRPOLoss as SGD, GSPOLoss as GRPOLoss\n"
+        "class Mine(GRPOLoss): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    gspo = arguments_of("lightning_grpo.GSPOLoss")
+    assert arguments_of("renaming_module.GRPOLoss") == arguments_of("renaming_module.Mine") == gspo
 
 
 def test_a_file_that_lies_beside_the_config_is_named(tmp_path):
