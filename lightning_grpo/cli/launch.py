@@ -200,7 +200,8 @@ def job_settings(options: argparse.Namespace, fit: Sequence[str]) -> dict[str, A
     gpus, on_nodes = options.gpus_per_node, options.server_nodes > 0
     require_at_least("gpus_per_node", gpus, 0)
     settings = collect(configs, others)
-    refuse_at_once(settings)
+    if options.program == _PROGRAM:  # else modules may be there that are not here
+        refuse_at_once(settings)
     described = _class_and_arguments(settings.plain().get("data", {}))
     servers = _build(described)
     if on_nodes:

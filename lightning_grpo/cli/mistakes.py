@@ -29,7 +29,7 @@ from typing_extensions import is_protocol
 
 import lightning_grpo
 from lightning_grpo.cli.environment import looked_in
-from lightning_grpo.cli.sources import ConfigProblem, Setting, nearest
+from lightning_grpo.cli.sources import ConfigProblem, Setting, is_config, nearest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Source, Table
 from lightning_grpo.servers.base import Address
@@ -414,7 +414,7 @@ def _descendants(base: type) -> list[type]:
     return found
 
 
-_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+CLASS_KEYS = frozenset(("class_path", "init_args", "dict_kwargs"))
 NO_CONFIG = "give `--config FILE` (quickstart.yaml and gsm8k.yaml are shipped)"
 _SHOWN, _LISTED = 60, 8
 
@@ -500,6 +500,8 @@ def _elements(key: str, kind: Any, setting: Setting) -> list[tuple[str, Any, Set
 
 def _check_component(key: str, cls: type, setting: Setting) -> None:
     """A class by `class_path` and `init_args`, or by its arguments alone."""
+    if is_config(setting.value):
+        return  # the parser reads it
     written = {"class_path": setting} if isinstance(setting.value, str) else setting.value
     if not isinstance(written, dict):
         raise _wrong_type(key, cls, setting)
@@ -552,7 +554,7 @@ def check_init_args(
 ) -> None:
     """The arguments under `init_args`, or, on the command line, beside the class path."""
     name = path.rpartition(".")[2]
-    beside = {k: v for k, v in written.items() if k not in _CLASS_KEYS}
+    beside = {k: v for k, v in written.items() if k not in CLASS_KEYS}
     inner = written.get("init_args")
     if inner is None or not isinstance(inner.value, dict):
         check_arguments(key, name, accepted, setting, beside)
@@ -567,12 +569,12 @@ def check_arguments(
 ) -> None:
     """Unknown arguments, then each argument's own value, then missing ones."""
     for argument, value in written.items():
-        if argument not in accepted.known and not accepted.open:
+        if not (argument in accepted.known or accepted.open or value.is_carried):
             rule = f"is not a setting of {name}, got {_show(value)}"
             way_out = nearest(argument, accepted.known, f"{key}.")
             raise ConfigProblem(f"{key}.{argument}", rule, value.where, way_out)
     for argument, value in written.items():
-        if argument in accepted.known:
+        if argument in accepted.known and not value.is_carried:
             check(f"{key}.{argument}", accepted.known[argument].annotation, value)
     for argument, parameter in accepted.known.items():
         if parameter.required and argument not in written:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
@@ -119,6 +119,7 @@ _MOST_VALUES = 100_000
 
 _YAML_TAG = "tag:yaml.org,2002:"
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_CONFIGS = (".yaml", ".yml", ".json")
 DATASETS = ("prompts", "val_prompts", "test_prompts")
 _OF_ONE = {"class_path", "init_args", *signature(Prompts).parameters}
 _SPECIAL = ("config", "c", "help", "h", "print_config")
@@ -131,10 +132,13 @@ class Setting:
     Attributes:
         value: A scalar, a list of settings, or a dict of settings by key.
         where: `file.yaml, line 7` or `command line`.
+        is_carried: Whether it was an argument of another class, which a later source has replaced:
+            the parser drops it where the new one does not take it.
     """
 
     value: Any
     where: str
+    is_carried: bool = False
 
     def plain(self) -> Any:
         """The value without places."""
@@ -387,11 +391,25 @@ def merge(base: Setting, over: Setting) -> Setting:
         over = Setting({"class_path": over}, over.where)
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    values = dict(base.value)
+    values = _carried(base.value, over.value)
     for key, child in over.value.items():
         alike = key not in DATASETS or holds_datasets(values.get(key)) == holds_datasets(child)
         values[key] = merge(values[key], child) if key in values and alike else child
     return Setting(values, base.where or over.where)
+
+
+def _carried(base: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[str, Setting]:
+    """What is left of `base`: as it is, unless `over` names another class than it did."""
+    nothing = Setting(None, "")
+    before, after = (each.get("class_path", nothing).value for each in (base, over))
+    if after in (None, before):
+        return dict(base)
+    left = {key: replace(child, is_carried=key != "init_args") for key, child in base.items()}
+    inner = base.get("init_args")
+    if inner is not None and isinstance(inner.value, dict):
+        arguments = {key: replace(child, is_carried=True) for key, child in inner.value.items()}
+        left["init_args"] = replace(inner, value=arguments)
+    return left
 
 
 def holds_datasets(setting: Setting | None) -> bool:
@@ -403,7 +421,12 @@ def holds_datasets(setting: Setting | None) -> bool:
 def _is_class_path(value: Any) -> bool:
     """Whether it may name a class, and is no file or address."""
     is_name = isinstance(value, str) and _CLASS_PATH.fullmatch(value) is not None
-    return is_name and Path(value).suffix.lower() not in FILES
+    return is_name and Path(value).suffix.lower() not in (*FILES, *_CONFIGS)
+
+
+def is_config(value: Any) -> bool:
+    """Whether it names a file with the settings, as the parser takes it for any component."""
+    return isinstance(value, str) and Path(value).suffix in _CONFIGS and Path(value).is_file()
 
 
 def refuse_unknown_sections(settings: Setting) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import lightning_grpo
 from lightning_grpo.cli.mistakes import (
+    CLASS_KEYS,
     NO_CONFIG,
     Parameter,
     Parameters,
@@ -27,7 +28,7 @@ from lightning_grpo.cli.mistakes import (
     check_init_args,
     import_object,
 )
-from lightning_grpo.cli.sources import DATASETS, ConfigProblem, Setting, holds_datasets
+from lightning_grpo.cli.sources import DATASETS, ConfigProblem, Setting, holds_datasets, is_config
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import refuse_missing
 
@@ -40,6 +41,11 @@ ROOTS = {
 
 _MOST_IMPORTS = 20
 _NO_BASES = ("ABC", "Generic", "Protocol", "object")
+_HARMLESS = ("_defaults_from_env_vars", "final", "override", "runtime_checkable")
+"""Decorators that leave what is accepted as it is."""
+
+_DATA = ("Any", "Dict", "Mapping", "dict", "object")
+_CONSTRUCTORS = ("__init__", "__new__")
 
 
 def refuse_at_once(settings: Setting, roots: Mapping[str, str] = ROOTS) -> None:
@@ -73,7 +79,7 @@ def refuse_missing_prompts(settings: Setting, configs: Sequence[tuple[str, Path]
     """
     data = settings.value.get("data")
     prompts = data.value.get("prompts") if data and isinstance(data.value, dict) else None
-    if prompts is None:
+    if prompts is None or "class_path" in data.value:  # another class may make the file itself
         return
     each = {f"data.{DATASETS[0]}": prompts}
     if holds_datasets(prompts):
@@ -118,7 +124,7 @@ def _check(
         if accepted is not None:
             # What the caller supplies (`params` of an optimizer) is no setting that is missing.
             check_init_args(key, path, _parameters(accepted, False), setting, written)
-    elif accepted is not None:
+    elif accepted is not None and CLASS_KEYS.isdisjoint(written):
         name = path.rpartition(".")[2]
         # Of a part a default may hold what its class asks for.
         check_arguments(key, name, _parameters(accepted, is_root), setting, written)
@@ -129,12 +135,16 @@ def _check_inner(
     key: str, written: Mapping[str, Setting], accepted: Mapping[str, Argument]
 ) -> None:
     for name, value in written.items():
+        if value.is_carried:
+            continue
         if name == "init_args" and isinstance(value.value, dict):
             _check_inner(f"{key}.init_args", value.value, accepted)
             continue
         inner = accepted[name].kind() if name in accepted else None
         if name in accepted and accepted[name].names_functions():
             _require_module(f"{key}.{name}", value)
+        if name in accepted and accepted[name].is_data():
+            continue
         _check(f"{key}.{name}", value, arguments_of(inner) if inner else None, inner or "")
 
 
@@ -149,6 +159,8 @@ def _require_module(key: str, setting: Setting) -> None:
             _require_module(f"{key}.{name}", each)
     elif isinstance(written, str):
         top, dot, _ = written.partition(".")
+        if is_config(written):
+            return  # the parser reads it
         if dot and top.isidentifier() and top not in sys.modules and not find_spec(top):
             _import(key, setting)
 
@@ -191,6 +203,12 @@ class Argument:
             return None
         return f"{module}.{node.name}"
 
+    def is_data(self) -> bool:
+        """Whether the parser may leave what it holds as it stands, classes' names included."""
+        members = [node for _, node in _members(self.module, self.annotation)]
+        plain = [each for each in members if isinstance(each, ast.expr) and not _is_null(each)]
+        return not members or any(_is_named(each, _DATA) for each in plain)
+
     def names_functions(self) -> bool:
         """Whether its texts can be nothing but import paths of functions."""
         found = (node for _, node in _members(self.module, self.annotation))
@@ -220,15 +238,22 @@ def _accepted(module: str, node: ast.AST) -> Arguments | None:
 
 
 def _of_class(module: str, node: ast.ClassDef) -> Arguments | None:
-    defined = {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
-    options = _dataclass(node)
-    if "__init__" in defined:
-        return _of_function(module, defined["__init__"], skip=1)
+    if not _keeps_what_it_decorates(node, ("dataclass",)):
+        return None
+    bound, options = _names(node), _dataclass(node)
+    if "__init__" in bound:
+        own = bound["__init__"][0] if len(bound["__init__"]) == 1 else None
+        is_plain = isinstance(own, ast.FunctionDef) and own in node.body
+        return _of_function(module, own, skip=1) if is_plain else None  # type: ignore[arg-type]
     if options is not None:
         return None if "init" in options else _all_fields(module, node)
+    return None if node.keywords or "__new__" in bound else _inherited(module, node)
+
+
+def _inherited(module: str, node: ast.ClassDef) -> Arguments | None:
+    """What a class accepts that has no constructor of its own."""
     bases = list(_bases(module, node))
-    made_otherwise = node.keywords or node.decorator_list or "__new__" in defined
-    if made_otherwise or len(bases) > 1 or None in bases:
+    if len(bases) > 1 or None in bases:
         return None
     return next((_of_class(*base) for base in bases if base), {})
 
@@ -241,6 +266,8 @@ def _all_fields(module: str, node: ast.ClassDef) -> Arguments | None:
         if inherited is None:
             return None
         found |= inherited
+    if any(isinstance(each, ast.AnnAssign) and each not in node.body for each in _scope(node)):
+        return None  # fields below an `if`
     return found | (dict(_fields(module, node)) if _dataclass(node) is not None else {})
 
 
@@ -256,7 +283,7 @@ def _bases(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]
 
 def _of_function(module: str, node: ast.FunctionDef, skip: int) -> Arguments | None:
     given = node.args
-    if given.kwarg is not None:
+    if given.kwarg is not None or not _keeps_what_it_decorates(node):
         return None
     positional = [*given.posonlyargs, *given.args]
     optional = {each.arg for each in positional[len(positional) - len(given.defaults) :]}
@@ -293,6 +320,14 @@ def _fields(module: str, node: ast.ClassDef) -> Iterator[tuple[str, Argument]]:
         yield each.target.id, Argument(required, each.annotation, module)
 
 
+def _keeps_what_it_decorates(
+    node: ast.ClassDef | ast.FunctionDef, beside: Sequence[str] = ()
+) -> bool:
+    """Whether what is defined is what the name will stand for."""
+    calls = (each.func if isinstance(each, ast.Call) else each for each in node.decorator_list)
+    return all(_is_named(each, (*_HARMLESS, *beside)) for each in calls)
+
+
 def _is_named(node: ast.expr, names: Sequence[str]) -> bool:
     """Whether it is one of these names, also behind a module's or with a type in brackets."""
     if isinstance(node, ast.Subscript):
@@ -326,22 +361,16 @@ def _find(module: str, name: str, imports: int = 0) -> tuple[str, ast.AST] | Non
     file = _file(module)
     if file is None or imports > _MOST_IMPORTS:
         return None
-    found: list[tuple[str, ast.AST] | None] = []
-    for node in _statements(_tree(file, file.stat().st_mtime_ns)):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            found.append((module, node))
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    source = _absolute(module, file, node)
-                    found.append(_find(source, alias.name, imports + 1))
-        elif isinstance(node, ast.Assign) and name in _bound(node):
-            found.append((module, node.value))
-    return found[0] if len(found) == 1 else None
-
-
-def _bound(node: ast.Assign) -> list[str]:
-    return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    bound = _names_in(file, file.stat().st_mtime_ns)
+    found = bound.get(name, [])
+    node = found[0] if len(found) == 1 else None
+    if node is None or any(star.lineno > node.lineno for star in bound.get("*", ())):
+        return None
+    if isinstance(node, ast.ImportFrom):
+        origin = next(each.name for each in node.names if (each.asname or each.name) == name)
+        return _find(_absolute(module, file, node), origin, imports + 1)
+    is_known = isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Assign)
+    return (module, getattr(node, "value", node)) if is_known else None
 
 
 def _absolute(module: str, file: Path, node: ast.ImportFrom) -> str:
@@ -353,22 +382,53 @@ def _absolute(module: str, file: Path, node: ast.ImportFrom) -> str:
     return ".".join([*package[: len(package) - up], *filter(None, [node.module])])
 
 
-def _statements(tree: ast.AST) -> Iterator[ast.stmt]:
-    """What runs when a module is imported, also below `if` and `try`."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If | ast.Try | ast.ExceptHandler):
-            yield from _statements(node)
-        elif isinstance(node, ast.stmt):
-            yield node
+Names = dict[str, list[ast.stmt | ast.expr]]
 
 
 @cache
-def _tree(file: Path, changed_ns: int) -> ast.Module:
-    """A source, parsed once for as long as it stays as it is."""
+def _names_in(file: Path, changed_ns: int) -> Names:
+    """The names of a module, read once for as long as its source stays as it is."""
     try:
-        return ast.parse(file.read_bytes())
+        return _names(ast.parse(file.read_bytes()))
     except (OSError, SyntaxError, ValueError):
-        return ast.Module([], [])
+        return {}
+
+
+def _names(scope: ast.AST) -> Names:
+    """All that gives each name of a scope its value, or changes how what it names is made."""
+    found: Names = {}
+    for node in _scope(scope):
+        for name in _bound_by(node):
+            known = found.setdefault(name, [])
+            # The name in a plain assignment is a node, too.
+            if not (known and isinstance(known[-1], ast.Assign) and node in known[-1].targets):
+                known.append(node)  # type: ignore[arg-type]
+    return found
+
+
+def _bound_by(node: ast.AST) -> list[str]:
+    """The names that one node gives a value to."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [each.asname or each.name.partition(".")[0] for each in node.names]
+    if isinstance(node, ast.Assign):
+        targets: list[ast.expr] = node.targets
+    else:
+        is_read = isinstance(getattr(node, "ctx", None), ast.Load | None)
+        is_made = isinstance(node, ast.Attribute) and node.attr in _CONSTRUCTORS
+        targets = [] if is_read else [node.value if is_made else node]  # type: ignore
+    return [each.id for each in targets if isinstance(each, ast.Name)]
+
+
+def _scope(scope: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs with a module or a class body, without those of inner functions."""
+    waiting = list(ast.iter_child_nodes(scope))[::-1]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += list(ast.iter_child_nodes(node))[::-1]
 
 
 def _file(module: str) -> Path | None:
@@ -384,4 +444,4 @@ def _file(module: str) -> Path | None:
         if file.name != "__init__.py" or not inner:
             return None
         file = inner[0]
-    return file if file.suffix == ".py" else None
+    return file if file.suffix == ".py" and file.is_file() else None

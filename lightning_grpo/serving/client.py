@@ -248,8 +248,7 @@ def checked_routes(encoded: str, shape: RouterShape, num_tokens: int, url: str) 
         )
     if wanted and not 0 <= experts.min() <= experts.max() < shape.experts:
         raise ReplyError(
-            f"{url} sent experts from {experts.min()} to {experts.max()}, the model has"
-            f" {shape.experts}"
+            f"{url} sent experts {experts.min()} to {experts.max()} of {shape.experts}"
         )
     return Routes(experts.astype("u1" if shape.width == 1 else "<i2").tobytes(), shape)
 
@@ -442,10 +441,7 @@ class ServerClient:
     ) -> GenerateReply:
         """Samples one completion; an aborted one returns what it has.
 
-        Args:
-            request: What to sample.
-            arrived: Called when the answer is there, before it is read: a thousand of them at once
-                are read in turns.
+        `arrived` is called when the answer is there, before it is read: many are read in turns.
 
         Raises:
             BusyError: The server wants it later.
@@ -500,8 +496,8 @@ class ServerClient:
             logprob_start_len=0,
             extra_key=extra_key,
         )
-        timeout_s, most = timeout_s or self._request_timeout_s, bytes_of(len(input_ids))
-        call = Call("POST", "/generate", request, timeout_s, most)
+        limit_s = timeout_s or self._request_timeout_s
+        call = Call("POST", "/generate", request, limit_s, bytes_of(len(input_ids)))
         body = await self._call(call, attempts=ATTEMPTS)
         entries = self._decode(body, GenerateReply).meta_info.input_token_logprobs or []
         if [token for _, token, _ in entries] != request.input_ids:

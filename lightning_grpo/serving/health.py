@@ -484,6 +484,7 @@ async def stop_generation(
 
 async def _drain(member: Member) -> None:
     while member.unanswered:
+        drained = member.drained  # the last answer may come before that to the abort
         await member.client.abort()
         with anyio.move_on_after(ABORT_INTERVAL_S):
-            await member.drained.wait()
+            await drained.wait()

@@ -247,7 +247,9 @@ class Member:
     def late(self) -> Held | None:
         """The request that is over its time by most, if one is."""
         now = self.service_s
-        longest = max(self._held, key=lambda h: now - h.since_s - h.allowed_s, default=None)
+        # Of what it has answered the rest is this process's to do.
+        asked = (held for held in self._held if held.in_update is None)
+        longest = max(asked, key=lambda h: now - h.since_s - h.allowed_s, default=None)
         if longest is None or now - longest.since_s <= longest.allowed_s:
             return None
         return longest
@@ -444,11 +446,7 @@ class Member:
         self._note_activity()
 
     def take_activities(self, *, ongoing: bool = False) -> list[ServerActivity]:
-        """What it has done since the last call, from any thread; nobody waits for the event loop.
-
-        Args:
-            ongoing: Whether what it does now is added, as far as it has lasted.
-        """
+        """What it has done since the last call, and is doing if `ongoing`; from any thread."""
         taken: list[ServerActivity] = []
         with contextlib.suppress(IndexError):
             while True:

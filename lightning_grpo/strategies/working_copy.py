@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from lightning_grpo._compat import after_backward, will_accumulate
@@ -58,6 +57,8 @@ class WorkingCopy:
         self._made_of: tuple[bool, list[int]] | None = None
         module.register_forward_pre_hook(self._enter)
         module.register_forward_hook(self._leave, always_call=True)
+        module.register_state_dict_pre_hook(self._put_back)
+        module.register_load_state_dict_pre_hook(self._put_back)
         setattr(module, _ATTRIBUTE, self)
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
@@ -83,6 +84,10 @@ class WorkingCopy:
         self._swap(with_copies=False)
         if not self.keeps:
             self._drop()
+
+    def _put_back(self, *call: Any) -> None:
+        """A backward pass that failed has no end: what is saved then is the master weights, too."""
+        self._swap(with_copies=False)
 
     def _make(self, *, differentiable: bool) -> None:
         versions = [parameter._version for _, _, parameter in self._places]
@@ -120,7 +125,6 @@ class _Cast(torch.autograd.Function):
         return tuple(each.to(dtype) for each in masters)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         left: list[Tensor | None] = list(grads)
         totals: list[Tensor] = []
@@ -141,6 +145,8 @@ class _Cast(torch.autograd.Function):
 def _plainly_added(parameter: nn.Parameter, node: Any) -> bool:
     """Whether all that autograd would do with a gradient is to add it to the parameter's."""
     hooked = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    if torch.is_grad_enabled():
+        return False  # the gradient is to be differentiated itself
     return not hooked and node is not None and will_accumulate(node)
 
 

@@ -46,6 +46,7 @@ class Case:
     max_tokens: int
     dtype: str
     sharded: bool = False
+    shard_size: int | None = None
 
 
 @dataclass
@@ -125,14 +126,17 @@ def settings(seed: int) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def replay(case: Case, folder: Path, num_ranks: int) -> Seen:
+    from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+
     arguments, sizes = settings(case.seed)
+    plain = "ddp" if num_ranks > 1 else "auto"
     module = Watched(
         str(folder / "model"), case.dtype, max_tokens_per_microbatch=case.max_tokens, **arguments
     )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=num_ranks,
-        strategy="fsdp2" if case.sharded else "ddp" if num_ranks > 1 else "auto",
+        strategy=FSDP2Strategy(shard_size=case.shard_size) if case.sharded else plain,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -147,8 +151,6 @@ def replay(case: Case, folder: Path, num_ranks: int) -> Seen:
 
 
 def replay_all(cases: list[tuple[Any, ...]], folder: str, num_ranks: int) -> list[dict[str, Any]]:
-    import lightning_grpo.strategies.fsdp2  # noqa: F401 - registers the name
-
     return [vars(replay(Case(*case), Path(folder), num_ranks)) for case in cases]
 
 
@@ -224,3 +226,15 @@ def test_one_two_and_three_ranks_and_every_cut_give_the_same_loss_gradient_and_m
                     assert torch.equal(ids, first_ids)
     assert all(float(g.norm()) > 0.01 for seen in expected.values() for g in seen.gradients)
     assert len(cuts) >= 3 * len(SEEDS)  # they were cut differently indeed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_shards_within_rows_of_ranks_give_the_loss_gradient_and_metrics_of_one(folder):
+    whole = [astuple(Case(seed, WHOLE, "float32")) for seed in SEEDS]
+    rows = [astuple(Case(seed, MANY, "float32", sharded=True, shard_size=2)) for seed in SEEDS]
+    (expected,) = run_ranks(replay_all, 1, whole, str(folder), 1, timeout_s=90)
+    for results in run_ranks(replay_all, 4, rows, str(folder), 4, timeout_s=150):
+        for found, alone in zip(results, expected, strict=True):
+            worst, name = difference(Seen(**found), Seen(**alone))
+            assert worst <= TOLERANCE["float32"], name

@@ -68,6 +68,18 @@ def test_the_classes_that_configs_name_most_can_be_read(name):
         "class C(Unknown): ...",
         "@changed\nclass C: ...",
         "this is no Python",
+        "class C:\n    if this:\n        def __init__(self, a=1): ...",
+        "class C:\n    __init__ = made()",
+        "class C:\n    @swapped\n    def __init__(self, a=1): ...",
+        "class C:\n    def __init__(self, a=1): ...\nC.__init__ = made",
+        "@changed\nclass C:\n    def __init__(self, a=1): ...",
+        "@changed\ndef C(a=1): ...",
+        "class C:\n    def __init__(self, a=1): ...\nC: type = changed(C)",
+        "class C:\n    def __init__(self, a=1): ...\nC, D = changed(C), 1",
+        "class C: ...\nfor _ in 1, 2:\n    class C: ...",
+        "class C: ...\nwith this:\n    from somewhere_else import C",
+        "class C: ...\nfrom somewhere_else import *",
+        "from dataclasses import dataclass\n@dataclass\nclass C:\n    if this:\n        a: int = 1",
     ],
 )
 def test_what_is_not_sure_is_left_to_the_parser(source, tmp_path, monkeypatch):
@@ -120,6 +132,52 @@ def test_a_class_of_the_users_is_read_and_not_run(tmp_path, monkeypatch):
     refuse(tmp_path, "model:\n", "model:\n  class_path: read_only_module.MaxRL\n  init_args:\n  ")
     with pytest.raises(ConfigProblem, match=r"model.los .*\n.*is not a setting of MaxRL"):
         refuse(tmp_path, "", "", "--model", "read_only_module.MaxRL", "--model.los", "1")
+
+
+def test_arguments_of_a_class_that_another_source_replaced_are_no_mistakes(tmp_path):
+    optimizer = "torch.optim.SGD"
+    refuse(tmp_path, "", "", "--model.optimizer", optimizer, "--model.optimizer.momentum", "0.5")
+    with pytest.raises(ConfigProblem, match=r"betas .*\n.*not a setting of SGD"):
+        refuse(tmp_path, "", "", "--model.optimizer", optimizer, "--model.optimizer.betas", "[0,0]")
+
+
+def test_arguments_of_the_class_that_a_section_has_by_default_are_no_mistakes(tmp_path):
+    refuse(tmp_path, "", "", "--model.init_args.compile", "false")
+
+
+def test_a_file_with_the_settings_of_a_component_is_no_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loss.yaml").write_text("class_path: lightning_grpo.GRPOLoss\n")
+    refuse(tmp_path, "", "", "--model.loss", "loss.yaml")
+    with pytest.raises(ConfigProblem, match="no module `gone`"):
+        refuse(tmp_path, "", "", "--model.loss", "gone.yaml")
+
+
+def test_what_stands_in_data_is_left_as_it_stands(tmp_path, monkeypatch):
+    (tmp_path / "data_module.py").write_text(
+        "class C:\n    def __init__(self, table: dict | None = None, more=None): ..."
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in "table", "more":
+        arguments = f"{{{name}: {{class_path: torch.optim.SGD, init_args: {{nothing: 1}}}}}}"
+        callback = f"[{{class_path: data_module.C, init_args: {arguments}}}]"
+        refuse(tmp_path, "", "", f"--trainer.callbacks={callback}")
+
+
+def test_a_class_of_the_users_may_make_the_file_of_its_prompts_itself(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("data:\n  class_path: mine.Data\n  prompts: made_later.csv\n")
+    refuse_missing_prompts(collect([("c.yaml", config)], []), [])
+
+
+def test_a_name_is_found_by_the_name_that_it_has_here(tmp_path, monkeypatch):
+    (tmp_path / "renaming_module.py").write_text(
+        "from lightning_grpo import GRPOLoss as SGD, GSPOLoss as GRPOLoss\n"
+        "class Mine(GRPOLoss): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    gspo = arguments_of("lightning_grpo.GSPOLoss")
+    assert arguments_of("renaming_module.GRPOLoss") == arguments_of("renaming_module.Mine") == gspo
 
 
 def test_a_file_that_lies_beside_the_config_is_named(tmp_path):

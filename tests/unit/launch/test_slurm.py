@@ -142,6 +142,13 @@ def test_what_runs_may_be_in_a_container(capsys, folder):
     assert "#SBATCH --container" not in script
 
 
+def test_modules_may_be_in_a_container_alone(capsys, folder):
+    reward = ("--data.workflow.reward", "in_the_image_alone.reward")
+    assert reward[1] in printed(capsys, *GSM8K, *reward, "--program", "in_image lightning-grpo")
+    assert main(["launch", "slurm", *GSM8K, *reward]) == 2
+    assert "no module `in_the_image_alone`" in capsys.readouterr().err
+
+
 def test_the_folder_of_the_log_is_there_before_the_job(capsys, folder):
     printed(capsys, *GSM8K, "--folder", "all/runs")
     assert (folder / "all" / "runs").is_dir()

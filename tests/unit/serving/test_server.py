@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from itertools import pairwise
 from types import SimpleNamespace
@@ -13,8 +14,10 @@ import torch
 
 from lightning_grpo.errors import ReplyError
 from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo, checked_routes
+from lightning_grpo.serving.health import stop_generation
 from lightning_grpo.serving.server import Member, Partial
 from lightning_grpo.types import RouterShape, Sampling
+from tests.fakes.virtual_time import run_virtual
 
 END, SPECIAL = 9, 8
 SERVER = SimpleNamespace(url="http://server", version_of=lambda label: 0)
@@ -107,6 +110,36 @@ def make_member():
     info = SimpleNamespace(tp_size=1, precision="float32", device="cpu", disable_radix_cache=None)
     handle = SimpleNamespace(url="http://server")
     return Member(2, handle, SimpleNamespace(), SimpleNamespace(info=info), bound=4)
+
+
+def test_nobody_waits_after_an_answer_that_came_before_that_to_the_abort():
+    member = make_member()
+
+    async def stop():
+        member.take()
+        member.client.abort, member.client.pause = answer, paused
+        await stop_generation(member, 30.0, lambda *fault: None)
+        return asyncio.get_running_loop().time()
+
+    async def answer():
+        member.answer()
+
+    async def paused(mode):
+        assert not member.unanswered
+
+    assert run_virtual(stop) == 0.0
+    assert member.paused
+
+
+@pytest.mark.anyio
+async def test_a_request_that_was_answered_is_not_late_however_long_it_is_read():
+    member = make_member()
+    member.mark_clean(0, "v0")
+    member.take()
+    held = member.hold(-1.0, ["r"])
+    assert member.late is held
+    member.hear(held)
+    assert member.late is None
 
 
 def test_what_a_server_does_changes_with_its_state_and_its_first_and_last_request():

@@ -68,7 +68,7 @@ def test_a_data_parallel_size_that_is_not_the_number_of_ranks_is_refused():
     [
         (
             2,
-            r"`shard_size` must divide the number of ranks \(1\), got 2",
+            r"`shard_size` must divide the number of ranks \(1\), got 2.*number of GPUs of a",
         ),
         (0, "`shard_size` must be"),
         (True, "`shard_size` must be"),

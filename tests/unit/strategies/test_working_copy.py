@@ -183,6 +183,52 @@ def test_after_a_pass_that_fails_the_parameters_are_the_master_weights():
     assert all(p.dtype == torch.float32 for p in tower.parameters())
 
 
+class Refused(torch.autograd.Function):
+    """Passes forward and not backward."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("refused")
+
+
+class RefusingTower(Tower):
+    """A tower with such a part inside."""
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(Refused.apply(self.first(x)))
+
+
+def test_what_is_saved_and_loaded_after_a_backward_that_failed_is_the_master_weights():
+    tower = RefusingTower()
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    masters = [*tower.parameters()]
+    WorkingCopy(tower, HALF, [tower])
+    for reads in (tower.state_dict, lambda: tower.load_state_dict(before)):
+        with pytest.raises(RuntimeError, match="refused"):
+            tower(torch.randn(3, 4)).sum().backward()
+        reads()
+        assert [*map(id, tower.parameters())] == [*map(id, masters)]
+        assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+
+
+def test_a_gradient_can_be_differentiated_again():
+    tower, x = Tower(), torch.randn(3, 4)
+    WorkingCopy(tower, HALF, [tower])
+    loss = tower(x).float().square().sum()
+    grads = torch.autograd.grad(loss, [*tower.parameters()], create_graph=True)
+    sum(grad.square().sum() for grad in grads).backward()
+    master = Tower()
+    loss = master(x).square().sum()
+    grads = torch.autograd.grad(loss, [*master.parameters()], create_graph=True)
+    sum(grad.square().sum() for grad in grads).backward()
+    for parameter, exact in zip(tower.parameters(), master.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, exact.grad, rtol=0.1, atol=0.1)
+
+
 def test_gradients_are_those_of_shards(process_group):
     mesh, ids, gradients = init_device_mesh("cpu", (1,)), global_batch(0), []
     for sharded in (False, True):
