@@ -234,11 +234,11 @@ def test_what_is_cut_off_behind_a_stop_string_takes_its_experts_with_it():
         ({"routed_experts": "YWJj"}, "can't be read"),
         (
             {"routed_experts": base64.b64encode(np.full(4, 8, "<i4").tobytes()).decode()},
-            "experts from 8 to 8, the model has 8",
+            "experts 8 to 8 of 8",
         ),
         (
             {"routed_experts": base64.b64encode(np.full(4, -1, "<i4").tobytes()).decode()},
-            "experts from -1 to -1",
+            "experts -1 to -1",
         ),
     ],
 )
