@@ -308,7 +308,11 @@ class TimelineWriter(Callback):
 
 
 class _Listener(logging.Handler):
-    """Passes warnings on."""
+    """Passes warnings on, and leaves them on the screen.
+
+    Python shows a warning by itself only where no handler takes it, and one that listens would be
+    such a handler.
+    """
 
     def __init__(self, hear: Callable[[logging.LogRecord], None]) -> None:
         super().__init__(logging.WARNING)
@@ -320,6 +324,16 @@ class _Listener(logging.Handler):
             self._hear(record)
         except Exception:  # noqa: BLE001 - as every handler of the standard library
             self.handleError(record)
+        if logging.lastResort is not None and not self._is_shown(record):
+            logging.lastResort.handle(record)
+
+    def _is_shown(self, record: logging.LogRecord) -> bool:
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            if any(handler is not self for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -356,3 +358,29 @@ def test_what_another_run_has_saved_in_the_same_folder_stays(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_trainer_without_checkpoints_stays_without(tmp_path):
     assert fit(tmp_path, enable_checkpointing=False) == []
+
+
+WARNS = """
+import logging
+from types import SimpleNamespace
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_grpo.callbacks.recording import TimelineWriter
+writer = TimelineWriter()
+trainer = SimpleNamespace(is_global_zero=True, global_step=0, loggers=[], default_root_dir=".")
+trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
+trainer.log_dir, trainer.datamodule = ".", None
+writer.setup(trainer, None, TrainerFn.FITTING)
+for own in (False, True):
+    if own:
+        logging.basicConfig(format="own %(message)s")
+    logging.getLogger("lightning_grpo.serving.health").warning("server %d is out", own)
+    logging.getLogger("lightning_grpo.serving.health").info("not this")
+"""
+
+
+def test_a_warning_that_is_recorded_is_on_the_screen_too_and_only_once(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WARNS], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    said = [line for line in done.stderr.splitlines() if "server" in line or "not this" in line]
+    assert said == ["server 0 is out", "own server 1 is out"]
