@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -82,6 +83,7 @@ class GatedMLP(nn.Module):
         return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
+@torch._inductor.config.patch(compile_threads=1)  # its threads would outlive the test
 def test_a_block_keeps_nothing_that_is_cheap_to_compute_from_what_it_keeps():
     mlp, kept = GatedMLP(), []
     x = torch.randn(5, 8)

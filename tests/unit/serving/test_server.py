@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import pytest
-import torch
 
 from lightning_grpo.errors import ReplyError
 from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo, checked_routes
@@ -256,8 +255,8 @@ def test_nobody_asks_for_experts_unless_they_are_replayed():
 
 def test_sglang_s_own_encoding_is_read():
     """As `RoutedExpertsCapturer.get_topk` and the detokenizer write it: int32, row by row."""
-    experts = torch.randint(0, 300, (5, 3, 2), dtype=torch.int32)
-    encoded = base64.b64encode(experts.numpy().tobytes()).decode("utf-8")
+    experts = np.random.default_rng(0).integers(0, 300, (5, 3, 2), dtype=np.int32)
+    encoded = base64.b64encode(experts.tobytes()).decode("utf-8")
     for num_experts, dtype in ((300, "<i2"), (320, "<i2")):
         routes = checked_routes(encoded, RouterShape(3, 2, num_experts), 6, "http://a")
         read = np.frombuffer(routes.experts, dtype).reshape(5, 3, 2)
