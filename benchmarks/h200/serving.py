@@ -37,6 +37,16 @@ SERVER_FLAGS: dict[str, Any] = {
 }
 
 
+_MIXTURE: dict[str, Any] = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "tie_word_embeddings": False,  # SGLang's Qwen3-MoE knows no tied head
+    "max_position_embeddings": 32768,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2.5-1.5B": {
         "model_type": "qwen2",
@@ -67,33 +77,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 9728,
         "max_position_embeddings": 131072,
     },
-    # 3.1 billion parameters, of which a token meets 0.8; below it a dense one of as many as those.
-    "Qwen3-MoE-3B": {
+    # 3.3 billion parameters, of which a token meets 1.0, and a dense one of as many as those.
+    "Qwen3-MoE-3B": _MIXTURE
+    | {
         "model_type": "qwen3_moe",
-        "hidden_size": 1536,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 3072,
         "moe_intermediate_size": 768,
         "num_experts": 32,
         "num_experts_per_tok": 4,
         "norm_topk_prob": True,
-        "tie_word_embeddings": False,  # SGLang's Qwen3-MoE knows no tied head
-        "max_position_embeddings": 32768,
     },
-    "dense as Qwen3-MoE-3B": {
-        "model_type": "qwen3",
-        "hidden_size": 1536,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 3072,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 32768,
-    },
+    "dense as Qwen3-MoE-3B": _MIXTURE | {"model_type": "qwen3"},
 }
 
 

@@ -1,10 +1,10 @@
 """Which request goes to which server, and when.
 
-Which request goes where, and when: evaluation goes first, then requests that were interrupted (they
-hold the oldest tokens), then fresh ones; within a class first come, first served. A request goes to
-the server that its group used before (the prompt's prefix is cached there) unless that one is much
-busier than the least loaded. What may leave at once, after an update or at the start, leaves in
-slices: ten thousand requests would hold the event loop for seconds.
+Evaluation goes first, then requests that were interrupted (they hold the oldest tokens), then fresh
+ones; within a class first come, first served. A request goes to the server that its group used
+before (the prompt's prefix is cached there) unless that one is much busier than the least loaded.
+What may leave at once, after an update or at the start, leaves in slices: ten thousand requests
+would hold the event loop for seconds.
 """
 
 from __future__ import annotations
