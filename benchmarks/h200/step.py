@@ -159,9 +159,13 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def callbacks(profiling: bool, out: Path) -> str:
-    """None of the shipped config's; one that profiles, if that is asked."""
-    name = "benchmarks.h200.profiling.ProfileStep"
-    return json.dumps([{"class_path": name, "init_args": {"out": str(out)}}] if profiling else [])
+    """None of the shipped config's; those that profile, if that is asked."""
+    outs = {"ProfileStep": out, "IdleGPU": out.with_name(f"{out.stem}_idle.json")}
+    made = [
+        {"class_path": f"benchmarks.h200.profiling.{name}", "init_args": {"out": str(to)}}
+        for name, to in outs.items()
+    ]
+    return json.dumps(made if profiling else [])
 
 
 def prepared(args: argparse.Namespace) -> tuple[Path, Any, Load]:
@@ -193,7 +197,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--mean", type=int, default=MEAN_TOKENS, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, help="of each sequence")
-    parser.add_argument("--profile", action="store_true", help="the seventh step, beside --out")
+    parser.add_argument("--profile", action="store_true", help="the seventh and on, beside --out")
     parser.add_argument("--smoke", action="store_true", help="small, on this CPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("more", nargs="*", help="further options of replay, after --")
