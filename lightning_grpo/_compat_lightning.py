@@ -102,7 +102,7 @@ def _forget(trainer: Trainer, names: Iterable[str]) -> None:
     connector = trainer._logger_connector
     for name in names:
         if trainer._results is not None:
-            trainer._results.pop(f"training_step.{name}", None)
+            trainer._results.pop(f"on_before_optimizer_step.{name}", None)
         for seen in (
             connector._logged_metrics,
             connector._callback_metrics,

@@ -36,18 +36,36 @@ from lightning_grpo.algorithm.batch import (
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import Group
 
+_EVENNESS = 64
+"""The largest micro-batch is within this fraction of a token budget of the best that was found."""
+
 
 def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups sequences so that each micro-batch holds at most `max_tokens` tokens.
+    """Group sequences so that each micro-batch holds at most `max_tokens` tokens.
 
     Neighbours stay together, since the sequences of a group share their prompt: each micro-batch
     takes the next sequences in order that fit. Where first-fit decreasing needs fewer micro-batches
-    it is used instead. A sequence is never split: one longer than the budget gets a micro-batch of
-    its own. Positions within a micro-batch ascend.
+    it is used instead. No micro-batch is larger than it must be for there to be as few: the largest
+    decides how much memory a step takes. A sequence is never split: one longer than the budget gets
+    a micro-batch of its own. Positions within a micro-batch ascend.
 
     Returns:
         Positions into `lengths`, each exactly once.
     """
+    best = _fewest(lengths, max_tokens)
+    low = max([-(-sum(lengths) // max(1, len(best))), *lengths], default=0) - 1
+    high = max_tokens
+    while high - low > max(1, max_tokens // _EVENNESS):
+        middle = (low + high) // 2
+        found = _fewest(lengths, middle)
+        if len(found) <= len(best):
+            best, high = found, middle
+        else:
+            low = middle
+    return best
+
+
+def _fewest(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     plans = (_neighbours(lengths, max_tokens), _first_fit_decreasing(lengths, max_tokens))
     return min(plans, key=len)
 

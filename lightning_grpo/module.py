@@ -174,6 +174,7 @@ class GRPOModule(EvaluatedModule):
         self.policy: PackedPolicy | None = None
         self._step_metrics: set[str] = set()  # that the last step, and rollout batch, logged
         self._rollout_metrics: set[str] = set()
+        self._to_log: tuple[Minibatch, Callable[[], Metrics]] | None = None
         self._reference = ReferencePolicy(self.kl, model, self._model_kwargs, self.lora is not None)
 
     def _check_parts(self) -> None:
@@ -412,11 +413,11 @@ class GRPOModule(EvaluatedModule):
                     self.trainer.strategy.backward(loss, None)
             metrics = merge(metrics, more)
         if first_time:
-            self._log_step(batch, metrics)
+            self._to_log = batch, reduced(metrics, self.device)
         return loss
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
-        logged = values(reduced(metrics, self.device))
+        logged = values(metrics)
         # A step that trains on nothing (all rewards of its groups are equal) has none of most.
         gone, self._step_metrics = self._step_metrics - logged.keys(), set(logged)
         if batch.is_first:
@@ -428,11 +429,19 @@ class GRPOModule(EvaluatedModule):
         self._step_plateau(logged, held_out=False)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient before it is clipped."""
+        """Log the step's metrics, and the norm of the gradient before it is clipped.
+
+        Here and not in `training_step`, where reading them would keep the last backward from being
+        launched: now a GPU works on that.
+        """
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         full = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.log("policy/grad_norm", full)
+        if self._to_log is not None:
+            (batch, metrics), self._to_log = self._to_log, None
+            self._log_step(batch, metrics())
+        # The step's one wait for the GPU. What follows runs beside the optimizer.
+        log_values(self, {"policy/grad_norm": float(full)})
 
     # -- optimizer ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import pytest
 GRACE_S = 5.0
 """What a test started may take this long to end by itself."""
 
-LONG_LIVED_THREADS = ("QueueFeederThread", "TMonitor", "ExecutorManagerThread", "pymp-")
+LONG_LIVED_THREADS = ("QueueFeederThread", "TMonitor", "ExecutorManagerThread", "pymp-", "Dummy-")
 """Name parts of threads that a library keeps for the whole process."""
 
 LONG_LIVED_CHILDREN = ("resource_tracker", "forkserver", "--type=")

@@ -176,8 +176,13 @@ def first_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fp32 `[up to 4]`, on the CPU; of sharded tensors this rank's.
     """
     few = {name: _local(tensor).flatten()[:_FEW].float() for name, tensor in tensors.items()}
-    flat = torch.cat([torch.empty(0), *(value.cpu() for value in few.values())])
-    return dict(zip(few, flat.split([value.numel() for value in few.values()]), strict=True))
+    found: dict[str, Tensor] = {}
+    for device in {value.device for value in few.values()}:  # a wait for each of these
+        here = {name: value for name, value in few.items() if value.device == device}
+        flat = torch.cat(list(here.values())).cpu()
+        sizes = [value.numel() for value in here.values()]
+        found.update(zip(here, flat.split(sizes), strict=True))
+    return found
 
 
 def same_values(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:

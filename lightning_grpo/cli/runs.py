@@ -129,7 +129,8 @@ def default_loggers(root: Path, version: int | None) -> list[Logger]:
     csv = CurveLogger(root, name="", version=version, flush_logs_every_n_steps=1)
     loggers: list[Logger] = [csv]
     if RequirementCache("tensorboard"):
-        loggers.append(BoardLogger(root, name="", version=csv.version))
+        # Room for a step's scalars: the trainer would wait for the file at every tenth.
+        loggers.append(BoardLogger(root, name="", version=csv.version, max_queue=1000))
     return loggers
 
 

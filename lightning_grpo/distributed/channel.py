@@ -41,13 +41,28 @@ from lightning_grpo.distributed.heartbeat import (
 from lightning_grpo.errors import RankError, StopRun
 
 
-def reduced(metrics: Metrics, device: torch.device) -> Metrics:
-    """The same metrics over all ranks: two all-reduces; every rank has the same names."""
+def reduced(metrics: Metrics, device: torch.device) -> Callable[[], Metrics]:
+    """Begin to reduce metrics over all ranks: two all-reduces; every rank has the same names.
+
+    Returns:
+        What gives them. It waits for the GPU to come as far as it is now, not for what it is given
+        to do until then.
+    """
     sums, maxima = to_tensors(metrics, device)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(sums)
         distributed.all_reduce(maxima, op=distributed.ReduceOp.MAX)
-    return from_tensors(metrics, sums, maxima)
+    sums, maxima = (each.to("cpu", non_blocking=True) for each in (sums, maxima))
+    arrived = torch.cuda.Event() if device.type == "cuda" else None
+    if arrived is not None:
+        arrived.record()
+
+    def result() -> Metrics:
+        if arrived is not None:
+            arrived.synchronize()
+        return from_tensors(metrics, sums, maxima)
+
+    return result
 
 
 _FAREWELL_S = 5.0

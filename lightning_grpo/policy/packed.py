@@ -3,8 +3,10 @@
 From hidden states to logprobs and entropies, without ever holding all logits at once.
 
 Rows are taken in chunks; the backward pass computes each chunk's logits again. Where all rows fit
-into one chunk the logits are kept, and no product is computed twice. Logits are fp32 (or
-wider) also when hidden states and weights are bf16, or are made so by autocast.
+into one chunk the logits are kept, and no product is computed twice. Compiled in bf16, as many
+probabilities are kept as a bound allows, in the dtype in which the gradient of their logits is
+multiplied. Logits are fp32 (or wider) also when hidden states and weights are bf16, or are made so
+by autocast.
 """
 
 from __future__ import annotations
@@ -40,6 +42,10 @@ MAX_CHUNK_LOGITS = 2**26
 """Logits of one chunk: 256 MiB in fp32."""
 
 
+MAX_KEPT_PROBABILITIES = 2**30
+"""2 GiB in bf16."""
+
+
 def largest_chunk(device: torch.device) -> int:
     """Logits of one chunk: on GPUs each chunk's share of the head's gradient costs memory traffic.
 
@@ -62,6 +68,7 @@ def head_logprobs(  # noqa: PLR0913 - all of what a head is made of
     max_logits: int = MAX_CHUNK_LOGITS,
     compiled: bool = False,
     cap: float | None = None,
+    max_kept: int = MAX_KEPT_PROBABILITIES,
 ) -> tuple[Tensor, Tensor | None]:
     """Logprobs of `targets` under softmax(hidden weight^T / temperature), and its entropy.
 
@@ -74,17 +81,21 @@ def head_logprobs(  # noqa: PLR0913 - all of what a head is made of
         max_logits: Largest number of logits held at once.
         compiled: Whether what is done to the logits is compiled: each is then read once or twice.
         cap: Logits are cap * tanh(logits / cap) before the temperature; None: as they are.
+        max_kept: Largest number of probabilities kept for backward, compiled in bf16.
 
     Returns:
         fp32 `[rows]`, and the same or None.
     """
-    rows, device = chunk_rows(weight.shape[0], max_logits), hidden.device.type
+    vocab, device = weight.shape[0], hidden.device.type
+    rows = chunk_rows(vocab, max_logits)
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with _without_autocast(device):
+        keeps = compiled and cap is None and weight.dtype == torch.bfloat16
+        most = max_kept // vocab if keeps and torch.is_grad_enabled() else 0
         logprobs, entropy = _Head.apply(
-            hidden, weight, targets, temperature, with_entropy, rows, compiled, cap
+            hidden, weight, targets, temperature, with_entropy, rows, compiled, cap, most
         )
     return logprobs, entropy if with_entropy else None
 
@@ -150,13 +161,38 @@ def _log_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _look(
-    logits: Tensor, temperature: Tensor, targets: Tensor, with_entropy: bool, cap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_of_targets` gives, and the log of the sum of exponentials; reads logits only."""
+    logits: Tensor,
+    temperature: Tensor,
+    targets: Tensor,
+    with_entropy: bool,
+    cap: float | None,
+    kept: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What `_of_targets` gives, the log of the sum of exponentials, and the probabilities to keep.
+
+    Reads logits only.
+    """
     scaled = capped(logits, cap) / temperature.unsqueeze(1)
     log_softmax = torch.log_softmax(scaled, dim=-1)
     logprobs, entropy = _of_targets(log_softmax, targets, with_entropy)
-    return logprobs, entropy, scaled.gather(1, targets.unsqueeze(1)).squeeze(1) - logprobs
+    log_sum = scaled.gather(1, targets.unsqueeze(1)).squeeze(1) - logprobs
+    return logprobs, entropy, log_sum, None if kept is None else log_softmax.exp().to(kept)
+
+
+def _grad_of_kept(
+    probabilities: Tensor,
+    temperature: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """As `_grad_logits`, from what `_look` kept."""
+    exact = probabilities.to(temperature.dtype)
+    scale = grad_logprobs.unsqueeze(1)
+    if grad_entropy is not None:
+        log_softmax = exact.clamp_min(torch.finfo(exact.dtype).tiny).log()  # p log p is 0 at p = 0
+        scale = scale + grad_entropy.unsqueeze(1) * (log_softmax + entropy.unsqueeze(1))
+    return (exact * (-scale / temperature.unsqueeze(1))).to(probabilities.dtype)
 
 
 def _grad_of_look(  # noqa: PLR0913 - each is read once
@@ -192,8 +228,19 @@ def _compiled(function: Any) -> Any:
     return torch.compile(function)
 
 
-def _maybe_compiled(function: Any, compiled: bool) -> Any:
-    return _compiled(function) if compiled else function
+def _run(function: Any, compiled: bool, *arguments: Any) -> Any:
+    """Call a function of rows, compiled for any number of them."""
+    if not compiled:
+        return function(*arguments)
+    for each in arguments:
+        if isinstance(each, Tensor):
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+    return _compiled(function)(*arguments)
+
+
+def _parts(start: int, rows: int, *tensors: Tensor) -> list[Tensor]:
+    """Rows of each, as tensors of their own: where a view begins would be compiled in."""
+    return [each[start : start + rows].clone() for each in tensors]
 
 
 class _Head(torch.autograd.Function):
@@ -208,28 +255,34 @@ class _Head(torch.autograd.Function):
         rows: int,
         compiled: bool,
         cap: float | None,
+        most_kept: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         entropy, log_sum = torch.zeros_like(logprobs), torch.empty_like(logprobs)
         temperature = temperature.to(dtype)
         looks = compiled or cap is not None  # the slope of a cap is known from logits alone
-        values = None  # logits where they are read in one go; else log-softmax
+        kept: list[Tensor] = []  # of the first chunks, in turn
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            values = _logits(hidden[part], weight)
+            values = _logits(hidden[part], weight)  # read in one go; else made log-softmax
             if looks:
-                logprobs[part], entropy[part], log_sum[part] = _maybe_compiled(_look, compiled)(
-                    values, temperature[part], targets[part], with_entropy, cap
+                keep = weight.dtype if min(start + rows, len(hidden)) <= most_kept else None
+                own = _parts(start, rows, temperature, targets)
+                logprobs[part], entropy[part], log_sum[part], probabilities = _run(
+                    _look, compiled, values, *own, with_entropy, cap, keep
                 )
+                kept += [] if probabilities is None else [probabilities]
             else:
                 values = _log_softmax(values, temperature[part])
                 logprobs[part], entropy[part] = _of_targets(values, targets[part], with_entropy)
+            if len(hidden) <= rows and not kept:
+                kept = [values]
         ctx.rows, ctx.compiled, ctx.cap, ctx.looks = rows, compiled, cap, looks
+        ctx.keeps_probabilities = bool(most_kept)
         ctx.set_materialize_grads(False)  # most often nobody asks for the entropy's
-        kept = values if len(hidden) <= rows else None
         ctx.save_for_backward(
-            hidden, weight, targets, temperature, logprobs, entropy, log_sum, kept
+            hidden, weight, targets, temperature, logprobs, entropy, log_sum, *kept
         )
         return logprobs, entropy
 
@@ -238,7 +291,7 @@ class _Head(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Any, ...]:
-        hidden, weight, targets, temperature, logprobs, entropy, log_sum, kept = ctx.saved_tensors
+        hidden, weight, targets, temperature, logprobs, entropy, log_sum, *kept = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=temperature.dtype) if need_weight else None
@@ -248,22 +301,9 @@ class _Head(torch.autograd.Function):
             of_targets *= _slope((logprobs + log_sum) * temperature, ctx.cap)
         of_targets = (of_targets / temperature).to(weight.dtype)
         with _without_autocast(hidden.device.type):
-            for start in range(0, len(hidden), ctx.rows):
+            for i, start in enumerate(range(0, len(hidden), ctx.rows)):
                 part = slice(start, start + ctx.rows)
-                more = (
-                    entropy[part],
-                    scale[part],
-                    None if grad_entropy is None else grad_entropy[part],
-                )
-                values = _logits(hidden[part], weight) if kept is None else kept
-                if ctx.looks:
-                    grad = _maybe_compiled(_grad_of_look, ctx.compiled)(
-                        values, temperature[part], log_sum[part], *more, weight.dtype, ctx.cap
-                    )
-                else:
-                    if kept is None:
-                        values = _log_softmax(values, temperature[part])
-                    grad = _grad_logits(values, temperature[part], *more, weight.dtype)
+                grad = _Head._grad_of_chunk(ctx, start, scale, grad_entropy, *kept[i : i + 1])
                 grad.scatter_(1, targets[part].unsqueeze(1), of_targets[part].unsqueeze(1))
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad @ weight).to(hidden.dtype)
@@ -271,7 +311,32 @@ class _Head(torch.autograd.Function):
                     _add_product(grad_weight, grad.t(), hidden[part].to(grad.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 7
+
+    @staticmethod
+    def _grad_of_chunk(
+        ctx: Any,
+        start: int,
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor | None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient of a chunk's logits but the targets', in the dtype of the weights."""
+        hidden, weight, _, temperature, _, entropy, log_sum, *_ = ctx.saved_tensors
+        tensors = (temperature, log_sum, entropy, grad_logprobs)
+        temperature, log_sum, *own = _parts(start, ctx.rows, *tensors)
+        of_entropy = (
+            None if grad_entropy is None else grad_entropy[start : start + ctx.rows].clone()
+        )
+        if kept is not None and ctx.keeps_probabilities:
+            more = (temperature, *own, of_entropy)
+            return cast("Tensor", _run(_grad_of_kept, ctx.compiled, kept, *more))
+        values = _logits(hidden[start : start + ctx.rows], weight) if kept is None else kept
+        if ctx.looks:
+            rest = (temperature, log_sum, *own, of_entropy, weight.dtype, ctx.cap)
+            return cast("Tensor", _run(_grad_of_look, ctx.compiled, values, *rest))
+        log_softmax = _log_softmax(values, temperature) if kept is None else kept
+        return _grad_logits(log_softmax, temperature, own[0], own[1], of_entropy, weight.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -353,6 +353,8 @@ class RolloutSession(Session):
             return None
         if self.sync.release_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the step cached is the servers' again
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the optimizer: servers work on until it is done
         snapshot: Future[Snapshot] = Future()
         sent: Future[SentScores] = Future()
         turn: Future[None] = Future()
@@ -598,6 +600,8 @@ class ReplaySession(Session):
         self._recording = channel.on_rank_zero(
             lambda: _Recording.open(path), what="opening the recording", deadline_s=600.0
         )
+        self._reader = ThreadPoolExecutor(1, "recording")
+        self._ahead: tuple[Path, Future[RecordedBatch]] | None = None
         files = self._recording.files if self._recording is not None else []
         self.num_batches = channel.broadcast(len(files))
 
@@ -648,4 +652,13 @@ class ReplaySession(Session):
                 f"the recording {str(self._path)!r} holds no rollout batch of version "
                 f"{self.version} or later ({self.num_batches} in all)."
             )
-        return read_batch(left[0])
+        file, ahead = self._ahead or (None, None)
+        batch = ahead.result() if ahead is not None and file == left[0] else read_batch(left[0])
+        self._ahead = None
+        if len(left) > 1:  # while this one is trained on
+            self._ahead = left[1], self._reader.submit(read_batch, left[1])
+        return batch
+
+    @override
+    def close(self) -> None:
+        self._reader.shutdown()

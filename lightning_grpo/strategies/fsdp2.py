@@ -423,7 +423,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Shard a module over the ranks, in this strategy's blocks and precision."""
         if self.world_size == 1 and self._reshard_after_forward is None and not cpu_offload:
             blocks = _find_blocks(module, self._blocks)
-            WorkingCopy(module, _DTYPES[self.compute_dtype], blocks)
+            compiled = bool(getattr(module, "compiled", False))
+            WorkingCopy(module, _DTYPES[self.compute_dtype], blocks, compiled)
             return
         parallelize(
             module,

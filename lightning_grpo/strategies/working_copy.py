@@ -6,6 +6,7 @@ block cost the CPU more time than launching the block's kernels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class WorkingCopy:
         dtype: Of parameters in forward and backward.
         blocks: Inner modules whose gradients are added up together, once their backward is done;
             other parameters each alone.
+        compiled: Whether that addition is compiled, on GPUs.
 
     Attributes:
         keeps: Whether the copy serves further passes after a backward: that of the next micro-batch
@@ -36,9 +38,14 @@ class WorkingCopy:
     """
 
     def __init__(
-        self, module: nn.Module, dtype: torch.dtype, blocks: Sequence[nn.Module] = ()
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        blocks: Sequence[nn.Module] = (),
+        compiled: bool = False,
     ) -> None:
         self.keeps = False
+        self._compiled = compiled
         self._dtype = dtype
         self._places: list[tuple[nn.Module, str, nn.Parameter]] = [
             (owner, name, parameter)
@@ -97,7 +104,8 @@ class WorkingCopy:
         with torch.set_grad_enabled(differentiable):
             for group in self._groups:
                 trained = [each for each in group if each.requires_grad]
-                self._copies.update(zip(trained, _Cast.apply(self._dtype, *trained), strict=True))
+                copies = _Cast.apply(self._dtype, self._compiled, *trained)
+                self._copies.update(zip(trained, copies, strict=True))
                 frozen = (each for each in group if not each.requires_grad)
                 self._copies.update((each, each.to(self._dtype)) for each in frozen)
 
@@ -119,27 +127,45 @@ class _Cast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *masters: nn.Parameter) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, dtype: torch.dtype, compiled: bool, *masters: nn.Parameter
+    ) -> tuple[Tensor, ...]:
         ctx.masters = masters  # not saved: nothing is read of their values
+        ctx.compiled = compiled
         ctx.set_materialize_grads(False)
-        return tuple(each.to(dtype) for each in masters)
+        copies = [torch.empty_like(each, dtype=dtype) for each in masters]
+        if copies:
+            torch._foreach_copy_(copies, masters)  # a few kernels, not one for each
+        return tuple(copies)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         left: list[Tensor | None] = list(grads)
         totals: list[Tensor] = []
         added: list[Tensor] = []
-        nodes = (node for node, _ in ctx.next_functions)
+        nodes = (node for node, _ in ctx.next_functions)  # of tensors alone
         for i, (master, node) in enumerate(zip(ctx.masters, nodes, strict=True)):
             grad = left[i]
             if grad is not None and master.grad is not None and _plainly_added(master, node):
                 totals.append(master.grad)
                 added.append(grad)
                 left[i] = None
-        if added:
-            torch._foreach_add_(totals, added)
+        if added and ctx.compiled and totals[0].is_cuda:
+            _add_compiled()(totals, added)
+        elif added:
+            _add(totals, added)
         pairs = zip(left, ctx.masters, strict=True)
-        return (None, *(grad if grad is None else grad.to(m.dtype) for grad, m in pairs))
+        return (None, None, *(grad if grad is None else grad.to(m.dtype) for grad, m in pairs))
+
+
+@functools.cache
+def _add_compiled() -> Any:
+    """For tensors of two dtypes torch has no kernel that takes several, and a slow one for each."""
+    return torch.compile(_add, dynamic=False)
+
+
+def _add(totals: list[Tensor], added: list[Tensor]) -> None:
+    torch._foreach_add_(totals, added)
 
 
 def _plainly_added(parameter: nn.Parameter, node: Any) -> bool:

@@ -301,10 +301,17 @@ def test_each_sequence_is_in_one_micro_batch_and_only_a_long_one_exceeds_the_bud
 
 @settings(deadline=None)
 @given(PACKING_LENGTHS, st.integers(200, 400))
-def test_micro_batches_are_filled(lengths, budget):
+def test_micro_batches_are_few(lengths, budget):
     # First-fit leaves at most one micro-batch that is no more than half full.
-    loads = [sum(lengths[i] for i in p) for p in plan_micro_batches(lengths, budget)]
-    assert sum(load * 2 <= budget for load in loads) <= 1
+    plan = plan_micro_batches(lengths, budget)
+    assert max(0, len(plan) - 1) * budget <= 2 * sum(lengths)
+
+
+def test_micro_batches_are_even_and_no_more_for_it():
+    plan = plan_micro_batches([600] * 66, 12288)
+    assert max(map(len, plan)) == 17
+    assert len(plan) == 4
+    assert [i for positions in plan for i in positions] == list(range(66))
 
 
 def test_a_budget_of_ten_packs_seven_with_three_and_six_with_four():

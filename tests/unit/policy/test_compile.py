@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_grpo._compat import compile_sparingly
-from lightning_grpo.policy.packed import PackedPolicy, compile_blocks
+from lightning_grpo.policy.packed import PackedPolicy, compile_blocks, head_logprobs
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_lm import VOCAB, make_lm
 
@@ -101,3 +101,30 @@ def test_a_compiled_policy_keeps_its_names_and_can_be_copied():
     policy = PackedPolicy(make_lm(), compiled=True)
     assert list(policy.state_dict()) == list(PackedPolicy(make_lm()).state_dict())
     assert copy.deepcopy(policy).compiled
+
+
+@pytest.mark.parametrize("max_kept", [0, 8 * 50, 1 << 20])  # nothing, one chunk of two, all
+def test_a_head_that_keeps_probabilities_has_the_gradient_of_one_that_computes_them_again(max_kept):
+    draw = torch.Generator().manual_seed(3)
+    hidden = torch.randn(13, 8, generator=draw).bfloat16().requires_grad_()
+    weight = torch.randn(50, 8, generator=draw).bfloat16().requires_grad_()
+    targets, temperature = torch.arange(13), torch.linspace(0.5, 2.0, 13)
+    gradients = []
+    for kept, compiled in ((0, False), (max_kept, True)):
+        most = 8 * 50
+        found = head_logprobs(
+            hidden, weight, targets, temperature, True, most, compiled, max_kept=kept
+        )
+        assert found[1] is not None
+        total = (found[0] * torch.linspace(-1, 1, 13)).sum() + found[1].cos().sum()
+        gradients.append(torch.autograd.grad(total, (hidden, weight)))
+    for expected, seen in zip(*gradients, strict=True):
+        assert (expected - seen).float().norm() < 0.01 * expected.float().norm()
+
+
+def test_the_last_chunk_of_a_head_is_compiled_with_the_others():
+    hidden, weight = torch.randn(13, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    for rows in (13, 12, 9):
+        own = (hidden[:rows], weight, torch.arange(rows), torch.ones(rows))
+        head_logprobs(*own, True, 4 * 50, compiled=True)[0].sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
