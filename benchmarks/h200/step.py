@@ -215,14 +215,16 @@ def main() -> None:
         profiled = args.out.absolute().with_name(f"{args.out.stem}_{folder.name}.json")
         words += ["--trainer.callbacks", callbacks(args.profile, profiled)]
         words += ["--trainer.enable_checkpointing", "false", *VARIANTS[name], *args.more]
-        began = time.monotonic()
-        done = subprocess.run(
-            lightning_grpo(folder, *words), cwd=folder, capture_output=True, text=True, check=False
-        )
+        screen, began = profiled.with_suffix(".log"), time.monotonic()
+        with screen.open("w") as lines:  # there also where this program is ended meanwhile
+            done = subprocess.run(
+                lightning_grpo(folder, *words), cwd=folder, stdout=lines, stderr=lines, check=False
+            )
         row = {"seconds": round(time.monotonic() - began, 1)}
-        row |= measured(folder) if done.returncode == 0 else {"error": done.stderr[-1500:]}
+        said = screen.read_text()[-1500:]
+        row |= measured(folder) if done.returncode == 0 else {"error": said}
         report["variants"][name] = row
-        print(done.stdout[-1500:], name, json.dumps(row), sep="\n", flush=True)
+        print(said, name, json.dumps(row), sep="\n", flush=True)
         write_report(args.out, report)
 
 
