@@ -21,15 +21,25 @@ class AdaptedLinear(Linear):
     matrix product, which is kept in fp32. One adapter, without dropout.
     """
 
+    is_off = False
+
+    @override
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Switch the adapter off by a scale of 0, and on by 1."""
+        super().set_scale(adapter, scale)
+        self.is_off = scale == 0.0
+
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: `[..., in]`; gives `[..., out]`."""
         (name,) = self.active_adapters
-        base, scale = self.get_base_layer(), self.scaling[name]
+        base = self.get_base_layer()
         assert isinstance(base, nn.Linear | Conv1D)
-        if scale == 0.0:  # switched off
+        if self.is_off:
             return base(x)
         rows = x.flatten(0, -2)
+        # Not `self.scaling`: a compiler takes a float for an input, which a CPU would compute with.
+        scale = self.lora_alpha[name] / self.r[name]
         update = self.lora_B[name](self.lora_A[name](rows)) * scale
         weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
         if torch.is_autocast_enabled(x.device.type):

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_grpo._compat import compile_sparingly
+from lightning_grpo.policy.lora import LoRA, WithoutAdapter
 from lightning_grpo.policy.packed import PackedPolicy, compile_blocks, head_logprobs
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_lm import VOCAB, make_lm
@@ -131,3 +132,29 @@ def test_the_last_chunk_of_a_head_is_compiled_with_the_others():
         own = (hidden[:rows], weight, torch.arange(rows), torch.ones(rows))
         head_logprobs(*own, True, 4 * 50, compiled=True)[0].sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_an_adapters_scale_is_compiled_in_and_can_be_switched_off():
+    def numbers_of_the_cpu(model):
+        found = []
+
+        def backend(graph, inputs):
+            given = [n.meta["example_value"] for n in graph.graph.nodes if n.op == "placeholder"]
+            found.append(sum(isinstance(x, torch.Tensor) and x.ndim == 0 for x in given))
+            return graph
+
+        policy = PackedPolicy(model, compiled=True)
+        compile_blocks(model, backend=backend)
+        return policy, policy(*packed([5, 9]))[0], max(found)
+
+    model = make_lm()
+    _, expected, without = numbers_of_the_cpu(copy.deepcopy(model))
+    LoRA(rank=4, alpha=8).add_to(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.ones_(parameter)
+    torch._dynamo.reset()
+    policy, adapted, num = numbers_of_the_cpu(model)
+    assert num <= without
+    assert not torch.allclose(adapted, expected)
+    assert torch.allclose(WithoutAdapter(policy)(*packed([5, 9]))[0], expected)
