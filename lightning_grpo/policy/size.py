@@ -24,7 +24,8 @@ ADAPTER_FRACTION = 0.02
 CHUNK_LOGITS = largest_chunk(torch.device("cuda"))
 LOGIT_COPIES = 5
 """Of a chunk's logits while logprob and entropy are computed: as the head gives them, scaled, their
-log-softmax, its exponential and the product of both, in fp32."""
+log-softmax, its exponential and the product of both, in fp32. Compiled, two of them and the
+probabilities that are kept are no more."""
 CONTEXT_BYTES = 2 << 30
 """CUDA's own, kernels, workspaces and what the allocator can't use."""
 
