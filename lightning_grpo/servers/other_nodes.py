@@ -217,6 +217,7 @@ class ServerNode:
             self._servers.host = self._host
             self._servers.dedicated = True
             self._servers.api_key = arguments.get("api_key")
+            self._servers.deterministic = bool(arguments.get("deterministic"))
             self._servers.tells_routes = bool(arguments.get("tells_routes"))
             if arguments.get("load"):
                 self._servers.load = ServerLoad(**arguments["load"])
@@ -319,6 +320,7 @@ class NodeServers(Servers):
             "servers": describe_servers(self.servers),
             "load": self._node_load(),
             "api_key": self.api_key,
+            "deterministic": self.deterministic,
             "tells_routes": self.tells_routes,
         }
         asked = [self._mailbox.ask(node, "start", **request) for node in range(self.num_nodes)]

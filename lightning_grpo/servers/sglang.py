@@ -231,6 +231,10 @@ OWN_FLAGS = (
 )
 """Flags that have a parameter, or that the run sets itself."""
 
+DETERMINISTIC = "enable-deterministic-inference"
+DETERMINISTIC_BACKENDS = ("fa3", "flashinfer", "triton")
+"""Attention whose result for a request does not depend on what else is in its batch."""
+
 CPU_FLAGS: dict[str, Any] = {
     "device": "cpu",
     "attention-backend": "torch_native",
@@ -330,6 +334,9 @@ class SGLangServers(OwnedServers):
                 fraction = SHARED_FRACTION
         if self.tells_routes:
             chosen["enable-return-routed-experts"] = True
+        if self.deterministic:
+            self._check_deterministic(on_cpu)
+            chosen[DETERMINISTIC] = True
         flags = {"host": self.host} | chosen | self.flags
         environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
         names = device_names()
@@ -348,6 +355,31 @@ class SGLangServers(OwnedServers):
             )
             for slot, (group, port) in enumerate(zip(groups, ports, strict=True))
         ]
+
+    def _check_deterministic(self, on_cpu: bool) -> None:
+        """Refuse what would leave a deterministic run's completions to chance."""
+        way_out = "Or leave `trainer.deterministic` out."
+        if on_cpu:
+            raise ConfigError(
+                "trainer.deterministic",
+                "needs SGLang's deterministic inference, which it has on GPUs alone",
+                way_out=f"On a CPU use EmbeddedServers. {way_out}",
+            )
+        backend = self.flags.get("attention-backend", DETERMINISTIC_BACKENDS[0])
+        if backend not in DETERMINISTIC_BACKENDS:
+            raise ConfigError(
+                "servers.flags.attention-backend",
+                f"must be one of {', '.join(DETERMINISTIC_BACKENDS)} in a deterministic run",
+                backend,
+                way_out,
+            )
+        if self.flags.get(DETERMINISTIC, True) is not True:
+            raise ConfigError(
+                f"servers.flags.{DETERMINISTIC}",
+                "must be on in a deterministic run",
+                self.flags[DETERMINISTIC],
+                way_out,
+            )
 
     def layout(self, on_cpu: bool = False) -> ServerLayout:
         """Choose the GPUs of each server, and how it suits the load.

@@ -157,6 +157,7 @@ class ServerInfo(msgspec.Struct):
     kv_cache_dtype: str = "auto"
     enable_return_routed_experts: bool | None = None
     disable_overlap_schedule: bool | None = None
+    enable_deterministic_inference: bool | None = None
 
     @property
     def precision(self) -> str:

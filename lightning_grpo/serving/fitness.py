@@ -117,6 +117,7 @@ class Requirements:
         shape: Its sizes, by their names in the config.
         sample: A text, and its ids by the trainer's tokenizer.
         routes: What the model's routers choose, where completions must come with it.
+        deterministic: Whether equal requests must get equal bits.
     """
 
     run_id: str
@@ -127,6 +128,7 @@ class Requirements:
     shape: Mapping[str, int] = field(default_factory=dict)
     sample: tuple[str, tuple[int, ...]] | None = None
     routes: RouterShape | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,14 @@ async def verify_server(client: ServerClient, requirements: Requirements) -> Ser
     _check_architecture(client.url, model, requirements)
     if requirements.routes is not None:
         _check_routes(client.url, info, dialect)
+    if requirements.deterministic and not info.enable_deterministic_inference:
+        raise ConfigError(
+            "trainer.deterministic",
+            "needs servers that give equal requests equal bits, and heed their seeds;"
+            f" {client.url} was not started for it",
+            way_out="Start it with `--enable-deterministic-inference` (the embedded engine with"
+            " `--deterministic`), or leave `trainer.deterministic` out.",
+        )
     await _check_tokenizer(client, model, requirements.sample)
     return ServerFacts(dialect, info, model)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -309,7 +309,7 @@ async def _open_pool(
     wanted = min(limits.max_in_flight or episodes, episodes)
     pool = ServerPool(
         handles,
-        material.requirements(run_id),
+        replace(material.requirements(run_id), deterministic=settings.deterministic),
         lambda ids: material.tokenizer.decode(ids, skip_special_tokens=True),
         spell=lambda ids: material.tokenizer.decode(ids, skip_special_tokens=False),
         api_key=servers.api_key,

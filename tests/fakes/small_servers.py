@@ -33,6 +33,7 @@ class PythonServers(OwnedServers):
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
         command = [sys.executable, "-u", "-c", self.code]
         command += ["tells-routes"] if self.tells_routes else []
+        command += ["deterministic"] if self.deterministic else []
         return [
             Launch(command, run_dir / "servers" / f"{slot}.log", {})
             for slot in range(self.num_servers)

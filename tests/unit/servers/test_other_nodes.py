@@ -80,15 +80,15 @@ def test_every_node_starts_restarts_and_ends_its_servers_and_leaves_at_the_end(t
             assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("tells", [False, True])
-def test_servers_of_every_node_are_started_to_tell_routes_where_the_run_replays_them(
-    tells, tmp_path
-):
+@pytest.mark.parametrize("asked", [False, True])
+def test_servers_of_every_node_are_told_of_routes_and_determinism(asked, tmp_path):
     servers = NodeServers(1, str(tmp_path / "nodes"), PythonServers(), connect_timeout_s=30)
-    servers.tells_routes = tells
+    servers.tells_routes = servers.deterministic = asked
     with nodes(tmp_path / "nodes", 1):
         (handle,) = servers.start("model", tmp_path / "run")
-        assert ("tells-routes" in handle.log_path.read_text()) is tells
+        said = handle.log_path.read_text()
+        assert ("tells-routes" in said) is asked
+        assert ("deterministic" in said) is asked
         servers.stop()
 
 

@@ -1,4 +1,5 @@
 import itertools
+import re
 import sys
 
 import pytest
@@ -42,6 +43,31 @@ def test_servers_are_started_to_tell_routes_where_the_run_replays_them(tells, tm
     servers.tells_routes = tells
     (launch,) = servers.launches("model", tmp_path)
     assert ("--enable-return-routed-experts" in launch.command) is tells
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_deterministic_run_starts_servers_that_give_equal_requests_equal_bits(
+    deterministic, tmp_path
+):
+    servers = SGLangServers(python=sys.executable, tp=4)
+    servers.deterministic = deterministic
+    (launch,) = servers.launches("model", tmp_path)
+    assert ("--enable-deterministic-inference" in launch.command) is deterministic
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"device": "cpu"}, "`trainer.deterministic` needs"),
+        ({"attention-backend": "torch_native"}, "`servers.flags.attention-backend` must be one of"),
+        ({"enable_deterministic_inference": False}, "must be on in a deterministic run, got False"),
+    ],
+)
+def test_what_would_leave_a_deterministic_run_to_chance_is_refused(flags, named, tmp_path):
+    servers = SGLangServers(python=sys.executable, flags=flags)
+    servers.deterministic = True
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        servers.launches("model", tmp_path)
 
 
 def test_the_command_line_follows_the_parameters(tmp_path):

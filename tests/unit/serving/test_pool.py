@@ -556,6 +556,7 @@ async def test_the_seed_goes_with_every_piece_of_a_completion():
 @pytest.mark.parametrize(
     ("server", "requirements", "message"),
     [
+        ({}, {"deterministic": True}, "Start it with `--enable-deterministic-inference`"),
         ({"version": "0.5.3"}, {}, "runs SGLang 0.5.3"),
         ({"label": "other:3"}, {}, "weights 'other:3' of another run"),
         (
