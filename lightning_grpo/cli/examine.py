@@ -24,7 +24,8 @@ from lightning_grpo.rollout.scoring import Reward, RewardScorer, RewardValue, re
 from lightning_grpo.rollout.workflow import RolloutWorkflow
 from lightning_grpo.servers.base import RunningServers, Servers, free_ports
 from lightning_grpo.servers.sglang import SGLangServers, examine_python, resolve_python
-from lightning_grpo.serving.client import GenerateRequest, ServerClient, new_session
+from lightning_grpo.serving.client import ServerClient, new_session
+from lightning_grpo.serving.wire import GenerateRequest
 from lightning_grpo.session.material import Material, load_config, open_material
 from lightning_grpo.strategies.checkpoints import (
     reading,

@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedModel
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.serving.client import sampling_params
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.pool import ServerPool
+from lightning_grpo.serving.wire import sampling_params
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.transport import DiskTransport, Transport

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_grpo.policy.load import without_bars
 from lightning_grpo.servers.process import EmbeddedServers, OwnedServers
-from lightning_grpo.serving.client import checked_routes
+from lightning_grpo.serving.wire import checked_routes
 from lightning_grpo.types import RouterShape, Sampling
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
 from tests.fakes.mixtures import own_routes
