@@ -15,10 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo import contract
-from lightning_grpo.checks import require_part
 from lightning_grpo.contract import Trained, describe_sampling
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_part
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
 from lightning_grpo.policy.size import ModelSize, training_memory
 from lightning_grpo.rewards.sandbox import boundary

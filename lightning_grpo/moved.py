@@ -37,6 +37,7 @@ MOVED = {
     "callbacks.summary": "callbacks.screen",
     "callbacks.trajectories": "callbacks.recording",
     "callbacks.views": "contract",
+    "checks": "errors",
     "cli.check": "cli.mistakes",
     "cli.hints": "cli.mistakes",
     "cli.imports": "cli.mistakes",

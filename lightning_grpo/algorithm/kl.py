@@ -30,8 +30,7 @@ from torch import Tensor
 
 from lightning_grpo.algorithm.batch import MicroBatch, log_ratio
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
-from lightning_grpo.checks import require_number
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_number
 
 
 class KLEstimator(ABC):

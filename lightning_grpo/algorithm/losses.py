@@ -33,8 +33,7 @@ from lightning_grpo.algorithm.batch import (
     sequence_sum,
 )
 from lightning_grpo.algorithm.metrics import Metrics, masked_max, masked_mean
-from lightning_grpo.checks import require_clip, require_number, require_positive
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_clip, require_number, require_positive
 
 
 class Aggregation(ABC):

@@ -30,7 +30,6 @@ from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
 from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.timing import StepTimer
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.checks import require_count
 from lightning_grpo.contract import (
     Described,
     Evaluated,
@@ -40,7 +39,7 @@ from lightning_grpo.contract import (
     logged_numbers,
     run_folder,
 )
-from lightning_grpo.errors import StopRun
+from lightning_grpo.errors import StopRun, require_count
 from lightning_grpo.loader import Minibatch, policy_logprobs
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.types import Group

@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.curve import going_on_without, mlflow_name
-from lightning_grpo.checks import require_count
 from lightning_grpo.contract import Evaluated
+from lightning_grpo.errors import require_count
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.types import Group
 

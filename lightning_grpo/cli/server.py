@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_grpo.checks import require_on_hub
 from lightning_grpo.cli.sources import Parser
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_on_hub
 from lightning_grpo.servers.sglang import (
     SGLANG_VERSION,
     examine_python,

@@ -20,7 +20,7 @@ from typing import Literal
 import psutil
 from typing_extensions import override
 
-from lightning_grpo.checks import require_count, require_seconds
+from lightning_grpo.errors import require_count, require_seconds
 from lightning_grpo.rewards.confine import Confinement, interpreter_files
 from lightning_grpo.rewards.confined_python import PROGRAM_ENDED
 

@@ -24,8 +24,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from lightning_grpo.checks import require_count
-from lightning_grpo.errors import RolloutError
+from lightning_grpo.errors import RolloutError, require_count
 
 Policy = Literal["wait", "drop", "strict"]
 

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_grpo.checks import MOST, require_number
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.errors import MOST, CheckpointError, ConfigError, require_number
 from lightning_grpo.rollout.prompts import PromptSet
 from lightning_grpo.types import Group, Prompt, PromptKey
 

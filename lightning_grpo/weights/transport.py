@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_grpo.checks import require_number
-from lightning_grpo.errors import WeightSyncError
+from lightning_grpo.errors import WeightSyncError, require_number
 from lightning_grpo.types import Interruption
 
 Snapshot = Mapping[str, Tensor]
