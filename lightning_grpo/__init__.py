@@ -54,13 +54,6 @@ _HOME = {
         "SequenceTIS",
         "TokenTIS",
     ),
-    "lightning_grpo.algorithm.kl": (
-        "K1",
-        "K2",
-        "K3",
-        "KLPenalty",
-        "WeightedK3",
-    ),
     "lightning_grpo.algorithm.losses": (
         "CISPOLoss",
         "CappedCISPOLoss",
@@ -68,11 +61,16 @@ _HOME = {
         "DPPOLoss",
         "GRPOLoss",
         "GSPOLoss",
+        "K1",
+        "K2",
+        "K3",
+        "KLPenalty",
         "M2POLoss",
         "PolicyLoss",
         "SAPOLoss",
         "SequenceMean",
         "TokenMean",
+        "WeightedK3",
     ),
     "lightning_grpo.algorithm.metrics": (
         "Max",
@@ -168,22 +166,22 @@ if TYPE_CHECKING:
     from lightning_grpo.algorithm.corrections import IcePop as IcePop
     from lightning_grpo.algorithm.corrections import SequenceTIS as SequenceTIS
     from lightning_grpo.algorithm.corrections import TokenTIS as TokenTIS
-    from lightning_grpo.algorithm.kl import K1 as K1
-    from lightning_grpo.algorithm.kl import K2 as K2
-    from lightning_grpo.algorithm.kl import K3 as K3
-    from lightning_grpo.algorithm.kl import KLPenalty as KLPenalty
-    from lightning_grpo.algorithm.kl import WeightedK3 as WeightedK3
+    from lightning_grpo.algorithm.losses import K1 as K1
+    from lightning_grpo.algorithm.losses import K2 as K2
+    from lightning_grpo.algorithm.losses import K3 as K3
     from lightning_grpo.algorithm.losses import CappedCISPOLoss as CappedCISPOLoss
     from lightning_grpo.algorithm.losses import CISPOLoss as CISPOLoss
     from lightning_grpo.algorithm.losses import ConstantLength as ConstantLength
     from lightning_grpo.algorithm.losses import DPPOLoss as DPPOLoss
     from lightning_grpo.algorithm.losses import GRPOLoss as GRPOLoss
     from lightning_grpo.algorithm.losses import GSPOLoss as GSPOLoss
+    from lightning_grpo.algorithm.losses import KLPenalty as KLPenalty
     from lightning_grpo.algorithm.losses import M2POLoss as M2POLoss
     from lightning_grpo.algorithm.losses import PolicyLoss as PolicyLoss
     from lightning_grpo.algorithm.losses import SAPOLoss as SAPOLoss
     from lightning_grpo.algorithm.losses import SequenceMean as SequenceMean
     from lightning_grpo.algorithm.losses import TokenMean as TokenMean
+    from lightning_grpo.algorithm.losses import WeightedK3 as WeightedK3
     from lightning_grpo.algorithm.metrics import Max as Max
     from lightning_grpo.algorithm.metrics import Mean as Mean
     from lightning_grpo.algorithm.metrics import Sum as Sum

@@ -25,8 +25,7 @@ from lightning_grpo._compat_lightning import given_hyperparameters, is_compiled,
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage, Truncation
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
-from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
+from lightning_grpo.algorithm.losses import GRPOLoss, KLPenalty, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.callbacks.recording import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers

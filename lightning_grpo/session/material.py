@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
-from lightning_grpo.algorithm.routing import routers_of
+from lightning_grpo.algorithm.layers import routers_of
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.policy.attention import length_switches, usable_context
 from lightning_grpo.policy.load import check_config, check_source, load_policy, load_tokenizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.algorithm.losses import KLPenalty
 from lightning_grpo.policy.lora import LoRA
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
 from tests.fakes.user_objects import make_adam
