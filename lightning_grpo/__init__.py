@@ -79,10 +79,10 @@ _HOME = {
     ),
     "lightning_grpo.callbacks.health": ("HealthMonitor",),
     "lightning_grpo.callbacks.recording": (
+        "SampleTables",
         "TimelineWriter",
         "TrajectoryWriter",
     ),
-    "lightning_grpo.callbacks.samples": ("SampleTables",),
     "lightning_grpo.callbacks.screen": ("GRPOProgress",),
     "lightning_grpo.callbacks.weight_sync": ("WeightSync",),
     "lightning_grpo.datamodule": (
@@ -186,9 +186,9 @@ if TYPE_CHECKING:
     from lightning_grpo.algorithm.metrics import Mean as Mean
     from lightning_grpo.algorithm.metrics import Sum as Sum
     from lightning_grpo.callbacks.health import HealthMonitor as HealthMonitor
+    from lightning_grpo.callbacks.recording import SampleTables as SampleTables
     from lightning_grpo.callbacks.recording import TimelineWriter as TimelineWriter
     from lightning_grpo.callbacks.recording import TrajectoryWriter as TrajectoryWriter
-    from lightning_grpo.callbacks.samples import SampleTables as SampleTables
     from lightning_grpo.callbacks.screen import GRPOProgress as GRPOProgress
     from lightning_grpo.callbacks.weight_sync import WeightSync as WeightSync
     from lightning_grpo.datamodule import ReplayDataModule as ReplayDataModule

@@ -27,6 +27,7 @@ from lightning_grpo.plan.hardware import (
     GPUS,
     MIB,
     Speed,
+    Workload,
     cpu_speed,
     find_gpu,
     gpu_speed,
@@ -35,9 +36,16 @@ from lightning_grpo.plan.hardware import (
     require_gpu,
     this_machine,
 )
-from lightning_grpo.plan.plan import GIB, Plan, RunFacts, make_plan, memory_of
-from lightning_grpo.plan.seconds import Workload
-from lightning_grpo.plan.text import Compared, describe, describe_check
+from lightning_grpo.plan.plan import (
+    GIB,
+    Compared,
+    Plan,
+    RunFacts,
+    describe,
+    describe_check,
+    make_plan,
+    memory_of,
+)
 from lightning_grpo.policy.size import model_size
 from lightning_grpo.report.run import PHASES, Run
 from lightning_grpo.servers.base import Machine
