@@ -12,10 +12,8 @@ from typing import Any
 from lightning_grpo.cli.sources import Parser, whole_number
 from lightning_grpo.errors import printable
 from lightning_grpo.report.answers import MOST_TRAJECTORIES, choose_answers, steps_wanted
-from lightning_grpo.report.charts import write_pictures
-from lightning_grpo.report.page import PageServer, page_data, render_page
+from lightning_grpo.report.page import PageServer, markdown, page_data, render_page, write_pictures
 from lightning_grpo.report.run import chrome_trace, find_folder, read_runs, stamp
-from lightning_grpo.report.text import markdown
 
 _OUT = "report.html"
 _PORT = 8765

@@ -56,7 +56,7 @@ class Scorer(Protocol):
         ...
 
 
-_PROGRAMS = "lightning_grpo.rewards.program"
+_PROGRAMS = "lightning_grpo.rewards.sandbox"
 
 
 class EpisodeContext(Protocol):
