@@ -40,11 +40,12 @@ from lightning_grpo.serving.health import (
     HealthPolicy,
     IsGone,
     Monitor,
+    Rank,
     Restart,
     Restore,
+    Router,
     stop_generation,
 )
-from lightning_grpo.serving.router import Rank, Router
 from lightning_grpo.serving.server import Decode, Member, MemberState, Partial, ServerHandle
 from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, check_reply
 from lightning_grpo.types import Completion, Interruption, Sampling
