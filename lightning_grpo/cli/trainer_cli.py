@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat_lightning import start_method
 from lightning_grpo.callbacks.curve import going_on_without
-from lightning_grpo.cli.environment import (
+from lightning_grpo.cli.main import (
     is_first_rank,
     set_one_thread_default,
     silence_jsonargparse,

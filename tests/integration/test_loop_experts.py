@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.cli.export import export
+from lightning_grpo.cli.folders import export
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.engine.updates import ModelWeights
 from lightning_grpo.errors import WeightSyncError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.cli.export import export
+from lightning_grpo.cli.folders import export
 from lightning_grpo.datamodule import ReplayDataModule, RolloutDataModule
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.lora import LoRA

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from lightning_grpo.cli.export import build_module, check_paths, read_checkpoint
+from lightning_grpo.cli.folders import build_module, check_paths, read_checkpoint
 from lightning_grpo.cli.main import main
 from lightning_grpo.cli.server import engine_command
 from lightning_grpo.errors import CheckpointError, ConfigError

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from lightning_grpo.cli.init import write_task
+from lightning_grpo.cli.folders import write_task
 from lightning_grpo.cli.main import main
 from lightning_grpo.rewards import gsm8k
 from tests.fakes.report_runs import write_run
