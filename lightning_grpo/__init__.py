@@ -100,9 +100,9 @@ _HOME = {
     ),
     "lightning_grpo.policy.lora": ("LoRA",),
     "lightning_grpo.policy.packed": ("PackedPolicy",),
+    "lightning_grpo.rollout.admission": ("Curriculum",),
     "lightning_grpo.rollout.ledger": ("RolloutLimits",),
     "lightning_grpo.rollout.prompts": ("Prompts",),
-    "lightning_grpo.rollout.stream": ("Curriculum",),
     "lightning_grpo.rollout.workflow": (
         "EpisodeContext",
         "PerDatasetWorkflow",
@@ -200,9 +200,9 @@ if TYPE_CHECKING:
     from lightning_grpo.policy.load import load_tokenizer as load_tokenizer
     from lightning_grpo.policy.lora import LoRA as LoRA
     from lightning_grpo.policy.packed import PackedPolicy as PackedPolicy
+    from lightning_grpo.rollout.admission import Curriculum as Curriculum
     from lightning_grpo.rollout.ledger import RolloutLimits as RolloutLimits
     from lightning_grpo.rollout.prompts import Prompts as Prompts
-    from lightning_grpo.rollout.stream import Curriculum as Curriculum
     from lightning_grpo.rollout.workflow import EpisodeContext as EpisodeContext
     from lightning_grpo.rollout.workflow import PerDatasetWorkflow as PerDatasetWorkflow
     from lightning_grpo.rollout.workflow import RLVRWorkflow as RLVRWorkflow

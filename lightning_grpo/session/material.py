@@ -20,10 +20,10 @@ from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.policy.attention import length_switches, usable_context
 from lightning_grpo.policy.load import check_config, check_source, load_policy, load_tokenizer
 from lightning_grpo.policy.size import HALF, ModelSize, model_size
+from lightning_grpo.rollout.admission import Curriculum
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
-from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import RolloutWorkflow, check_sampling
 from lightning_grpo.servers.base import ServerLoad, Servers
 from lightning_grpo.serving.fitness import SHAPE, Requirements

@@ -8,13 +8,12 @@ import pytest
 
 from lightning_grpo.errors import FailureBudgetError
 from lightning_grpo.rewards import gsm8k
+from lightning_grpo.rollout.admission import PromptMixture, StalenessGate
 from lightning_grpo.rollout.episodes import EpisodeRunner
-from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Ledger, RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.rollout.scoring import RewardScorer
-from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.types import Completion, Sampling

@@ -9,8 +9,8 @@ from huggingface_hub import constants
 from torch.distributed.checkpoint import FileSystemWriter, save
 
 from lightning_grpo.cli.folders import build_module, check_paths, read_checkpoint
+from lightning_grpo.cli.launch import engine_command
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.server import engine_command
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import open_rows
 from lightning_grpo.servers.sglang import ServerPython, resolve_python
