@@ -138,11 +138,6 @@ class Material:
     routes: RouterShape | None = None
 
     @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt looked at; a bound for servers with a shorter context."""
-        return _longest(self.prompts)
-
-    @property
     def mean_prompt(self) -> float:
         """Tokens of a prompt on average, of those looked at."""
         lengths = [len(prompt.input_ids) for prompt in _first(self.prompts, LOOKED_AT)]
