@@ -1,6 +1,6 @@
 """A LoRA adapter through the whole loop: resumed exactly, exported, learning.
 
-That servers get it merged: `conformance/test_adapters.py`.
+That servers get it merged: `conformance/test_updates.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import json
 from dataclasses import replace
+from itertools import pairwise
 from math import exp, log
 
 import pytest
@@ -39,6 +43,7 @@ from lightning_grpo.algorithm.metrics import merge, values
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.objective import minibatch_loss
 from tests.fakes.micro_batches import PER_TOKEN, make_micro_batch, select_sequences
+from tests.fakes.trl_oracle import CASES, GOLDEN, grad_norm, ours, trls
 
 LOSSES = [
     GRPOLoss(),
@@ -614,3 +619,47 @@ def test_each_estimator_is_a_penalty_on_the_next_token_not_on_the_sequence():
     assert close(found[0], torch.zeros(2).double())
     assert whole[0][1].item() == pytest.approx(kl_second[1].item() / 4)
     assert close(found[1], whole[1])
+
+
+# -- losses and gradients equal those of TRL 1.16: its numbers are committed, it need not be there
+
+
+TRL_TOLERANCE = 1e-5
+
+
+def golden():
+    return json.loads(GOLDEN.read_text())
+
+
+def has_trl():
+    return (
+        importlib.util.find_spec("trl") is not None
+        and importlib.metadata.version("trl") == golden()["trl"]
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_loss_and_gradient_norm_equal_the_committed_numbers_of_trl(case):
+    expected = golden()["cases"][case.name]
+    loss, gradients = ours(case, golden()["inputs"])
+    assert loss == pytest.approx(expected["loss"], abs=TRL_TOLERANCE)
+    assert grad_norm(gradients) == pytest.approx(expected["grad_norm"], rel=TRL_TOLERANCE)
+
+
+def test_the_committed_numbers_tell_the_cases_apart():
+    norms = sorted(case["grad_norm"] for name, case in golden()["cases"].items() if name != "bnpo")
+    gaps = [right / left - 1 for left, right in pairwise(norms)]
+    assert min(gaps) > 10 * TRL_TOLERANCE
+
+
+@pytest.mark.skipif(not has_trl(), reason="trl==1.16.0 is not installed")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_gradient_equals_that_of_trl_itself(case):
+    inputs = golden()["inputs"]
+    loss, gradients = ours(case, inputs)
+    trl_loss, trl_gradients = trls(case, inputs)
+    assert loss == pytest.approx(trl_loss, abs=TRL_TOLERANCE)
+    assert set(gradients) == set(trl_gradients)
+    difference = {name: gradients[name] - trl_gradients[name] for name in gradients}
+    assert grad_norm(difference) <= TRL_TOLERANCE * grad_norm(trl_gradients)
