@@ -171,7 +171,16 @@ def test_make_says_a_line_before_each_step_in_which_pip_is_silent():
 
 PACKAGE = Path(__file__).parents[2] / "lightning_grpo"
 TORCH_FREE = ("types", "errors", "report", "rewards", "rollout", "servers", "shipped")
-MAX_LINES = 600
+MAX_LINES, MIN_LINES, MAX_FUNCTION_LINES = 600, 100, 60
+MOST_MODULES, MOST_TEST_FILES = 120, 160
+SMALL = {
+    "callbacks/early_stop.py": "commands import it before torch",
+    "keys.py": "commands import it before torch",
+    "policy/adapted.py": "needs PEFT, which is an extra",
+    "rewards/trl.py": "named by users",
+    "servers/serve_sglang.py": "run as a program",
+}
+"""Modules under `MIN_LINES`, and why each is one."""
 
 BLOCKED_IMPORT = """
 import importlib, sys
@@ -230,7 +239,22 @@ def test_the_blocker_of_the_test_above_does_block():
 def test_a_module_is_ascii_and_stays_readable_in_one_go(path):
     text = path.read_text(encoding="ascii")
     # Blank lines are no reading; past the limit a concept waits to be named.
-    assert len([line for line in text.splitlines() if line.strip()]) <= MAX_LINES
+    num_lines = len([line for line in text.splitlines() if line.strip()])
+    assert num_lines <= MAX_LINES
+    if path.name != "__init__.py":  # a page torn out of a chapter is no module
+        assert (num_lines < MIN_LINES) == (named(path) in SMALL)
+
+
+@pytest.mark.parametrize("path", python_files(), ids=named)
+def test_a_function_fits_on_a_screen(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+def test_a_new_file_is_made_only_where_no_chapter_has_room():
+    assert sum(path.name != "__init__.py" for path in python_files()) <= MOST_MODULES
+    assert len(list((PACKAGE.parent / "tests").rglob("test_*.py"))) <= MOST_TEST_FILES
 
 
 @pytest.mark.parametrize("path", python_files(), ids=named)
