@@ -238,10 +238,6 @@ def _say(line: str) -> None:
     sys.stderr.write(printable(line) + "\n")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 # -- environment variables and the import path -----------------------------------------------------
 
 TRACEBACK = "LIGHTNING_GRPO_TRACEBACK"
@@ -375,3 +371,7 @@ def set_one_thread_default() -> bool:
 def silence_jsonargparse() -> None:
     """Hide that Lightning 2.6 calls jsonargparse 4.53 by deprecated names: not the user's fault."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
