@@ -16,6 +16,8 @@ Names are resolved on first use, so that importing the package imports neither t
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_grpo.moved import serve_old_paths
@@ -24,118 +26,10 @@ __version__ = "0.2.0"
 
 serve_old_paths()
 
-_HOME = {
-    "lightning_grpo.agents.tools": ("ToolLimits",),
-    "lightning_grpo.agents.turns": (
-        "EpisodeRecord",
-        "next_ids",
-    ),
-    "lightning_grpo.agents.workflows": (
-        "AgentWorkflow",
-        "MultiTurnWorkflow",
-        "ToolWorkflow",
-    ),
-    "lightning_grpo.algorithm.advantages": (
-        "GroupAdvantage",
-        "LeaveOneOutAdvantage",
-        "ReinforceAdvantage",
-        "Truncation",
-        "group_mean",
-        "group_std",
-    ),
-    "lightning_grpo.algorithm.batch": (
-        "MicroBatch",
-        "RolloutBatch",
-    ),
-    "lightning_grpo.algorithm.corrections": (
-        "GeometricMask",
-        "IcePop",
-        "OPSM",
-        "SequenceTIS",
-        "TokenTIS",
-    ),
-    "lightning_grpo.algorithm.losses": (
-        "CISPOLoss",
-        "CappedCISPOLoss",
-        "ConstantLength",
-        "DPPOLoss",
-        "GRPOLoss",
-        "GSPOLoss",
-        "K1",
-        "K2",
-        "K3",
-        "KLPenalty",
-        "M2POLoss",
-        "PolicyLoss",
-        "SAPOLoss",
-        "SequenceMean",
-        "TokenMean",
-        "WeightedK3",
-    ),
-    "lightning_grpo.algorithm.metrics": (
-        "Max",
-        "Mean",
-        "Sum",
-    ),
-    "lightning_grpo.callbacks.health": ("HealthMonitor",),
-    "lightning_grpo.callbacks.recording": (
-        "SampleTables",
-        "TimelineWriter",
-        "TrajectoryWriter",
-    ),
-    "lightning_grpo.callbacks.screen": ("GRPOProgress",),
-    "lightning_grpo.callbacks.weight_sync": ("WeightSync",),
-    "lightning_grpo.datamodule": (
-        "ReplayDataModule",
-        "RolloutDataModule",
-    ),
-    "lightning_grpo.module": ("GRPOModule",),
-    "lightning_grpo.objective": (
-        "Objective",
-        "minibatch_loss",
-    ),
-    "lightning_grpo.policy.load": (
-        "load_policy",
-        "load_tokenizer",
-    ),
-    "lightning_grpo.policy.lora": ("LoRA",),
-    "lightning_grpo.policy.packed": ("PackedPolicy",),
-    "lightning_grpo.rollout.admission": ("Curriculum",),
-    "lightning_grpo.rollout.ledger": ("RolloutLimits",),
-    "lightning_grpo.rollout.prompts": ("Prompts",),
-    "lightning_grpo.rollout.workflow": (
-        "EpisodeContext",
-        "PerDatasetWorkflow",
-        "RLVRWorkflow",
-        "RolloutWorkflow",
-    ),
-    "lightning_grpo.servers.base": ("RunningServers",),
-    "lightning_grpo.servers.other_nodes": (
-        "RayServers",
-        "SlurmServers",
-    ),
-    "lightning_grpo.servers.process": ("EmbeddedServers",),
-    "lightning_grpo.servers.sglang": ("SGLangServers",),
-    "lightning_grpo.strategies.checkpoints": ("AtomicCheckpointIO",),
-    "lightning_grpo.strategies.fsdp2": (
-        "FSDP2Strategy",
-        "parallelize",
-    ),
-    "lightning_grpo.types": (
-        "Completion",
-        "Group",
-        "Prompt",
-        "Sampling",
-        "Trajectory",
-    ),
-    "lightning_grpo.validation": ("Evaluation",),
-    "lightning_grpo.weights.process_group": (
-        "IPCTransport",
-        "ProcessGroupTransport",
-    ),
-    "lightning_grpo.weights.transport": ("DiskTransport",),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+# The one list of public names is that of the imports below, for type checkers. Here they are read
+# and not run, which would take seconds.
+_LISTED = re.findall(r"^    from (\S+) import (\w+) as", Path(__file__).read_text("ascii"), re.M)
+_MODULE_OF = {name: module for module, name in _LISTED}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
@@ -145,7 +39,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# Type checkers read the imports, and know by them which names there are.
 if TYPE_CHECKING:
     from lightning_grpo.agents.tools import ToolLimits as ToolLimits
     from lightning_grpo.agents.turns import EpisodeRecord as EpisodeRecord

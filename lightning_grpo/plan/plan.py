@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_grpo.plan.hardware import (
+    MIB,
     Serving,
     Speed,
     Workload,
@@ -396,7 +397,6 @@ def _other_servers(facts: RunFacts, servers: SGLangServers) -> Iterator[tuple[st
 # -- a plan in words -------------------------------------------------------------------------------
 
 WIDTH = 80
-_MIB = 1 << 20
 _FEW = 2
 _MINUTE, _HUNDRED = 60.0, 100.0
 _LOST = 1 / 6
@@ -469,7 +469,7 @@ def _training_words(part: str, facts: RunFacts) -> str:
     size, setup, work = facts.size, facts.setup, facts.work
     tokens = setup.bounded(work.completions // work.minibatches, facts.load.context_tokens)
     sharded = f", over {setup.shards} GPUs" if setup.shards > 1 else ""
-    each = size.layers * kept_numbers(size, compiled=setup.compiled) * setup.bytes_each / _MIB
+    each = size.layers * kept_numbers(size, compiled=setup.compiled) * setup.bytes_each / MIB
     kept = f"{tokens.max_tokens:,} tokens in a micro-batch x {each:.1f} MiB"
     if setup.checkpointing:
         kept = f"{tokens.max_tokens:,} tokens: blocks' inputs, and one block's own"
