@@ -123,8 +123,7 @@ def examine_config(
         options = with_paths(configs, options)
         settings = collect(configs, options)
         refuse_at_once(settings)
-        # Only now: these imports take seconds. The strategy's registers `trainer.strategy: fsdp2`.
-        import lightning_grpo.strategies.fsdp2  # noqa: F401
+        # Only now: these imports take seconds.
         from lightning_grpo.cli.trainer_cli import build_run
         from lightning_grpo.cli.unstarted import run_checks
         from lightning_grpo.datamodule import RolloutDataModule
