@@ -28,7 +28,7 @@ serve_old_paths()
 
 # The one list of public names is that of the imports below, for type checkers. Here they are read
 # and not run, which would take seconds.
-_LISTED = re.findall(r"^    from (\S+) import (\w+) as", Path(__file__).read_text("ascii"), re.M)
+_LISTED = re.findall(r"^    from (\S+) import (\w+) as", Path(__file__).read_text("utf-8"), re.M)
 _MODULE_OF = {name: module for module, name in _LISTED}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
