@@ -34,8 +34,12 @@ from lightning_grpo.errors import WeightSyncError
 from lightning_grpo.policy.load import load_policy
 from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.policy.snapshot_scorer import SnapshotScorer, _computing_with, _rounded_inputs
-from lightning_grpo.session.proof import policy_scores
+from lightning_grpo.session.proof import (
+    SnapshotScorer,
+    _computing_with,
+    _rounded_inputs,
+    policy_scores,
+)
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.weights.gather import gather_weights, round_by_chance
 from lightning_grpo.weights.proof import (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lightning_grpo.algorithm.routing import Replay, RouteRecorder, routers_of
+from lightning_grpo.algorithm.layers import Replay, RouteRecorder, routers_of
 from lightning_grpo.policy.packed import PackedPolicy
 
 SEQUENCES, LENGTH = 8, 256

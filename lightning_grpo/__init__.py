@@ -16,6 +16,8 @@ Names are resolved on first use, so that importing the package imports neither t
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import re
 from typing import TYPE_CHECKING, Any
 
 from lightning_grpo.moved import serve_old_paths
@@ -24,120 +26,11 @@ __version__ = "0.2.0"
 
 serve_old_paths()
 
-_HOME = {
-    "lightning_grpo.agents.tools": ("ToolLimits",),
-    "lightning_grpo.agents.turns": (
-        "EpisodeRecord",
-        "next_ids",
-    ),
-    "lightning_grpo.agents.workflows": (
-        "AgentWorkflow",
-        "MultiTurnWorkflow",
-        "ToolWorkflow",
-    ),
-    "lightning_grpo.algorithm.advantages": (
-        "GroupAdvantage",
-        "LeaveOneOutAdvantage",
-        "ReinforceAdvantage",
-        "Truncation",
-        "group_mean",
-        "group_std",
-    ),
-    "lightning_grpo.algorithm.batch": (
-        "MicroBatch",
-        "RolloutBatch",
-    ),
-    "lightning_grpo.algorithm.corrections": (
-        "GeometricMask",
-        "IcePop",
-        "OPSM",
-        "SequenceTIS",
-        "TokenTIS",
-    ),
-    "lightning_grpo.algorithm.kl": (
-        "K1",
-        "K2",
-        "K3",
-        "KLPenalty",
-        "WeightedK3",
-    ),
-    "lightning_grpo.algorithm.losses": (
-        "CISPOLoss",
-        "CappedCISPOLoss",
-        "ConstantLength",
-        "DPPOLoss",
-        "GRPOLoss",
-        "GSPOLoss",
-        "M2POLoss",
-        "PolicyLoss",
-        "SAPOLoss",
-        "SequenceMean",
-        "TokenMean",
-    ),
-    "lightning_grpo.algorithm.metrics": (
-        "Max",
-        "Mean",
-        "Sum",
-    ),
-    "lightning_grpo.callbacks.health": ("HealthMonitor",),
-    "lightning_grpo.callbacks.recording": (
-        "TimelineWriter",
-        "TrajectoryWriter",
-    ),
-    "lightning_grpo.callbacks.samples": ("SampleTables",),
-    "lightning_grpo.callbacks.screen": ("GRPOProgress",),
-    "lightning_grpo.callbacks.weight_sync": ("WeightSync",),
-    "lightning_grpo.datamodule": (
-        "ReplayDataModule",
-        "RolloutDataModule",
-    ),
-    "lightning_grpo.module": ("GRPOModule",),
-    "lightning_grpo.objective": (
-        "Objective",
-        "minibatch_loss",
-    ),
-    "lightning_grpo.policy.load": (
-        "load_policy",
-        "load_tokenizer",
-    ),
-    "lightning_grpo.policy.lora": ("LoRA",),
-    "lightning_grpo.policy.packed": ("PackedPolicy",),
-    "lightning_grpo.rollout.ledger": ("RolloutLimits",),
-    "lightning_grpo.rollout.prompts": ("Prompts",),
-    "lightning_grpo.rollout.stream": ("Curriculum",),
-    "lightning_grpo.rollout.workflow": (
-        "EpisodeContext",
-        "PerDatasetWorkflow",
-        "RLVRWorkflow",
-        "RolloutWorkflow",
-    ),
-    "lightning_grpo.servers.base": ("RunningServers",),
-    "lightning_grpo.servers.other_nodes": (
-        "RayServers",
-        "SlurmServers",
-    ),
-    "lightning_grpo.servers.process": ("EmbeddedServers",),
-    "lightning_grpo.servers.sglang": ("SGLangServers",),
-    "lightning_grpo.strategies.checkpoints": ("AtomicCheckpointIO",),
-    "lightning_grpo.strategies.fsdp2": (
-        "FSDP2Strategy",
-        "parallelize",
-    ),
-    "lightning_grpo.types": (
-        "Completion",
-        "Group",
-        "Prompt",
-        "Sampling",
-        "Trajectory",
-    ),
-    "lightning_grpo.validation": ("Evaluation",),
-    "lightning_grpo.weights.process_group": (
-        "IPCTransport",
-        "ProcessGroupTransport",
-    ),
-    "lightning_grpo.weights.transport": ("DiskTransport",),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+# The one list of public names is that of the imports below, for type checkers. Here they are read
+# and not run, which would take seconds.
+_SOURCE = pkgutil.get_data(__name__, "__init__.py") or b""  # also where the package is in a zip
+_LISTED = re.findall(r"^    from (\S+) import (\w+) as", _SOURCE.decode(), re.M)
+_MODULE_OF = {name: module for module, name in _LISTED}
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
@@ -147,7 +40,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# Type checkers read the imports, and know by them which names there are.
 if TYPE_CHECKING:
     from lightning_grpo.agents.tools import ToolLimits as ToolLimits
     from lightning_grpo.agents.turns import EpisodeRecord as EpisodeRecord
@@ -168,29 +60,29 @@ if TYPE_CHECKING:
     from lightning_grpo.algorithm.corrections import IcePop as IcePop
     from lightning_grpo.algorithm.corrections import SequenceTIS as SequenceTIS
     from lightning_grpo.algorithm.corrections import TokenTIS as TokenTIS
-    from lightning_grpo.algorithm.kl import K1 as K1
-    from lightning_grpo.algorithm.kl import K2 as K2
-    from lightning_grpo.algorithm.kl import K3 as K3
-    from lightning_grpo.algorithm.kl import KLPenalty as KLPenalty
-    from lightning_grpo.algorithm.kl import WeightedK3 as WeightedK3
+    from lightning_grpo.algorithm.losses import K1 as K1
+    from lightning_grpo.algorithm.losses import K2 as K2
+    from lightning_grpo.algorithm.losses import K3 as K3
     from lightning_grpo.algorithm.losses import CappedCISPOLoss as CappedCISPOLoss
     from lightning_grpo.algorithm.losses import CISPOLoss as CISPOLoss
     from lightning_grpo.algorithm.losses import ConstantLength as ConstantLength
     from lightning_grpo.algorithm.losses import DPPOLoss as DPPOLoss
     from lightning_grpo.algorithm.losses import GRPOLoss as GRPOLoss
     from lightning_grpo.algorithm.losses import GSPOLoss as GSPOLoss
+    from lightning_grpo.algorithm.losses import KLPenalty as KLPenalty
     from lightning_grpo.algorithm.losses import M2POLoss as M2POLoss
     from lightning_grpo.algorithm.losses import PolicyLoss as PolicyLoss
     from lightning_grpo.algorithm.losses import SAPOLoss as SAPOLoss
     from lightning_grpo.algorithm.losses import SequenceMean as SequenceMean
     from lightning_grpo.algorithm.losses import TokenMean as TokenMean
+    from lightning_grpo.algorithm.losses import WeightedK3 as WeightedK3
     from lightning_grpo.algorithm.metrics import Max as Max
     from lightning_grpo.algorithm.metrics import Mean as Mean
     from lightning_grpo.algorithm.metrics import Sum as Sum
     from lightning_grpo.callbacks.health import HealthMonitor as HealthMonitor
+    from lightning_grpo.callbacks.recording import SampleTables as SampleTables
     from lightning_grpo.callbacks.recording import TimelineWriter as TimelineWriter
     from lightning_grpo.callbacks.recording import TrajectoryWriter as TrajectoryWriter
-    from lightning_grpo.callbacks.samples import SampleTables as SampleTables
     from lightning_grpo.callbacks.screen import GRPOProgress as GRPOProgress
     from lightning_grpo.callbacks.weight_sync import WeightSync as WeightSync
     from lightning_grpo.datamodule import ReplayDataModule as ReplayDataModule
@@ -202,9 +94,9 @@ if TYPE_CHECKING:
     from lightning_grpo.policy.load import load_tokenizer as load_tokenizer
     from lightning_grpo.policy.lora import LoRA as LoRA
     from lightning_grpo.policy.packed import PackedPolicy as PackedPolicy
+    from lightning_grpo.rollout.admission import Curriculum as Curriculum
     from lightning_grpo.rollout.ledger import RolloutLimits as RolloutLimits
     from lightning_grpo.rollout.prompts import Prompts as Prompts
-    from lightning_grpo.rollout.stream import Curriculum as Curriculum
     from lightning_grpo.rollout.workflow import EpisodeContext as EpisodeContext
     from lightning_grpo.rollout.workflow import PerDatasetWorkflow as PerDatasetWorkflow
     from lightning_grpo.rollout.workflow import RLVRWorkflow as RLVRWorkflow

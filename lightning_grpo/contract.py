@@ -34,10 +34,9 @@ from typing_extensions import Protocol, runtime_checkable
 
 from lightning_grpo.algorithm.advantages import Truncation
 from lightning_grpo.algorithm.batch import RolloutBatch
-from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
+from lightning_grpo.algorithm.losses import KLPenalty
 from lightning_grpo.engine.model import check_servable
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import MOST, MOST_SAMPLES, ConfigError, require_number
 from lightning_grpo.loader import Prepared
 from lightning_grpo.policy.packed import largest_chunk
 from lightning_grpo.policy.size import ADAPTER_FRACTION, TrainingSetup

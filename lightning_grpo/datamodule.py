@@ -15,17 +15,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from lightning_grpo import contract
-from lightning_grpo.checks import require_part
 from lightning_grpo.contract import Trained, describe_sampling
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_part
 from lightning_grpo.loader import Prepare, RolloutLoader, Shape
 from lightning_grpo.policy.size import ModelSize, training_memory
 from lightning_grpo.rewards.sandbox import boundary
+from lightning_grpo.rollout.admission import Curriculum
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Asked, Prompts, by_name
-from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import RolloutWorkflow, require_workflow
 from lightning_grpo.servers.base import Address, Servers, servers_of
 from lightning_grpo.session import assembly as states

@@ -25,12 +25,10 @@ from lightning_grpo._compat_lightning import given_hyperparameters, is_compiled,
 from lightning_grpo.algorithm.advantages import Advantage, GroupAdvantage, Truncation
 from lightning_grpo.algorithm.batch import MicroBatch, RolloutBatch
 from lightning_grpo.algorithm.corrections import Correction
-from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.algorithm.losses import GRPOLoss, PolicyLoss
+from lightning_grpo.algorithm.losses import GRPOLoss, KLPenalty, PolicyLoss
 from lightning_grpo.algorithm.metrics import Metrics, merge, values
 from lightning_grpo.callbacks.recording import missing_callbacks
 from lightning_grpo.callbacks.weight_sync import first_values, same_values, strangers
-from lightning_grpo.checks import MOST, require_builder, require_count, require_number, require_part
 from lightning_grpo.contract import (
     KEEP_BEST,
     check_callers,
@@ -41,7 +39,14 @@ from lightning_grpo.contract import (
 )
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.distributed.channel import reduced
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import (
+    MOST,
+    ConfigError,
+    require_builder,
+    require_count,
+    require_number,
+    require_part,
+)
 from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective, ReferencePolicy
 from lightning_grpo.policy.attention import longest_steady

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from lightning_grpo.algorithm.batch import MicroBatch, to_device
 from lightning_grpo.algorithm.corrections import Correction
-from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.algorithm.layers import Replay
 from lightning_grpo.algorithm.losses import (
     Aggregation,
+    KLPenalty,
     PolicyLoss,
     TokenMean,
 )
 from lightning_grpo.algorithm.metrics import Metrics, Sum, masked_mean, merge, mismatch_metrics
-from lightning_grpo.algorithm.routing import Replay
-from lightning_grpo.checks import MOST, require_number
+from lightning_grpo.errors import MOST, require_number
 from lightning_grpo.loader import Minibatch, Rollout, on_device, token_rows
 from lightning_grpo.policy.check import check_reference
 from lightning_grpo.policy.load import load_policy, materialize_from_folder

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_grpo.checks import require_count, require_number
+from lightning_grpo.errors import require_count, require_number
 
 MOST_TOKENS = 1 << 24
 """Of a completion: far beyond every model's context."""

@@ -14,8 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed
 from torchmetrics import Metric
 
-from lightning_grpo.checks import MOST, MOST_SAMPLES, require_number
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import MOST, MOST_SAMPLES, ConfigError, require_number
 from lightning_grpo.rollout.workflow import check_stop, sampling_of
 from lightning_grpo.types import CI_HIGH, CI_LOW, Group, Sampling
 

@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_grpo.algorithm.batch import Denominators, MicroBatch
 from lightning_grpo.algorithm.losses import GRPOLoss
-from lightning_grpo.callbacks.timing import matrix_peak
+from lightning_grpo.callbacks.recording import matrix_peak
 from lightning_grpo.loader import plan_micro_batches
 from lightning_grpo.objective import minibatch_loss
 from lightning_grpo.policy.load import checkpoint_activations

@@ -25,8 +25,7 @@ import anyio.to_thread
 import cloudpickle
 
 from lightning_grpo.agents.tool_worker import most_bytes
-from lightning_grpo.checks import A_YEAR_S, MOST, require_number
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import A_YEAR_S, MOST, ConfigError, require_number
 from lightning_grpo.rewards.confine import Confinement
 from lightning_grpo.rewards.sandbox import ScratchFolder, bubblewrap, end_group
 from lightning_grpo.rollout.chat import Tokenizer

@@ -38,8 +38,15 @@ from lightning_grpo.agents.turns import (
     next_ids,
     with_answer,
 )
-from lightning_grpo.checks import MOST, require_count, require_number, require_seconds
-from lightning_grpo.errors import ConfigError, RewardError, RolloutError
+from lightning_grpo.errors import (
+    MOST,
+    ConfigError,
+    RewardError,
+    RolloutError,
+    require_count,
+    require_number,
+    require_seconds,
+)
 from lightning_grpo.rollout.chat import Message, Tokenizer
 from lightning_grpo.rollout.scoring import RESERVED, BoundReward, Rewards, answer_of, reward_name
 from lightning_grpo.rollout.workflow import EpisodeContext, sampling_of

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_grpo.algorithm.batch import RolloutBatch
-from lightning_grpo.checks import MOST, require_number
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import MOST, ConfigError, require_number
 from lightning_grpo.types import Sampling
 
 

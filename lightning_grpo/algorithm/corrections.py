@@ -23,7 +23,7 @@ from lightning_grpo.algorithm.batch import (
     sequence_sum,
 )
 from lightning_grpo.algorithm.metrics import Metrics, masked_mean
-from lightning_grpo.checks import require_band, require_cap, require_number
+from lightning_grpo.errors import require_band, require_cap, require_number
 
 
 class Correction(ABC):

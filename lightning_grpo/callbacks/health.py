@@ -14,8 +14,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.screen import waiting_fraction
-from lightning_grpo.checks import require_seconds
 from lightning_grpo.contract import Rolling, logged_numbers
+from lightning_grpo.errors import require_seconds
 from lightning_grpo.loader import Minibatch
 
 log = logging.getLogger(__name__)

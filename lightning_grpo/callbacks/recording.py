@@ -1,4 +1,4 @@
-"""Callbacks that keep something: trajectories, a timeline, the last checkpoint, a baseline."""
+"""Callbacks that record a run: trajectories, a timeline, checkpoints, sample tables, step times."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import logging
 import platform
 import time
 from collections import ChainMap, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
-from lightning_grpo._compat_lightning import last_saved_step
-from lightning_grpo.callbacks.curve import CurveKeeper, prepare_loggers
+from lightning_grpo._compat_lightning import last_saved_step, log_values
+from lightning_grpo.callbacks.curve import (
+    CurveKeeper,
+    going_on_without,
+    mlflow_name,
+    prepare_loggers,
+)
 from lightning_grpo.callbacks.health import HealthMonitor
-from lightning_grpo.callbacks.samples import SampleTables
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
 from lightning_grpo.callbacks.signals import SignalHandling
-from lightning_grpo.callbacks.timing import StepTimer
 from lightning_grpo.callbacks.weight_sync import WeightSync
-from lightning_grpo.checks import require_count
 from lightning_grpo.contract import (
     Described,
     Evaluated,
@@ -40,8 +43,10 @@ from lightning_grpo.contract import (
     logged_numbers,
     run_folder,
 )
-from lightning_grpo.errors import StopRun
+from lightning_grpo.datamodule import RolloutDataModule
+from lightning_grpo.errors import StopRun, require_count
 from lightning_grpo.loader import Minibatch, policy_logprobs
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.types import Group
 
@@ -398,6 +403,216 @@ class StepZeroValidation(Callback):
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
 
+
+# -- answers as tables -----------------------------------------------------------------------------
+
+COLUMNS = ("prompt", "completion", "reward", "truncated")
+Row = tuple[str, str, float, bool]
+
+
+class SampleTables(Callback):
+    """Logs answers to held-out prompts, the same prompts each time, and some sampled in training.
+
+    A logger with `log_table` (W&B) gets a table, one whose experiment has `add_text` (TensorBoard)
+    or `log_text` (MLflow) gets text. Others get nothing.
+
+    Args:
+        rows: Answers each time.
+        every_n_batches: Log sampled answers of every n-th rollout batch.
+    """
+
+    def __init__(self, rows: int = 10, every_n_batches: int = 20) -> None:
+        require_count("rows", rows)
+        require_count("every_n_batches", every_n_batches)
+        self.rows = rows
+        self.every_n_batches = every_n_batches
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Minibatch,
+        batch_idx: int,
+    ) -> None:
+        """Log what was sampled, one answer of each of the first groups."""
+        rollout = batch.rollout
+        due = batch.is_last and rollout.index % self.every_n_batches == 0
+        if due and rollout.groups is not None:
+            self._log(trainer, "sampled", rollout.groups, trainer.global_step)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log answers of the validation that has just ended (rank 0 has them)."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for record in data.evaluations[-1:] if isinstance(data, Evaluated) else ():
+            for name, groups in record.groups.items():
+                key = f"held_out/{name}" if name else "held_out"
+                self._log(trainer, key, groups, record.step)
+
+    on_test_end = on_validation_end
+
+    def _log(self, trainer: L.Trainer, key: str, groups: Sequence[Group], step: int) -> None:
+        rows = [row_of(group) for group in groups[: self.rows]]
+        for logger in trainer.loggers if rows else ():
+            with going_on_without(f"answers in {type(logger).__name__}"):
+                send(logger, key, rows, step)
+
+
+def row_of(group: Group) -> Row:
+    """The first answer to a prompt."""
+    first = group.trajectories[0]
+    return group.prompt.text, first.transcript or first.text, first.reward, first.truncated
+
+
+def send(logger: Any, key: str, rows: Sequence[Row], step: int) -> None:
+    """Give a logger answers in a form that it takes, if there is one."""
+    if hasattr(logger, "log_table"):
+        logger.log_table(key, columns=list(COLUMNS), data=[list(row) for row in rows], step=step)
+        return
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_text"):
+        experiment.add_text(key, "\n\n".join(as_markdown(rows)), step)
+    elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):
+        text = "\n\n".join(as_markdown(rows))
+        experiment.log_text(logger.run_id, text, f"{mlflow_name(key)}/step_{step:06d}.md")
+
+
+def as_markdown(rows: Iterable[Row]) -> Iterable[str]:
+    """A heading and the text of each; indented, so that markup in it shows as it is."""
+    for prompt, completion, reward, truncated in rows:
+        yield f"**reward {reward:g}**" + (", cut off" if truncated else "")
+        yield "\n".join(f"    {line}" for line in (prompt + completion).splitlines())
+
+
+# -- where a step's time goes ----------------------------------------------------------------------
+
+
+Mark = float | torch.cuda.Event
+
+
+class StepTimer(Callback):
+    """Logs `time/...`, `throughput/...`, `idle/...` and `health/...` of each step.
+
+    The period of a step runs from the end of the step before to its own end, without validation;
+    so it holds the weight sync of the step before. On a GPU, which still works on the optimizer
+    then, `time/optimizer_s` is that of the step before: to wait for it would cost the next step its
+    head start.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find this process."""
+        self._process = psutil.Process()
+        # The module itself is moved to its device only later.
+        device = trainer.strategy.root_device
+        self._peak = matrix_peak(device) if stage == "fit" else None
+        self._period_started: float | None = None
+        self._optimizer: tuple[Mark, Mark] | None = None
+        self._validation_s = self._validation_started = 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_started = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on."""
+        if trainer.state.fn == "fit":
+            self._validation_s += time.perf_counter() - self._validation_started
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Minibatch, batch_idx: int
+    ) -> None:
+        """The batch is there; the first period begins with the wait for it."""
+        self._step_started = self._gradients_ready = self._mark()
+        if self._period_started is None:
+            # The start of the servers and the baseline are no part of a step.
+            waited = batch.rollout.metrics["time/wait_rollout_s"]
+            self._period_started, self._validation_s = time.perf_counter() - waited, 0.0
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """The gradients are there, or will be when the GPU comes to it."""
+        self._gradients_ready = self._mark()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Minibatch,
+        batch_idx: int,
+    ) -> None:
+        """Log the period that ends here."""
+        assert self._period_started is not None
+        now, optimizer = time.perf_counter(), (self._gradients_ready, self._mark())
+        if self._optimizer is None or self._peak is None:  # else that of the step before
+            self._optimizer = optimizer
+        period = now - self._period_started - self._validation_s
+        logged = {
+            "time/step_s": period,
+            "time/forward_backward_s": seconds(self._step_started, self._gradients_ready),
+            "time/optimizer_s": seconds(*self._optimizer),
+            "health/rss_gb": self._process.memory_info().rss / 2**30,
+        }
+        if batch.is_first:
+            waited = batch.rollout.metrics["time/wait_rollout_s"]
+            logged["idle/trainer_fraction"] = min(1.0, waited / period)
+        tokens = int(batch.rollout.denominators[batch.index].tokens)
+        logged["throughput/tokens_per_s"] = tokens / period
+        if self._peak is not None:
+            logged["throughput/mfu"] = self._flops(pl_module, batch) / period / self._peak
+            logged["health/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        logged |= data.health()
+        log_values(pl_module, logged)
+        self._period_started, self._validation_s, self._optimizer = now, 0.0, optimizer
+
+    def _mark(self) -> Mark:
+        """This moment; on a GPU the one at which it will have done what it was given so far."""
+        if self._peak is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _flops(self, module: L.LightningModule, batch: Minibatch) -> float:
+        rollout = batch.rollout
+        rows = [row for part in rollout.plans[batch.index] for row in part]
+        share = replace(rollout.sequences, routes=None).select(rows)
+        policy: PackedPolicy = module.sharding_root()  # type: ignore[operator]
+        return policy.flops(share.lengths.tolist(), int(share.loss_mask.sum()))
+
+
+def seconds(start: Mark, end: Mark) -> float:
+    """From one mark to another; waits for the GPU to come to the second."""
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return end - start
+
+
+def matrix_peak(device: torch.device) -> float | None:
+    """FLOP/s of a product of two bf16 matrices of 8,192 rows on a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    rows, times = 8192, 10
+    left, right = (torch.randn(rows, rows, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        left @ right
+    end.record()
+    end.synchronize()
+    del left, right
+    torch.cuda.empty_cache()  # servers that start beside look at what is free
+    return times * 2 * rows**3 / (begin.elapsed_time(end) / 1e3)
+
+
+# -- what every run is given -----------------------------------------------------------------------
 
 DEFAULT_CALLBACKS: tuple[type[Callback], ...] = (
     CurveKeeper,

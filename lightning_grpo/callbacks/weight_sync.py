@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_grpo._compat_lightning import log_values
-from lightning_grpo.checks import require_count, require_seconds
 from lightning_grpo.contract import KEEP_BEST, Trained
 from lightning_grpo.datamodule import RolloutDataModule
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_count, require_seconds
 from lightning_grpo.loader import Minibatch
 from lightning_grpo.types import InterruptionChoice
 from lightning_grpo.weights.publisher import PublishReport, SyncSettings

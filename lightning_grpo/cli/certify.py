@@ -17,8 +17,8 @@ from lightning_grpo.errors import ConfigError, printable
 from lightning_grpo.shipped import resolve_path
 
 if TYPE_CHECKING:
-    from lightning_grpo.certify.parts import CheckLine
-    from lightning_grpo.certify.table import Certificate
+    from lightning_grpo.certify.checks import CheckLine
+    from lightning_grpo.certify.run import Certificate
 
 _USAGE = """\
 usage: lightning-grpo certify MODEL [--json]
@@ -73,7 +73,7 @@ def certify(argv: Sequence[str]) -> int:
 
 def _certify_one(model: str, say: Callable[[CheckLine], None], as_json: bool) -> int:
     # Only now: these imports take seconds.
-    from lightning_grpo.certify.table import Certificate, quietly
+    from lightning_grpo.certify.run import Certificate, quietly
 
     quietly()
     found: list[CheckLine] = []
@@ -105,8 +105,7 @@ def lines_of(model: str) -> Iterator[CheckLine]:
     """
     from transformers import CONFIG_MAPPING
 
-    from lightning_grpo.certify.run import certify, template
-    from lightning_grpo.certify.table import certify_kind
+    from lightning_grpo.certify.run import certify, certify_kind, template
 
     folder = resolve_path(model)
     if model in CONFIG_MAPPING and not Path(folder).expanduser().is_dir():
@@ -156,7 +155,7 @@ def say_json(line: CheckLine) -> None:
 
 
 def _certify_all(out: Path | None) -> int:
-    from lightning_grpo.certify.table import architectures, certify_each, counts
+    from lightning_grpo.certify.run import architectures, certify_each, counts
 
     found: list[Certificate] = []
     for certificate in certify_each(architectures()):
@@ -176,7 +175,7 @@ def page(found: Sequence[Certificate]) -> str:
     Args:
         found: One for each architecture.
     """
-    from lightning_grpo.certify.table import counts, table
+    from lightning_grpo.certify.run import counts, table
 
     made_with = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
     return f"""\

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_grpo.callbacks.early_stop import EarlyStop
-from lightning_grpo.cli.environment import import_from
+from lightning_grpo.cli.main import import_from
 from lightning_grpo.cli.sources import ConfigProblem, asks_for_help, collect
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import Source

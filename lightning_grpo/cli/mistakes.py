@@ -28,7 +28,7 @@ from jsonargparse.typing import register_type
 from typing_extensions import is_protocol
 
 import lightning_grpo
-from lightning_grpo.cli.environment import looked_in
+from lightning_grpo.cli.main import looked_in
 from lightning_grpo.cli.sources import ConfigProblem, Setting, is_config, nearest
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import Source, Table

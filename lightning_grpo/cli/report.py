@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.cli.sources import Parser, whole_number
-from lightning_grpo.errors import printable
+from lightning_grpo.errors import MOST_PORT, printable
 from lightning_grpo.report.answers import MOST_TRAJECTORIES, choose_answers, steps_wanted
-from lightning_grpo.report.charts import write_pictures
-from lightning_grpo.report.page import PageServer, page_data, render_page
+from lightning_grpo.report.page import PageServer, markdown, page_data, render_page, write_pictures
 from lightning_grpo.report.run import chrome_trace, find_folder, read_runs, stamp
-from lightning_grpo.report.text import markdown
 
 _OUT = "report.html"
 _PORT = 8765
 _REFRESH_S = 5.0
-_MOST_PORT = 65535
 
 
 def report(argv: Sequence[str]) -> int:
@@ -120,6 +117,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _port(text: str) -> int:
     port = int(text)
-    if not 0 <= port <= _MOST_PORT:
-        raise argparse.ArgumentTypeError(f"must be a port from 0 to {_MOST_PORT}, got {text}")
+    if not 0 <= port <= MOST_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to {MOST_PORT}, got {text}")
     return port

@@ -22,8 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat_lightning import start_method
 from lightning_grpo.callbacks.curve import going_on_without
-from lightning_grpo.checks import MOST_SERVERS, require_number
-from lightning_grpo.cli.environment import (
+from lightning_grpo.cli.main import (
     is_first_rank,
     set_one_thread_default,
     silence_jsonargparse,
@@ -51,7 +50,7 @@ from lightning_grpo.cli.sources import (
 )
 from lightning_grpo.contract import run_folder
 from lightning_grpo.datamodule import RolloutDataModule
-from lightning_grpo.errors import ConfigError, GRPOError
+from lightning_grpo.errors import MOST_SERVERS, ConfigError, GRPOError, require_number
 from lightning_grpo.keys import is_secret
 from lightning_grpo.servers.base import (
     Machine,

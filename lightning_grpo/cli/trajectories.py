@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from lightning_grpo.checks import require_seconds
 from lightning_grpo.cli.mistakes import import_object
 from lightning_grpo.cli.sources import ConfigProblem, Parser, whole_number
 from lightning_grpo.errors import (
@@ -25,6 +24,7 @@ from lightning_grpo.errors import (
     RewardError,
     UnreadableError,
     printable,
+    require_seconds,
 )
 from lightning_grpo.rollout.prompts import open_rows
 from lightning_grpo.rollout.records import read_rows

@@ -254,10 +254,6 @@ class RankChannel:
         """Every rank's object, in their order, on rank 0; None elsewhere."""
         return self._exchange.gather(value)
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return bool(self._exchange.largest(int(flag)))
-
     def agree_on_stop(self) -> str:
         """The name of a signal that reached any rank, the same on every rank; empty if none."""
         return signal_of(self._exchange.largest(urgency(self.stop_source())))

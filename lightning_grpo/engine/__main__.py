@@ -22,7 +22,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
 
-from lightning_grpo.checks import MOST, MOST_PORT, require_on_hub
 from lightning_grpo.engine.http import EngineServer
 from lightning_grpo.engine.model import (
     ModelRunner,
@@ -35,7 +34,7 @@ from lightning_grpo.engine.openai import OpenAIRoutes
 from lightning_grpo.engine.requests import Intake
 from lightning_grpo.engine.scheduler import EngineThread, Limits, Scheduler
 from lightning_grpo.engine.updates import ModelWeights, WeightUpdates
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import MOST, MOST_PORT, ConfigError, require_on_hub
 from lightning_grpo.keys import API_KEY_VARIABLE, is_reference, read_key
 
 _AT_LEAST_ONE = (("max-running-requests", 1, MOST), ("kv-memory-mb", 1, MOST))

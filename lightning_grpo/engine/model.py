@@ -25,8 +25,13 @@ from transformers import (
 )
 
 from lightning_grpo._compat import window_in_mask
-from lightning_grpo.algorithm.routing import RouteRecorder, routers_of
-from lightning_grpo.algorithm.scores import ScoreForm, bent_attention, causal_mask
+from lightning_grpo.algorithm.layers import (
+    RouteRecorder,
+    ScoreForm,
+    bent_attention,
+    causal_mask,
+    routers_of,
+)
 from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.errors import ConfigError
 

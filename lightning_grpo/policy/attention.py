@@ -33,7 +33,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lightning_grpo._compat import window_in_mask
 from lightning_grpo.algorithm.batch import to_device, token_positions
-from lightning_grpo.algorithm.scores import ScoreForm, bent_attention, causal_mask
+from lightning_grpo.algorithm.layers import ScoreForm, bent_attention, causal_mask
 from lightning_grpo.errors import ConfigError
 
 try:  # Prototype in torch, seen in 2.11 to 2.13; without it the padded form serves.

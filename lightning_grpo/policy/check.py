@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_grpo.algorithm.routing import Replay
+from lightning_grpo.algorithm.layers import Replay
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import load_policy, load_tokenizer
 from lightning_grpo.policy.packed import PackedPolicy

@@ -36,8 +36,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lightning_grpo._compat import named_by_architecture
-from lightning_grpo.checks import require_on_hub
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_on_hub
 from lightning_grpo.policy.attention import PACKED, register_packed_attention
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "tekken.json")

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_grpo.checks import require_number
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_number
 from lightning_grpo.policy.load import whole_folder
 
 _ADAPTER = "default"

@@ -26,9 +26,8 @@ from transformers import PreTrainedModel
 
 from lightning_grpo._compat import compile_sparingly, no_split_modules
 from lightning_grpo.algorithm.batch import to_device
-from lightning_grpo.algorithm.routing import Replay, RouterReplay
-from lightning_grpo.checks import require_count
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.algorithm.layers import Replay, RouterReplay
+from lightning_grpo.errors import ConfigError, require_count
 from lightning_grpo.policy.attention import (
     NotPackedError,
     PackedLayout,

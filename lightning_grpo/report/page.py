@@ -1,4 +1,4 @@
-"""The report as one page: its data, its HTML, and a server that keeps it fresh.
+"""What is shown of runs: charts, Markdown for a terminal, and one page with a server behind it.
 
 The page needs nothing but itself: style, programs and data are in it, and its policy lets no other
 program run. Data are compressed JSON in a block that no browser executes; what a model has written
@@ -11,19 +11,22 @@ import base64
 import gzip
 import hashlib
 import json
+import re
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import jinja2
 
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.report.answers import Answers
-from lightning_grpo.report.charts import CHARTS, drawn, explained
 from lightning_grpo.report.findings import command_to_go_on, findings, why_slow
 from lightning_grpo.report.run import (
     PHASES,
@@ -34,6 +37,293 @@ from lightning_grpo.report.run import (
     step_times,
     uptime,
 )
+from lightning_grpo.shipped import metrics_page
+from lightning_grpo.types import is_interval
+
+# -- curves ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One small chart over the steps.
+
+    Attributes:
+        title: What it is about.
+        metrics: Names, or patterns of names, of what is drawn.
+        unit: Of the values: `""`, `%` (a share), `s`, `tokens`.
+        low: The least that the axis reaches down to; None leaves it to the values.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    unit: str = ""
+    low: float | None = None
+
+
+CHARTS = (
+    Chart("Reward", ("reward/mean", "reward/*/mean", "dataset/*/reward_mean")),
+    Chart("Held-out score", ("eval/*",)),
+    Chart("Groups of equal rewards", ("reward/zero_variance_fraction",), "%", 0),
+    Chart("Length", ("completion/length_mean", "completion/length_max"), "tokens", 0),
+    Chart("Truncated", ("completion/truncated_fraction",), "%", 0),
+    Chart("Entropy", ("policy/entropy",), low=0),
+    Chart("Gradient norm", ("policy/grad_norm",), low=0),
+    Chart(
+        "Mismatch of trainer and servers",
+        ("mismatch/probe", "mismatch/sent", "mismatch/abs_logprob_diff"),
+        low=0,
+    ),
+    Chart("Off-policy difference", ("offpolicy/abs_logprob_diff",), low=0),
+    Chart("KL", ("policy/kl_reference", "offpolicy/k3", "mismatch/k3")),
+    Chart("Clipped tokens", ("ratio/clip_fraction_high", "ratio/clip_fraction_low"), "%", 0),
+    Chart("Staleness", ("staleness/mean", "staleness/max"), "versions", 0),
+    Chart("Throughput", ("rollout/tokens_per_s", "throughput/tokens_per_s"), "tokens/s", 0),
+    Chart("Idle", ("idle/trainer_fraction", "idle/server_fraction"), "%", 0),
+)
+"""In the order of the page; one without a value is left out."""
+
+
+def drawn(chart: Chart, runs: Sequence[Run]) -> list[str]:
+    """The metrics of a chart that the runs have, in the chart's order; of several runs one each."""
+    if len(runs) > 1:
+        mains = [_main(chart, run) for run in runs]
+        return list(dict.fromkeys(name for name in mains if name))
+    names = {name for run in runs for name in run.table if not is_interval(name)}
+    found: list[str] = []
+    for pattern in chart.metrics:
+        found += sorted(n for n in names if fnmatchcase(n, pattern) and n not in found)
+    # One named reward alone is the reward once more.
+    named = [name for name in found if fnmatchcase(name, "reward/*/mean")]
+    return [n for n in found if len(named) != 1 or n not in named or "reward/mean" not in found]
+
+
+def _main(chart: Chart, run: Run) -> str | None:
+    """The metric of a chart that runs are compared by."""
+    found = drawn(chart, [run])
+    return run.score if run.score in found else next(iter(found), None)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A line of docs/metrics.md."""
+
+    meaning: str
+    healthy: str
+    remedy: str
+
+
+@cache
+def explanations() -> Mapping[str, Explained]:
+    """Name, or pattern of names, of a metric -> what docs/metrics.md says of it."""
+    file = metrics_page()
+    out = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file else ():
+        cells = [_plain(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        name = re.match(r"\|\s*`([a-z]+/[^`]*)`", line)
+        if name and len(cells) == 4:  # noqa: PLR2004 - metric, meaning, healthy, if not
+            pattern = re.sub(r"<\w+>", "*", name[1])
+            out[pattern] = Explained(*cells[1:])
+    return out
+
+
+def explained(metric: str) -> Explained | None:
+    """What docs/metrics.md says of a metric; None where it is nobody's but the user's."""
+    known = explanations()
+    if metric in known:
+        return known[metric]
+    # Several validation sets have their name between.
+    names = (metric, re.sub(r"^eval/[^/]+/", "eval/", metric))
+    patterns = sorted(known, key=len, reverse=True)
+    return next((known[p] for p in patterns for n in names if fnmatchcase(n, p)), None)
+
+
+def _plain(cell: str) -> str:
+    """A table's cell without its links and quotes."""
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", cell).replace("`", "").strip()
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def write_pictures(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Each chart as an SVG file.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            "`--pictures` needs matplotlib. Install it with `pip install matplotlib`, or the "
+            "package with its extra `report`."
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for chart in CHARTS:
+        metrics = drawn(chart, runs)
+        if metrics:
+            figure = Figure(figsize=(6, 3.2), layout="constrained")
+            _draw_lines(figure.subplots(), chart, metrics, runs)
+            files.append(_save(figure, folder, chart.title))
+    for run in runs:
+        times = step_times(run)
+        if times:
+            figure = Figure(figsize=(6, 3.2), layout="constrained")
+            _draw_times(figure.subplots(), times)
+            name = f"Time {run.name}" if len(runs) > 1 else "Time"
+            files.append(_save(figure, folder, name))
+    return files
+
+
+def _save(figure: Any, folder: Path, title: str) -> Path:
+    name = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
+    file = folder / f"{name}.svg"
+    # No date and no random ids: the same run gives the same file.
+    figure.savefig(file, metadata={"Date": None})
+    return file
+
+
+def _draw_lines(axes: Any, chart: Chart, metrics: Sequence[str], runs: Sequence[Run]) -> None:
+    for run in runs:
+        for metric in metrics:
+            points = run.series(metric)
+            if not points:
+                continue
+            label = " ".join([run.name] * (len(runs) > 1) + [metric] * (len(metrics) > 1))
+            steps, values = zip(*points, strict=True)
+            (line,) = axes.plot(steps, values, label=label or None, linewidth=1.4)
+            intervals = run.intervals(metric)
+            low, high = zip(*(intervals.get(s, (v, v)) for s, v in points), strict=True)
+            if intervals:
+                axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+    if len(runs) > 1 or len(metrics) > 1:
+        axes.legend(frameon=False, fontsize="small")
+    axes.set(title=chart.title, xlabel="step", ylabel=chart.unit)
+    if chart.low is not None:
+        axes.set_ylim(bottom=chart.low)
+
+
+def _draw_times(axes: Any, times: Mapping[int, Mapping[str, float]]) -> None:
+    parts = [*PHASES, "other"]
+    rows = [[times[step][part] for step in times] for part in parts]
+    axes.stackplot(list(times), rows, labels=parts)
+    axes.legend(frameon=False, fontsize="small")
+    axes.set(title="Time of a step", xlabel="step", ylabel="s")
+
+
+# -- as text ---------------------------------------------------------------------------------------
+
+_ROWS = 12
+_COLUMNS = (
+    "reward/mean",
+    "completion/length_mean",
+    "completion/truncated_fraction",
+    "policy/entropy",
+    "policy/grad_norm",
+    "staleness/mean",
+    "throughput/tokens_per_s",
+    "time/step_s",
+)
+# A terminal shows them, so no more than needed: within a word `_` is itself, and `>` but at first.
+_MARKUP = re.compile(r"([\\`*\[\]<|#]|(?<![^\W_])_|_(?![^\W_])|^>)")
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """Every run: its findings, its curve in some rows, what was said, how it was set up."""
+    parts = [_comparison(runs)] if len(runs) > 1 else []
+    return "\n".join([*parts, *("\n".join(_run(run)) for run in runs)])
+
+
+def _comparison(runs: Sequence[Run]) -> str:
+    """The runs beside each other."""
+    rows = []
+    for run in runs:
+        score = run.score
+        scores = [value for _, value in run.series(score)] if score else []
+        rewards = [value for _, value in run.series("reward/mean")][-5:]
+        times = [value for _, value in run.series("time/step_s")]
+        figures = (
+            max(scores, default=None),
+            scores[-1] if scores else None,
+            fmean(rewards) if rewards else None,
+            median(times) if times else None,
+        )
+        rows.append([escaped(run.name), str(len(run.trained)), *map(_number, figures)])
+    head = ("run", "steps", "best held-out", "last held-out", "last reward", "s/step")
+    return "\n".join(["# Runs", "", *_table(head, rows), ""])
+
+
+def _run(run: Run) -> Iterator[str]:
+    yield f"# {escaped(run.name)}"
+    yield ""
+    for finding in findings(run):
+        yield f"**{finding.question}** {escaped(finding.answer)}"
+        yield ""
+        for line in finding.details:
+            yield f"- {escaped(line)}"
+        if finding.details:
+            yield ""
+    yield from _curve(run)
+    if run.timeline.marks:
+        yield from ("## What was said meanwhile", "")
+        yield from (f"- step {mark.step}: {escaped(mark.text)}" for mark in run.timeline.marks)
+        yield ""
+    yield from _setup(run)
+
+
+def _curve(run: Run) -> Iterator[str]:
+    """What a run is judged by, at some steps."""
+    names = [name for name in (run.score, *_COLUMNS) if name and run.series(name)]
+    if not names:
+        return
+    last = len(run.steps) - 1
+    places = sorted({round(i * last / (_ROWS - 1)) for i in range(_ROWS)})
+    # Validations are few: each has its row.
+    score = run.score
+    measured = {step for step, _ in run.series(score)} if score else set()
+    places = sorted({*places, *(run.steps.index(step) for step in list(measured)[-_ROWS:])})
+    rows = [
+        [str(run.steps[place]), *(_number(run.table[name][place]) for name in names)]
+        for place in places
+    ]
+    yield from ("## Over the steps", "")
+    yield from _table(("step", *names), rows)
+    yield ""
+
+
+def _setup(run: Run) -> Iterator[str]:
+    start = run.timeline.starts[-1] if run.timeline.starts else None
+    if start is not None:
+        lines = {**start.described, "machine": start.machine}
+        lines["versions"] = ", ".join(f"{name} {text}" for name, text in start.versions.items())
+        yield from ("## How it was set up", "")
+        yield from (f"- {escaped(k)}: {escaped(v)}" for k, v in lines.items() if v)
+        yield ""
+    yield from (
+        "To go on:" if run.has_checkpoint else "To run it again:",
+        "",
+        f"    {command_to_go_on(run)}",
+        "",
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' ---: |' * len(head)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def escaped(text: str) -> str:
+    """A stranger's text as Markdown shows it, in one line: neither links nor HTML."""
+    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+# -- as a page -------------------------------------------------------------------------------------
 
 _STATIC = Path(__file__).parent / "static"
 _MOST_SPANS = 100_000

@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 
-from lightning_grpo.checks import MOST, require_count, require_number, require_seconds
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import MOST, ConfigError, require_count, require_number, require_seconds
 from lightning_grpo.keys import read_key
 from lightning_grpo.serving.client import (
     BUSY,

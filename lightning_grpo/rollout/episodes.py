@@ -12,7 +12,6 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
-from lightning_grpo.checks import require_count
 from lightning_grpo.errors import (
     ConfigError,
     FailureBudgetError,
@@ -20,6 +19,7 @@ from lightning_grpo.errors import (
     RolloutError,
     ServerError,
     ServersLostError,
+    require_count,
 )
 from lightning_grpo.rollout.chat import Tokenizer, spellable, with_arguments
 from lightning_grpo.rollout.scoring import Reward, RewardValue, told

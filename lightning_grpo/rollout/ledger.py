@@ -13,8 +13,14 @@ from typing import Any, Literal
 
 import psutil
 
-from lightning_grpo.checks import require_count, require_number, require_seconds
-from lightning_grpo.errors import ConfigError, FailureBudgetError, RolloutError
+from lightning_grpo.errors import (
+    ConfigError,
+    FailureBudgetError,
+    RolloutError,
+    require_count,
+    require_number,
+    require_seconds,
+)
 from lightning_grpo.types import Group, Outcome, PromptKey
 
 logger = logging.getLogger(__name__)

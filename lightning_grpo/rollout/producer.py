@@ -30,6 +30,7 @@ from lightning_grpo.errors import (
     PromptError,
     RolloutError,
 )
+from lightning_grpo.rollout.admission import PromptMixture, StalenessGate
 from lightning_grpo.rollout.episodes import (
     FATAL,
     Attempt,
@@ -38,10 +39,8 @@ from lightning_grpo.rollout.episodes import (
     first_line,
     is_lost,
 )
-from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Counters, Ledger, RolloutLimits
 from lightning_grpo.rollout.scoring import told
-from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.serving.event_loop import Background
 from lightning_grpo.types import (
     Group,

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lightning_grpo.checks import require_number, require_on_hub
-from lightning_grpo.errors import ConfigError, PromptError
+from lightning_grpo.errors import ConfigError, PromptError, require_number, require_on_hub
 from lightning_grpo.rollout import chat
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.types import Prompt

@@ -8,8 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, 
 from dataclasses import fields
 from typing import Any, Protocol
 
-from lightning_grpo.checks import MOST, require_number
-from lightning_grpo.errors import ConfigError, RewardError, RolloutError
+from lightning_grpo.errors import MOST, ConfigError, RewardError, RolloutError, require_number
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.scoring import (
     Reward,
@@ -57,7 +56,7 @@ class Scorer(Protocol):
         ...
 
 
-_PROGRAMS = "lightning_grpo.rewards.program"
+_PROGRAMS = "lightning_grpo.rewards.sandbox"
 
 
 class EpisodeContext(Protocol):

@@ -21,8 +21,13 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from lightning_grpo.checks import MOST_PORT, require_seconds
-from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
+from lightning_grpo.errors import (
+    MOST_PORT,
+    ConfigError,
+    ServerError,
+    ServerStartError,
+    require_seconds,
+)
 from lightning_grpo.keys import API_KEY_VARIABLE, read_key
 from lightning_grpo.serving.server import ServerHandle
 

@@ -23,8 +23,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.checks import MOST_SERVERS, require_count, require_seconds
-from lightning_grpo.errors import GRPOError, ServerError, ServerStartError
+from lightning_grpo.errors import (
+    MOST_SERVERS,
+    GRPOError,
+    ServerError,
+    ServerStartError,
+    require_count,
+    require_seconds,
+)
 from lightning_grpo.keys import new_key
 from lightning_grpo.servers.base import ServerLoad, Servers
 from lightning_grpo.servers.process import OwnedServers

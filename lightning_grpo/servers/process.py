@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.checks import MOST_SAMPLES, MOST_SERVERS, require_count, require_seconds
-from lightning_grpo.errors import ServerError, ServerStartError
+from lightning_grpo.errors import (
+    MOST_SAMPLES,
+    MOST_SERVERS,
+    ServerError,
+    ServerStartError,
+    require_count,
+    require_seconds,
+)
 from lightning_grpo.keys import API_KEY_VARIABLE, new_key
 from lightning_grpo.servers import supervisor
 from lightning_grpo.servers.base import (

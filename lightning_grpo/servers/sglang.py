@@ -12,8 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_grpo.checks import MOST_PORT, MOST_SERVERS, require_count, require_seconds
-from lightning_grpo.errors import ConfigError, ServerError
+from lightning_grpo.errors import (
+    MOST_PORT,
+    MOST_SERVERS,
+    ConfigError,
+    ServerError,
+    require_count,
+    require_seconds,
+)
 from lightning_grpo.servers import serve_sglang
 from lightning_grpo.servers.base import (
     Machine,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_grpo.errors import ConfigError, RequestError, ServerError
-from lightning_grpo.serving.client import ModelInfo, ServerClient, ServerInfo
+from lightning_grpo.serving.client import ServerClient
+from lightning_grpo.serving.wire import ModelInfo, ServerInfo
 from lightning_grpo.types import RouterShape
 
 logger = logging.getLogger(__name__)

@@ -33,26 +33,21 @@ from lightning_grpo.errors import (
     ServerError,
     ServersLostError,
 )
-from lightning_grpo.serving.client import (
-    GenerateReply,
-    GenerateRequest,
-    ServerClient,
-    check_reply,
-    growing,
-    new_session,
-)
+from lightning_grpo.serving.client import ServerClient, growing, new_session
 from lightning_grpo.serving.event_loop import FairTurns, seen
 from lightning_grpo.serving.fitness import Requirements, ServerFacts, check_ids, verify_server
 from lightning_grpo.serving.health import (
     HealthPolicy,
     IsGone,
     Monitor,
+    Rank,
     Restart,
     Restore,
+    Router,
     stop_generation,
 )
-from lightning_grpo.serving.router import Rank, Router
 from lightning_grpo.serving.server import Decode, Member, MemberState, Partial, ServerHandle
+from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, check_reply
 from lightning_grpo.types import Completion, Interruption, Sampling
 
 logger = logging.getLogger(__name__)

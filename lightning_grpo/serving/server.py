@@ -18,22 +18,17 @@ from pathlib import Path
 import anyio
 
 from lightning_grpo.errors import ReplyError
-from lightning_grpo.serving.client import (
-    LEAST_LOGPROB,
-    LONGEST_WAIT_S,
-    GenerateReply,
-    GenerateRequest,
-    LogprobEntry,
-    MetaInfo,
-    ServerClient,
-    Span,
-    checked_logprobs,
-    checked_routes,
-    growing,
-    sampling_params,
-)
+from lightning_grpo.serving.client import LONGEST_WAIT_S, ServerClient, growing
 from lightning_grpo.serving.event_loop import in_turns
 from lightning_grpo.serving.fitness import ServerFacts
+from lightning_grpo.serving.wire import (
+    GenerateReply,
+    GenerateRequest,
+    checked_routes,
+    matched_logprobs,
+    sampling_params,
+    token_versions,
+)
 from lightning_grpo.types import (
     NO_VERSION,
     Completion,
@@ -552,8 +547,10 @@ class Partial:
         finish = reply.meta_info.finish_reason
         reason = finish.type if finish is not None else "abort"
         entries = reply.meta_info.output_token_logprobs or []
-        ids, logprobs = self._matched(reply.output_ids, entries, reason, member.url)
-        versions = token_versions(reply.meta_info, len(reply.output_ids), member, pinned_version)
+        ids, logprobs = matched_logprobs(reply.output_ids, entries, reason, member.url)
+        versions = token_versions(
+            reply.meta_info, len(reply.output_ids), pinned_version, member.version_of, member.url
+        )
         self._add_routes(reply, len(ids), reason, member.url)
         self._ids += ids
         self._logprobs += logprobs
@@ -614,21 +611,6 @@ class Partial:
                 " with `enable-return-routed-experts`"
             )
 
-    @staticmethod
-    def _matched(
-        ids: list[int], entries: list[LogprobEntry], reason: str, url: str
-    ) -> tuple[list[int], list[float]]:
-        """Ids with their logprobs; an aborted reply is cut where the two stop agreeing."""
-        given, entry_ids, _ = zip(*entries, strict=True) if entries else ((), (), ())
-        both = min(len(ids), len(entries))
-        if reason == "abort" and None in given[:both]:
-            both = given.index(None)
-        if list(entry_ids[:both]) != ids[:both] or (len(ids) != len(entries) and reason != "abort"):
-            raise ReplyError(
-                f"{url} sent {len(ids)} token ids with {len(entries)} logprobs that are not theirs"
-            )
-        return ids[:both], checked_logprobs(given[:both], url, LEAST_LOGPROB)
-
     def _end_at_stop_string(self, spell: Decode) -> None:
         """Ends where an uninterrupted request would have: a server sees only its own piece.
 
@@ -655,50 +637,3 @@ class Partial:
             return False
         text = spell(self._ids[:num_tokens])
         return any(stop in text for stop in self._sampling.stop)
-
-
-def token_versions(
-    meta: MetaInfo, num_tokens: int, member: Member, pinned_version: int
-) -> list[int]:
-    """The version of the weights that sampled each token.
-
-    From the spans where the server reports them. Elsewhere the version at submission is exact,
-    because every update aborts and drains first; that the server still names the same weights at
-    the end is checked.
-    """
-    if meta.weight_versions:
-        versions = _versions_of(meta.weight_versions, num_tokens, member)
-        if min(versions, default=pinned_version) < pinned_version:
-            raise ReplyError(
-                f"{member.url} went back from version {pinned_version} to {min(versions)}"
-                " (was it restarted by someone else?)"
-            )
-        return versions
-    if num_tokens and meta.weight_version is None:
-        raise ReplyError(f"{member.url} does not say which weights sampled {num_tokens} tokens")
-    if meta.weight_version is not None and num_tokens:
-        at_finish = member.version_of(meta.weight_version)
-        if at_finish != pinned_version:
-            raise ReplyError(
-                f"{member.url} went from version {pinned_version} to {at_finish} during a request"
-            )
-    return [pinned_version] * num_tokens
-
-
-def _versions_of(spans: Sequence[Span], num_tokens: int, member: Member) -> list[int]:
-    """Of spans that lie end to end over all tokens, in the order of the versions."""
-    versions: list[int] = []
-    for span in spans:
-        version = member.version_of(span.version)
-        in_order = span.start == len(versions) <= span.end <= num_tokens
-        if not in_order or (versions and version < versions[-1]):
-            raise ReplyError(
-                f"{member.url} reports version {version} for the tokens {span.start} to {span.end}"
-                f" of {num_tokens}, after {len(versions)} of others"
-            )
-        versions += [version] * (span.end - span.start)
-    if len(versions) != num_tokens:
-        raise ReplyError(
-            f"{member.url} reports versions for {len(versions)} of {num_tokens} tokens"
-        )
-    return versions

@@ -22,12 +22,11 @@ from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.errors import ConfigError, RolloutError
 from lightning_grpo.loader import Taken
+from lightning_grpo.rollout.admission import Policy, PromptMixture, StalenessGate
 from lightning_grpo.rollout.episodes import EpisodeRunner
-from lightning_grpo.rollout.gate import Policy, StalenessGate
 from lightning_grpo.rollout.ledger import LOGGED, Ledger, raise_file_limit, room_for_connections
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
-from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.serving.health import HealthPolicy, check_memory_release, choose_interruption
 from lightning_grpo.serving.pool import PoolLimits, ServerPool

@@ -15,15 +15,15 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
 
-from lightning_grpo.algorithm.routing import routers_of
+from lightning_grpo.algorithm.layers import routers_of
 from lightning_grpo.errors import ConfigError, PromptError
 from lightning_grpo.policy.attention import length_switches, usable_context
 from lightning_grpo.policy.load import check_config, check_source, load_policy, load_tokenizer
 from lightning_grpo.policy.size import HALF, ModelSize, model_size
+from lightning_grpo.rollout.admission import Curriculum
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts, PromptSet, Vocabulary
-from lightning_grpo.rollout.stream import Curriculum
 from lightning_grpo.rollout.workflow import RolloutWorkflow, check_sampling
 from lightning_grpo.servers.base import ServerLoad, Servers
 from lightning_grpo.serving.fitness import SHAPE, Requirements
@@ -136,11 +136,6 @@ class Material:
     end_ids: frozenset[int] = frozenset()
     config: Any = None
     routes: RouterShape | None = None
-
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt looked at; a bound for servers with a shorter context."""
-        return _longest(self.prompts)
 
     @property
     def mean_prompt(self) -> float:

@@ -49,8 +49,7 @@ from lightning_grpo._compat_lightning import (
     optimizers_to_device,
     set_data_parallel_size,
 )
-from lightning_grpo.checks import require_count, require_seconds
-from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.errors import CheckpointError, ConfigError, require_count, require_seconds
 from lightning_grpo.strategies.checkpoints import (
     METADATA,
     AtomicCheckpointIO,

@@ -33,8 +33,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.multiprocessing.reductions import reduce_tensor
 
 from lightning_grpo._compat import listen_at
-from lightning_grpo.checks import require_seconds
-from lightning_grpo.errors import ConfigError, ServerError, WeightSyncError
+from lightning_grpo.errors import ConfigError, ServerError, WeightSyncError, require_seconds
 from lightning_grpo.weights.gather import Bucket, make_buckets
 from lightning_grpo.weights.transport import (
     Place,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_grpo.checks import require_number
-from lightning_grpo.errors import WeightSyncError
+from lightning_grpo.errors import WeightSyncError, require_number
 from lightning_grpo.types import Interruption
 
 Snapshot = Mapping[str, Tensor]
@@ -242,9 +239,6 @@ def require_success(reply: Reply, target: Target, what: str) -> None:
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".msgpack", ".h5")
 WEIGHTS = "model.safetensors"
-MANIFEST = "manifest.json"
-READY = "READY"
-CHUNK_BYTES = 16 << 20
 
 
 class DiskTransport(Transport):
@@ -303,8 +297,7 @@ def write_version(
 ) -> tuple[Path, int]:
     """Writes `root/v000012`, complete or not at all, and returns it with its bytes of weights.
 
-    It is written under another name and renamed at the end; the READY file is inside by then, so
-    that whoever sees the folder sees all of it.
+    It is written under another name and renamed at the end: whoever sees the folder sees all of it.
     """
     final = root / f"v{version:06d}"
     partial = root / f"v{version:06d}.partial"
@@ -316,8 +309,6 @@ def write_version(
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if model_path is not None:
             copy_companions(model_path, partial)
-        write_manifest(partial, version)
-        (partial / READY).touch()
         partial.rename(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -352,37 +343,3 @@ def copy_companions(model_path: Path, folder: Path) -> None:
             os.link(source.resolve(), target)
         except OSError:
             shutil.copyfile(source, target)
-
-
-def write_manifest(folder: Path, version: int) -> None:
-    """Lists every file with its size and checksum."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "crc32": checksum(path)}
-        for path in sorted(folder.iterdir())
-    }
-    (folder / MANIFEST).write_text(json.dumps({"version": version, "files": files}, indent=1))
-
-
-def check_version(folder: Path) -> None:
-    """Proves that a version's folder is whole.
-
-    Raises:
-        WeightSyncError: It is not finished, or a file differs from the manifest.
-    """
-    if not (folder / READY).exists():
-        raise WeightSyncError(f"{folder} was never finished: it holds no {READY}.")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name, recorded in manifest["files"].items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else None
-        if size != recorded["bytes"] or checksum(path) != recorded["crc32"]:
-            raise WeightSyncError(f"{path} is not what was written ({size} bytes).")
-
-
-def checksum(path: Path) -> str:
-    """CRC-32 of a file, read in pieces."""
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            value = zlib.crc32(chunk, value)
-    return f"{value:08x}"

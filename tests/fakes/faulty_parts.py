@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_grpo.certify.parts import Parts, stepped
+from lightning_grpo.certify.checks import Parts, stepped
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import without_bars

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_grpo.algorithm.routing import _replayed, _TopK
+from lightning_grpo.algorithm.layers import _replayed, _TopK
 from lightning_grpo.policy.packed import PackedPolicy
 from tests.fakes.causal_models import make_model_of
 

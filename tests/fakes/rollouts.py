@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from lightning_grpo.rollout.admission import PromptMixture, StalenessGate
 from lightning_grpo.rollout.episodes import EpisodeRunner
-from lightning_grpo.rollout.gate import StalenessGate
 from lightning_grpo.rollout.ledger import Ledger, RolloutLimits
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.prompts import Prompts
-from lightning_grpo.rollout.stream import PromptMixture
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.types import Sampling
 from tests.fakes.generator import FakeGenerator, InlineScorer

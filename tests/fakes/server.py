@@ -26,6 +26,13 @@ VOCAB = 16
 Table = list[list[float]]
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition at which nothing rings."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - any condition at all
+            await asyncio.sleep(0.005)
+
+
 def make_table(seed: int, vocab: int = VOCAB) -> Table:
     """Logits `[last token][next token]`."""
     noise = random.Random(seed)
@@ -356,7 +363,7 @@ class FakeServer:
         assert not self.running
         assert not self.released
         path = Path(body["model_path"])
-        if not (path / "READY").exists():
+        if not (path / "model.safetensors").exists():
             return web.json_response({"success": False, "message": "no such folder"}, status=400)
         self.table = load_file(path / "model.safetensors")["table"].tolist()
         self.label = body["weight_version"]

@@ -20,17 +20,19 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lightning_grpo.algorithm.batch import Denominators, MicroBatch, expand
 from lightning_grpo.algorithm.corrections import OPSM, Correction, TokenTIS
-from lightning_grpo.algorithm.kl import K3, KLPenalty, WeightedK3
 from lightning_grpo.algorithm.losses import (
+    K3,
     Aggregation,
     CappedCISPOLoss,
     ConstantLength,
     GRPOLoss,
     GSPOLoss,
+    KLPenalty,
     PolicyLoss,
     SAPOLoss,
     SequenceMean,
     TokenMean,
+    WeightedK3,
 )
 from lightning_grpo.objective import minibatch_loss
 from lightning_grpo.policy.packed import PackedPolicy

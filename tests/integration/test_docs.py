@@ -10,10 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ import yaml
 
 from lightning_grpo.cli.main import COMMANDS
 from lightning_grpo.shipped import shipped_configs
+from tests.fakes.programs import python
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -75,21 +73,6 @@ def blocks(page: Path, language: str) -> list[tuple[str, str]]:
     return [(" ".join(info[1:]), text) for info, text in found if info[0] == language]
 
 
-def run(folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
@@ -136,7 +119,7 @@ def test_what_the_pages_say_to_write_can_be_run_in_order(tmp_path):
             (tmp_path / f"block-{number:02}.yaml").write_text(match["text"])
         for name in [part.removeprefix("file=") for part in info if part.startswith("file=")]:
             (tmp_path / name).write_text(match["text"])
-    printed = run(tmp_path, "-c", RUN_BLOCKS)
+    printed = python(tmp_path, "-c", RUN_BLOCKS)
     assert "held-out at step 2" in printed  # the last Python block trains two steps
     assert printed.count("parsed block") == num_configs > 0
 
@@ -151,7 +134,7 @@ def logged(tmp_path_factory) -> set[str]:
     folder = tmp_path_factory.mktemp("run")
     (folder / "every.yaml").write_text(EVERY_METRIC)
     arguments = ("fit", "--config", "quickstart.yaml", "--config", "every.yaml")
-    run(folder, "-m", "lightning_grpo.cli.main", *arguments)
+    python(folder, "-m", "lightning_grpo.cli.main", *arguments)
     with (folder / "runs/quickstart/version_0/metrics.csv").open() as file:
         return {name for name in next(csv.reader(file)) if "/" in name}
 

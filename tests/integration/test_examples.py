@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.fakes.programs import EXAMPLES, REPOSITORY, python
+from tests.fakes.ranks import ROOT
 
 MAX_FABRIC_LINES = 120
 
@@ -160,3 +161,30 @@ def test_areal_s_program_trains_evaluates_and_exports(tmp_path, arguments):
     assert (tmp_path / "model/model.safetensors").is_file()
     staleness = re.findall(r"staleness (\d)", printed)
     assert staleness == (["0"] * 3 if arguments else ["0", "1", "2"])
+
+
+# -- the notebooks of examples/ run from the first cell to the last, in a kernel as Jupyter's ------
+
+
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_to_its_end(path: Path, tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat", reason="needs the extra [test]")
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "save it without outputs"
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("STEPS = 20", "STEPS = 2").replace("limit=100", "limit=8")
+    nbclient.NotebookClient(
+        notebook, timeout=240, resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    shown = "".join(each.get("text") or each["data"]["text/plain"] for each in outputs)
+    assert "step 2/2" in shown
+    assert "Traceback" not in shown
+    assert "error:" not in shown

@@ -17,8 +17,8 @@ from lightning_grpo.callbacks.signals import SignalHandling
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.errors import CheckpointError, StopRun
 from lightning_grpo.module import GRPOModule
+from lightning_grpo.rollout.admission import Curriculum, undecided
 from lightning_grpo.rollout.records import recorded_version, trajectory_files
-from lightning_grpo.rollout.stream import Curriculum, undecided
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
 from lightning_grpo.types import Sampling

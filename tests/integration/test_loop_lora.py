@@ -1,6 +1,6 @@
 """A LoRA adapter through the whole loop: resumed exactly, exported, learning.
 
-That servers get it merged: `conformance/test_adapters.py`.
+That servers get it merged: `conformance/test_updates.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_grpo.cli.export import export
+from lightning_grpo.cli.folders import export
 from lightning_grpo.datamodule import ReplayDataModule, RolloutDataModule
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.lora import LoRA

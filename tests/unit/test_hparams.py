@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleL
 
 from lightning_grpo import hparams
 from lightning_grpo.algorithm.corrections import TokenTIS
-from lightning_grpo.algorithm.kl import K3, KLPenalty
-from lightning_grpo.algorithm.losses import GRPOLoss, SequenceMean
+from lightning_grpo.algorithm.losses import K3, GRPOLoss, KLPenalty, SequenceMean
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.hparams import loggable
 from lightning_grpo.rewards import gsm8k

@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.compile import from_compiled
 
 from lightning_grpo.algorithm.advantages import LeaveOneOutAdvantage
 from lightning_grpo.algorithm.batch import RolloutBatch
-from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss
+from lightning_grpo.algorithm.losses import CISPOLoss, GRPOLoss, KLPenalty
 from lightning_grpo.callbacks.recording import DEFAULT_CALLBACKS
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.errors import ConfigError

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import pytest
 
 import lightning_grpo
-from lightning_grpo.checks import require_count, require_number, require_seconds
-from lightning_grpo.errors import ConfigError
+from lightning_grpo.errors import ConfigError, require_count, require_number, require_seconds
 from lightning_grpo.rewards.judge import Judge
 from lightning_grpo.rewards.sandbox import CodeLimits
 from tests.fakes.tiny_lm import make_lm

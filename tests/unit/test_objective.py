@@ -9,10 +9,9 @@ import torch
 
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.corrections import TokenTIS
-from lightning_grpo.algorithm.kl import KLPenalty
-from lightning_grpo.algorithm.losses import GRPOLoss, M2POLoss, SequenceMean, TokenMean
+from lightning_grpo.algorithm.layers import Replay
+from lightning_grpo.algorithm.losses import GRPOLoss, KLPenalty, M2POLoss, SequenceMean, TokenMean
 from lightning_grpo.algorithm.metrics import merge, values
-from lightning_grpo.algorithm.routing import Replay
 from lightning_grpo.loader import Minibatch, Prepared, Rollout, Shape, Taken, split
 from lightning_grpo.objective import Objective, score
 from lightning_grpo.policy.packed import PackedPolicy

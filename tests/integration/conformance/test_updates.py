@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lightning_grpo.algorithm.losses import KLPenalty
+from lightning_grpo.policy.lora import LoRA
+from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
+from tests.fakes.user_objects import make_adam
+from tests.sglang.engines import REAL
 from tests.sglang.scoring import check_sampled, greedy_ids
 from tests.sglang.server import Server
 from tests.sglang.trainer import Trainer
@@ -202,3 +209,70 @@ def test_a_wrong_shape_or_name_is_answered_with_a_refusal_and_the_group_stays_in
 def test_leaving_a_group_that_was_never_joined_is_refused(server: Server) -> None:
     status, _ = server.request("/destroy_weights_update_group", {"group_name": "nobody"})
     assert status == 400
+
+
+# -- `/update_weights_from_tensor` as `IPCTransport` writes it, over shared memory of the CPU ------
+
+
+SEND = """
+import json, sys, urllib.request
+import torch
+from safetensors.torch import load_file
+from lightning_grpo.weights.gather import make_buckets
+from lightning_grpo.weights.process_group import message_of
+
+url, folder = sys.argv[1:]
+torch.multiprocessing.set_sharing_strategy("file_system")
+buckets = make_buckets(load_file(folder + "/model.safetensors"), 200_000)
+for index, bucket in enumerate(buckets):
+    body = {"serialized_named_tensors": [message_of(bucket)], "load_format": "flattened_bucket",
+            "flush_cache": False}
+    if index == len(buckets) - 1:
+        body["weight_version"] = "run:1"
+    request = urllib.request.Request(url + "/update_weights_from_tensor", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        assert json.load(reply)["success"], reply
+"""
+
+
+@pytest.mark.parametrize("shared_server", [REAL], indirect=True, scope="session")
+def test_shared_buckets_change_the_weights(
+    server: Server, other_folder: Path, other_reference: PreTrainedModel, tmp_path: Path
+) -> None:
+    log = tmp_path / "send.log"
+    with log.open("w") as output:  # a pipe would stay open in the helper
+        done = subprocess.run(
+            [sys.executable, "-c", SEND, server.url, str(other_folder)],
+            cwd=Path(__file__).parents[3],
+            stdout=output,
+            stderr=output,
+            check=False,
+        )
+    assert done.returncode == 0, log.read_text()
+    sampling = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
+    reply = server.generate(PROMPT, sampling=sampling)
+    assert reply["output_ids"] == greedy_ids(other_reference, PROMPT, 6)
+    assert server.get("/model_info")["weight_version"] == "run:1"
+
+
+# -- a LoRA adapter reaches any server as merged weights -------------------------------------------
+
+
+def test_the_servers_get_the_merged_weights_and_the_reference_is_the_base(
+    server: Server, model_folder: Path, tmp_path: Path
+) -> None:
+    module = make_module(model_folder, lora=LoRA(rank=4), optimizer=make_adam, kl=KLPenalty(0.1))
+    recorder, data = Recorder(), make_data(server.url)
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder])
+    trainer.fit(module, data)
+    assert data.session.report.probe_diff < 1e-4
+    assert data.session.report.probe_change > 10 * data.session.report.probe_diff
+    # At the first step the policy is the base; then the adapter leaves it, and it alone.
+    kl = [m["policy/kl_reference"] for m in recorder.metrics]
+    assert kl[0] == pytest.approx(0.0, abs=1e-7)
+    assert max(kl[1:]) > 1e-6
+    assert max(m["mismatch/abs_logprob_diff"] for m in recorder.metrics) < 1e-4
+    base = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    own = {name.replace(".base_layer", ""): v for name, v in module.policy.model.named_parameters()}
+    assert all(torch.equal(own[n], v) for n, v in base.items() if n in own)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_grpo.cli.export import build_module, read_checkpoint
+from lightning_grpo.cli.folders import build_module, read_checkpoint
 from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.module import GRPOModule

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_grpo.algorithm.kl import KLPenalty
+from lightning_grpo.algorithm.losses import KLPenalty
 from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.policy.load import load_policy, materialize_from_folder
 from lightning_grpo.policy.lora import WithoutAdapter

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
@@ -9,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.strategies.fsdp2 import parallelize, reshard
-from tests.fakes.ranks import run_ranks
+from tests.fakes.ranks import ROOT, run_ranks
 from tests.fakes.tiny_lm import VOCAB, Policy, global_batch, make_lm
 
 
@@ -81,3 +86,35 @@ def test_the_packed_policy_has_the_same_logprobs_and_gradients_when_sharded():
         assert found[2].keys() == grads.keys()
         for name, grad in grads.items():
             assert torch.allclose(found[2][name], grad, atol=1e-6), name
+
+
+# -- ranks that Lightning forks, as in a notebook, or spawns, from a program of the user's ---------
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from lightning_grpo import EmbeddedServers
+from tests.fakes.loops import make_data, make_module, make_trainer
+
+if __name__ == "__main__":
+    model, folder, strategy = sys.argv[1:]
+    trainer = make_trainer(Path(folder), strategy=strategy, devices=2, max_steps=2)
+    trainer.fit(make_module(model), make_data(EmbeddedServers()))
+    print("status", trainer.state.status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_ranks_that_are_forked_or_spawned_train(tiny_model, tmp_path, strategy):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "program.py", str(tiny_model), str(tmp_path), strategy]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "FINISHED" in run.stdout
+    assert "`max_steps=2` reached" in run.stderr

@@ -48,7 +48,6 @@ def wait_and_share() -> list[object]:
     seen.append(channel.on_rank_zero(lambda: "by hand", what="a section", deadline_s=5))
     seen.append(channel.broadcast({"a": torch.arange(3)} if channel.rank == 0 else None)["a"])
     seen.append(channel.scatter([b"x" * 10, b"yy"] if channel.rank == 0 else None))
-    seen.append((channel.agree(channel.rank == 1), channel.agree(False)))
     seen.append(channel.gather(f"of rank {channel.rank}"))
     channel.close()
     channel.close()
@@ -60,8 +59,7 @@ def test_ranks_wait_three_timeouts_for_rank_zero_and_then_share_objects():
     assert (zero[:2], one[:2]) == (["batch", "by hand"], [None, None])
     assert zero[2].tolist() == one[2].tolist() == [0, 1, 2]
     assert (zero[3], one[3]) == (b"x" * 10, b"yy")
-    assert zero[4] == one[4] == (True, False)
-    assert (zero[5], one[5]) == (["of rank 0", "of rank 1"], None)
+    assert (zero[4], one[4]) == (["of rank 0", "of rank 1"], None)
 
 
 def wait_for_a_failure() -> str:

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_grpo.algorithm.kl import K2, KLPenalty
+from lightning_grpo.algorithm.losses import K2, KLPenalty
 from lightning_grpo.datamodule import ReplayDataModule
 from lightning_grpo.rollout.records import read_rows
 from lightning_grpo.servers.process import EmbeddedServers

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_grpo.cli.launch import engine_command
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.server import engine_command
 from lightning_grpo.engine.__main__ import main as engine
 
 MINE = """\

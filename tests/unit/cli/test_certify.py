@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from lightning_grpo.certify.parts import CheckLine
+from lightning_grpo.certify.checks import CheckLine
 from lightning_grpo.cli.certify import page, say_json, status_of
 from lightning_grpo.cli.main import main
-from tests.unit.certify.test_table import GOOD, REFUSED, WRONG
+from tests.unit.certify.test_run import GOOD, REFUSED, WRONG
 
 
 def test_a_model_is_certified_line_by_line(capsys):

@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_grpo.cli.environment import (
+from lightning_grpo.cli.main import (
+    COMMANDS,
+    doctor_words,
+    explain,
     import_from,
     is_first_rank,
+    main,
     prepare_imports,
     refuse_hiding,
     wants_traceback,
 )
-from lightning_grpo.cli.main import COMMANDS, doctor_words, explain, main
 from lightning_grpo.cli.sources import ConfigProblem
 from lightning_grpo.errors import (
     ConfigError,

@@ -15,9 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import Qwen2Config
 
 from lightning_grpo.cli.main import main
-from lightning_grpo.cli.planned import read_facts
 from lightning_grpo.cli.sources import collect
 from lightning_grpo.cli.trainer_cli import build_run
+from lightning_grpo.cli.unstarted import read_facts
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.plan.hardware import named_machine

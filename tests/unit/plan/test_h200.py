@@ -15,17 +15,17 @@ import pytest
 from transformers import LlamaConfig
 
 from lightning_grpo.loader import plan_micro_batches
-from lightning_grpo.plan.hardware import gpu_speed
-from lightning_grpo.plan.plan import step_parts
-from lightning_grpo.plan.seconds import (
+from lightning_grpo.plan.hardware import (
     Packed,
     Serving,
     Workload,
+    gpu_speed,
     optimizer_seconds,
     rollout_seconds,
     sync_seconds,
     training_seconds,
 )
+from lightning_grpo.plan.plan import step_parts
 from lightning_grpo.policy.size import (
     ADAPTER_FRACTION,
     HALF,

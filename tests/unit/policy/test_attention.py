@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_grpo.algorithm.scores import ScoreForm
+from lightning_grpo.algorithm.layers import ScoreForm
 from lightning_grpo.policy.attention import (
     PackedLayout,
     _Pick,

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lightning_grpo.certify.trained import _AllInFp64
+from lightning_grpo.certify.checks import _AllInFp64
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PackedLayout, packed_attention_forward
 from lightning_grpo.policy.load import checkpoint_activations

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_grpo.algorithm.routing import Replay
+from lightning_grpo.algorithm.layers import Replay
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.check import check_architecture
 from lightning_grpo.policy.load import checkpoint_activations

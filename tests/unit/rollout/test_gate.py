@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lightning_grpo.errors import ConfigError, RolloutError
-from lightning_grpo.rollout.gate import StalenessGate
+from lightning_grpo.rollout.admission import StalenessGate
 
 
 def filled(gate: StalenessGate) -> list[int]:

@@ -18,9 +18,9 @@ from lightning_grpo.errors import (
     ServerError,
     ServersLostError,
 )
+from lightning_grpo.rollout.admission import PromptStream
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.producer import has_variance
-from lightning_grpo.rollout.stream import PromptStream
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.types import Prompt, Sampling
 from tests.fakes.generator import FakeGenerator

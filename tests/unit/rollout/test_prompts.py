@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lightning_grpo.errors import ConfigError, PromptError
+from lightning_grpo.rollout.admission import PromptStream
 from lightning_grpo.rollout.prompts import Prompts, Vocabulary
-from lightning_grpo.rollout.stream import PromptStream
 from lightning_grpo.types import Prompt
 from tests.fakes.tokenizer import CharTokenizer
 

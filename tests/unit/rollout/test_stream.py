@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_grpo.errors import CheckpointError, ConfigError
+from lightning_grpo.rollout.admission import Curriculum, PromptMixture, undecided, unsolved
 from lightning_grpo.rollout.prompts import Prompts
-from lightning_grpo.rollout.stream import Curriculum, PromptMixture, undecided, unsolved
 from tests.fakes.generator import FakeGenerator
 from tests.fakes.rollouts import make_producer
 from tests.fakes.tiny_run import make_group

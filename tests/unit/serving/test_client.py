@@ -18,15 +18,13 @@ from lightning_grpo.errors import (
 )
 from lightning_grpo.serving.client import (
     LONGEST_WAIT_S,
-    GenerateRequest,
     ServerClient,
-    bytes_of,
     error_message,
     new_session,
     own_limit,
-    sampling_params,
     seconds_to_wait,
 )
+from lightning_grpo.serving.wire import GenerateRequest, bytes_of, sampling_params
 from lightning_grpo.types import Sampling
 from tests.fakes.listening import listen
 from tests.fakes.server import FakeServer, Fault

@@ -3,8 +3,8 @@ import logging
 import pytest
 
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.serving.client import ServerInfo
 from lightning_grpo.serving.fitness import DIALECTS, _check_routes, dialect_of, parse_version
+from lightning_grpo.serving.wire import ServerInfo
 
 
 @pytest.mark.parametrize(

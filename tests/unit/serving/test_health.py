@@ -13,7 +13,7 @@ from lightning_grpo.serving.health import HealthPolicy
 from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.serving.server import MemberState
 from lightning_grpo.types import Sampling
-from tests.fakes.server import FakeServer, Fault, make_table
+from tests.fakes.server import FakeServer, Fault, make_table, until
 
 pytestmark = pytest.mark.anyio
 FAST = HealthPolicy(
@@ -42,12 +42,6 @@ async def pool_of(*servers, restore=None, is_gone=None, **options):
             await pool.close()
             for server in servers:
                 await server.kill()
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - any condition at all
-            await asyncio.sleep(0.005)
 
 
 def lines(caplog, words):

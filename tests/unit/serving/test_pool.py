@@ -18,13 +18,13 @@ from lightning_grpo.errors import (
     ServersLostError,
     WeightSyncError,
 )
-from lightning_grpo.serving.client import GenerateReply, GenerateRequest, MetaInfo
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.health import HealthPolicy, choose_interruption
 from lightning_grpo.serving.pool import PoolLimits, ServerPool, Together
 from lightning_grpo.serving.server import MemberState, ServerHandle
+from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, MetaInfo
 from lightning_grpo.types import Sampling
-from tests.fakes.server import FakeServer, Fault, log_softmax, make_table
+from tests.fakes.server import FakeServer, Fault, log_softmax, make_table, until
 
 pytestmark = pytest.mark.anyio
 
@@ -50,12 +50,6 @@ async def pool_of(*servers, **options):
             await pool.close()
             for server in servers:
                 await server.kill()
-
-
-async def until(condition):
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - any condition at all
-            await asyncio.sleep(0.005)
 
 
 async def never(member):

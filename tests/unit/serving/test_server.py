@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from lightning_grpo.errors import ReplyError
-from lightning_grpo.serving.client import FinishReason, GenerateReply, MetaInfo, checked_routes
 from lightning_grpo.serving.health import stop_generation
 from lightning_grpo.serving.server import Member, Partial
+from lightning_grpo.serving.wire import FinishReason, GenerateReply, MetaInfo, checked_routes
 from lightning_grpo.types import RouterShape, Sampling
 from tests.fakes.virtual_time import run_virtual
 

@@ -17,7 +17,7 @@ from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.proof import Probe, Rounding, SentScores, TrainerFailedError, promised
 from lightning_grpo.weights.publisher import ATTEMPTS, SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import DiskTransport, Place
-from tests.fakes.server import FakeServer, Fault, make_table, table_scores
+from tests.fakes.server import FakeServer, Fault, make_table, table_scores, until
 
 pytestmark = pytest.mark.anyio
 
@@ -71,12 +71,6 @@ async def fleet(
 
 async def publish(publisher, version):
     return await publisher.publish(snapshot(version), version, expected(version))
-
-
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - the server is watched from outside
-            await asyncio.sleep(0.01)
 
 
 def holds(server, version):

@@ -28,6 +28,7 @@ from lightning_grpo.session.assembly import (
     to_checkpoint,
 )
 from lightning_grpo.session.material import (
+    _longest,
     check_ends,
     check_sampling,
     open_material,
@@ -74,8 +75,7 @@ def test_material_holds_prompts_and_the_starts_of_some_as_the_probe(folder, tmp_
     starts = [prompts[k].input_ids[:32] for k in range(4)]
     assert probed == tuple(i for start in starts for i in start)
     assert alone == starts[0][:12]
-    assert material.longest_prompt == max(len(p.input_ids) for p in (
-        material.prompts[""][i] for i in range(12)))  # fmt: skip
+    assert _longest(material.prompts) == max(len(prompts[i].input_ids) for i in range(12))
 
 
 def test_the_probe_is_made_once_and_no_prompt_again_at_each_weight_sync(folder, tmp_path):
@@ -150,7 +150,7 @@ def test_servers_are_asked_for_a_context_that_takes_every_input_of_the_run(folde
         data = make_data(NeverServers(), sampling=Sampling(max_new_tokens=new_tokens))
         settings = in_folder(data, tmp_path).settings_for(str(folder))
         material = open_material(settings)
-        inputs = [material.longest_prompt + new_tokens - 1]
+        inputs = [_longest(material.prompts) + new_tokens - 1]
         inputs += [len(ids) for ids in (*material.probe.sequences, *material.probe.thorough)]
         assert max(inputs) <= material.load_of(settings).context_tokens - 6
         assert material.load_of(settings).context_tokens % 64 == 0
@@ -181,7 +181,7 @@ def test_a_row_that_turns_out_to_be_none_is_left_to_be_given_up(folder, tmp_path
     with pytest.raises(PromptError, match=r"row 4 of .*KeyError\('hint'\)"):
         material.prompts[""].prompt(4)
     assert material.fingerprint.startswith("12 prompts")
-    assert material.load_of(settings).context_tokens > material.longest_prompt > 0
+    assert material.load_of(settings).context_tokens > _longest(material.prompts) > 0
 
 
 def test_held_out_completions_that_end_earlier_than_those_of_training_are_told(
@@ -398,7 +398,7 @@ def test_a_first_proof_has_long_sequences_on_both_sides_of_a_window(
     material = open_material(settings)
     found = [len(ids) for ids in material.probe.thorough]
     assert (112 in found) == reached
-    longest = material.longest_prompt + new_tokens
+    longest = _longest(material.prompts) + new_tokens
     assert all(len(material.probe.sequences[0]) < n <= longest for n in found)
     assert (longest in found) == reached
 

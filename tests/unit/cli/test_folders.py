@@ -1,3 +1,5 @@
+""""""
+
 from __future__ import annotations
 
 import json
@@ -6,12 +8,16 @@ import shlex
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.distributed.checkpoint import FileSystemWriter, save
 
-from lightning_grpo.cli.init import write_task
+from lightning_grpo.cli.folders import build_module, check_paths, read_checkpoint, write_task
 from lightning_grpo.cli.main import main
+from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rewards import gsm8k
 from tests.fakes.report_runs import write_run
 
@@ -106,3 +112,67 @@ def test_nothing_is_written_over(tmp_path, monkeypatch, capsys, name, said):
     assert main(["init", name]) == 2
     assert said in capsys.readouterr().err
     assert (tmp_path / "full" / "config.yaml").read_text() == (tmp_path / "file").read_text()
+
+
+def test_exporting_from_nowhere_is_refused_at_once(capsys):
+    assert main(["export", "nowhere.ckpt", "out"]) == 2
+    assert "`checkpoint` must exist, got 'nowhere.ckpt'" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_is_not_written_into(tmp_path):
+    checkpoint = tmp_path / "a.ckpt"
+    checkpoint.touch()
+    with pytest.raises(ConfigError, match="`out` must be a new or empty folder"):
+        check_paths(checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper"])
+def test_an_export_to_where_nothing_can_be_written_is_refused_at_once(below, tmp_path):
+    (tmp_path / "file").touch()
+    checkpoint = tmp_path / "file"
+    with pytest.raises(ConfigError, match="`out` must be in a folder that can be written to"):
+        check_paths(checkpoint, tmp_path / below / "out")
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a checkpoint file nor a folder of shards"):
+        read_checkpoint(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path, capsys):
+    garbage = tmp_path / "garbage.ckpt"
+    garbage.write_bytes(b"garbage")
+    assert main(["export", str(garbage), str(tmp_path / "out")]) == 2
+    assert "garbage.ckpt' can't be read as a checkpoint" in capsys.readouterr().err
+    torch.save([1], garbage)
+    assert main(["export", str(garbage), str(tmp_path / "out")]) == 2
+    assert "is not a checkpoint of a Trainer" in capsys.readouterr().err
+
+
+def test_a_checkpoint_does_not_say_what_is_run_when_it_is_exported(tmp_path):
+    saved = {
+        "model": "shipped:quickstart",
+        "loss": {"class_path": "pathlib.Path.touch", "init_args": {"self": str(tmp_path / "ran")}},
+        "lora": {"class_path": "subprocess.Popen", "init_args": {"args": ["true"]}},
+    }
+    state = {"pytorch-lightning_version": "2.6.6", "hyper_parameters": saved, "state_dict": {}}
+    with pytest.raises(CheckpointError, match=r"`subprocess\.Popen` .* so it is not run"):
+        build_module(state, tmp_path, trust_remote_code=False)
+    saved |= {"lora": None, "model": "a/b", "model_kwargs": {"trust_remote_code": True}}
+    with pytest.raises(ConfigError, match=r"'a/b' comes with code .* add --trust-remote-code"):
+        build_module(state, tmp_path, trust_remote_code=False)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_shards_are_joined_with_what_lies_beside_them(tmp_path):
+    folder = tmp_path / "step=4.ckpt"
+    weights = {"policy.weight": torch.arange(4.0)}
+    save({"state_dict": weights}, storage_writer=FileSystemWriter(folder))
+    beside = {"hyper_parameters": {"model": "tiny"}, "pytorch-lightning_version": "2.6.6"}
+    torch.save(beside, folder / "meta.pt")
+    state = read_checkpoint(folder)
+    assert state["hyper_parameters"] == {"model": "tiny"}
+    assert torch.equal(state["state_dict"]["policy.weight"], torch.arange(4.0))
+    assert [path.name for path in Path(tmp_path).iterdir()] == [folder.name]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_grpo.cli.init import write_task
+from lightning_grpo.cli.folders import write_task
 from lightning_grpo.cli.machine import disk, free_memory
 from lightning_grpo.cli.main import main
 from lightning_grpo.policy.load import load_policy

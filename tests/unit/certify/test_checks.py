@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from lightning_grpo.certify import served, trained
-from lightning_grpo.certify.parts import Parts, measured
-from lightning_grpo.certify.run import CHECKS, run_check
+from lightning_grpo.certify import checks
+from lightning_grpo.certify.checks import CHECKS, Parts, measured
+from lightning_grpo.certify.run import run_check
 from lightning_grpo.certify.tiny import tiny_config
 from tests.fakes import faulty_parts as faulty
 
@@ -55,24 +55,24 @@ def test_the_package_s_own_path_is_right(model):
 
 
 POLICIES = [
-    (trained.packed, "qwen2", {}, faulty.SeesTheNextRow),
-    (trained.packed, "qwen2", {}, faulty.without_biases),
-    (trained.packed, "qwen3", {"rope_parameters": DYNAMIC}, faulty.OneFactorForAllRows),
-    (trained.packed, "phi3", LONG, faulty.OneFactorForAllRows),
-    (trained.packed, "gemma3_text", {}, faulty.OneWindowTooMany),
-    (trained.packed, "nanochat", {}, faulty.LeavesOutTheCap),
-    (trained.packed, "cohere", {}, faulty.LeavesOutTheCap),
-    (trained.packed, "granite", {"logits_scaling": 8.0}, faulty.MultipliesWhatItShouldDivide),
-    (trained.gradient, "nanochat", {}, faulty.NoCapInTheGradient),
-    (trained.packed, "gemma2", {}, faulty.NoSoftcap),
-    (trained.packed, "gpt_oss", {}, faulty.SinksOfOtherHeads),
-    (trained.gradient, "gpt_oss", {}, faulty.FrozenSinks),
-    (trained.packed, "gpt_oss", {}, faulty.OneWindowTooMany),
-    (trained.prefixes, "qwen3", {}, faulty.SharesTooMuch),
-    (trained.passes, "qwen3", {}, faulty.Noisy),
-    (trained.gradient, "qwen3", {}, faulty.Detached),
-    (trained.cuts, "qwen3", {}, faulty.AveragesRows),
-    (trained.flops, "qwen3", {}, faulty.CountsNothing),
+    (checks.packed, "qwen2", {}, faulty.SeesTheNextRow),
+    (checks.packed, "qwen2", {}, faulty.without_biases),
+    (checks.packed, "qwen3", {"rope_parameters": DYNAMIC}, faulty.OneFactorForAllRows),
+    (checks.packed, "phi3", LONG, faulty.OneFactorForAllRows),
+    (checks.packed, "gemma3_text", {}, faulty.OneWindowTooMany),
+    (checks.packed, "nanochat", {}, faulty.LeavesOutTheCap),
+    (checks.packed, "cohere", {}, faulty.LeavesOutTheCap),
+    (checks.packed, "granite", {"logits_scaling": 8.0}, faulty.MultipliesWhatItShouldDivide),
+    (checks.gradient, "nanochat", {}, faulty.NoCapInTheGradient),
+    (checks.packed, "gemma2", {}, faulty.NoSoftcap),
+    (checks.packed, "gpt_oss", {}, faulty.SinksOfOtherHeads),
+    (checks.gradient, "gpt_oss", {}, faulty.FrozenSinks),
+    (checks.packed, "gpt_oss", {}, faulty.OneWindowTooMany),
+    (checks.prefixes, "qwen3", {}, faulty.SharesTooMuch),
+    (checks.passes, "qwen3", {}, faulty.Noisy),
+    (checks.gradient, "qwen3", {}, faulty.Detached),
+    (checks.cuts, "qwen3", {}, faulty.AveragesRows),
+    (checks.flops, "qwen3", {}, faulty.CountsNothing),
 ]
 
 
@@ -97,7 +97,7 @@ PUBLISHERS = [
 
 @pytest.mark.parametrize(("kind", "publish", "said"), PUBLISHERS)
 def test_a_publisher_with_a_fault_is_caught_by_names(kind, publish, said):
-    line = run_check(served.names, tiny(kind), Parts(publish=publish))
+    line = run_check(checks.names, tiny(kind), Parts(publish=publish))
     assert line.verdict == "WRONG"
     assert said in line.found
     assert bool(said) or line.figure > line.limit
@@ -105,23 +105,23 @@ def test_a_publisher_with_a_fault_is_caught_by_names(kind, publish, said):
 
 def test_experts_that_are_published_in_one_tensor_are_named_beside_the_checkpoint_s():
     config = tiny("qwen3_moe")
-    line = run_check(served.names, config, Parts(publish=faulty.as_held_in_memory))
+    line = run_check(checks.names, config, Parts(publish=faulty.as_held_in_memory))
     assert line.verdict == "WRONG"
     assert line.figure <= line.limit  # transformers would load them
     assert "has model.layers.0.mlp.experts.0.down_proj.weight and 29 more" in line.found
     assert "get model.layers.0.mlp.experts.down_proj and 3 more" in line.found
-    line = run_check(served.engine, config, Parts(publish=faulty.as_held_in_memory))
+    line = run_check(checks.engine, config, Parts(publish=faulty.as_held_in_memory))
     assert (line.check, line.verdict) == ("engine", "WRONG")
     assert "which holds it as 'model.layers.0.mlp.experts.0" in line.found
 
 
 def test_an_engine_and_an_export_with_a_fault_are_caught():
     config = tiny("qwen3")
-    line = run_check(served.engine, config, Parts(engine=faulty.one_position_off))
+    line = run_check(checks.engine, config, Parts(engine=faulty.one_position_off))
     assert (line.check, line.verdict) == ("engine", "WRONG")
-    line = run_check(served.engine, config, Parts(publish=faulty.with_swapped_names))
+    line = run_check(checks.engine, config, Parts(publish=faulty.with_swapped_names))
     assert (line.check, line.verdict) == ("engine", "WRONG")
-    line = run_check(served.export, config, Parts(export=faulty.exports_another))
+    line = run_check(checks.export, config, Parts(export=faulty.exports_another))
     assert (line.check, line.verdict) == ("export", "WRONG")
 
 
@@ -134,7 +134,7 @@ def test_an_adapter_that_is_not_merged_is_caught():
         bases = {name: name.replace(".weight", ".base_layer.weight") for name in published}
         return {name: own.get(bases[name], value) for name, value in published.items()}
 
-    line = run_check(served.adapter, tiny("llama"), Parts(publish=unmerged))
+    line = run_check(checks.adapter, tiny("llama"), Parts(publish=unmerged))
     assert (line.check, line.verdict) == ("adapter", "WRONG")
     assert line.figure > line.limit
 
@@ -151,13 +151,13 @@ ENGINES = [
 
 @pytest.mark.parametrize(("kind", "engine"), ENGINES)
 def test_an_engine_with_other_windows_caps_or_sinks_is_caught(kind, engine):
-    line = run_check(served.engine, tiny(kind), Parts(engine=engine))
+    line = run_check(checks.engine, tiny(kind), Parts(engine=engine))
     assert (line.check, line.verdict) == ("engine", "WRONG")
     assert line.figure > line.limit
 
 
 def test_a_model_that_the_engine_does_not_run_is_no_failure_of_it():
-    line = run_check(served.engine, tiny("deepseek_v3"), Parts())
+    line = run_check(checks.engine, tiny("deepseek_v3"), Parts())
     assert line.verdict == "skipped"
     assert line.found.startswith("not served here: ")
     assert "multi-head latent attention" in line.found

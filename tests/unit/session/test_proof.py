@@ -7,8 +7,7 @@ import torch
 from lightning_grpo.errors import ConfigError, WeightSyncError
 from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.policy.snapshot_scorer import SnapshotScorer
-from lightning_grpo.session.proof import packed
+from lightning_grpo.session.proof import SnapshotScorer, packed
 from lightning_grpo.session.proof import policy_scores as scores_and_kind
 from lightning_grpo.weights.gather import gather_weights
 from tests.fakes.causal_models import make_model_of

@@ -1,6 +1,7 @@
-"""The routers of a mixture of experts: where they are, and a choice in the place of theirs.
+"""Layers of transformers that trainer and servers must compute alike: routers, and bent scores.
 
-Rollout routing replay (R3, arXiv 2510.11370). In half precision a trainer and a server choose other
+Routers: where those of a mixture of experts are, and a choice in the place of theirs. Rollout
+routing replay (R3, arXiv 2510.11370). In half precision a trainer and a server choose other
 experts for a few tokens, and the logprobs of these tokens then differ by far more than rounding.
 With the experts that the server chose the trainer computes what the server did.
 
@@ -8,6 +9,10 @@ Routers of transformers work alike: they score the experts, take the best by `to
 these by what they scored. Only the outcome of `topk` is replaced. Groups, biases, normalization and
 scaling stay the architecture's own, and so does the gradient, which flows through the weights of
 the experts that are taken. A router that works otherwise is found out by trying it, and refused.
+
+Attention whose scores are bent, in plain operations: soft caps (Gemma 2), sinks (gpt-oss). No
+kernel of torch knows caps or sinks, so that all scores of a row exist at once: slower, and memory
+of length squared.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -336,3 +341,74 @@ def _tried(router: nn.Module, hidden: Tensor) -> tuple[int, int] | None:
         and bool((given[0].isfinite() & (given[0] != 0)).all())
     )
     return (own.shape[1], num_experts) if works else None
+
+
+# -- attention scores that are bent ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoreForm:
+    """What is done to scores before they become weights.
+
+    Attributes:
+        softcap: They are bent so that none is beyond it; None: they are not.
+        sinks: `[heads]`: the score of one more key, to which each query gives a share of its
+            attention and which has no value; None: there is none.
+    """
+
+    softcap: float | None
+    sinks: Tensor | None
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Self | None:
+        """By the names under which transformers hands them to attention; None: neither is there."""
+        softcap, sinks = options.get("softcap"), options.get("s_aux")
+        return None if softcap is None and sinks is None else cls(softcap, sinks)
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each query sees, bool `[length, length]`.
+
+    Args:
+        length: Of the sequence.
+        window: Tokens that one can see, itself included; None: all before it.
+        device: Where.
+    """
+    steps = torch.arange(length, device=device)
+    distance = steps.unsqueeze(1) - steps.unsqueeze(0)
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
+
+
+def bent_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    scale: float | None,
+    form: ScoreForm,
+) -> Tensor:
+    """Attention `[batch, heads, queries, value_dim]`; scores and weights are fp32 or wider.
+
+    Args:
+        query: `[batch, heads, queries, head_dim]`.
+        key: `[batch, key heads, keys, head_dim]`; each head serves as many of the query's.
+        value: `[batch, key heads, keys, value_dim]`.
+        visible: Which keys each query sees, one at least; bool, as `[batch, heads, queries, keys]`.
+        scale: Of the scores; None is 1 / sqrt(head_dim).
+        form: What is done to them.
+    """
+    batch, heads, queries, dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).reshape(batch, key.shape[1], -1, dim)
+    products = (grouped @ key.to(wide).transpose(2, 3)).reshape(batch, heads, queries, -1)
+    scores = products * (dim**-0.5 if scale is None else scale)
+    if form.softcap is not None:
+        scores = form.softcap * torch.tanh(scores / form.softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if form.sinks is not None:
+        sinks = form.sinks.to(wide).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    mixed = weights.reshape(batch, key.shape[1], -1, key.shape[2]) @ value.to(wide)
+    return mixed.reshape(batch, heads, queries, -1).to(value.dtype)

@@ -1,4 +1,4 @@
-"""Where the routers of mixtures are, how their choice is replaced, and which can't be."""
+"""Routers: the choice that is put in the place of theirs; attention scores that are bent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grpo.algorithm.routing import RouteRecorder, routers_of
+from lightning_grpo.algorithm.layers import (
+    RouteRecorder,
+    ScoreForm,
+    bent_attention,
+    causal_mask,
+    routers_of,
+)
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import RouterShape, Routes
 from tests.fakes.causal_models import make_causal_model, make_model_of
@@ -119,3 +125,44 @@ def test_routes_are_joined_by_position_and_the_first_known_stay():
 
 def test_numbers_of_experts_take_a_byte_where_one_is_left_for_none():
     assert [RouterShape(1, 1, experts).width for experts in (8, 255, 256, 512)] == [1, 1, 2, 2]
+
+
+# -- attention with soft caps and sinks; in fp64 `tests/unit/policy/test_attention.py` looks at it
+
+
+def test_a_window_sees_itself_and_what_is_less_than_it_before():
+    assert causal_mask(4, None, torch.device("cpu")).int().tolist() == [
+        *([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1])
+    ]
+    assert causal_mask(4, 2, torch.device("cpu")).int().tolist() == [
+        *([1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1])
+    ]
+
+
+def test_attention_without_caps_and_sinks_has_no_form():
+    assert ScoreForm.of({"softcap": None, "s_aux": None, "other": 1}) is None
+    assert ScoreForm.of({}) is None
+    assert ScoreForm.of({"softcap": 30.0}) == ScoreForm(30.0, None)
+
+
+def test_a_large_sink_takes_all_attention_of_its_head_alone():
+    ones = torch.ones(1, 2, 3, 4)
+    visible = causal_mask(3, None, ones.device)
+    form = ScoreForm(None, torch.tensor([100.0, -100.0]))
+    out = bent_attention(ones, ones, ones, visible, None, form)
+    assert torch.allclose(out[:, 0], torch.zeros(3, 4), atol=1e-6)
+    assert torch.allclose(out[:, 1], torch.ones(3, 4), atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_in_bf16_only_the_result_is_rounded(softcap):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 40, 8, generator=generator).bfloat16() for heads in (4, 2, 2)
+    )
+    form = ScoreForm(softcap, torch.randn(4, generator=generator).bfloat16())
+    visible = causal_mask(40, 16, query.device)
+    found = bent_attention(query, key, value, visible, 1.0, form)
+    exact = bent_attention(query.double(), key.double(), value.double(), visible, 1.0, form)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.double(), exact, rtol=2**-8, atol=1e-5)
