@@ -1,14 +1,14 @@
 """Rank 0's rollouts behind a few calls, wherever they run; here, in a thread of the trainer.
 
 What the trainer's process must do itself is the session's: gather weights, hold the memory that is
-sent, score it. Everything with an event loop, HTTP, JSON and text is behind `Rollouts`: prompts, the
-producer, the pool, rewards, and the order of a weight update.
+sent, score it. Everything with an event loop, HTTP, JSON and text is behind `Rollouts`: prompts,
+producer, pool, rewards, and the order of a weight update.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -174,6 +174,10 @@ class ThreadRollouts(Rollouts):
     def _running(self) -> Live:
         assert self.live is not None, "the rollouts were not started"
         return self.live
+
+    def run(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> Future[Any]:
+        """Run a coroutine function on the event loop."""
+        return self._service.run(function, *arguments)
 
     @override
     def take(self, version: int) -> Future[Taken]:

@@ -46,8 +46,9 @@ from lightning_grpo.session.assembly import (
     this_gpu,
 )
 from lightning_grpo.session.material import Material, SessionSettings, open_material
+from lightning_grpo.session.process import place_rollouts
 from lightning_grpo.session.proof import TrainerProof, is_adapted, packed, policy_scores
-from lightning_grpo.session.rollouts import Publish, Rollouts, ThreadRollouts
+from lightning_grpo.session.rollouts import Publish, Rollouts
 from lightning_grpo.types import Group, RolloutProgress, ServerActivity
 from lightning_grpo.validation import EvaluationBatch, joined_groups, score_groups
 from lightning_grpo.weights.gather import gather_weights, wire_bytes
@@ -236,7 +237,7 @@ class RolloutSession(Session):
         )
         self._lead = None
         if material is not None:
-            self._lead = _Lead(material, ThreadRollouts(settings, material))
+            self._lead = _Lead(material, place_rollouts(settings, material))
         sizes = None
         if material is not None:
             held_out = {name: len(rows) for name, rows in material.val_prompts.items()}
