@@ -11,12 +11,12 @@ import logging.handlers
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
@@ -269,7 +269,7 @@ def main(descriptor: int, parent: int, in_main_thread: bool) -> None:
     for number in SIGNALS:
         signal.signal(number, _keep_running)
     die_with(parent, by_signal=in_main_thread)
-    peer = Peer(Connection(descriptor), lambda: RolloutError("the trainer is gone"))
+    peer = Peer(socket.socket(fileno=descriptor), lambda: RolloutError("the trainer is gone"))
     child = Child(peer)
     peer.on_lost = child.lost
     peer.start()

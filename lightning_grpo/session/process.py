@@ -18,7 +18,6 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +211,7 @@ class ProcessRollouts(Rollouts):
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is the trainer's alone
             )
-        peer = Peer(Connection(ours.detach()), self._why_lost)
+        peer = Peer(ours, self._why_lost)
         self._host = TransportHost(peer)
         peer.handlers |= {"event": self._on_event, "log": _log, "turn": self._on_turn}
         if self._settings.training_bytes is not None:

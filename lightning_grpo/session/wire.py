@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import itertools
 import logging
+import os
 import pickle
 import queue
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Mapping
@@ -79,7 +82,7 @@ _OTHERS = tuple(Trajectory.__dataclass_fields__)[4:]
 
 
 def _trajectory(*parts: Any) -> Trajectory:
-    per_token = (tuple(array.tolist()) for array in parts[:4])
+    per_token: tuple[Any, ...] = tuple(tuple(array.tolist()) for array in parts[:4])
     return Trajectory(*per_token, *parts[4:])
 
 
@@ -142,7 +145,7 @@ class Peer:
     that no signal cuts a message in two.
 
     Args:
-        connection: To the other end; closed with this.
+        pipe: To the other end; closed with this.
         why_lost: Makes the error for whoever waits when the other end is gone.
 
     Attributes:
@@ -150,10 +153,11 @@ class Peer:
         on_lost: Called when it is gone.
     """
 
-    def __init__(self, connection: Connection, why_lost: Callable[[], Exception]) -> None:
+    def __init__(self, pipe: socket.socket, why_lost: Callable[[], Exception]) -> None:
         self.handlers: dict[str, Handler] = {}
         self.on_lost: Callable[[], None] | None = None
-        self._connection = connection
+        self._pipe = pipe
+        self._connection = Connection(os.dup(pipe.fileno()))
         self._why_lost = why_lost
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -196,14 +200,18 @@ class Peer:
     def flush(self) -> None:
         """Write what is to be written; nothing is written any more."""
         self._outgoing.put(None)
-        self._threads[1].join(UNWIND_S)
+        if self._threads[1].ident is not None:
+            self._threads[1].join(UNWIND_S)
 
     def close(self) -> None:
-        """Once the other end is closed: end the threads, and close the pipe."""
+        """Write what is to be written, hang up, and end the threads."""
         self.flush()
-        if self._threads[0] is not threading.current_thread():
-            self._threads[0].join()
+        with contextlib.suppress(OSError):  # the other end has done so
+            self._pipe.shutdown(socket.SHUT_RDWR)
+        if self._threads[0].ident is not None:
+            self._threads[0].join(UNWIND_S)
         self._connection.close()
+        self._pipe.close()
 
     def _call(self, name: str, arguments: tuple[Any, ...]) -> tuple[Future[Any], int]:
         data = dumps((name, arguments))

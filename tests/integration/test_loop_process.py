@@ -16,6 +16,7 @@ from lightning_grpo.errors import ConfigError, FailureBudgetError, RolloutError
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.servers.process import EmbeddedServers
+from lightning_grpo.session.assembly import from_checkpoint
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.transport import DiskTransport
@@ -48,9 +49,7 @@ def fit(tiny_model, folder, where, ckpt_path=None, max_steps=4, **settings):
     held_out = {"val_prompts": make_prompts(3), "max_staleness": 1, "group_size": 3}
     data = make_data(EmbeddedServers(), rollouts_in=where, **{**held_out, **settings})
     module, recorder = make_module(tiny_model, optimizer=make_adam), Recorder()
-    trainer = make_trainer(
-        folder, max_steps=max_steps, val_check_interval=2, callbacks=[recorder]
-    )
+    trainer = make_trainer(folder, max_steps=max_steps, val_check_interval=2, callbacks=[recorder])
     trainer.fit(module, data, ckpt_path=ckpt_path)
     path = folder / "end.ckpt"
     trainer.save_checkpoint(path)
@@ -69,7 +68,147 @@ def test_a_process_makes_the_same_trajectories_weights_answers_and_checkpoints_a
         assert torch.equal(weight, other["state_dict"][name])
     assert [e.metrics for e in in_thread.evaluations] == [e.metrics for e in in_process.evaluations]
     assert [e.groups for e in in_thread.evaluations] == [e.groups for e in in_process.evaluations]
-    rollouts, others = left["RolloutDataModule"], other["RolloutDataModule"]
+    rollouts, others = (from_checkpoint(each["RolloutDataModule"]) for each in (left, other))
     for name in ("gate", "ledger", "num_filtered"):
         assert rollouts["producer"][name] == others["producer"][name]
     assert rollouts["version"] == others["version"] == 4
+
+
+@pytest.mark.parametrize("order", [("thread", "process"), ("process", "thread")])
+def test_a_run_goes_on_where_it_stopped_in_the_other_place(tiny_model, tmp_path, strictly, order):
+    straight, _, end = fit(tiny_model, tmp_path / "straight", order[0], max_staleness=0)
+    before, _, _ = fit(tiny_model, tmp_path / "a", order[0], max_steps=2, max_staleness=0)
+    path = tmp_path / "a" / "end.ckpt"
+    after, _, left = fit(tiny_model, tmp_path / "b", order[1], path, max_staleness=0)
+    assert groups_of(straight) == groups_of(before) + groups_of(after)
+    for name, weight in end["state_dict"].items():
+        assert torch.equal(weight, left["state_dict"][name])
+
+
+@pytest.mark.parametrize("kind", [DiskTransport, ProcessGroupTransport])
+def test_the_transport_that_was_given_sends_the_weights_from_the_trainer_s_memory(
+    tiny_model, server, tmp_path, kind
+):
+    transport = kind()
+    recorder = Recorder()
+    callbacks = [recorder, WeightSync(transport)]
+    trainer = make_trainer(tmp_path, max_steps=3, callbacks=callbacks)
+    trainer.fit(make_module(tiny_model), make_data(server, rollouts_in="process"))
+    assert {b.rollout.version for b in recorder.batches} == {0, 1, 2}
+    assert vars(transport).get("_current") or vars(transport).get("_buckets")
+    assert trainer.datamodule.session.report.probe_diff < 1e-3
+
+
+def test_events_and_warnings_come_to_the_trainer(tiny_model, server, tmp_path, caplog):
+    def reward(completion: str) -> float:
+        if odd_reward(completion):
+            raise ValueError("an odd one")
+        return 1.0
+
+    limits = RolloutLimits(reward_processes=0, max_attempts=1, max_failed_fraction=1.0)
+    data = make_data(server, reward, rollouts_in="process", limits=limits, batch_size=1)
+    data.on_event = events = Events()
+    make_trainer(tmp_path, max_steps=2).fit(make_module(tiny_model), data)
+    assert [seen["version"] for seen in events.of("take")] == [0, 1]
+    assert events.of("failed")
+    assert "prompt failed 1 times" in caplog.text
+    assert "ValueError: an odd one" in caplog.text
+
+
+def test_a_reward_that_raises_for_all_answers_ends_the_run_with_its_line(
+    tiny_model, server, tmp_path
+):
+    def reward(completion: str) -> float:
+        if not completion:
+            return 0.0  # so that its trial at the start finds nothing
+        raise ZeroDivisionError("the dataset is empty")
+
+    data = make_data(server, reward, rollouts_in="process")
+    with pytest.raises(FailureBudgetError) as ended:
+        make_trainer(tmp_path).fit(make_module(tiny_model), data)
+    assert 'raise ZeroDivisionError("the dataset is empty")' in str(ended.value)
+    assert ended.value.__cause__ is not None
+
+
+def test_a_reward_that_cannot_work_is_refused_before_anything_is_started(
+    tiny_model, server, tmp_path
+):
+    def reward(completion: str) -> float:
+        return completion.no_such_attribute
+
+    data = make_data(server, reward, rollouts_in="process")
+    with pytest.raises(ConfigError, match="no_such_attribute"):
+        make_trainer(tmp_path).fit(make_module(tiny_model), data)
+
+
+class Kill(Callback):
+    """Kills a process of the run after its first step."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 1:
+            for child in psutil.Process().children(recursive=True):
+                command = child.cmdline()
+                if any(self.part in each for each in command) and "supervisor" not in str(command):
+                    os.kill(child.pid, signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_ends_the_run_and_its_servers(tiny_model, tmp_path):
+    data = make_data(EmbeddedServers(), rollouts_in="process", max_staleness=1)
+    trainer = make_trainer(tmp_path, max_steps=50, callbacks=[Kill("session.child")])
+    with pytest.raises(RolloutError, match=r"the rollouts' process \(pid \d+\) ended, by signal 9"):
+        trainer.fit(make_module(tiny_model), data)
+
+
+def test_a_server_that_is_killed_is_started_again(tiny_model, tmp_path):
+    data = make_data(EmbeddedServers(), rollouts_in="process")
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[Kill("lightning_grpo.engine")])
+    trainer.fit(make_module(tiny_model), data)
+    assert trainer.global_step == 4
+
+
+class Choosy(RolloutDataModule):
+    """Hooks that are called where the rollouts are."""
+
+    def make_prompt(self, row, tokenizer):
+        return super().make_prompt({**row, "question": row["question"].upper()}, tokenizer)
+
+    def keep_group(self, group):
+        return len({t.reward for t in group.trajectories}) > 1 or group.prompt.row > 3
+
+
+def test_hooks_of_a_subclass_are_called_there(tiny_model, server, tmp_path):
+    recorder = Recorder()
+    data = make_data(server, cls=Choosy, rollouts_in="process", prompts=make_prompts(20))
+    make_trainer(tmp_path, callbacks=[recorder]).fit(make_module(tiny_model), data)
+    assert all("WHAT IS" in g.prompt.text for g in groups_of(recorder))
+    assert all(data.keep_group(g) for g in groups_of(recorder))
+
+
+class Unportable(RLVRWorkflow):
+    """Holds what no other process can have."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.open_file = open(os.devnull)  # noqa: SIM115 - closed by the test
+
+
+def test_what_cannot_be_passed_on_keeps_the_rollouts_in_the_thread_and_it_is_said(
+    tiny_model, server, tmp_path, caplog
+):
+    workflow = Unportable(odd_reward, Sampling(max_new_tokens=6))
+    data = make_data(server, workflow=workflow, rollouts_in="process")
+    trainer = make_trainer(tmp_path)
+    with workflow.open_file:
+        trainer.fit(make_module(tiny_model), data)
+    assert trainer.global_step == 2
+    said = [r.getMessage() for r in caplog.records if "stay in a thread" in r.getMessage()]
+    assert len(said) == 1
+    assert "TextIOWrapper" in said[0]
+
+
+def test_a_place_that_there_is_not_is_refused(server):
+    with pytest.raises(ConfigError, match="`rollouts_in` must be one of auto, thread, process"):
+        make_data(server, rollouts_in="elsewhere")
