@@ -280,11 +280,10 @@ class EventLoop:
             raise
 
     def run(self, function: Callable[..., Awaitable[_T]], *arguments: Any) -> Future[_T]:
-        """Run a coroutine function on the loop; cancelling the future cancels it there."""
+        """Run a coroutine function on the loop."""
         running = self._submit(self._until_ended, function, *arguments)
         outcome: Future[_T] = Future()
         running.add_done_callback(lambda done: self._pass_on(done, outcome))
-        outcome.add_done_callback(lambda done: done.cancelled() and running.cancel())
         return outcome
 
     def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
@@ -378,8 +377,6 @@ class EventLoop:
         scope.cancel()
 
     def _pass_on(self, done: Future[_T], outcome: Future[_T]) -> None:
-        if not outcome.set_running_or_notify_cancel():
-            return  # nobody waits any more
         if done.cancelled():  # with the loop itself
             outcome.set_exception(RolloutError(_LOOP_LOST))
         elif (error := done.exception()) is not None:

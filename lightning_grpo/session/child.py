@@ -6,6 +6,7 @@ those are the trainer's.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import logging.handlers
 import os
@@ -59,6 +60,9 @@ class CarriedTransport(Transport):
     Args:
         peer: To the trainer's process.
         chosen: What it is, unless a transport was given there.
+
+    Attributes:
+        loop: The event loop that it is used on.
     """
 
     def __init__(self, peer: Peer, chosen: Transport) -> None:
@@ -67,6 +71,7 @@ class CarriedTransport(Transport):
 
     @override
     def bind(self, place: Place) -> None:
+        self.loop = asyncio.get_running_loop()
         kind = self._peer.call("bind", self._chosen, place).result()
         self.in_session, self.prepares_quickly = kind
 
@@ -114,6 +119,7 @@ class Child:
         self.ending = threading.Event()
         self._peer = peer
         self._rollouts: ThreadRollouts | None = None
+        self._carried: CarriedTransport | None = None
         self._heap = QuietHeap()
         self._publishes: dict[int, Publish] = {}
         self._closed: Future[list[dict[str, Any] | None]] = Future()
@@ -157,12 +163,14 @@ class Child:
             training_bytes=found.training_bytes and self._training_bytes,
             on_event=found.on_event and self._tell_event,
         )
-        self._rollouts = ThreadRollouts(
-            found, open_material(found), lambda chosen: CarriedTransport(self._peer, chosen)
-        )
+        self._rollouts = ThreadRollouts(found, open_material(found), self._carry)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         logging.getLogger().addHandler(LogToTrainer(self._peer))
+
+    def _carry(self, chosen: Transport) -> Transport:
+        self._carried = CarriedTransport(self._peer, chosen)
+        return self._carried
 
     def _training_bytes(self, size: ModelSize, longest: int | None) -> int:
         found: int = self._peer.call("training_bytes", size, longest).result()
@@ -207,8 +215,11 @@ class Child:
         target = next((m for m in live.pool.members if m.url == url), None) if live else None
         if target is None:
             raise ServerError(f"{url} is no server of this run any more")
+        assert self._carried is not None
         owner = target if name in OF_TARGET else target.client
-        return self._own.run(getattr(owner, name), *arguments)
+        calling = getattr(owner, name)(*arguments)
+        # Also while the rollouts end, which take no calls then.
+        return asyncio.run_coroutine_threadsafe(calling, self._carried.loop)
 
     def evaluate(self, name: str, first: int, last: int, greedy: bool) -> Future[Any]:
         """Answer held-out prompts."""

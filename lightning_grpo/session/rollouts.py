@@ -8,7 +8,7 @@ producer, pool, rewards, and the order of a weight update.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -174,10 +174,6 @@ class ThreadRollouts(Rollouts):
     def _running(self) -> Live:
         assert self.live is not None, "the rollouts were not started"
         return self.live
-
-    def run(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> Future[Any]:
-        """Run a coroutine function on the event loop."""
-        return self._service.run(function, *arguments)
 
     @override
     def take(self, version: int) -> Future[Taken]:

@@ -49,7 +49,9 @@ class _Pickler(cloudpickle.Pickler):
         if type(obj) is Tensor and obj.device.type == "cpu" and _is_plain(obj):
             return torch.from_numpy, (obj.numpy(),)
         if isinstance(obj, BaseException) and not isinstance(obj, BaseExceptionGroup):
-            return _error, (type(obj), obj.args, _portable(vars(obj)))
+            # Of an `OSError` `args` lack the file's name.
+            given = obj.__reduce__()[1] if isinstance(obj, OSError) else obj.args
+            return _error, (type(obj), given, _portable(vars(obj)))
         return super().reducer_override(obj)
 
 
@@ -87,8 +89,7 @@ def _trajectory(*parts: Any) -> Trajectory:
 
 
 def _error(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
-    error = kind.__new__(kind, *args)
-    error.args = args
+    error = kind.__new__(kind, *args)  # which keeps them
     vars(error).update(state)
     return error
 

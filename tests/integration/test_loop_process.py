@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import threading
 
 import psutil
 import pytest
@@ -100,13 +99,13 @@ def test_the_transport_that_was_given_sends_the_weights_from_the_trainer_s_memor
 
 
 def test_events_and_warnings_come_to_the_trainer(tiny_model, server, tmp_path, caplog):
-    def reward(completion: str) -> float:
-        if odd_reward(completion):
+    def reward(completion: str, answer: str) -> float:
+        if answer in ("4", "16") and completion:
             raise ValueError("an odd one")
         return 1.0
 
     limits = RolloutLimits(reward_processes=0, max_attempts=1, max_failed_fraction=1.0)
-    data = make_data(server, reward, rollouts_in="process", limits=limits, batch_size=1)
+    data = make_data(server, reward, rollouts_in="process", limits=limits, batch_size=5)
     data.on_event = events = Events()
     make_trainer(tmp_path, max_steps=2).fit(make_module(tiny_model), data)
     assert [seen["version"] for seen in events.of("take")] == [0, 1]
@@ -141,30 +140,40 @@ def test_a_reward_that_cannot_work_is_refused_before_anything_is_started(
         make_trainer(tmp_path).fit(make_module(tiny_model), data)
 
 
+def rollouts_process():
+    """The one that this process has started."""
+    (found,) = [p for p in psutil.Process().children() if "session.child" in str(p.cmdline())]
+    return found
+
+
+def its_engine():
+    """The server that it has started, under a supervisor."""
+    (supervisor,) = [p for p in rollouts_process().children() if "supervisor" in str(p.cmdline())]
+    (engine,) = supervisor.children()
+    return engine
+
+
 class Kill(Callback):
     """Kills a process of the run after its first step."""
 
-    def __init__(self, part: str) -> None:
-        self.part = part
+    def __init__(self, find) -> None:
+        self.find = find
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == 1:
-            for child in psutil.Process().children(recursive=True):
-                command = child.cmdline()
-                if any(self.part in each for each in command) and "supervisor" not in str(command):
-                    os.kill(child.pid, signal.SIGKILL)
+            self.find().kill()
 
 
 def test_a_process_that_is_killed_ends_the_run_and_its_servers(tiny_model, tmp_path):
     data = make_data(EmbeddedServers(), rollouts_in="process", max_staleness=1)
-    trainer = make_trainer(tmp_path, max_steps=50, callbacks=[Kill("session.child")])
+    trainer = make_trainer(tmp_path, max_steps=50, callbacks=[Kill(rollouts_process)])
     with pytest.raises(RolloutError, match=r"the rollouts' process \(pid \d+\) ended, by signal 9"):
         trainer.fit(make_module(tiny_model), data)
 
 
 def test_a_server_that_is_killed_is_started_again(tiny_model, tmp_path):
     data = make_data(EmbeddedServers(), rollouts_in="process")
-    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[Kill("lightning_grpo.engine")])
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[Kill(its_engine)])
     trainer.fit(make_module(tiny_model), data)
     assert trainer.global_step == 4
 
@@ -192,7 +201,7 @@ class Unportable(RLVRWorkflow):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.open_file = open(os.devnull)  # noqa: SIM115 - closed by the test
+        self.lock = threading.Lock()
 
 
 def test_what_cannot_be_passed_on_keeps_the_rollouts_in_the_thread_and_it_is_said(
@@ -201,12 +210,11 @@ def test_what_cannot_be_passed_on_keeps_the_rollouts_in_the_thread_and_it_is_sai
     workflow = Unportable(odd_reward, Sampling(max_new_tokens=6))
     data = make_data(server, workflow=workflow, rollouts_in="process")
     trainer = make_trainer(tmp_path)
-    with workflow.open_file:
-        trainer.fit(make_module(tiny_model), data)
+    trainer.fit(make_module(tiny_model), data)
     assert trainer.global_step == 2
     said = [r.getMessage() for r in caplog.records if "stay in a thread" in r.getMessage()]
     assert len(said) == 1
-    assert "TextIOWrapper" in said[0]
+    assert "lock" in said[0]
 
 
 def test_a_place_that_there_is_not_is_refused(server):

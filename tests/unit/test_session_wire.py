@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_grpo.errors import BusyError, ConfigError, RequestError, RolloutError, StopRun
+from lightning_grpo.errors import BusyError, ConfigError, RequestError, RolloutError
 from lightning_grpo.session.wire import Peer, RemoteTraceback, dumps, loads
 from lightning_grpo.types import RouterShape, Routes, Trajectory
 
@@ -52,7 +52,6 @@ class OddError(Exception):
         (BusyError("later", 3.0), ("wait_s",)),
         (RequestError("no", 404), ("status",)),
         (OddError(1, 2), ("left",)),
-        (StopRun("stopped", 15), ("signal", "code")),
         (OSError(28, "No space left on device", "file"), ("errno", "filename")),
     ],
     ids=lambda value: type(value).__name__,
