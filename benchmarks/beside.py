@@ -12,8 +12,8 @@ tokens, and over many. Windows take turns in one process:
 - `rival`: no rollouts, but another process that is busy for as much of the time as that one was.
 
 So `process` against `rival` is the price of sharing the machine's cores, `thread` against `process`
-that of sharing the interpreter. The kernel tells besides how long the thread stood in the queue for a
-core, which on a machine that others use says nothing of rollouts. Rule: beside 1,000 requests in
+that of sharing the interpreter. The kernel tells besides how long the thread stood in the queue for
+a core, which on a machine that others use says nothing of rollouts. Rule: beside 1,000 requests in
 flight a step takes at most 3 % longer.
 
     python -m benchmarks.beside --out benchmarks/results/beside.json

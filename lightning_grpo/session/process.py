@@ -400,11 +400,13 @@ def place_rollouts(settings: SessionSettings, material: Material) -> Rollouts:
     """Rollouts where the settings want them, or can have them.
 
     In a thread they take the interpreter from the trainer: its kernels start later. On a CPU that
-    is little beside what both need of the cores, and a process costs seconds to start.
+    is little beside what both need of the cores, and a process costs seconds to start. Rewards in
+    line are for a debugger, which a process has no terminal for.
     """
     where = settings.rollouts_in
     if where == "auto":
-        where = "process" if torch.cuda.is_available() else "thread"
+        apart = torch.cuda.is_available() and settings.limits.reward_processes > 0
+        where = "process" if apart else "thread"
     if where == "process":
         try:
             return ProcessRollouts(settings, packed_settings(settings))
