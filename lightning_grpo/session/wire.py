@@ -20,14 +20,12 @@ from typing import Any
 
 import anyio
 import cloudpickle
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_grpo.errors import RolloutError
 from lightning_grpo.rollout.scoring import told
 from lightning_grpo.serving.event_loop import seen
-from lightning_grpo.types import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Cloudpickle's, which takes what a script or a notebook defines, with three rules of its own.
+    """Cloudpickle's, which takes what a script or a notebook defines, with two rules of its own.
 
-    Token-level tuples travel as arrays (a quarter of the bytes and of the time), tensors without
-    torch's archive around each, and errors without their constructors, which want other arguments
-    than those that the error kept.
+    Tensors travel without torch's archive around each, and errors without their constructors, which
+    want other arguments than those that the error kept.
     """
 
     def reducer_override(self, obj: Any) -> Any:
         """How an object travels."""
-        if type(obj) is Trajectory:
-            return _trajectory, _parts_of(obj)
         if type(obj) is Tensor and obj.device.type == "cpu" and _is_plain(obj):
             return torch.from_numpy, (obj.numpy(),)
         if isinstance(obj, BaseException) and not isinstance(obj, BaseExceptionGroup):
@@ -67,25 +62,6 @@ loads = pickle.loads
 
 def _is_plain(tensor: Tensor) -> bool:
     return not tensor.requires_grad and tensor.dtype is not torch.bfloat16
-
-
-def _parts_of(t: Trajectory) -> tuple[Any, ...]:
-    """A trajectory's fields, the first four as arrays."""
-    return (
-        np.array(t.input_ids, np.int32),
-        np.array(t.response_mask, np.bool_),
-        np.array(t.logprobs, np.float64),
-        np.array(t.versions, np.int32),
-        *(getattr(t, name) for name in _OTHERS),
-    )
-
-
-_OTHERS = tuple(Trajectory.__dataclass_fields__)[4:]
-
-
-def _trajectory(*parts: Any) -> Trajectory:
-    per_token: tuple[Any, ...] = tuple(tuple(array.tolist()) for array in parts[:4])
-    return Trajectory(*per_token, *parts[4:])
 
 
 def _error(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
