@@ -189,7 +189,7 @@ class ProcessRollouts(Rollouts):
         self._begun = self._closing = False
         self._num_published = 0
         self._turns: dict[int, Future[None]] = {}
-        self._last_states: list[dict[str, Any] | None] = []
+        self._last_states: list[dict[str, Any] | None] | None = None
 
     @override
     def start(self) -> Future[None]:
@@ -282,11 +282,12 @@ class ProcessRollouts(Rollouts):
 
     @override
     def state_dict(self, num_unpublished: int) -> dict[str, Any] | None:
-        if self._closing:
-            known = self._last_states
-            return known[min(num_unpublished, len(known) - 1)] if known else None
         if self._peer is None or not self._is_loaded:
             return None
+        if self._closing:
+            if self._last_states is None:  # a checkpoint without it would begin anew
+                raise RolloutError("the rollouts' process ended before it told its state.")
+            return self._last_states[min(num_unpublished, len(self._last_states) - 1)]
         found: dict[str, Any] | None = self._peer.call("state_dict", num_unpublished).result()
         return found
 
@@ -322,7 +323,7 @@ class ProcessRollouts(Rollouts):
         return loaded is not None and loaded.done() and loaded.exception() is None
 
     def _look(self, name: str, *arguments: Any) -> Any:
-        """What the child says; None before it can, and once it is gone, which others will say."""
+        """What the child says; None before it can, and once it is gone, which others say."""
         if self._peer is None or self._closing or not self._is_loaded:
             return None
         try:
