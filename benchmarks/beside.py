@@ -292,6 +292,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             report[name] = summary(found)
             print(json.dumps({name: report[name]}), file=sys.stderr, flush=True)
         report["process_cpu_fraction"] = round(statistics.mean(busy), 3)
+        report["process_mb"] = round(running["process"].process.memory_info().rss / 1e6)
         report["event_loop_held_s"] = {
             where: round(flow.worst_lag_s, 3) for where, flow in running.items()
         }
@@ -332,11 +333,11 @@ def main() -> None:
     """All of it, into a file or to the screen."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--in-flight", type=int, default=1000)
-    parser.add_argument("--delay-s", type=float, default=12.0, help="until the last reply")
+    parser.add_argument("--delay-s", type=float, default=5.0, help="until the last reply")
     parser.add_argument("--new-tokens", type=int, default=400)
     parser.add_argument("--window-s", type=float, default=6.0)
-    parser.add_argument("--warm-s", type=float, default=3.0, help="before a window")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-s", type=float, default=0.2, help="before a window")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
