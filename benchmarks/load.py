@@ -157,11 +157,14 @@ class Client:
 
 
 @contextmanager
-def null_servers(number: int, delay_s: float = 0.0) -> Iterator[list[str]]:
+def null_servers(
+    number: int, delay_s: float = 0.0, new_tokens: int = NEW_TOKENS, spread: bool = False
+) -> Iterator[list[str]]:
     """So many servers in one process of their own, which answer after a while."""
     command = [sys.executable, "-m", "benchmarks.null_server", "--servers", str(number)]
+    command += ["--spread"] if spread else []
     process = subprocess.Popen(
-        [*command, "--new-tokens", str(NEW_TOKENS), "--delay-s", str(delay_s)],
+        [*command, "--new-tokens", str(new_tokens), "--delay-s", str(delay_s)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

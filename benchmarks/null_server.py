@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,13 +30,15 @@ class Canned:
     Args:
         new_tokens: Of each completion.
         delay_s: Between a request and its reply.
+        spread: Whether replies come at any time up to then.
     """
 
-    def __init__(self, new_tokens: int, delay_s: float = 0.0) -> None:
+    def __init__(self, new_tokens: int, delay_s: float = 0.0, spread: bool = False) -> None:
         self.label = "default"
         self.holding = False
         self.num_requests = 0
         self.delay_s = delay_s
+        self._spread = spread
         self._held: dict[str, Callable[[], None]] = {}
         self._ids = [3 + i % 11 for i in range(new_tokens)]
         self._logprobs = [[-0.5 - i % 7 / 8, token, None] for i, token in enumerate(self._ids)]
@@ -58,7 +61,8 @@ class Canned:
         if self.holding:
             self._held[rid] = send
         elif self.delay_s:
-            asyncio.get_running_loop().call_later(self.delay_s, send)
+            delay_s = self.delay_s * (random.random() if self._spread else 1.0)
+            asyncio.get_running_loop().call_later(delay_s, send)
         else:
             send()
 
@@ -166,9 +170,10 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--delay-s", type=float, default=0.0)
+    parser.add_argument("--spread", action="store_true", help="replies come one after another")
     args = parser.parse_args()
     raise_file_limit()
-    asyncio.run(serve(args.servers, Canned(args.new_tokens, args.delay_s)))
+    asyncio.run(serve(args.servers, Canned(args.new_tokens, args.delay_s, args.spread)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -42,6 +42,7 @@ from lightning_grpo.policy.packed import largest_chunk
 from lightning_grpo.policy.size import ADAPTER_FRACTION, TrainingSetup
 from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
+from lightning_grpo.session.material import RolloutsIn
 from lightning_grpo.session.session import Session
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import RolloutProgress, Sampling, ServerActivity
@@ -423,6 +424,13 @@ def check_gpus(training: Sequence[int], serving: Sequence[int]) -> None:
             f"{overlap}. Set `trainer.devices` to what the servers leave"
             f"{f': {free}' if free else ', or name fewer in `servers.devices`'}."
         )
+
+
+def check_rollouts_in(given: Any) -> None:
+    """Refuse a place of rollouts that there is not."""
+    places = get_args(RolloutsIn)
+    if given not in places:
+        raise ConfigError("rollouts_in", f"must be one of {', '.join(places)}", given)
 
 
 def check_sizes(

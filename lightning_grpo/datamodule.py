@@ -29,7 +29,7 @@ from lightning_grpo.rollout.workflow import RolloutWorkflow, require_workflow
 from lightning_grpo.servers.base import Address, Servers, servers_of
 from lightning_grpo.session import assembly as states
 from lightning_grpo.session.folder import FolderLock, hold_folder, hold_run_folder
-from lightning_grpo.session.material import SessionSettings
+from lightning_grpo.session.material import RolloutsIn, SessionSettings
 from lightning_grpo.session.session import ReplaySession, Session, connect_ranks, open_session
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
@@ -72,6 +72,10 @@ class RolloutDataModule(L.LightningDataModule):
         limits: Time-outs, attempts and concurrency.
         test_prompts: What `trainer.test` asks, for once in the end: one set or several by name,
             logged as `test/...`. None: the held-out prompts.
+        rollouts_in: Where rank 0's prompts, requests and rewards are seen to: in a `process` of
+            their own, or in a `thread` of the trainer's, which they take the interpreter from. What
+            a process can't import or unpickle keeps them in the thread, and what they change of the
+            program's own objects stays in it. `auto`: the process where there is a GPU.
 
     Attributes:
         on_event: Told of every fetch, admission, take, publish and advance, from the loop's thread
@@ -101,6 +105,7 @@ class RolloutDataModule(L.LightningDataModule):
         evaluation: Evaluation = Evaluation(),
         limits: RolloutLimits = RolloutLimits(),
         test_prompts: Asked | dict[str, Asked] | None = None,
+        rollouts_in: RolloutsIn = "auto",
     ) -> None:
         super().__init__()
         self.prompts = by_name(prompts, required=self._asks)
@@ -125,6 +130,8 @@ class RolloutDataModule(L.LightningDataModule):
         contract.check_sizes(
             batch_size, group_size, minibatches_per_batch, passes_per_batch, max_staleness
         )
+        self.rollouts_in = rollouts_in
+        contract.check_rollouts_in(rollouts_in)
         self.log_every_step = True
         self.on_event: Callable[..., None] | None = None
         self.evaluations: list[EvaluationRecord] = []
@@ -395,7 +402,9 @@ class RolloutDataModule(L.LightningDataModule):
             router_replay: Whether servers must say which experts tokens went through.
         """
         assert self.run_dir is not None
-        overridden = type(self).make_prompt is not RolloutDataModule.make_prompt
+        own = type(self)
+        makes = own.make_prompt is not RolloutDataModule.make_prompt
+        keeps = own.keep_group is not RolloutDataModule.keep_group
         return SessionSettings(
             model_path=model_path,
             run_dir=self.run_dir,
@@ -408,15 +417,21 @@ class RolloutDataModule(L.LightningDataModule):
             max_staleness=self.max_staleness,
             limits=self.limits,
             evaluation=self.evaluation,
-            keep_group=self.keep_group,
+            keep_group=self.keep_group if keeps else self._keep_group,
             curriculum=self.curriculum,
-            make_prompt=self.make_prompt if overridden else None,
+            make_prompt=self.make_prompt if makes else None,
             seed=next(iter(self.prompts.values())).seed,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             training_bytes=self._training_bytes if contract.is_fitting(self.trainer) else None,
             router_replay=router_replay,
             on_event=self.on_event,
+            rollouts_in=self.rollouts_in,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, whose hooks of a subclass are called: nothing of a run."""
+        of_this_run = ("trainer", "session", "on_event", "_folder")
+        return self.__dict__ | dict.fromkeys(of_this_run) | {"evaluations": []}
 
     def _training_bytes(self, size: ModelSize, longest: int | None) -> int:
         """What training takes of a GPU, for servers that share it."""

@@ -110,7 +110,7 @@ OFTEN_SET = {
     ),
     "data": (
         *("prompts", "val_prompts", "test_prompts", "workflow", "servers", "batch_size"),
-        *("group_size", "max_staleness", "evaluation", "limits"),
+        *("group_size", "max_staleness", "evaluation", "limits", "rollouts_in"),
     ),
 }
 """Settings that people write without their section; to ask the classes would take seconds."""

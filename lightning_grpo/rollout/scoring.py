@@ -225,7 +225,7 @@ _shipped: list[bytes] = []
 
 def start_worker(shipped: list[bytes], parent: int, use_gpu: bool) -> None:
     """Prepare a worker; user code is imported when it is asked for, where an error can be told."""
-    _die_with(parent)
+    die_with(parent)
     # At once, also inside code that never comes back to the interpreter's own handler.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     variables = os.environ  # noqa: TID251 - of this process, before the user's code reads them
@@ -316,9 +316,15 @@ def _load_travelled(blob: bytes) -> Any:
     return _loaded[blob]
 
 
-def _die_with(parent: int) -> None:
-    """End this process when its parent is gone, however that ended."""
-    if sys.platform == "linux":
+def die_with(parent: int, *, by_signal: bool = True) -> None:
+    """End this process when its parent is gone, however that ended.
+
+    Args:
+        parent: Its process.
+        by_signal: Whether the kernel sees to it, too, at the end of the thread that started this
+            process.
+    """
+    if by_signal and sys.platform == "linux":
         # Also ends code that never lets go of the interpreter, such as a runaway regex.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()

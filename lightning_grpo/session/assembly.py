@@ -244,11 +244,15 @@ class Beginning:
 
 @asynccontextmanager
 async def open_live(
-    settings: SessionSettings, material: Material, beginning: Future[Beginning]
+    settings: SessionSettings,
+    material: Material,
+    beginning: Future[Beginning],
+    carry: Callable[[Transport], Transport] | None = None,
 ) -> AsyncIterator[Live]:
     """Start everything; on the way out stop everything, in the reverse order.
 
-    Servers start at once, the rest when `beginning` is there.
+    Servers start at once, the rest when `beginning` is there. `carry` gives what moves weights in
+    the place of the transport that was chosen.
     """
     settings.servers.deterministic = settings.deterministic
     settings.servers.tells_routes = settings.router_replay
@@ -266,7 +270,7 @@ async def open_live(
             pool = await stack.enter_async_context(
                 _open_pool(settings, material, begun.run_id, handles)
             )
-            publisher = _publisher(settings, material, begun, pool)
+            publisher = _publisher(settings, material, begun, pool, carry)
             pool.on_restart(publisher.restore)
             runner = EpisodeRunner(
                 settings.workflow,
@@ -345,7 +349,11 @@ async def _try_rewards(settings: SessionSettings, material: Material, scorer: Re
 
 
 def _publisher(
-    settings: SessionSettings, material: Material, begun: Beginning, pool: ServerPool
+    settings: SessionSettings,
+    material: Material,
+    begun: Beginning,
+    pool: ServerPool,
+    carry: Callable[[Transport], Transport] | None,
 ) -> WeightPublisher:
     transport = choose_transport(
         begun.sync.transport,
@@ -353,6 +361,8 @@ def _publisher(
         begun.trainer_gpu,
         on_cpu=any(member.on_cpu for member in pool.members),
     )
+    if carry is not None:
+        transport = carry(transport)
     place = Place(settings.run_dir, Path(settings.model_path), begun.sync.bucket_bytes)
     transport.bind(place)
     routes = material.routes is not None

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig
@@ -30,6 +30,9 @@ from lightning_grpo.serving.fitness import SHAPE, Requirements
 from lightning_grpo.types import Group, Prompt, RouterShape, Sampling
 from lightning_grpo.validation import Evaluation
 from lightning_grpo.weights.proof import Probe
+
+RolloutsIn = Literal["auto", "thread", "process"]
+"""Where rank 0's rollouts run; `auto`: in a process of their own where the trainer has a GPU."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class SessionSettings:
             sequence; None: it does not train.
         router_replay: Whether servers must say which experts tokens went through.
         on_event: Told of every fetch, admission, finish, take, sync and advance.
+        rollouts_in: Where rank 0's rollouts run: `thread`, `process`, or `auto`.
     """
 
     model_path: str
@@ -79,6 +83,7 @@ class SessionSettings:
     training_bytes: Callable[[ModelSize, int | None], int] | None = None
     router_replay: bool = False
     on_event: Callable[..., None] | None = None
+    rollouts_in: RolloutsIn = "auto"
 
     @property
     def order(self) -> dict[str, Any]:

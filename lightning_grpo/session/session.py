@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +27,9 @@ from lightning_grpo._compat_lightning import launched_processes
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
-from lightning_grpo.errors import CheckpointError, ConfigError, GRPOError, PromptError
+from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.loader import Taken
 from lightning_grpo.naming import CheckpointNames
-from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.records import (
     RecordedBatch,
     read_batch,
@@ -39,20 +37,19 @@ from lightning_grpo.rollout.records import (
     trajectory_files,
 )
 from lightning_grpo.servers.base import main_address
-from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.session.assembly import (
     Beginning,
-    Live,
     QuietHeap,
     current_gpu,
-    open_live,
     release_shared_memory,
     serving_dtype,
     this_gpu,
 )
 from lightning_grpo.session.material import Material, SessionSettings, open_material
+from lightning_grpo.session.process import place_rollouts
 from lightning_grpo.session.proof import TrainerProof, is_adapted, packed, policy_scores
-from lightning_grpo.types import Group, RolloutProgress, Sampling, ServerActivity
+from lightning_grpo.session.rollouts import Publish, Rollouts
+from lightning_grpo.types import Group, RolloutProgress, ServerActivity
 from lightning_grpo.validation import EvaluationBatch, joined_groups, score_groups
 from lightning_grpo.weights.gather import gather_weights, wire_bytes
 from lightning_grpo.weights.proof import Scores, SentScores, promised
@@ -208,20 +205,10 @@ class _Lead:
     """What only rank 0 has."""
 
     material: Material
-    service: EventLoop = field(default_factory=EventLoop)
-    starting: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    rollouts: Rollouts
     started: Future[None] | None = None
-    beginning: Future[Beginning] = field(default_factory=Future)
-    live: Live | None = None
     proof: TrainerProof | None = None
     names: CheckpointNames | None = None
-
-    @asynccontextmanager
-    async def build(self, settings: SessionSettings) -> AsyncIterator[RolloutProducer]:
-        """Everything on the event loop, for the service to hold open."""
-        async with open_live(settings, self.material, self.beginning) as live:
-            self.live = live
-            yield live.producer
 
 
 class RolloutSession(Session):
@@ -248,7 +235,9 @@ class RolloutSession(Session):
         material = channel.on_rank_zero(
             lambda: open_material(settings), what="opening the prompts", deadline_s=3600.0
         )
-        self._lead = None if material is None else _Lead(material)
+        self._lead = None
+        if material is not None:
+            self._lead = _Lead(material, place_rollouts(settings, material))
         sizes = None
         if material is not None:
             held_out = {name: len(rows) for name, rows in material.val_prompts.items()}
@@ -267,9 +256,7 @@ class RolloutSession(Session):
         """Start the servers in the background (rank 0); rollouts begin at `wait_started`."""
         lead = self._lead
         if lead is not None and lead.started is None:
-            lead.started = lead.starting.submit(
-                lead.service.start, lambda: lead.build(self.settings)
-            )
+            lead.started = lead.rollouts.start()
 
     def wait_started(self) -> None:
         """Wait until the servers answer, then let rollouts begin.
@@ -277,42 +264,23 @@ class RolloutSession(Session):
         Raises:
             ServerStartError: One doesn't; with the end of its log.
         """
-        started = None
-        if self._lead is not None:
-            started = self._lead.started
-            if not self._lead.beginning.done():
-                self._lead.beginning.set_result(
-                    Beginning(
-                        self.run_id,
-                        self._restored,
-                        self.remaining_batches,
-                        self.sync,
-                        current_gpu(),
-                    )
-                )
-        self.channel.wait(started, what="the start of the servers")
-        if self._lead is not None and self._lead.proof is None and self.sync.verify:
-            kinds = {member.precision for member in self._live.pool.members}
-            self._lead.proof = TrainerProof(self._lead.material.probe, kinds)
+        lead = self._lead
+        if lead is not None:
+            remaining, gpu = self.remaining_batches, current_gpu()
+            lead.rollouts.begin(Beginning(self.run_id, self._restored, remaining, self.sync, gpu))
+        self.channel.wait(lead.started if lead else None, what="the start of the servers")
+        if lead is not None and lead.proof is None and self.sync.verify:
+            serving = lead.rollouts.serving()
+            assert serving is not None
+            lead.proof = TrainerProof(lead.material.probe, serving.precisions)
         self._heap.freeze()
 
     @override
     def close(self) -> None:
         self._heap.thaw()
-        lead = self._lead
-        if lead is not None:
-            lead.beginning.cancel()
-            if lead.started is not None and not lead.started.done():
-                self.settings.servers.stop()  # or the end would wait for them to come up
-            lead.starting.shutdown(wait=True)
-            lead.service.close()
+        if self._lead is not None:
+            self._lead.rollouts.close()
             release_shared_memory()
-
-    @property
-    def _live(self) -> Live:
-        assert self._lead is not None
-        assert self._lead.live is not None
-        return self._lead.live
 
     # -- rollouts -------------------------------------------------------------------------------
 
@@ -326,7 +294,7 @@ class RolloutSession(Session):
             )
         self._emit("fetch", version=self.version)
         lead = self._lead
-        future = lead.service.run(self._live.take, self.version) if lead else None
+        future = lead.rollouts.take(self.version) if lead else None
         taken = self.channel.wait(future, what="rollouts")
         scalars: Taken = self.channel.broadcast(taken and replace(taken, groups=None))
         return taken or scalars
@@ -361,9 +329,9 @@ class RolloutSession(Session):
         lead = self._lead
         future_report = None
         if lead is not None:
-            publish = self._live.publisher.publish
             expected = wire_bytes(policy, serving_dtype())
-            future_report = lead.service.run(publish, snapshot, version, sent, turn, expected)
+            wanted = Publish(version, expected, snapshot, sent, turn)
+            future_report = lead.rollouts.publish(wanted)
         with promised(snapshot, sent):
             self.channel.wait(
                 turn if lead else None, what="the servers' last update", stoppable=False
@@ -390,7 +358,7 @@ class RolloutSession(Session):
         sent: Future[SentScores] = Future()
         if lead is not None and lead.proof is not None:
             sent.set_result(lead.proof.score(policy, weights))
-            adopted = lead.service.run(self._live.publisher.adopt, 0, sent.result())
+            adopted = lead.rollouts.adopt(0, sent.result())
         done = self.channel.wait(adopted, what="the first probe of the servers")
         if not self.channel.broadcast(done):
             return False
@@ -446,7 +414,7 @@ class RolloutSession(Session):
     @override
     def release_memory(self) -> None:
         lead = self._lead
-        future = lead.service.run(self._live.publisher.release_memory) if lead else None
+        future = lead.rollouts.release_memory() if lead else None
         self.channel.wait(future, what="the release of the servers' memory")
 
     def _emit(self, name: str, **data: Any) -> None:
@@ -458,7 +426,7 @@ class RolloutSession(Session):
         self.version = version
         self._synced = True
         if self._lead is not None:
-            self._lead.service.call(self._live.producer.advance, version)
+            self._lead.rollouts.advance(version)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -466,23 +434,9 @@ class RolloutSession(Session):
     def ask(self, name: str, first: int, last: int) -> None:
         if self._lead is None:
             return
-        evaluation, live = self.settings.evaluation, self._live
-        asked: list[tuple[Sampling | None, int]] = []
-        if evaluation.sampled:
-            asked.append((evaluation.sampling, evaluation.num_samples))
-        if evaluation.greedy:
-            asked.append((self._lead.material.greedy, 1))
-        try:
-            prompts = [self._lead.material.val_prompts[name][i] for i in range(first, last)]
-        except PromptError as error:
-            failed: Future[list[Group]] = Future()  # told on every rank, by `answer`
-            failed.set_exception(error)
-            self._answers[name, first] = [failed] * len(asked)
-            return
-        self._answers[name, first] = [
-            self._lead.service.run(live.producer.evaluate, prompts, sampling, samples)
-            for sampling, samples in asked
-        ]
+        evaluation, evaluate = self.settings.evaluation, self._lead.rollouts.evaluate
+        kinds = [False] * evaluation.sampled + [True] * evaluation.greedy
+        self._answers[name, first] = [evaluate(name, first, last, greedy=kind) for kind in kinds]
 
     @override
     def answer(self, name: str, first: int, last: int) -> EvaluationBatch:
@@ -507,13 +461,8 @@ class RolloutSession(Session):
 
     @override
     def state_dict(self, num_unpublished: int = 0) -> dict[str, Any]:
-        producer, lead = self._restored, self._lead
-        if lead is not None and lead.live is not None:
-            state_dict = lead.live.producer.state_dict
-            if lead.service.is_live:
-                producer = lead.service.call(state_dict, num_unpublished)
-            else:
-                producer = state_dict(num_unpublished)
+        found = self._lead and self._lead.rollouts.state_dict(num_unpublished)
+        producer = self._restored if found is None else found
         version = self.version + num_unpublished
         return {"version": version, "run_id": self.run_id, "producer": producer}
 
@@ -525,37 +474,30 @@ class RolloutSession(Session):
 
     def progress(self) -> RolloutProgress | None:
         """How far the next rollout batch is; rank 0 only, from any thread."""
-        lead = self._lead
-        if lead is None or lead.live is None or not lead.service.is_live:
-            return None
-        try:
-            return lead.service.call(lead.live.producer.progress)
-        except GRPOError:  # it has ended meanwhile, which others will say
-            return None
+        return None if self._lead is None else self._lead.rollouts.progress()
 
     def health(self) -> dict[str, float]:
         """How late the event loop was; rank 0 only, empty elsewhere."""
-        if self._lead is None or self._lead.live is None:
-            return {}
-        return {"health/event_loop_lag_s": self._lead.service.lag_s()}
+        lag_s = None if self._lead is None else self._lead.rollouts.lag_s()
+        return {} if lag_s is None else {"health/event_loop_lag_s": lag_s}
 
     def server_activities(self, *, ongoing: bool = False) -> list[ServerActivity]:
         """What each server has done since the last call; rank 0 only, empty elsewhere."""
-        live = None if self._lead is None else self._lead.live
-        members = () if live is None else live.pool.members
-        return [done for each in members for done in each.take_activities(ongoing=ongoing)]
+        lead = self._lead
+        return [] if lead is None else lead.rollouts.server_activities(ongoing=ongoing)
 
     def dtypes(self) -> dict[str, str]:
         """Of the weights on the wire and in the servers; rank 0 only."""
-        if self._lead is None or self._lead.live is None:
+        serving = None if self._lead is None else self._lead.rollouts.serving()
+        if serving is None:
             return {}
         wire = str(serving_dtype() or torch.float32).removeprefix("torch.")
-        serving = {member.facts.info.dtype for member in self._live.pool.members}
-        return {"wire": wire, "server": ", ".join(sorted(serving))}
+        return {"wire": wire, "server": ", ".join(sorted(serving.dtypes))}
 
     def describe(self) -> dict[str, str]:
         """Lines for the summary at the start; rank 0 only."""
-        return {"servers": self.settings.servers.describe()}
+        lead, servers = self._lead, self.settings.servers
+        return {"servers": servers.describe() if lead is None else lead.rollouts.describe_servers()}
 
 
 def open_session(settings: SessionSettings, channel: RankChannel) -> RolloutSession:

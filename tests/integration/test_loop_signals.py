@@ -13,8 +13,12 @@ from tests.fakes.fit_process import started, write_config
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_ctrl_c_saves_and_prints_the_command_that_goes_on(tiny_model, tmp_path):
-    write_config(tmp_path, tiny_model)
+PLACES = pytest.mark.parametrize("where", ["thread", "process"])
+
+
+@PLACES
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(tiny_model, tmp_path, where):
+    write_config(tmp_path, tiny_model, rollouts_in=where)
     with started(tmp_path) as fit:
         fit.wait_for("step +2/")
         status, _ = fit.end(signal.SIGINT)
@@ -31,10 +35,13 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(tiny_model, tmp_path):
     assert steps == [str(step + 1), str(step + 2)]
 
 
-def test_sigterm_ends_alike_with_its_own_status(tiny_model, tmp_path):
-    write_config(tmp_path, tiny_model)
+@PLACES
+def test_sigterm_ends_alike_with_its_own_status(tiny_model, tmp_path, where):
+    write_config(tmp_path, tiny_model, rollouts_in=where)
     with started(tmp_path) as fit:
         fit.wait_for("step +2/")
+        for each in fit.those("session.child"):  # Slurm tells every process of a job
+            each.terminate()
         status, _ = fit.end(signal.SIGTERM)
         assert status == 143, fit.tail
         assert "SIGTERM: stopped at step" in fit.output
@@ -42,8 +49,9 @@ def test_sigterm_ends_alike_with_its_own_status(tiny_model, tmp_path):
         assert not fit.survivors()
 
 
-def test_a_second_ctrl_c_ends_at_once_and_nothing_is_left(tiny_model, tmp_path):
-    write_config(tmp_path, tiny_model)
+@PLACES
+def test_a_second_ctrl_c_ends_at_once_and_nothing_is_left(tiny_model, tmp_path, where):
+    write_config(tmp_path, tiny_model, rollouts_in=where)
     # A reward that never ends: the run waits for rollouts for good.
     (tmp_path / "mine.py").write_text("import time\ndef reward(completion):\n    time.sleep(999)\n")
     with started(tmp_path, "--data.limits.reward_timeout_s=900") as fit:
@@ -81,8 +89,9 @@ def test_sigterm_before_anything_is_loaded_ends_the_run(tiny_model, tmp_path):
         assert fit.output == "stopped: SIGTERM outside of training: nothing was saved\n"
 
 
-def test_a_killed_trainer_takes_its_servers_with_it(tiny_model, tmp_path):
-    write_config(tmp_path, tiny_model)
+@PLACES
+def test_a_killed_trainer_takes_its_servers_with_it(tiny_model, tmp_path, where):
+    write_config(tmp_path, tiny_model, rollouts_in=where)
     with started(tmp_path) as fit:
         fit.wait_for("step +2/")
         assert fit.family

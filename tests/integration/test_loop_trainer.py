@@ -401,11 +401,11 @@ def test_servers_give_their_memory_back_while_the_trainer_steps(tiny_model, serv
 
     class Watch(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            (member,) = trainer.datamodule.session._live.pool.members
+            (member,) = trainer.datamodule.session._lead.rollouts.live.pool.members
             released.append((member.released, member.routable))
 
         def on_validation_start(self, trainer, pl_module) -> None:
-            (member,) = trainer.datamodule.session._live.pool.members
+            (member,) = trainer.datamodule.session._lead.rollouts.live.pool.members
             released.append((member.released, member.routable))
 
     callbacks = [WeightSync(release_memory=True), Watch()]

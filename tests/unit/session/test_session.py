@@ -316,7 +316,6 @@ def test_a_held_out_row_that_turns_out_to_be_none_is_named_by_the_answer(folder,
     settings = settings_of(folder, tmp_path, val_prompts=held_out)
     session = RolloutSession(settings, RankChannel())
     session._lead.material.tokenizer.chat_template = template
-    session._lead.live = SimpleNamespace(producer=None)
     session.ask("", 0, 2)
     with pytest.raises(PromptError, match=r"row 1 of .* can't be made a prompt.*no"):
         session.answer("", 0, 2)
