@@ -29,6 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+RECURRENT_KINDS = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
+"""What configs call layers that carry a state from token to token, some beside attention."""
+
 
 def after_backward(call: Callable[[], None]) -> None:
     """Have something called when the backward pass that runs now has ended; FSDP2 does so, too."""

@@ -19,6 +19,8 @@ from lightning_grpo.weights.gather import gather_weights, make_buckets, unpack
 
 LOGPROB_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-6
 """Of fp32 logprobs, absolute; of fp64 gradients, relative to each parameter's own."""
+APART_LIMIT = 1e-5
+"""Of fp32 logprobs: what the order of sums makes of them where experts get other tokens."""
 _BUCKET_BYTES = 50_000
 """So few that a tiny model's weights travel in several."""
 

@@ -16,7 +16,14 @@ from lightning_grpo.session.material import end_token_ids
 from lightning_grpo.templates import check_template
 
 CHECKS: tuple[Callable[[Any, Parts], CheckLine], ...] = (
-    *(trained.packed, trained.prefixes, trained.passes, trained.gradient, trained.cuts),
+    *(
+        trained.packed,
+        trained.apart,
+        trained.prefixes,
+        trained.passes,
+        trained.gradient,
+        trained.cuts,
+    ),
     trained.flops,
     *(served.names, served.engine, served.adapter, served.export),
 )

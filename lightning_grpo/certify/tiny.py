@@ -37,6 +37,8 @@ _FIXED: dict[str, int] = {
     **dict.fromkeys(("dense_intermediate_size", "prefix_dense_intermediate_size"), 44),
     **{"kv_lora_rank": 14, "q_lora_rank": 12, "qk_rope_head_dim": _ROTARY, "qk_nope_head_dim": 10},
     **{"qk_head_dim": 18, "v_head_dim": 12},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 6, "linear_value_head_dim": 10},
 }
 """All different, so that none is taken for another; experts' must be multiples of 16 bytes."""
 _NEEDED: dict[str, int] = {

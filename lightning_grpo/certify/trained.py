@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_grpo.certify.parts import (
+    APART_LIMIT,
     GRADIENT_LIMIT,
     LOGPROB_LIMIT,
     CheckLine,
@@ -43,6 +44,22 @@ def packed(config: Any, parts: Parts) -> CheckLine:
     return measured(
         "packed", difference(found, expected), LOGPROB_LIMIT,
         f"logprobs of rows of {lengths} tokens, packed, against each alone in transformers",
+    )  # fmt: skip
+
+
+def apart(config: Any, parts: Parts) -> CheckLine:
+    """Rows whose neighbors in the pack have other tokens: nothing of one reaches another."""
+    rows, others = rows_of(config), rows_of(config, 1)
+    policy, figure = parts.policy(tiny_model(config)), 0.0
+    for kept in (slice(0, None, 2), slice(1, None, 2)):
+        beside = list(others)
+        beside[kept] = rows[kept]
+        lengths = [len(row) for row in rows]
+        pair = (policy_logprobs(policy, each).split(lengths)[kept] for each in (rows, beside))
+        figure = max(figure, difference(*map(torch.cat, pair)))
+    return measured(
+        "apart", figure, APART_LIMIT,
+        "logprobs of rows, packed beside other ones of the same lengths",
     )  # fmt: skip
 
 

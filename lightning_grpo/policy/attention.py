@@ -110,14 +110,15 @@ class NotPackedError(ValueError):
 
     Args:
         reason: What the model does.
+        rule: What it must do instead.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, rule: str = "leave its attention to transformers") -> None:
         super().__init__(
             'attn_implementation="packed" needs the sequences\' bounds and no mask: call the model '
             'through PackedPolicy, or load it with attn_implementation="sdpa".'
         )
-        self.reason = reason
+        self.reason, self.rule = reason, rule
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class PackedLayout:
         unique_of: Which unique token each token is, int64 `[tokens]`.
         repeats: Positions of the tokens that are not among the unique ones, int64.
         positions: Of each unique token within its sequences, int64 `[unique]`.
+        attended: How often attention was computed by it, where nothing is compiled.
     """
 
     def __init__(
@@ -187,6 +189,7 @@ class PackedLayout:
             self.positions = positions[self.unique]
             self.repeats = (self.unique[self.unique_of] != tokens).nonzero().squeeze(1)
         self._padded: tuple[list[LengthBucket], Tensor] | None = None
+        self.attended = 0
 
     @classmethod
     def of_one(cls, num_tokens: int, device: torch.device) -> Self:
@@ -325,6 +328,7 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
     if compiling and not takes_kernel:
         given = (module, query, key, value, attention_mask, scaling, sliding_window, packing)
         return _unseen(*given, **more)
+    packing.attended += not compiling
     window = sliding_window or window_in_mask(module)
     if not compiling and packing.num_sequences == 1:
         out = causal_attention(query, key, value, scaling, window, form)

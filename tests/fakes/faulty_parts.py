@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import without_bars
 from lightning_grpo.policy.packed import LogitForm, PackedPolicy
+from lightning_grpo.policy.recurrent import recurrent_parts
 from lightning_grpo.weights.gather import gather_weights
 
 
@@ -26,6 +28,33 @@ class SeesTheNextRow(PackedPolicy):
         wrong = PackedLayout(bounds)
         wrong.positions = PackedLayout(layout.cu_seqlens).positions
         return super().hidden_states(input_ids, wrong)[layout.unique]
+
+
+class StatesLeak(PackedPolicy):
+    """What recurrent layers remember of a row reaches the next one."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        for part in recurrent_parts(model):
+            part.forward = partial(type(part).forward, part)
+
+
+class WindowsLeak(PackedPolicy):
+    """States begin anew, but short convolutions see the end of the row before."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        for part in recurrent_parts(model):
+            part.forward = partial(self.one_window, part, part.forward)
+
+    @staticmethod
+    def one_window(part, forward, hidden_states, packing, **kwargs):
+        window, size = type(part).forward, part.conv_kernel_size - 1
+        out = forward(hidden_states=hidden_states, packing=packing, **kwargs)
+        for start in packing.cu_seqlens[1:-1].tolist():
+            seen = hidden_states[:, start - size : start + 1]
+            out[:, start] = window(part, seen)[:, -1]
+        return out
 
 
 class OneFactorForAllRows(PackedPolicy):

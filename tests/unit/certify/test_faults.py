@@ -42,6 +42,9 @@ MODELS = {
     "mixtral": ("mixtral", {}),
     "gpt_neox with a head of another name": ("gpt_neox", {}),
     "glm4_moe with a bias that balances experts": ("glm4_moe", {}),
+    "qwen3_next with states and experts": ("qwen3_next", {}),
+    "qwen3_5 with states": ("qwen3_5_text", {}),
+    "qwen3_5_moe with states and experts": ("qwen3_5_moe_text", {}),
 }
 
 
@@ -68,6 +71,10 @@ POLICIES = [
     (trained.packed, "gpt_oss", {}, faulty.SinksOfOtherHeads),
     (trained.gradient, "gpt_oss", {}, faulty.FrozenSinks),
     (trained.packed, "gpt_oss", {}, faulty.OneWindowTooMany),
+    (trained.apart, "qwen2", {}, faulty.SeesTheNextRow),
+    (trained.apart, "qwen3_next", {}, faulty.StatesLeak),
+    (trained.apart, "qwen3_5_text", {}, faulty.WindowsLeak),
+    (trained.packed, "qwen3_5_moe_text", {}, faulty.StatesLeak),
     (trained.prefixes, "qwen3", {}, faulty.SharesTooMuch),
     (trained.passes, "qwen3", {}, faulty.Noisy),
     (trained.gradient, "qwen3", {}, faulty.Detached),

@@ -15,8 +15,11 @@ from lightning_grpo.shipped import resolve_path
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("minimax", "['linear_attention'], which would run across the sequences of a packed row"),
-        ("mamba", "must consist of attention layers"),
+        (
+            "minimax",
+            "['linear_attention'] (0 of 16 are known to begin anew), which would run across the",
+        ),
+        ("mamba", "must have recurrent layers that can begin anew at each sequence"),
         ("gemma3", "consists of parts: text, vision"),
         ("vit", "must be a causal language model"),
     ],

@@ -99,7 +99,7 @@ UNTRAINABLE = [
     ("falcon", {}, "must let transformers choose its attention"),
     ("bloom", {}, "must let transformers choose its attention"),
     ("phi", {}, "linear head without bias, PhiForCausalLM has Linear with one"),
-    ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"has \['conv'\]"),
+    ("mamba", {}, "MambaForCausalLM doesn't tell these layers where sequences begin"),
 ]
 
 
@@ -113,10 +113,11 @@ def test_a_model_that_packing_would_get_wrong_is_refused_by_its_config_alone(
 
 
 PLAIN = ("qwen3", "gpt2", "mixtral", "deepseek_v3", "opt", "gemma3_text")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "lfm2_moe")
 VARIANTS = ("gpt_oss", "gemma2", "cohere2", "granite", "nanochat")
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, *VARIANTS])
+@pytest.mark.parametrize("kind", [*PLAIN, *VARIANTS, *HYBRIDS])
 def test_models_that_can_be_trained_pass_by_their_config_alone(kind, tmp_path):
     make_model_of(kind).config.save_pretrained(tmp_path)
     check_architecture(str(tmp_path))
