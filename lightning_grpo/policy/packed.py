@@ -549,7 +549,8 @@ class PackedPolicy(nn.Module):
             )
         except NotPackedError as error:
             raise ConfigError(
-                f"`model` must {error.rule}, {type(self.model).__name__} {error.reason}. Way out: a model that does, such as Qwen3 or Llama."
+                f"`model` must {error.rule}, {type(self.model).__name__} {error.reason}. Way out: "
+                "a model that does, such as Qwen3 or Llama."
             ) from error
         if not self.compiled and layout.attended - before < self._attention_layers:
             raise ConfigError(

@@ -1,8 +1,8 @@
 """Layers that carry a state from token to token, in rows that hold several sequences.
 
 Linear attention (the gated delta rule of Qwen3-Next and Qwen3.5), state spaces (Mamba) and short
-causal convolutions read a row from left to right: what they remember of one sequence would reach the
-next one. Here each sequence begins with an empty state and an empty window.
+causal convolutions read a row from left to right: what they remember of one sequence would reach
+the next one. Here each sequence begins with an empty state and an empty window.
 
 The layers stay transformers' own. On GPUs their kernels are told where sequences begin, where these
 are installed (flash-linear-attention, causal-conv1d, mamba-ssm) and are found to heed it. Elsewhere

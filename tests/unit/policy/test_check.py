@@ -113,7 +113,7 @@ def test_a_model_that_packing_would_get_wrong_is_refused_by_its_config_alone(
 
 
 PLAIN = ("qwen3", "gpt2", "mixtral", "deepseek_v3", "opt", "gemma3_text")
-HYBRIDS = ("qwen3_next", "qwen3_5_text", "lfm2_moe")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "falcon_h1")
 VARIANTS = ("gpt_oss", "gemma2", "cohere2", "granite", "nanochat")
 
 
