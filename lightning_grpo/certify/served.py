@@ -210,7 +210,7 @@ def sampled(runner: ModelRunner) -> tuple[list[Tensor], Tensor]:
     slots = SlotCache(len(prompts), max(_PROMPTS) + _SAMPLED)
     slots.reserve(len(prompts), max(_PROMPTS) + 1, states[0].kv)
     for slot, state in enumerate(states):
-        slots.place(slot, 1, state.kv)
+        slots.place(slot, 1, state.kv, state.states)
     lengths = torch.tensor(_PROMPTS)
     resumed = runner.extend(slots, [tail.tolist()], torch.tensor([len(begun)]), len(prompts) - 1)
     logits = torch.cat([*(state.logits[None] for state in states[:-1]), resumed])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_grpo._compat import RECURRENT_KINDS
+from lightning_grpo._compat import RECURRENT_KINDS, attending_layers
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import NotPackedError, PackedLayout, size_of
 
@@ -155,10 +155,7 @@ def heeds_bounds(part: nn.Module, like: Tensor) -> bool:
 
 def attention_layers(config: Any) -> int:
     """How many layers have attention whose work grows with the square of the length."""
-    text = config.get_text_config()
-    kinds = list(getattr(text, "layer_types", None) or ())
-    without = {"linear_attention", "mamba", "conv", "mlp", "moe"}
-    return sum(kind not in without for kind in kinds) if kinds else int(text.num_hidden_layers)
+    return len(attending_layers(config.get_text_config()))
 
 
 def state_numbers(config: Any) -> int:

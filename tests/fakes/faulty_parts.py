@@ -299,6 +299,49 @@ def no_softcaps(folder: str) -> ModelRunner:
     return ModelRunner(without_softcaps(load_model(folder)))
 
 
+class ForgetsStates(ModelRunner):
+    """What was sampled before an interruption is not in the states that go on from it."""
+
+    def extend(self, slots, tails, lengths, first_slot):
+        rows = slots.states.rows(first_slot, first_slot + len(tails))
+        kept = {key: state.clone() for key, state in rows.items()}
+        logits = super().extend(slots, tails, lengths, first_slot)
+        for key, state in kept.items():
+            rows[key].copy_(state)
+        return logits
+
+
+def forgets_states(folder: str) -> ModelRunner:
+    """An engine whose states stay at the prompt's end."""
+    return ForgetsStates(load_model(folder))
+
+
+class PadsWhatItReads(ModelRunner):
+    """Reads prompts of all lengths together, so that padding is in the states of the short ones."""
+
+    def prefill(self, prompts):
+        return self._prefill(prompts)
+
+
+def pads_what_it_reads(folder: str) -> ModelRunner:
+    """An engine in which padding reaches states."""
+    return PadsWhatItReads(load_model(folder))
+
+
+class StatesOfTheNeighbors(ModelRunner):
+    """Each request decodes with the state of the one in the slot beside it."""
+
+    def decode(self, slots, tokens, lengths):
+        for state in slots.states.rows(0, len(tokens)).values():
+            state.copy_(state.roll(1, 0))
+        return super().decode(slots, tokens, lengths)
+
+
+def states_of_the_neighbors(folder: str) -> ModelRunner:
+    """An engine that mixes up its slots."""
+    return StatesOfTheNeighbors(load_model(folder))
+
+
 class ReadsWithOtherSinks(ModelRunner):
     """Reads prompts with each head's own sink, and decodes with that of the next one."""
 

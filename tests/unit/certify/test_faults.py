@@ -153,11 +153,14 @@ ENGINES = [
     ("gpt_oss", faulty.one_window_too_many),
     ("gpt_oss", faulty.reads_with_other_sinks),
     ("gemma2", faulty.no_softcaps),
+    ("qwen3_next", faulty.forgets_states),
+    ("qwen3_5_text", faulty.pads_what_it_reads),
+    ("qwen3_5_text", faulty.states_of_the_neighbors),
 ]
 
 
 @pytest.mark.parametrize(("kind", "engine"), ENGINES)
-def test_an_engine_with_other_windows_caps_or_sinks_is_caught(kind, engine):
+def test_an_engine_with_other_windows_caps_sinks_or_states_is_caught(kind, engine):
     line = run_check(served.engine, tiny(kind), Parts(engine=engine))
     assert (line.check, line.verdict) == ("engine", "WRONG")
     assert line.figure > line.limit
