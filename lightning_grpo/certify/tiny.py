@@ -39,6 +39,11 @@ _FIXED: dict[str, int] = {
     **{"qk_head_dim": 18, "v_head_dim": 12},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
     **{"linear_key_head_dim": 6, "linear_value_head_dim": 10},
+    **{"linear_num_heads": 4, "linear_head_dim": 12},
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 6),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
+    "mamba_dt_rank": 3,
 }
 """All different, so that none is taken for another; experts' must be multiples of 16 bytes."""
 _NEEDED: dict[str, int] = {
@@ -53,7 +58,7 @@ _AT_MOST: dict[str, int] = {
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 2),
     **dict.fromkeys(("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"), 2),
     **dict.fromkeys(("moe_layer_interval", "expert_layer_period", "attn_layer_period"), 2),
-    "zero_expert_num": 2,
+    **{"zero_expert_num": 2, "mamba_n_groups": 2, "n_groups": 2, "mamba_ngroups": 2},
     **{"n_group": 2, "topk_group": 1, "num_expert_group": 2, "num_limited_groups": 1},
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -89,6 +94,7 @@ def tiny_config(config: Any) -> Any:
     grouped = any(values.get(name, 1) not in (None, 1) for name in ("n_group", "num_expert_group"))
     experts = 8 if grouped else 5
     values |= {k: min(values[k], experts) for k in _EXPERTS if _counts(values.get(k))}
+    values |= _of_states(values, names)
     values |= _of_lengths(config, values, names)
     values |= {k: min(values[k], cap) for k, cap in _CAPS.items() if values.get(k)}
     values |= _of_ids(values)
@@ -257,6 +263,17 @@ def _of_heads(config: Any, names: _Names) -> dict[str, Any]:
     settable = config.to_dict()
     made = {names.own(name): size for name, size in sizes.items()}
     return {k: size for k, size in made.items() if k in settable and _is_size(settable[k])}
+
+
+def _of_states(values: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+    """Heads of state spaces, which together are as wide as their layer within."""
+    expand = values.get("mamba_expand") or values.get("expand")
+    if not _counts(expand):
+        return {}
+    width = expand * values[names.own("hidden_size")]
+    heads = ("mamba_d_head", "mamba_head_dim", "mamba_headdim")
+    sizes = {**dict.fromkeys(heads, width // _HEADS), "mamba_d_ssm": width}
+    return {name: size for name, size in sizes.items() if values.get(name) is not None}
 
 
 def _of_lengths(config: Any, values: Mapping[str, Any], names: _Names) -> dict[str, Any]:
