@@ -309,7 +309,11 @@ def check_servable(path: str) -> None:
         return  # whoever loads the model says what is wrong with it
     try:
         with torch.device("meta"), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=ATTENTION_NAME,
+                dtype=torch.bfloat16,  # the only one that experts have without values
+            )
             ModelRunner(model.eval()).prefill([[0, 0]])
     except (UnservableError, AttributeError, KeyError, TypeError, ValueError) as error:
         known = isinstance(error, UnservableError)

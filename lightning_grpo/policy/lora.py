@@ -139,7 +139,8 @@ def _check_plain(model: PreTrainedModel) -> None:
 
 def _has_fused_experts(model: PreTrainedModel) -> bool:
     stacked = 3  # experts, rows, columns
-    return any(p.ndim >= stacked for p in model.parameters())
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
+    return any(p.ndim >= stacked and id(p) not in kernels for p in model.parameters())
 
 
 class WithoutAdapter(nn.Module):
