@@ -36,6 +36,7 @@ from lightning_grpo.policy.attention import (
 )
 from lightning_grpo.policy.load import compute_as_served
 from lightning_grpo.policy.recurrent import (
+    STATE_FLOPS,
     attention_layers,
     keep_sequences_apart,
     recurrent_parts,
@@ -505,9 +506,8 @@ class PackedPolicy(nn.Module):
         width = heads * (size_of(config, "head_dim") or config.hidden_size // heads)
         # Two products of [length, length], halved by the causal mask; backward has twice that.
         attention = 6 * width * attention_layers(config) * sum(n * n for n in lengths)
-        # A state is read, corrected and read again; backward has twice that.
-        states = len(recurrent_parts(self.model)) * state_numbers(config)
-        return float((of_trunk + 18 * states) * sum(lengths) + of_head * predicted + attention)
+        of_token = of_trunk + STATE_FLOPS * state_numbers(config)
+        return float(of_token * sum(lengths) + of_head * predicted + attention)
 
     def hidden_states(
         self, input_ids: Tensor, layout: PackedLayout, replay: Replay | None = None

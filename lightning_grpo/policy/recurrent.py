@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from types import MethodType
 from typing import Any
 
@@ -159,12 +160,13 @@ def attention_layers(config: Any) -> int:
 
 
 def state_numbers(config: Any) -> int:
-    """Numbers of one recurrent layer's state, which each token reads and writes; 0 if none."""
+    """Numbers of the states of all recurrent layers, which each token reads and writes."""
     text = config.get_text_config()
+    layers = sum(k in RECURRENT_KINDS for k in getattr(text, "layer_types", None) or ())
     for names in _STATES:
         sizes = [size_of(text, name) for name in names]
         if all(isinstance(size, int) for size in sizes):
-            return int(torch.tensor(sizes).prod())
+            return layers * math.prod(sizes)
     return 0
 
 
@@ -174,3 +176,6 @@ _STATES = (
     ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
 )
 """How configs call a state's heads and the two sides of each."""
+STATE_FLOPS = 18
+"""Operations for each number of a state: it is read, corrected and read again; backward has twice
+that."""
