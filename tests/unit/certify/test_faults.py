@@ -45,6 +45,9 @@ MODELS = {
     "qwen3_next with states and experts": ("qwen3_next", {}),
     "qwen3_5 with states": ("qwen3_5_text", {}),
     "qwen3_5_moe with states and experts": ("qwen3_5_moe_text", {}),
+    "falcon_h1 with Mamba-2 beside attention": ("falcon_h1", {}),
+    "nemotron_h with Mamba-2, attention and experts in layers of their own": ("nemotron_h", {}),
+    "lfm3 with short convolutions": ("lfm3", {}),
 }
 
 
