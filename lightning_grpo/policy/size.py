@@ -201,7 +201,8 @@ def kept_numbers(size: ModelSize, *, compiled: bool = False) -> int:
     Inputs and outputs of both norms; rotated queries, keys, values and what attention gives; the
     MLP's gate, its activation, its up projection and their product (the accounting of Korthikanti
     et al., arXiv 2205.05198, for blocks of today and packed sequences, which have neither dropout
-    nor masks). A recurrent layer counts as if it were attention. Compiled, the norms' outputs, the activation and the product are computed again.
+    nor masks). A recurrent layer counts as if it were attention. Compiled, the norms' outputs, the
+    activation and the product are computed again.
     """
     attention = 2 * size.query_width + size.kv_width
     return (2 if compiled else 4) * (size.hidden + size.intermediate) + attention
