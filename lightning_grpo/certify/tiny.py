@@ -64,7 +64,10 @@ _AT_MOST: dict[str, int] = {
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "floor_scale", "window_size")
 _CAPS = {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 1.5}
-_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
+_LAYER_INDICES = (
+    *("mlp_only_layers", "moe_layers", "full_attn_idxs"),
+    *("attn_layer_indices", "hybrid_layer_ids"),
+)
 _FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 _LAST_LAYERS = ("num_kv_shared_layers",)
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -205,6 +208,13 @@ def _chosen_layers(values: Mapping[str, Any], count: int) -> list[int]:
         kind += [layer >= count - (values.get(name) or 0) for name in _LAST_LAYERS]
         kinds.setdefault(repr(kind), layer)
     chosen = list(kinds.values())
+    chosen += [  # layers that share their weights with others of their kind
+        next(i for i in range(first + 1, count) if each[i] == each[first])
+        for each in lists
+        for first in kinds.values()
+        if each[first] == "hybrid" and each.count("hybrid") > 1
+    ]
+    chosen = sorted(set(chosen))
     if len(chosen) == 1 < count:
         chosen.append(1)
     return sorted(chosen)
@@ -270,9 +280,14 @@ def _of_states(values: Mapping[str, Any], names: _Names) -> dict[str, Any]:
     expand = values.get("mamba_expand") or values.get("expand")
     if not _counts(expand):
         return {}
-    width = expand * values[names.own("hidden_size")]
+    hidden = values[names.own("hidden_size")]
+    width = expand * hidden
     heads = ("mamba_d_head", "mamba_head_dim", "mamba_headdim")
     sizes = {**dict.fromkeys(heads, width // _HEADS), "mamba_d_ssm": width}
+    if "state_size" in values:
+        sizes |= {"num_heads": _HEADS, "head_dim": width // _HEADS, "state_size": 6}
+    # Zamba's attention sees the embedding beside what came to it.
+    sizes |= {"attention_hidden_size": 2 * hidden, "attention_head_dim": 2 * hidden // _HEADS}
     return {name: size for name, size in sizes.items() if values.get(name) is not None}
 
 

@@ -502,10 +502,12 @@ class PackedPolicy(nn.Module):
         trunk = [p for p in self.model.parameters() if id(p) not in outside]
         of_trunk = sum(p.numel() * (6 if p.requires_grad else 4) for p in trunk)
         of_head = head.numel() * (6 if head.requires_grad else 4)
-        heads = config.num_attention_heads
-        width = heads * (size_of(config, "head_dim") or config.hidden_size // heads)
+        attending, width = attention_layers(config), 0
+        if attending:
+            heads = config.num_attention_heads
+            width = heads * (size_of(config, "head_dim") or config.hidden_size // heads)
         # Two products of [length, length], halved by the causal mask; backward has twice that.
-        attention = 6 * width * attention_layers(config) * sum(n * n for n in lengths)
+        attention = 6 * width * attending * sum(n * n for n in lengths)
         of_token = of_trunk + STATE_FLOPS * state_numbers(config)
         return float(of_token * sum(lengths) + of_head * predicted + attention)
 

@@ -12,9 +12,10 @@ from transformers import CONFIG_MAPPING
 from lightning_grpo.certify.rows import plain_logprobs
 from lightning_grpo.certify.tiny import tiny_config, tiny_model
 from lightning_grpo.engine.batch import Request
-from lightning_grpo.engine.model import ModelRunner, load_model
+from lightning_grpo.engine.model import ModelRunner, check_servable, load_model
 from lightning_grpo.engine.scheduler import Limits, Scheduler
 from lightning_grpo.engine.states import StateSlots, alike, runs
+from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import without_bars
 from tests.fakes.engine_requests import PLAIN, ignore
 
@@ -143,6 +144,12 @@ def test_a_prompt_is_scored_as_it_is_read(model, runner):
     assert scores.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     (again,) = runner.prefill([ids])
     assert all(torch.equal(state.states[key], again.states[key]) for key in again.states)
+
+
+def test_layers_that_go_on_otherwise_than_in_one_pass_are_refused(tmp_path):
+    tiny_config(CONFIG_MAPPING["zamba2"]()).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="not the same token by token as in one pass"):
+        check_servable(str(tmp_path))
 
 
 def test_slots_are_placed_moved_and_wiped_and_more_are_made_when_needed():
