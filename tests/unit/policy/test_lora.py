@@ -212,7 +212,7 @@ def test_weights_that_several_layers_have_in_common_are_refused():
 def test_linear_layers_of_a_hybrid_are_all_adapted():
     model = tiny_model(tiny_config(CONFIG_MAPPING["qwen3_5_text"]()))
     LoRA().add_to(model)
-    adapted = {name.split(".")[-3] for name, _ in model.named_parameters() if "lora_A" in name}
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
     assert {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj"} < adapted
 
 
