@@ -4,7 +4,8 @@
 
 All are made by `examples/quickstart/make_base.py` in the same way: `--recurrent 1` is a Qwen3.5 of
 a gated delta rule and of full attention, `--experts 8` a Qwen3-MoE. Bases that aren't there are
-made, in about ten minutes each. Held-out accuracy (1,000 fixed problems, one sample each) says whether they learn, the probe of every weight sync whether trainer and servers hold the same.
+made, in about ten minutes each. Held-out accuracy (1,000 fixed problems, one sample each) says
+whether they learn, the probe of every weight sync whether trainer and servers hold the same.
 """
 
 from __future__ import annotations
