@@ -41,7 +41,7 @@ def base_of(kind: str, bases: Path) -> str:
 
 
 def train(kind: str, seed: int, base: str, out: Path) -> dict:
-    """One run: accuracy by step, the largest reading of the probe, and how long a step took."""
+    """One run: accuracy by step, how far servers and trainer were apart, and how long a step took."""
     from benchmarks.held_out import accuracy
     from benchmarks.sglang_vs_embedded import command_line
     from lightning_grpo.shipped import resolve_path
@@ -69,12 +69,16 @@ def train(kind: str, seed: int, base: str, out: Path) -> dict:
     (metrics,) = (out / "run").rglob("metrics.csv")
     with metrics.open() as file:
         rows = list(csv.DictReader(file))
-    probes = [float(row["mismatch/probe"]) for row in rows if row.get("mismatch/probe")]
-    seconds = [float(row["time/step_s"]) for row in rows if row.get("time/step_s")]
+
+    def column(name: str) -> list[float]:
+        return [float(row[name]) for row in rows if row.get(name)]
+
+    probes = column("mismatch/probe")
     return {
         **{"kind": kind, "seed": seed, "held_out": held_out},
         **{"num_syncs_probed": len(probes), "probe_max": max(probes)},
-        "median_step_s": round(statistics.median(seconds), 2),
+        "abs_logprob_diff_max": max(column("mismatch/abs_logprob_diff")),
+        "median_step_s": round(statistics.median(column("time/step_s")), 2),
     }
 
 

@@ -62,7 +62,7 @@ def test_what_follows_a_shared_prompt_continues_its_state_and_window(prompt):
     for logprobs in (found, expected):
         (logprobs * torch.arange(len(logprobs)).sin()).sum().backward()
     for name, grad in gradients(alone).items():
-        torch.testing.assert_close(gradients(shared.model)[name], grad, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(gradients(shared.model)[name], grad, atol=5e-5, rtol=1e-3)
 
 
 def test_blocks_that_are_computed_again_get_the_same_bounds():
