@@ -41,7 +41,7 @@ def base_of(kind: str, bases: Path) -> str:
 
 
 def train(kind: str, seed: int, base: str, out: Path) -> dict:
-    """One run: accuracy by step, how far servers and trainer were apart, and how long a step took."""
+    """One run: accuracy by step, how far servers and trainer were apart, seconds of a step."""
     from benchmarks.held_out import accuracy
     from benchmarks.sglang_vs_embedded import command_line
     from lightning_grpo.shipped import resolve_path

@@ -22,7 +22,7 @@ from lightning_grpo.weights.gather import gather_weights
 class SeesTheNextRow(PackedPolicy):
     """Rows are cut one token too early: the last token of each begins the next one's attention."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         bounds = layout.cu_seqlens.clone()
         bounds[1:-1] -= 1
         wrong = PackedLayout(bounds)
@@ -52,7 +52,7 @@ class WindowsLeak(PackedPolicy):
         window, size = type(part).forward, part.conv_kernel_size - 1
         out = forward(hidden_states=hidden_states, packing=packing, **kwargs)
         for start in packing.cu_seqlens[1:-1].tolist():
-            seen = hidden_states[:, start - size : start + 1]
+            seen = hidden_states[:, max(0, start - size) : start + 1]
             out[:, start] = window(part, seen)[:, -1]
         return out
 
@@ -114,7 +114,7 @@ class NoSoftcap(PackedPolicy):
 class SinksOfOtherHeads(PackedPolicy):
     """Each head has the sink of the next one."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         sinks = [p.data for name, p in self.model.named_parameters() if name.endswith("sinks")]
         kept = [values.clone() for values in sinks]
         for values in sinks:
@@ -145,7 +145,7 @@ def without_softcaps(model: nn.Module) -> nn.Module:
 class SharesTooMuch(PackedPolicy):
     """Where prompts are shared, each token gets its neighbour's hidden state."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         hidden = super().hidden_states(input_ids, layout)
         return hidden.roll(1, 0) if len(layout.repeats) else hidden
 
@@ -153,7 +153,7 @@ class SharesTooMuch(PackedPolicy):
 class Noisy(PackedPolicy):
     """Draws."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         hidden = super().hidden_states(input_ids, layout)
         return hidden + 1e-6 * torch.randn_like(hidden)
 

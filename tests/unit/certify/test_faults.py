@@ -91,6 +91,7 @@ def test_a_policy_with_a_fault_is_caught_by_its_line(check, kind, settings, poli
     config = tiny(kind, **settings)
     line = run_check(check, config, Parts(policy=policy))
     assert line.verdict == "WRONG"
+    assert "Error" not in line.found  # the fault itself, not what it broke
     assert line.figure is None or line.figure > line.limit
     assert run_check(check, config, Parts()).verdict == "ok"
 

@@ -5,10 +5,13 @@ import random
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
+from lightning_grpo.certify.tiny import tiny_config, tiny_model
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.check import (
     check_architecture,
+    check_rows_apart,
     check_two_passes,
 )
 from lightning_grpo.policy.load import checkpoint_activations, load_policy
@@ -21,6 +24,7 @@ from tests.fakes.causal_models import (
     pack,
     plain_logprobs,
 )
+from tests.fakes.faulty_parts import SeesTheNextRow, StatesLeak
 
 NOISY = [
     ("seed_oss", {}),
@@ -83,6 +87,16 @@ def test_noise_that_stays_is_refused_with_where_it_comes_from(draw, source):
     model.model.layers[1].mlp.act_fn = Noise(draw)
     with pytest.raises(ConfigError, match=f"two passes differ by .* random numbers{source}"):
         check_two_passes(PackedPolicy(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"), [("qwen3_5_text", StatesLeak), ("qwen2", SeesTheNextRow)]
+)
+def test_rows_that_see_each_other_are_refused_with_the_weights_at_hand(kind, policy):
+    config = tiny_config(CONFIG_MAPPING[kind]())
+    check_rows_apart(PackedPolicy(tiny_model(config)))
+    with pytest.raises(ConfigError, match="whatever it is packed with, and those of Qwen"):
+        check_rows_apart(policy(tiny_model(config), share_prefixes=False))
 
 
 def test_weights_that_hold_nan_are_refused_before_they_are_published():
