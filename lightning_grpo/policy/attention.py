@@ -357,10 +357,24 @@ def varlen_attention(
     if len(packing.repeats) == 0:
         bounds = packing.cu_seqlens
         return packed_kernel(query, key, value, bounds, packing.max_length, scale, window)
-    sharing = (packing.unique, packing.unique_of, packing.repeats)
-    query, key, value = (_Spread.apply(t, *sharing) for t in (query, key, value))
+    query, key, value = (spread(t, packing) for t in (query, key, value))
     out = packed_kernel(query, key, value, packing.cu_seqlens, packing.max_length, scale, window)
-    return cast("Tensor", _Pick.apply(out, packing.unique))
+    return pick(out, packing)
+
+
+def spread(values: Tensor, packing: PackedLayout) -> Tensor:
+    """Values of unique tokens, `[unique, ...]`, to all tokens, `[tokens, ...]`."""
+    if len(packing.repeats) == 0:
+        return values
+    sharing = (packing.unique, packing.unique_of, packing.repeats)
+    return cast("Tensor", _Spread.apply(values, *sharing))
+
+
+def pick(values: Tensor, packing: PackedLayout) -> Tensor:
+    """Values of all tokens, `[tokens, ...]`, to those of unique ones, `[unique, ...]`."""
+    if len(packing.repeats) == 0:
+        return values
+    return cast("Tensor", _Pick.apply(values, packing.unique))
 
 
 class _Spread(torch.autograd.Function):

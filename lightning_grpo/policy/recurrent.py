@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lightning_grpo._compat import RECURRENT_KINDS, attending_layers
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.policy.attention import NotPackedError, PackedLayout, size_of
+from lightning_grpo.policy.attention import NotPackedError, PackedLayout, pick, size_of, spread
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,9 @@ def _by_sequence(
     if hidden_states.is_cuda and part.keeps_apart is None:
         part.keeps_apart = heeds_bounds(part, hidden_states)
     if part.keeps_apart:
-        spread = hidden_states.index_select(1, packing.unique_of)
+        rows = spread(hidden_states[0], packing).unsqueeze(0)
         bounds = _bounds(packing.cu_seqlens, packing.num_tokens)
-        return _own(part, spread, *args, **bounds, **kwargs).index_select(1, packing.unique)
+        return pick(_own(part, rows, *args, **bounds, **kwargs)[0], packing).unsqueeze(0)
     buckets, rows = packing.padded()
     outs = []
     for bucket in buckets:

@@ -13,6 +13,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.policy.recurrent import heeds_bounds, recurrent_parts
+from tests.fakes.causal_models import make_model_of
 
 HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 LENGTHS = (7, 12, 131, 3, 1, 64, 2, 5, 65)
@@ -167,3 +168,19 @@ def test_attention_alone_grows_with_the_square_of_the_length():
     short, long = policy.flops([100], 0), policy.flops([200], 0)
     width = text.num_attention_heads * text.head_dim
     assert long - 2 * short == 6 * width * (200**2 - 2 * 100**2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_kernels_and_padding_give_the_same():
+    sizes = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "hidden_size": 64}
+    kinds = ["linear_attention", "full_attention"]
+    model = make_model_of("qwen3_5_text", layer_types=kinds, **sizes)
+    policy = PackedPolicy(model.cuda().bfloat16())
+    packed = [each.cuda() for each in pack(rows_of(LENGTHS, shared=5))]
+    with torch.no_grad():
+        found, _ = policy(*packed)  # told where sequences begin, if the kernels are installed
+        for part in recurrent_parts(model):
+            part.keeps_apart = False
+        padded, _ = policy(*packed)
+    assert (found - padded).abs().mean() < 0.05
