@@ -67,7 +67,7 @@ def keep_sequences_apart(model: PreTrainedModel) -> None:
     parts = recurrent_parts(model)
     if other or len(parts) != len(recurrent):
         left = sorted(other) or sorted(set(recurrent))
-        known = "" if other else f" ({len(parts)} of {len(recurrent)} are known to begin anew)"
+        known = "" if other else f" ({len(recurrent)} layers, {len(parts)} that could)"
         raise ConfigError(
             "`model` must consist of attention layers, or of recurrent ones that can begin anew, "
             f"{name} has {left}{known}, which would run across the sequences of a packed row. "

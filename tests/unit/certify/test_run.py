@@ -17,7 +17,7 @@ from lightning_grpo.shipped import resolve_path
     [
         (
             "minimax",
-            "['linear_attention'] (0 of 16 are known to begin anew), which would",
+            "['linear_attention'] (16 layers, 0 that could), which would",
         ),
         ("mamba", "must have recurrent layers that can begin anew at each sequence"),
         ("gemma3", "consists of parts: text, vision"),

@@ -137,7 +137,7 @@ def test_layers_of_which_it_is_not_known_how_to_begin_anew_are_refused():
     with pytest.raises(ConfigError, match=r"\['indexed_attention'\], which would run across"):
         PackedPolicy(model)
     model.config.layer_types = ["linear_attention", "linear_attention"]
-    with pytest.raises(ConfigError, match="1 of 2 are known to begin anew"):
+    with pytest.raises(ConfigError, match=r"2 layers, 1 that could"):
         PackedPolicy(model)
 
 
