@@ -12,6 +12,7 @@ Apart from `_compat_lightning`, so that the embedded engine starts without impor
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 | `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
 | `LinearAttentionCacheLayerMixin` | transformers.cache_utils | transformers 5.12, 5.17, 5.23 |
+| `_can_set_attn_implementation` | transformers.PreTrainedModel | transformers 5.12, 5.23 |
 | `get_model_conversion_mapping` | transformers.conversion_mapping | transformers 5.12, 5.23 |
 | `_weight_conversions` | transformers.PreTrainedModel | transformers 5.12, 5.23 |
 | `revert_weight_conversion` | transformers.core_model_loading | transformers 5.12, 5.23 |
@@ -120,6 +121,15 @@ def window_in_mask(attention: nn.Module) -> int | None:
     kinds, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
     is_full = kinds and layer is not None and kinds[layer] != "sliding_attention"
     return window if hasattr(source, "create_sliding_window_causal_mask") and not is_full else None
+
+
+def lets_choose_attention(model: Any) -> bool:
+    """Whether a model's attention goes through transformers' interface, as its source says.
+
+    Args:
+        model: A `PreTrainedModel`; of hybrids `_supports_attention_backend` says nothing.
+    """
+    return bool(model._can_set_attn_implementation())
 
 
 def attending_layers(config: Any) -> list[int]:

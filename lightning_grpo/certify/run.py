@@ -16,15 +16,8 @@ from lightning_grpo.session.material import end_token_ids
 from lightning_grpo.templates import check_template
 
 CHECKS: tuple[Callable[[Any, Parts], CheckLine], ...] = (
-    *(
-        trained.packed,
-        trained.apart,
-        trained.prefixes,
-        trained.passes,
-        trained.gradient,
-        trained.cuts,
-    ),
-    trained.flops,
+    *(trained.packed, trained.apart, trained.prefixes, trained.passes),
+    *(trained.gradient, trained.cuts, trained.checkpoint, trained.flops),
     *(served.names, served.engine, served.adapter, served.export),
 )
 """Each of them makes its models from a tiny config, and leaves nothing behind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -113,6 +114,31 @@ def cuts(config: Any, parts: Parts) -> CheckLine:
         "cuts", figure, GRADIENT_LIMIT,
         f"gradient in {_MICRO_BATCHES} micro-batches, relative, against one; most in {worst}",
     )  # fmt: skip
+
+
+def checkpoint(config: Any, parts: Parts) -> CheckLine:
+    """Two steps, against two with a checkpoint between them."""
+    rows, written = rows_of(config, 3), io.BytesIO()
+    straight, first, second = (parts.policy(tiny_model(config, seed)) for seed in (0, 0, 1))
+    optimizers = [torch.optim.AdamW(each.parameters(), 1e-2) for each in (straight, first, second)]
+    for policy, optimizer in zip((straight, straight, first), (0, 0, 1), strict=True):
+        _step(policy, optimizers[optimizer], rows)
+    torch.save([first.state_dict(), optimizers[1].state_dict()], written)
+    written.seek(0)
+    weights, moments = torch.load(written, weights_only=True)
+    second.load_state_dict(weights)
+    optimizers[2].load_state_dict(moments)
+    _step(second, optimizers[2], rows)
+    return measured(
+        "checkpoint", difference(*(policy_logprobs(p, rows) for p in (straight, second))), 0.0,
+        "logprobs after two steps, and with a checkpoint between them, alike bit for bit",
+    )  # fmt: skip
+
+
+def _step(policy: nn.Module, optimizer: torch.optim.Optimizer, rows: Sequence[Tensor]) -> None:
+    optimizer.zero_grad()
+    _backward(policy(*pack(rows))[0])
+    optimizer.step()
 
 
 def flops(config: Any, parts: Parts) -> CheckLine:

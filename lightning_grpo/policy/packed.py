@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from lightning_grpo._compat import compile_sparingly, no_split_modules
+from lightning_grpo._compat import compile_sparingly, lets_choose_attention, no_split_modules
 from lightning_grpo.algorithm.batch import to_device
 from lightning_grpo.algorithm.routing import Replay, RouterReplay
 from lightning_grpo.checks import require_count
@@ -607,7 +607,7 @@ def _per_row(temperature: Tensor | float, positions: Tensor, hidden: Tensor) -> 
 
 def _may_choose_attention(model: PreTrainedModel) -> bool:
     """Of hybrids transformers doesn't say it; that they do it is looked at in each pass."""
-    return bool(recurrent_parts(model)) and model._can_set_attn_implementation()
+    return bool(recurrent_parts(model)) and lets_choose_attention(model)
 
 
 def _check(model: PreTrainedModel) -> None:

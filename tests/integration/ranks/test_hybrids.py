@@ -18,10 +18,10 @@ ROUNDING = 1e-4
 """In fp32, of gradients whose norm is 1: states sum over all tokens before."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("hybrid")
-    tiny_model(tiny_config(CONFIG_MAPPING["qwen3_next"]())).save_pretrained(path / "model")
+@pytest.fixture(params=["qwen3_next", "nemotron_h"])
+def folder(request, tmp_path) -> Path:
+    path = tmp_path
+    tiny_model(tiny_config(CONFIG_MAPPING[request.param]())).save_pretrained(path / "model")
     write_recording(
         path / "recording-0", 0, batches=BATCHES, groups=4, vocab=VOCAB, temperature=1.0
     )

@@ -82,6 +82,7 @@ POLICIES = [
     (trained.passes, "qwen3", {}, faulty.Noisy),
     (trained.gradient, "qwen3", {}, faulty.Detached),
     (trained.cuts, "qwen3", {}, faulty.AveragesRows),
+    (trained.checkpoint, "qwen3_5_text", {}, faulty.KeepsSomethingElsewhere),
     (trained.flops, "qwen3", {}, faulty.CountsNothing),
 ]
 
