@@ -9,6 +9,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from lightning_grpo.certify.tiny import VOCAB, tiny_config, tiny_model
+from lightning_grpo.policy.load import without_bars
 from tests.fakes.ranks import run_ranks
 from tests.fakes.recordings import write_recording
 from tests.integration.ranks.test_invariance import BATCHES, Case, Seen, difference, replay_all
@@ -21,7 +22,8 @@ ROUNDING = 1e-4
 @pytest.fixture(params=["qwen3_next", "nemotron_h"])
 def folder(request, tmp_path) -> Path:
     path = tmp_path
-    tiny_model(tiny_config(CONFIG_MAPPING[request.param]())).save_pretrained(path / "model")
+    with without_bars():
+        tiny_model(tiny_config(CONFIG_MAPPING[request.param]())).save_pretrained(path / "model")
     write_recording(
         path / "recording-0", 0, batches=BATCHES, groups=4, vocab=VOCAB, temperature=1.0
     )
