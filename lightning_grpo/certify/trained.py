@@ -160,6 +160,10 @@ class _AllInFp64(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.float and not args[0].is_floating_point():
+            return args[
+                0
+            ].double()  # positions, which older versions multiply with fp64 as a matrix
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]

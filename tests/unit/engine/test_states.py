@@ -101,6 +101,27 @@ def test_an_interruption_changes_no_token(runner):
     }
 
 
+def test_what_goes_on_under_other_weights_has_the_states_of_these(runner):
+    scheduler = make(runner)
+    scheduler.submit([asked("a", 5, 12), asked("aa", 5, 12), asked("b", 9, 12)])
+    for _ in range(4):
+        scheduler.step()
+    scheduler.pause("retract")
+
+    def other() -> None:
+        for parameter in runner.model.parameters():
+            parameter.mul_(1.1)
+
+    scheduler.update(other, "next")
+    scheduler.resume()
+    for output in drain(scheduler).values():
+        new = output.request.versions.count("next")
+        ids = torch.tensor([*output.request.generation.input_ids, *output.token_ids])
+        expected = plain_logprobs(runner.model, [ids])[-new:]
+        assert 0 < new < len(output.token_ids)
+        assert output.logprobs[-new:] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_a_group_reads_its_prompt_once_and_each_member_goes_its_own_way(model, runner):
     scheduler = make(runner)
     group = [asked(f"g{i}", 11, 8, sampling_seed=i) for i in range(4)]
