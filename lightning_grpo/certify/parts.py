@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_grpo.engine.model import ModelRunner, load_model
+from lightning_grpo.engine.model import ModelRunner, load_model, require_goes_on
 from lightning_grpo.naming import CheckpointNames
 from lightning_grpo.policy.load import export_policy
 from lightning_grpo.policy.packed import PackedPolicy
@@ -59,7 +59,9 @@ def difference(left: Tensor, right: Tensor) -> float:
 
 
 def _serve(folder: str) -> ModelRunner:
-    return ModelRunner(load_model(folder))
+    runner = ModelRunner(load_model(folder))
+    require_goes_on(runner)
+    return runner
 
 
 def _export(policy: nn.Module, folder: Path) -> None:

@@ -78,7 +78,10 @@ def engine(config: Any, parts: Parts) -> CheckLine:
             check_servable(folder)
         except ConfigError as error:
             return CheckLine("engine", "skipped", f"not served here: {_reason(error)}")
-        runner = parts.engine(folder)
+        try:
+            runner = parts.engine(folder)
+        except UnservableError as error:
+            return CheckLine("engine", "skipped", f"not served here: {error}")
     published = dict(parts.publish(parts.policy(_trained(config))))
     weights = ModelWeights(runner.model)
     weights.check(published, complete=True)

@@ -29,6 +29,7 @@ from lightning_grpo.algorithm.routing import RouteRecorder, routers_of
 from lightning_grpo.algorithm.scores import ScoreForm, bent_attention, causal_mask
 from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.engine.states import (
+    OTHERWISE,
     RecurrentCache,
     States,
     StateSlots,
@@ -326,6 +327,32 @@ def check_servable(path: str) -> None:
         pass  # what depends on values (the routes of some mixtures) shows when there are any
 
 
+_GOES_ON = 0.01
+"""Of the largest logit: far beyond rounding, far below what a state that is lost makes."""
+
+
+@torch.no_grad()
+def require_goes_on(runner: ModelRunner) -> None:
+    """Refuse a model whose recurrent layers lose their states from one call to the next.
+
+    In some versions of transformers some do; nothing else would show it.
+
+    Raises:
+        UnservableError: Token by token it computes something else than in one pass.
+    """
+    ids = [(7 * i + 3) % runner.vocab_size for i in range(8)]
+    if not runner.is_recurrent or runner.context_length <= len(ids):
+        return
+    whole, begun = (runner.prefill([part])[0] for part in (ids, ids[:4]))
+    slots = SlotCache(1, runner.context_length)
+    slots.reserve(1, len(ids) + 1, begun.kv)
+    slots.place(0, 1, begun.kv, begun.states)
+    runner.extend(slots, [ids[4:7]], torch.tensor([4]), 0)
+    stepped = runner.decode(slots, torch.tensor(ids[7:]), torch.tensor([7]))[0]
+    if (stepped - whole.logits).abs().max() > _GOES_ON * whole.logits.abs().max():
+        raise UnservableError(OTHERWISE)
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer beside the model; None where the folder has none."""
     folder = Path(path)
@@ -369,8 +396,8 @@ class ModelRunner:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.context_length = int(model.config.get_text_config().max_position_embeddings)
         self._positions = torch.arange(self.context_length + 1)
-        self._recurrent = is_recurrent(model.config)
-        self._steps = RecurrentCache(model.config) if self._recurrent else None
+        self.is_recurrent = is_recurrent(model.config)
+        self._steps = RecurrentCache(model.config) if self.is_recurrent else None
         self._recorder: RouteRecorder | None = None
         self._routes: list[Tensor] = []
         self._pick: tuple[Tensor, Tensor] | None = None
@@ -405,7 +432,7 @@ class ModelRunner:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptState]:
         """Read prompts, padded on the right to the longest; none is where states would see it."""
-        if not self._recurrent:
+        if not self.is_recurrent:
             return self._prefill(prompts)
         found: dict[int, PromptState] = {}
         for rows in alike([len(prompt) for prompt in prompts]):
@@ -450,7 +477,7 @@ class ModelRunner:
 
     def _reading(self, capture: PrefillCapture) -> PrefillCapture | RecurrentCache:
         """What layers see while they read from the start."""
-        return RecurrentCache(self.model.config).begin(capture) if self._recurrent else capture
+        return RecurrentCache(self.model.config).begin(capture) if self.is_recurrent else capture
 
     def decode(self, slots: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Append a token to each of the first slots, which have `lengths`; the next logits.
@@ -470,7 +497,7 @@ class ModelRunner:
         There must be room for them.
         """
         group = 1 if self.row_by_row else _EXTENDED_TOGETHER
-        if self._recurrent:
+        if self.is_recurrent:
             slices = runs([len(tail) for tail in tails], group)
         else:
             slices = [slice(start, start + group) for start in range(0, len(tails), group)]

@@ -26,6 +26,12 @@ _GO_ON_OTHERWISE = ("zamba", "zamba2")
 token is computed otherwise; logits are 1e-2 and 1e-4 off."""
 
 
+OTHERWISE = (
+    "what its layers compute, as transformers has them, is not the same token by token as in one "
+    "pass"
+)
+
+
 class RecurrentCache(DynamicCache):
     """The cache object that all layers of a model with recurrent ones see.
 
@@ -38,10 +44,7 @@ class RecurrentCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         if config.model_type in _GO_ON_OTHERWISE:
-            raise UnservableError(
-                "what its layers compute, as transformers has them, is not the same token by token "
-                "as in one pass"
-            )
+            raise UnservableError(OTHERWISE)
         super().__init__(config=config)
         attending = attending_layers(config.get_text_config())
         self._rows = {layer: row for row, layer in enumerate(attending)}

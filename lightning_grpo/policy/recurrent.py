@@ -30,7 +30,7 @@ from lightning_grpo.policy.attention import NotPackedError, PackedLayout, pick, 
 
 logger = logging.getLogger(__name__)
 
-_WITHOUT_STATE = frozenset({"full_attention", "sliding_attention", "attention", "mlp", "moe"})
+_WITHOUT_STATE = frozenset({"full_attention", "sliding_attention", "mlp", "moe"})
 """Kinds of layers whose tokens meet in the attention function only, or nowhere."""
 _RULE = "have recurrent layers that can begin anew at each sequence of a packed row"
 _TRIED = (70, 5)

@@ -12,12 +12,19 @@ from transformers import CONFIG_MAPPING
 from lightning_grpo.certify.rows import plain_logprobs
 from lightning_grpo.certify.tiny import tiny_config, tiny_model
 from lightning_grpo.engine.batch import Request
-from lightning_grpo.engine.model import ModelRunner, check_servable, load_model
+from lightning_grpo.engine.model import (
+    ModelRunner,
+    check_servable,
+    load_model,
+    require_goes_on,
+)
+from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.engine.scheduler import Limits, Scheduler
 from lightning_grpo.engine.states import StateSlots, alike, runs
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import without_bars
 from tests.fakes.engine_requests import PLAIN, ignore
+from tests.fakes.faulty_parts import forgets_states
 
 
 @pytest.fixture(scope="module", params=["qwen3_next", "qwen3_5_text"])
@@ -171,6 +178,12 @@ def test_layers_that_go_on_otherwise_than_in_one_pass_are_refused(tmp_path):
     tiny_config(CONFIG_MAPPING["zamba2"]()).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="not the same token by token as in one pass"):
         check_servable(str(tmp_path))
+
+
+def test_an_engine_that_loses_its_states_is_refused_with_the_weights_at_hand(runner, folder):
+    require_goes_on(runner)
+    with without_bars(), pytest.raises(UnservableError, match="token by token"):
+        require_goes_on(forgets_states(folder))
 
 
 def test_slots_are_placed_moved_and_wiped_and_more_are_made_when_needed():
