@@ -11,6 +11,8 @@ Apart from `_compat_lightning`, so that the embedded engine starts without impor
 | `master_listen_fd` | torch.distributed.TCPStore | torch 2.13.0 |
 | `_no_split_modules` | transformers.PreTrainedModel | transformers 5.23 |
 | `create_sliding_window_causal_mask` | modules of transformers.models | transformers 5.23 |
+| `LinearAttentionCacheLayerMixin` | transformers.cache_utils | transformers 5.12, 5.17, 5.23 |
+| `_can_set_attn_implementation` | transformers.PreTrainedModel | transformers 5.12, 5.23 |
 | `get_model_conversion_mapping` | transformers.conversion_mapping | transformers 5.12, 5.23 |
 | `_weight_conversions` | transformers.PreTrainedModel | transformers 5.12, 5.23 |
 | `revert_weight_conversion` | transformers.core_model_loading | transformers 5.12, 5.23 |
@@ -28,6 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_STATE_ALONE = frozenset({"linear_attention", "mamba", "conv"})
+RECURRENT_KINDS = _STATE_ALONE | {"hybrid", "hybrid_sliding"}
+"""What configs call layers that carry a state from token to token, some beside attention."""
 
 
 def after_backward(call: Callable[[], None]) -> None:
@@ -115,6 +121,64 @@ def window_in_mask(attention: nn.Module) -> int | None:
     kinds, layer = getattr(config, "layer_types", None), getattr(attention, "layer_idx", None)
     is_full = kinds and layer is not None and kinds[layer] != "sliding_attention"
     return window if hasattr(source, "create_sliding_window_causal_mask") and not is_full else None
+
+
+def lets_choose_attention(model: Any) -> bool:
+    """Whether a model's attention goes through transformers' interface, as its source says.
+
+    Args:
+        model: A `PreTrainedModel`; of hybrids `_supports_attention_backend` says nothing.
+    """
+    return bool(model._can_set_attn_implementation())
+
+
+def attending_layers(config: Any) -> list[int]:
+    """The numbers of the layers that have attention, by a config of transformers.
+
+    Args:
+        config: Of text.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return list(range(config.num_hidden_layers))
+    return [i for i, kind in enumerate(kinds) if kind not in _STATE_ALONE | {"mlp", "moe"}]
+
+
+def layer_states(layer: Any) -> dict[tuple[str, int], Tensor]:
+    """What a recurrent layer's cache holds: `conv_states` and `recurrent_states`, by number.
+
+    transformers 5.12 has one of each, later versions any number.
+
+    Args:
+        layer: A `LinearAttentionCacheLayerMixin`.
+    """
+    found: dict[tuple[str, int], Tensor] = {}
+    for kind in ("conv_states", "recurrent_states"):
+        held = getattr(layer, kind)
+        numbered = held if isinstance(held, dict) else {0: held}
+        found |= {(kind, index): state for index, state in numbered.items() if state is not None}
+    return found
+
+
+def set_layer_states(layer: Any, kind: str, index: int, state: Tensor) -> None:
+    """Have a recurrent layer's cache go on from a state, and write to it.
+
+    Args:
+        layer: A `LinearAttentionCacheLayerMixin`.
+        kind: As `layer_states` names it.
+        index: Its number.
+        state: `[rows, ...]`.
+    """
+    values = {kind: state, f"is_{kind}_initialized": True, "has_previous_state": True}
+    if kind == "conv_states":
+        values["conv_kernel_size"] = state.shape[-1]
+    for name, value in values.items():
+        held = getattr(layer, name, None)
+        if isinstance(held, dict):
+            held[index] = value
+        else:
+            setattr(layer, name, value)
+    layer.dtype, layer.device = state.dtype, state.device
 
 
 def listen_at(host: str) -> tuple[int, int | None]:

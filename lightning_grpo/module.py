@@ -50,7 +50,7 @@ from lightning_grpo.errors import (
 from lightning_grpo.loader import Minibatch, Prepared
 from lightning_grpo.objective import Objective, ReferencePolicy
 from lightning_grpo.policy.attention import longest_steady
-from lightning_grpo.policy.check import check_architecture, check_two_passes
+from lightning_grpo.policy.check import check_architecture, check_rows_apart, check_two_passes
 from lightning_grpo.policy.load import (
     checkpoint_activations,
     export_policy,
@@ -241,11 +241,12 @@ class GRPOModule(EvaluatedModule):
         """Refuse a policy that gives equal tokens unequal logprobs; on every rank.
 
         Raises:
-            ConfigError: Where its noise comes from.
+            ConfigError: Where its noise comes from, or that rows of a pack see each other.
         """
         policy = self.sharding_root()
         assert isinstance(policy, PackedPolicy)
         check_two_passes(policy)
+        check_rows_apart(policy)
         reshard(policy)  # the optimizer and callbacks look at the shards
         policy.train()  # each pass sees to its mode; Lightning would warn of another one
 

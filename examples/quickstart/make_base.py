@@ -27,11 +27,12 @@ from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
 )
 
-VOCABULARY_SIZE, INTERMEDIATE_SIZE = 512, 384
+VOCABULARY_SIZE, INTERMEDIATE_SIZE, NUM_LAYERS = 512, 384, 2
 MAX_NEW_TOKENS = 56
 NUM_TRAIN, NUM_TEST = 4000, 1000
 END, PAD, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
@@ -54,11 +55,13 @@ class Recipe:
     """How the base is trained; the defaults made the model that ships.
 
     With `experts` it is a mixture of so many, of which each token passes two: as wide for a token
-    as the model that ships.
+    as the model that ships. With `recurrent` it is a Qwen3.5 whose first layers, so many, are
+    linear attention.
     """
 
     seed: int = 0
     experts: int = 0
+    recurrent: int = 0
     clean_steps: int = 1000
     mixed_steps: int = 150
     batch_size: int = 64
@@ -114,17 +117,24 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, experts: int = 0) -> PreTrainedModel:
-    """A freshly initialized Qwen3 of 0.46 million parameters, or a mixture of experts."""
-    kind, mixture = Qwen3ForCausalLM, {}
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, experts: int = 0, recurrent: int = 0
+) -> PreTrainedModel:
+    """A freshly initialized Qwen3 of 0.46 million parameters, a mixture of experts or a hybrid."""
+    kind, more = Qwen3ForCausalLM, {}
     if experts:
         kind = Qwen3MoeForCausalLM
-        mixture = {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
-        mixture |= {"moe_intermediate_size": INTERMEDIATE_SIZE // 2}
+        more = {"num_experts": experts, "num_experts_per_tok": 2, "norm_topk_prob": True}
+        more |= {"moe_intermediate_size": INTERMEDIATE_SIZE // 2}
+    elif recurrent:
+        kind = Qwen3_5ForCausalLM
+        kinds = ["linear_attention"] * recurrent + ["full_attention"] * (NUM_LAYERS - recurrent)
+        more = {"layer_types": kinds, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        more |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
     config = kind.config_class(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=NUM_LAYERS,
         intermediate_size=INTERMEDIATE_SIZE,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -135,7 +145,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, experts: int = 0) -> PreTrain
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
-        **mixture,
+        **more,
     )
     config.architectures = [kind.__name__]
     return kind(config)
@@ -243,7 +253,7 @@ def make_base(out: Path, recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     tokenizer = make_tokenizer(recipe.seed)
     print(f"tokenizer: {len(tokenizer)} tokens")
-    model = make_model(tokenizer, recipe.experts)
+    model = make_model(tokenizer, recipe.experts, recipe.recurrent)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     for label, steps, rate in (
         ("clean", recipe.clean_steps, recipe.learning_rate),

@@ -7,6 +7,7 @@ weights, the engine, exports, adapters.
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,7 +30,14 @@ from lightning_grpo.certify.tiny import (
     rows_with_prompts,
     tiny_model,
 )
-from lightning_grpo.engine.model import ModelRunner, SlotCache, check_servable, load_model
+from lightning_grpo.engine.model import (
+    ModelRunner,
+    SlotCache,
+    check_servable,
+    load_model,
+    require_goes_on,
+)
+from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.engine.updates import ModelWeights
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.naming import CheckpointNames
@@ -40,6 +48,8 @@ from lightning_grpo.weights.gather import gather_weights, make_buckets, unpack
 
 LOGPROB_LIMIT, GRADIENT_LIMIT = 1e-4, 1e-6
 """Of fp32 logprobs, absolute; of fp64 gradients, relative to each parameter's own."""
+APART_LIMIT = 1e-5
+"""Of fp32 logprobs: what the order of sums makes of them where experts get other tokens."""
 _BUCKET_BYTES = 50_000
 """So few that a tiny model's weights travel in several."""
 
@@ -78,7 +88,9 @@ def difference(left: Tensor, right: Tensor) -> float:
 
 
 def _serve(folder: str) -> ModelRunner:
-    return ModelRunner(load_model(folder))
+    runner = ModelRunner(load_model(folder))
+    require_goes_on(runner)
+    return runner
 
 
 def _export(policy: nn.Module, folder: Path) -> None:
@@ -138,6 +150,22 @@ def packed(config: Any, parts: Parts) -> CheckLine:
     )  # fmt: skip
 
 
+def apart(config: Any, parts: Parts) -> CheckLine:
+    """Rows whose neighbors in the pack have other tokens: nothing of one reaches another."""
+    rows, others = rows_of(config), rows_of(config, 1)
+    policy, figure = parts.policy(tiny_model(config)), 0.0
+    for kept in (slice(0, None, 2), slice(1, None, 2)):
+        beside = list(others)
+        beside[kept] = rows[kept]
+        lengths = [len(row) for row in rows]
+        pair = (policy_logprobs(policy, each).split(lengths)[kept] for each in (rows, beside))
+        figure = max(figure, difference(*map(torch.cat, pair)))
+    return measured(
+        "apart", figure, APART_LIMIT,
+        "logprobs of rows, packed beside other ones of the same lengths",
+    )  # fmt: skip
+
+
 def prefixes(config: Any, parts: Parts) -> CheckLine:
     """Rows that share prompts: each prompt computed once, against once for each row."""
     rows = rows_with_prompts()
@@ -190,6 +218,31 @@ def cuts(config: Any, parts: Parts) -> CheckLine:
     )  # fmt: skip
 
 
+def checkpoint(config: Any, parts: Parts) -> CheckLine:
+    """Two steps, against two with a checkpoint between them."""
+    rows, written = rows_of(config, 3), io.BytesIO()
+    straight, first, second = (parts.policy(tiny_model(config, seed)) for seed in (0, 0, 1))
+    optimizers = [torch.optim.AdamW(each.parameters(), 1e-2) for each in (straight, first, second)]
+    for policy, optimizer in zip((straight, straight, first), (0, 0, 1), strict=True):
+        _step(policy, optimizers[optimizer], rows)
+    torch.save([first.state_dict(), optimizers[1].state_dict()], written)
+    written.seek(0)
+    weights, moments = torch.load(written, weights_only=True)
+    second.load_state_dict(weights)
+    optimizers[2].load_state_dict(moments)
+    _step(second, optimizers[2], rows)
+    return measured(
+        "checkpoint", difference(*(policy_logprobs(p, rows) for p in (straight, second))), 0.0,
+        "logprobs after two steps, and with a checkpoint between them, alike bit for bit",
+    )  # fmt: skip
+
+
+def _step(policy: nn.Module, optimizer: torch.optim.Optimizer, rows: Sequence[Tensor]) -> None:
+    optimizer.zero_grad()
+    _backward(policy(*pack(rows))[0])
+    optimizer.step()
+
+
 def flops(config: Any, parts: Parts) -> CheckLine:
     """Whether a step's operations can be counted, as they are for its metrics."""
     lengths = [len(row) for row in rows_of(config)]
@@ -209,6 +262,8 @@ class _AllInFp64(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.float and not args[0].is_floating_point():
+            return args[0].double()  # positions, which older versions multiply with fp64
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
@@ -297,14 +352,20 @@ def engine(config: Any, parts: Parts) -> CheckLine:
             check_servable(folder)
         except ConfigError as error:
             return CheckLine("engine", "skipped", f"not served here: {_reason(error)}")
-        runner = parts.engine(folder)
+        try:
+            runner = parts.engine(folder)
+        except UnservableError as error:
+            return CheckLine("engine", "skipped", f"not served here: {error}")
     published = dict(parts.publish(parts.policy(_trained(config))))
     weights = ModelWeights(runner.model)
     weights.check(published, complete=True)
     with torch.no_grad():
         for name, tensor in reversed(published.items()):  # in any order, and each alone
             weights.writer({name: tensor})()
-        rows, given = sampled(runner)
+        try:
+            rows, given = sampled(runner)
+        except UnservableError as error:  # behind experts, which have values only
+            return CheckLine("engine", "skipped", f"not served here: {error}")
         every = plain_logprobs(_trained(config), rows).split([len(row) for row in rows])
     expected = torch.stack([row[-_SAMPLED:] for row in every])
     return measured(
@@ -430,7 +491,7 @@ def sampled(runner: ModelRunner) -> tuple[list[Tensor], Tensor]:
     slots = SlotCache(len(prompts), max(_PROMPTS) + _SAMPLED)
     slots.reserve(len(prompts), max(_PROMPTS) + 1, states[0].kv)
     for slot, state in enumerate(states):
-        slots.place(slot, 1, state.kv)
+        slots.place(slot, 1, state.kv, state.states)
     lengths = torch.tensor(_PROMPTS)
     resumed = runner.extend(slots, [tail.tolist()], torch.tensor([len(begun)]), len(prompts) - 1)
     logits = torch.cat([*(state.logits[None] for state in states[:-1]), resumed])
@@ -448,7 +509,7 @@ def sampled(runner: ModelRunner) -> tuple[list[Tensor], Tensor]:
 
 
 CHECKS: tuple[Callable[[Any, Parts], CheckLine], ...] = (
-    *(packed, prefixes, passes, gradient, cuts, flops),
+    *(packed, apart, prefixes, passes, gradient, cuts, checkpoint, flops),
     *(names, engine, adapter, export),
 )
 """In the order in which training would meet what they look at.

@@ -135,6 +135,7 @@ def _rendered(model: str, config: Any) -> CheckLine:
 SECONDS, MEMORY_BYTES = 60.0, 8 << 30
 """What one architecture may take."""
 _LEFT_OPEN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [9, 18, 27]},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
@@ -151,6 +152,7 @@ _LEFT_OPEN: dict[str, dict[str, Any]] = {
             **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
         }
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "qwen4_exp_text": {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256},

@@ -39,6 +39,13 @@ _FIXED: dict[str, int] = {
     **dict.fromkeys(("dense_intermediate_size", "prefix_dense_intermediate_size"), 44),
     **{"kv_lora_rank": 14, "q_lora_rank": 12, "qk_rope_head_dim": _ROTARY, "qk_nope_head_dim": 10},
     **{"qk_head_dim": 18, "v_head_dim": 12},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 6, "linear_value_head_dim": 10},
+    **{"linear_num_heads": 4, "linear_head_dim": 12},
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 4),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 6),
+    **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
+    "mamba_dt_rank": 3,
 }
 """All different, so that none is taken for another; experts' must be multiples of 16 bytes."""
 _NEEDED: dict[str, int] = {
@@ -53,13 +60,16 @@ _AT_MOST: dict[str, int] = {
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 2),
     **dict.fromkeys(("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step"), 2),
     **dict.fromkeys(("moe_layer_interval", "expert_layer_period", "attn_layer_period"), 2),
-    "zero_expert_num": 2,
+    **{"zero_expert_num": 2, "mamba_n_groups": 2, "n_groups": 2, "mamba_ngroups": 2},
     **{"n_group": 2, "topk_group": 1, "num_expert_group": 2, "num_limited_groups": 1},
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WINDOWS = ("sliding_window", "attention_chunk_size", "floor_scale", "window_size")
 _CAPS = {"attn_logit_softcapping": 0.3, "final_logit_softcapping": 1.5}
-_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
+_LAYER_INDICES = (
+    *("mlp_only_layers", "moe_layers", "full_attn_idxs"),
+    *("attn_layer_indices", "hybrid_layer_ids"),
+)
 _FIRST_LAYERS = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 _LAST_LAYERS = ("num_kv_shared_layers",)
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -89,6 +99,7 @@ def tiny_config(config: Any) -> Any:
     grouped = any(values.get(name, 1) not in (None, 1) for name in ("n_group", "num_expert_group"))
     experts = 8 if grouped else 5
     values |= {k: min(values[k], experts) for k in _EXPERTS if _counts(values.get(k))}
+    values |= _of_states(values, names)
     values |= _of_lengths(config, values, names)
     values |= {k: min(values[k], cap) for k, cap in _CAPS.items() if values.get(k)}
     values |= _of_ids(values)
@@ -199,6 +210,13 @@ def _chosen_layers(values: Mapping[str, Any], count: int) -> list[int]:
         kind += [layer >= count - (values.get(name) or 0) for name in _LAST_LAYERS]
         kinds.setdefault(repr(kind), layer)
     chosen = list(kinds.values())
+    chosen += [  # layers that share their weights with others of their kind
+        next(i for i in range(first + 1, count) if each[i] == each[first])
+        for each in lists
+        for first in kinds.values()
+        if each[first] == "hybrid" and each.count("hybrid") > 1
+    ]
+    chosen = sorted(set(chosen))
     if len(chosen) == 1 < count:
         chosen.append(1)
     return sorted(chosen)
@@ -257,6 +275,22 @@ def _of_heads(config: Any, names: _Names) -> dict[str, Any]:
     settable = config.to_dict()
     made = {names.own(name): size for name, size in sizes.items()}
     return {k: size for k, size in made.items() if k in settable and _is_size(settable[k])}
+
+
+def _of_states(values: Mapping[str, Any], names: _Names) -> dict[str, Any]:
+    """Heads of state spaces, which together are as wide as their layer within."""
+    expand = values.get("mamba_expand") or values.get("expand")
+    if not _counts(expand):
+        return {}
+    hidden = values[names.own("hidden_size")]
+    width = expand * hidden
+    heads = ("mamba_d_head", "mamba_head_dim", "mamba_headdim")
+    sizes = {**dict.fromkeys(heads, width // _HEADS), "mamba_d_ssm": width}
+    if "state_size" in values:
+        sizes |= {"num_heads": _HEADS, "head_dim": width // _HEADS, "state_size": 6}
+    # Zamba's attention sees the embedding beside what came to it.
+    sizes |= {"attention_hidden_size": 2 * hidden, "attention_head_dim": 2 * hidden // _HEADS}
+    return {name: size for name, size in sizes.items() if values.get(name) is not None}
 
 
 def _of_lengths(config: Any, values: Mapping[str, Any], names: _Names) -> dict[str, Any]:

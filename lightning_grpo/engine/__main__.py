@@ -29,9 +29,10 @@ from lightning_grpo.engine.model import (
     end_token_ids,
     load_model,
     load_tokenizer,
+    require_goes_on,
 )
 from lightning_grpo.engine.openai import OpenAIRoutes
-from lightning_grpo.engine.requests import Intake
+from lightning_grpo.engine.requests import Intake, UnservableError
 from lightning_grpo.engine.scheduler import EngineThread, Limits, Scheduler
 from lightning_grpo.engine.updates import ModelWeights, WeightUpdates
 from lightning_grpo.errors import MOST, MOST_PORT, ConfigError, require_on_hub
@@ -185,6 +186,13 @@ def build(
             f"{options.model!r}: {' '.join(str(error).split())[:400]}"
         ) from error
     runner = ModelRunner(model, row_by_row=options.deterministic)
+    try:
+        require_goes_on(runner)
+    except UnservableError as error:
+        raise ConfigError(
+            f"`--model` must be one that the embedded engine runs, it can't run {options.model!r}: "
+            f"{error}. Way out: SGLangServers on a GPU, or another version of transformers."
+        ) from error
     limits = _limits(options, runner)
     engine = EngineThread(Scheduler(runner, tokenizer, limits, options.weight_version), loop)
     end_ids = end_token_ids(model, tokenizer)
@@ -207,7 +215,7 @@ def _limits(options: argparse.Namespace, runner: ModelRunner) -> Limits:
     state = runner.prefill([[0, 0]])[0]
     token_bytes = state.kv[..., 0, :].numel() * state.kv.element_size()
     wanted = options.max_running_requests * runner.context_length
-    most = min((options.kv_memory_mb << 20) // token_bytes, wanted)
+    most = min((options.kv_memory_mb << 20) // max(1, token_bytes), wanted)
     return Limits(
         max_running=options.max_running_requests,
         max_total_tokens=max(runner.context_length, most),

@@ -368,7 +368,7 @@ class RunningBatch:
         # Neighbors that share a prompt are filled by one copy.
         for _, group in groupby(states, key=id):
             same = list(group)
-            self.slots.place(slot, len(same), same[0].kv)
+            self.slots.place(slot, len(same), same[0].kv, same[0].states)
             slot += len(same)
         self.requests += requests
         logits = torch.stack([state.logits for state in states])

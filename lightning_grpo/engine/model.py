@@ -7,7 +7,7 @@ slot, so a prompt's keys and values are copied into as many slots as ask for the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,16 @@ from lightning_grpo.algorithm.layers import (
     routers_of,
 )
 from lightning_grpo.engine.requests import UnservableError
+from lightning_grpo.engine.states import (
+    OTHERWISE,
+    RecurrentCache,
+    States,
+    StateSlots,
+    alike,
+    is_recurrent,
+    row_of,
+    runs,
+)
 from lightning_grpo.errors import ConfigError
 
 _GROWTH = 64
@@ -49,11 +59,13 @@ class SlotCache:
     def __init__(self, max_slots: int, max_length: int) -> None:
         self._max_slots = max_slots
         self._max_length = max_length
+        self.states = StateSlots()
         self.clear()
 
     def clear(self) -> None:
         """Give all memory back; only while nothing runs."""
         self._set(torch.empty(0, 2, 0, 1, 0, 1))
+        self.states.clear()
 
     def reserve(self, num_slots: int, length: int, like: Tensor) -> None:
         """Make room for slots of a length for prompts like that one, keeping what is there."""
@@ -78,19 +90,31 @@ class SlotCache:
         if length > self.store.shape[4]:
             self.reserve(self.store.shape[2], length, self.store[:, :, 0])
 
-    def place(self, first_slot: int, num_slots: int, prompt: Tensor) -> None:
-        """Copy a prompt's keys and values into consecutive slots, which were reserved."""
+    def place(
+        self, first_slot: int, num_slots: int, prompt: Tensor, states: States | None = None
+    ) -> None:
+        """Copy what was read of a prompt into consecutive slots, which were reserved.
+
+        Args:
+            first_slot: The first of them.
+            num_slots: How many.
+            prompt: Keys and values.
+            states: What recurrent layers remember at its end.
+        """
         rows = slice(first_slot, first_slot + num_slots)
         self.store[:, :, rows, :, : prompt.shape[3]] = prompt[:, :, None]
+        self.states.place(first_slot, num_slots, states or {})
 
     def move(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
         """Copy the first `length` tokens of some slots over others."""
         if source:
             self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
+            self.states.move(source, target)
 
     def wipe(self, slot: int) -> None:
         """Zero a slot, so that no non-finite number stays behind the mask."""
         self.store[:, :, slot] = 0
+        self.states.wipe(slot)
 
     def step(self, positions: Tensor, max_length: int, first_slot: int = 0) -> DecodeStep:
         """What a step writes to and reads from; `positions` of new tokens, `[slots, tokens]`."""
@@ -154,6 +178,8 @@ class PrefillCapture:
     def prompt(self, row: int, length: int) -> Tensor:
         """One prompt's keys and values, `[layers, 2, kv_heads, length, head_dim]`."""
         tensors = [kv[row, :, :length] for layer in self._layers for kv in layer]
+        if not tensors:  # no layer has attention
+            return torch.empty(0, 2, 1, length, 1)
         return torch.stack(tensors).unflatten(0, (-1, 2))
 
 
@@ -164,11 +190,19 @@ class PromptState:
     kv: Tensor  # [layers, 2, kv_heads, tokens, head_dim]
     logits: Tensor  # of the token after the prompt, [vocab]
     routes: Tensor | None = None  # the experts of its tokens, [tokens, layers, top_k]
+    states: States = field(default_factory=dict)  # of recurrent layers at its end
 
     @property
     def num_tokens(self) -> int:
         """Length of the prompt."""
         return self.kv.shape[3]
+
+    @property
+    def size(self) -> int:
+        """What it takes, in tokens: states count as many as their numbers are."""
+        numbers = sum(state.numel() for state in self.states.values())
+        per_token = self.kv[:, :, :, 0].numel() if self.num_tokens else 1
+        return self.num_tokens + numbers // max(1, per_token)
 
 
 ATTENTION_NAME = "lightning_grpo_slots"
@@ -281,7 +315,11 @@ def check_servable(path: str) -> None:
         return  # whoever loads the model says what is wrong with it
     try:
         with torch.device("meta"), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+            model = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=ATTENTION_NAME,
+                dtype=torch.bfloat16,  # the only one that experts have without values
+            )
             ModelRunner(model.eval()).prefill([[0, 0]])
     except (UnservableError, AttributeError, KeyError, TypeError, ValueError) as error:
         known = isinstance(error, UnservableError)
@@ -292,6 +330,32 @@ def check_servable(path: str) -> None:
         ) from error
     except (RuntimeError, NotImplementedError):
         pass  # what depends on values (the routes of some mixtures) shows when there are any
+
+
+_GOES_ON = 0.01
+"""Of the largest logit: far beyond rounding, far below what a state that is lost makes."""
+
+
+@torch.no_grad()
+def require_goes_on(runner: ModelRunner) -> None:
+    """Refuse a model whose recurrent layers lose their states from one call to the next.
+
+    In some versions of transformers some do; nothing else would show it.
+
+    Raises:
+        UnservableError: Token by token it computes something else than in one pass.
+    """
+    ids = [(7 * i + 3) % runner.vocab_size for i in range(8)]
+    if not runner.is_recurrent or runner.context_length <= len(ids):
+        return
+    whole, begun = (runner.prefill([part])[0] for part in (ids, ids[:4]))
+    slots = SlotCache(1, runner.context_length)
+    slots.reserve(1, len(ids) + 1, begun.kv)
+    slots.place(0, 1, begun.kv, begun.states)
+    runner.extend(slots, [ids[4:7]], torch.tensor([4]), 0)
+    stepped = runner.decode(slots, torch.tensor(ids[7:]), torch.tensor([7]))[0]
+    if (stepped - whole.logits).abs().max() > _GOES_ON * whole.logits.abs().max():
+        raise UnservableError(OTHERWISE)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
@@ -337,6 +401,8 @@ class ModelRunner:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.context_length = int(model.config.get_text_config().max_position_embeddings)
         self._positions = torch.arange(self.context_length + 1)
+        self.is_recurrent = is_recurrent(model.config)
+        self._steps = RecurrentCache(model.config) if self.is_recurrent else None
         self._recorder: RouteRecorder | None = None
         self._routes: list[Tensor] = []
         self._pick: tuple[Tensor, Tensor] | None = None
@@ -370,21 +436,33 @@ class ModelRunner:
         return taken
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptState]:
-        """Read prompts, padded on the right to the longest."""
+        """Read prompts, padded on the right to the longest; none is where states would see it."""
+        if not self.is_recurrent:
+            return self._prefill(prompts)
+        found: dict[int, PromptState] = {}
+        for rows in alike([len(prompt) for prompt in prompts]):
+            states = self._prefill([prompts[row] for row in rows])
+            found |= dict(zip(rows, states, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> list[PromptState]:
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         # The padding is behind each prompt, where causal attention never looks back from.
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         capture = PrefillCapture()
+        cache = self._reading(capture)
         last = (torch.arange(len(prompts)), torch.tensor(lengths) - 1)
-        logits = self._forward(ids, capture, last)
+        logits = self._forward(ids, cache, last)
+        kept = cache.states() if isinstance(cache, RecurrentCache) else {}
         routes: Sequence[Tensor | None] = self.take_routes() or [None] * len(prompts)
         return [
             PromptState(
                 capture.prompt(row, length),
                 logits[row].clone(),
                 None if chosen is None else chosen[:length],
+                row_of(kept, row),
             )
             for row, (length, chosen) in enumerate(zip(lengths, routes, strict=True))
         ]
@@ -394,10 +472,17 @@ class ModelRunner:
         ids = torch.tensor(prompt)[None]
         wanted = torch.arange(start, len(prompt))
         capture = PrefillCapture()
-        logits = self._forward(ids, capture, (torch.zeros_like(wanted), wanted))
+        cache = self._reading(capture)
+        logits = self._forward(ids, cache, (torch.zeros_like(wanted), wanted))
+        kept = cache.states() if isinstance(cache, RecurrentCache) else {}
         scores = logits[:-1].log_softmax(-1).gather(-1, ids[0, start + 1 :, None])[:, 0]
         routes = next(iter(self.take_routes()), None)
-        return PromptState(capture.prompt(0, len(prompt)), logits[-1].clone(), routes), scores
+        read = capture.prompt(0, len(prompt))
+        return PromptState(read, logits[-1].clone(), routes, row_of(kept, 0)), scores
+
+    def _reading(self, capture: PrefillCapture) -> PrefillCapture | RecurrentCache:
+        """What layers see while they read from the start."""
+        return RecurrentCache(self.model.config).begin(capture) if self.is_recurrent else capture
 
     def decode(self, slots: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Append a token to each of the first slots, which have `lengths`; the next logits.
@@ -417,16 +502,20 @@ class ModelRunner:
         There must be room for them.
         """
         group = 1 if self.row_by_row else _EXTENDED_TOGETHER
+        if self.is_recurrent:
+            slices = runs([len(tail) for tail in tails], group)
+        else:
+            slices = [slice(start, start + group) for start in range(0, len(tails), group)]
         parts = []
-        for start in range(0, len(tails), group):
-            some = tails[start : start + group]
+        for rows in slices:
+            some = tails[rows]
             longest = max(len(tail) for tail in some)
             # A tail is padded with its own last token, which is then written there once more.
             last = torch.tensor([len(tail) - 1 for tail in some])[:, None]
             ids = torch.tensor([[*tail, *[tail[-1]] * (longest - len(tail))] for tail in some])
             steps = torch.arange(longest).minimum(last)
-            positions = lengths[start : start + group, None] + steps
-            parts.append(self._append(slots, ids, positions, first_slot + start))
+            positions = lengths[rows, None] + steps
+            parts.append(self._append(slots, ids, positions, first_slot + rows.start))
         return torch.cat(parts)
 
     def _append(self, slots: SlotCache, ids: Tensor, positions: Tensor, first_slot: int) -> Tensor:
@@ -434,7 +523,10 @@ class ModelRunner:
         max_length = int(positions.max()) + 1
         mask = torch.zeros(*ids.shape, max_length)
         mask.masked_fill_(self._positions[:max_length] > positions[:, :, None], float("-inf"))
-        step = slots.step(positions, max_length, first_slot)
+        step: Any = slots.step(positions, max_length, first_slot)
+        if self._steps is not None:
+            states = slots.states.rows(first_slot, first_slot + len(ids))
+            step = self._steps.begin(step, states)
         pick = None if ids.shape[1] == 1 else (torch.arange(len(ids)), torch.tensor([-1]))
         return self._forward(ids, step, pick, positions, mask[:, None])
 

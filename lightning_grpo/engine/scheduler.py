@@ -87,12 +87,12 @@ class PromptReader:
     def _keep(self, states: Mapping[Key, PromptState]) -> None:
         for key, state in states.items():
             # Non-finite weights leave nothing to share.
-            if state.num_tokens <= self.max_kept_tokens and bool(state.logits.isfinite().all()):
+            if state.size <= self.max_kept_tokens and bool(state.logits.isfinite().all()):
                 self._kept[key] = state
                 self._kept.move_to_end(key)
-        excess = sum(state.num_tokens for state in self._kept.values()) - self.max_kept_tokens
+        excess = sum(state.size for state in self._kept.values()) - self.max_kept_tokens
         while excess > 0:
-            excess -= self._kept.popitem(last=False)[1].num_tokens
+            excess -= self._kept.popitem(last=False)[1].size
 
     def _batches(self, keys: set[Key]) -> list[list[Key]]:
         """Prompts to read together, of about the same length since they are padded."""

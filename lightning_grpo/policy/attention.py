@@ -110,14 +110,15 @@ class NotPackedError(ValueError):
 
     Args:
         reason: What the model does.
+        rule: What it must do instead.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, rule: str = "leave its attention to transformers") -> None:
         super().__init__(
             'attn_implementation="packed" needs the sequences\' bounds and no mask: call the model '
             'through PackedPolicy, or load it with attn_implementation="sdpa".'
         )
-        self.reason = reason
+        self.reason, self.rule = reason, rule
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class PackedLayout:
         unique_of: Which unique token each token is, int64 `[tokens]`.
         repeats: Positions of the tokens that are not among the unique ones, int64.
         positions: Of each unique token within its sequences, int64 `[unique]`.
+        attended: How often attention was computed by it, where nothing is compiled.
     """
 
     def __init__(
@@ -187,6 +189,7 @@ class PackedLayout:
             self.positions = positions[self.unique]
             self.repeats = (self.unique[self.unique_of] != tokens).nonzero().squeeze(1)
         self._padded: tuple[list[LengthBucket], Tensor] | None = None
+        self.attended = 0
 
     @classmethod
     def of_one(cls, num_tokens: int, device: torch.device) -> Self:
@@ -325,6 +328,7 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
     if compiling and not takes_kernel:
         given = (module, query, key, value, attention_mask, scaling, sliding_window, packing)
         return _unseen(*given, **more)
+    packing.attended += not compiling
     window = sliding_window or window_in_mask(module)
     if not compiling and packing.num_sequences == 1:
         out = causal_attention(query, key, value, scaling, window, form)
@@ -353,10 +357,24 @@ def varlen_attention(
     if len(packing.repeats) == 0:
         bounds = packing.cu_seqlens
         return packed_kernel(query, key, value, bounds, packing.max_length, scale, window)
-    sharing = (packing.unique, packing.unique_of, packing.repeats)
-    query, key, value = (_Spread.apply(t, *sharing) for t in (query, key, value))
+    query, key, value = (spread(t, packing) for t in (query, key, value))
     out = packed_kernel(query, key, value, packing.cu_seqlens, packing.max_length, scale, window)
-    return cast("Tensor", _Pick.apply(out, packing.unique))
+    return pick(out, packing)
+
+
+def spread(values: Tensor, packing: PackedLayout) -> Tensor:
+    """Values of unique tokens, `[unique, ...]`, to all tokens, `[tokens, ...]`."""
+    if len(packing.repeats) == 0:
+        return values
+    sharing = (packing.unique, packing.unique_of, packing.repeats)
+    return cast("Tensor", _Spread.apply(values, *sharing))
+
+
+def pick(values: Tensor, packing: PackedLayout) -> Tensor:
+    """Values of all tokens, `[tokens, ...]`, to those of unique ones, `[unique, ...]`."""
+    if len(packing.repeats) == 0:
+        return values
+    return cast("Tensor", _Pick.apply(values, packing.unique))
 
 
 class _Spread(torch.autograd.Function):

@@ -18,8 +18,8 @@ from lightning_grpo.policy.packed import PackedPolicy
 _ROW_TOKENS = 16
 _RENAMED = 0.01
 """Of a tokenizer's entries: a family's models rename a few of its reserved ones."""
-_GPU_ROUNDING = 0.1
-"""Mean |dlogprob| of two passes that draw nothing: sums whose order is left to a GPU."""
+_CPU_ROUNDING, _GPU_ROUNDING = 0.01, 0.1
+"""Mean |dlogprob| of passes that draw nothing: of sums in another order, which a GPU chooses."""
 
 
 def check_architecture(
@@ -139,6 +139,31 @@ def check_two_passes(policy: PackedPolicy) -> None:
             "`model` must give the same tokens the same logprobs, and two passes differ by "
             f"{difference:.2g} on average, by random numbers{source}. Set what makes them (a "
             "dropout, a jitter) to 0: by its name in `model_kwargs`, or in config.json."
+        )
+
+
+@torch.no_grad()
+def check_rows_apart(policy: PackedPolicy) -> None:
+    """Refuse a model whose rows depend on what they are packed with, as `check_two_passes` does.
+
+    A kernel that doesn't heed where sequences begin would train on logprobs that no server gives.
+
+    Raises:
+        ConfigError: By how much.
+    """
+    embedding = policy.model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    device = next(policy.parameters()).device
+    ids = (torch.arange(3 * _ROW_TOKENS, device=device) * 41 + 7) % embedding.num_embeddings
+    before, other, row = ids.split(_ROW_TOKENS)
+    bounds = torch.tensor([0, _ROW_TOKENS, 2 * _ROW_TOKENS], device=device)
+    found = [policy(torch.cat([each, row]), bounds)[0][_ROW_TOKENS:] for each in (before, other)]
+    difference = (found[0] - found[1]).abs().mean().item()
+    if difference > (_CPU_ROUNDING if device.type == "cpu" else _GPU_ROUNDING):
+        raise ConfigError(
+            "`model` must give a sequence the same logprobs whatever it is packed with, and those "
+            f"of {type(policy.model).__name__} differ by {difference:.2g} on average. Way out: "
+            "`lightning-grpo certify` says where; another version of the kernels for its layers."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,7 @@ class LoRA:
 
         layers = _linear_layers(model)
         self._check_targets(model, {name.rpartition(".")[2] for name in layers})
+        self._check_own_weights(model, layers)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -94,6 +95,19 @@ class LoRA:
                 "layers of the attention alone."
             )
         _check_plain(model)
+
+    def _check_own_weights(self, model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
+        names: dict[int, list[str]] = {}
+        for name, layer in layers.items():
+            if self.targets is None or name.rpartition(".")[2] in self.targets:
+                names.setdefault(id(layer.weight), []).append(name)
+        shared = [found for found in names.values() if len(found) > 1]
+        if shared:
+            raise ConfigError(
+                f"`lora.targets` must name layers with weights of their own, {shared[0][0]} and "
+                f"{shared[0][1]} of {type(model).__name__} have the same (servers hold them once, "
+                "and each would be adapted by itself). Name other layers, or train without `lora`."
+            )
 
     def _check_targets(self, model: PreTrainedModel, known: set[str]) -> None:
         name, listed = type(model).__name__, ", ".join(sorted(known))
@@ -138,7 +152,8 @@ def _check_plain(model: PreTrainedModel) -> None:
 
 def _has_fused_experts(model: PreTrainedModel) -> bool:
     stacked = 3  # experts, rows, columns
-    return any(p.ndim >= stacked for p in model.parameters())
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
+    return any(p.ndim >= stacked and id(p) not in kernels for p in model.parameters())
 
 
 class WithoutAdapter(nn.Module):

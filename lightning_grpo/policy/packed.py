@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
-from lightning_grpo._compat import compile_sparingly, no_split_modules
+from lightning_grpo._compat import compile_sparingly, lets_choose_attention, no_split_modules
 from lightning_grpo.algorithm.batch import to_device
 from lightning_grpo.algorithm.layers import Replay, RouterReplay
 from lightning_grpo.errors import ConfigError, require_count
@@ -36,6 +36,13 @@ from lightning_grpo.policy.attention import (
     size_of,
 )
 from lightning_grpo.policy.load import compute_as_served
+from lightning_grpo.policy.recurrent import (
+    STATE_FLOPS,
+    attention_layers,
+    keep_sequences_apart,
+    recurrent_parts,
+    state_numbers,
+)
 
 MAX_CHUNK_LOGITS = 2**26
 """Logits of one chunk: 256 MiB in fp32."""
@@ -379,7 +386,6 @@ def _forward(self: RMSNorm, hidden: Tensor) -> Tensor:
     return rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
 
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)
 """The others that set `logits_scaling` (Granite, MiniCPM3) divide by it."""
 
@@ -449,6 +455,7 @@ class PackedPolicy(nn.Module):
         self.model = model
         self.logit_form = LogitForm.of(model.config)
         self._factors = RowFactors(model)
+        self._attention_layers = attention_layers(model.config) if recurrent_parts(model) else 0
         self.max_logits = max_logits
         self.share_prefixes = share_prefixes
         self.compiled = compiled
@@ -559,11 +566,14 @@ class PackedPolicy(nn.Module):
         trunk = [p for p in self.model.parameters() if id(p) not in outside]
         of_trunk = sum(p.numel() * (6 if p.requires_grad else 4) for p in trunk)
         of_head = head.numel() * (6 if head.requires_grad else 4)
-        heads = config.num_attention_heads
-        width = heads * (size_of(config, "head_dim") or config.hidden_size // heads)
+        attending, width = attention_layers(config), 0
+        if attending:
+            heads = config.num_attention_heads
+            width = heads * (size_of(config, "head_dim") or config.hidden_size // heads)
         # Two products of [length, length], halved by the causal mask; backward has twice that.
-        attention = 6 * width * config.num_hidden_layers * sum(n * n for n in lengths)
-        return float(of_trunk * sum(lengths) + of_head * predicted + attention)
+        attention = 6 * width * attending * sum(n * n for n in lengths)
+        of_token = of_trunk + STATE_FLOPS * state_numbers(config)
+        return float(of_token * sum(lengths) + of_head * predicted + attention)
 
     def hidden_states(
         self, input_ids: Tensor, layout: PackedLayout, replay: Replay | None = None
@@ -594,6 +604,7 @@ class PackedPolicy(nn.Module):
     def _hidden(self, input_ids: Tensor, layout: PackedLayout, replay: Replay | None) -> Tensor:
         """The last hidden state of each unique token, `[unique, hidden]`."""
         routes = {} if replay is None else {"routes": replay}
+        before = layout.attended
         try:
             output = self.model.get_decoder()(
                 input_ids=input_ids[layout.unique].unsqueeze(0),
@@ -604,9 +615,15 @@ class PackedPolicy(nn.Module):
             )
         except NotPackedError as error:
             raise ConfigError(
-                f"`model` must leave its attention to transformers, {type(self.model).__name__} "
-                f"{error.reason}. Way out: a model that does, such as Qwen3 or Llama."
+                f"`model` must {error.rule}, {type(self.model).__name__} {error.reason}. Way out: "
+                "a model that does, such as Qwen3 or Llama."
             ) from error
+        if not self.compiled and layout.attended - before < self._attention_layers:
+            raise ConfigError(
+                f"`model` must leave its attention to transformers, {type(self.model).__name__} "
+                f"computes that of some layers itself: {layout.attended - before} of "
+                f"{self._attention_layers} asked for it. Way out: a model such as Qwen3 or Llama."
+            )
         hidden: Tensor = output.last_hidden_state.squeeze(0)
         return hidden
 
@@ -652,15 +669,15 @@ def _per_row(temperature: Tensor | float, positions: Tensor, hidden: Tensor) -> 
     return temperature[positions] if temperature.ndim else temperature.expand(len(positions))
 
 
+def _may_choose_attention(model: PreTrainedModel) -> bool:
+    """Of hybrids transformers doesn't say it; that they do it is looked at in each pass."""
+    return bool(recurrent_parts(model)) and lets_choose_attention(model)
+
+
 def _check(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
-    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    if other:
-        raise ConfigError(
-            f"`model` must consist of attention layers, {name} has {sorted(other)}, which would "
-            "run across the sequences of a packed row. Way out: a model without them."
-        )
-    if not model._supports_attention_backend:
+    keep_sequences_apart(model)
+    if not (model._supports_attention_backend or _may_choose_attention(model)):
         raise ConfigError(
             f"`model` must let transformers choose its attention, {name} doesn't. Way out: a "
             "model with `_supports_attention_backend`, such as Qwen3 or Llama."

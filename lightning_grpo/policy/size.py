@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_grpo.policy.attention import size_of
 from lightning_grpo.policy.packed import largest_chunk
+from lightning_grpo.policy.recurrent import STATE_FLOPS, attention_layers, state_numbers
 
 HALF, FULL = 2, 4
 """Bytes of a number in bf16 and in fp32."""
@@ -43,6 +44,8 @@ class ModelSize:
         query_width: Queries of one token in one layer, in numbers.
         kv_width: Keys and values of one token in one layer, in numbers.
         vocab: Logits of a token.
+        recurrent: Of the blocks, those without attention: what they remember doesn't grow.
+        states: Numbers that a token reads and writes of what is remembered, in all blocks.
     """
 
     parameters: int
@@ -53,11 +56,18 @@ class ModelSize:
     query_width: int
     kv_width: int
     vocab: int
+    recurrent: int = 0
+    states: int = 0
+
+    @property
+    def attending(self) -> int:
+        """Blocks with attention."""
+        return self.layers - self.recurrent
 
     @property
     def kv_bytes_per_token(self) -> int:
         """What a server keeps of each token, in bf16."""
-        return self.layers * self.kv_width * HALF
+        return self.attending * self.kv_width * HALF
 
 
 def model_size(config: Any) -> ModelSize | None:
@@ -85,6 +95,8 @@ def model_size(config: Any) -> ModelSize | None:
         query_width=heads * head_dim,
         kv_width=2 * kv_heads * head_dim,
         vocab=config.vocab_size,
+        recurrent=layers - attention_layers(config),
+        states=state_numbers(config),
     )
 
 
@@ -190,7 +202,8 @@ def kept_numbers(size: ModelSize, *, compiled: bool = False) -> int:
     Inputs and outputs of both norms; rotated queries, keys, values and what attention gives; the
     MLP's gate, its activation, its up projection and their product (the accounting of Korthikanti
     et al., arXiv 2205.05198, for blocks of today and packed sequences, which have neither dropout
-    nor masks). Compiled, the norms' outputs, the activation and the product are computed again.
+    nor masks). A recurrent layer counts as if it were attention. Compiled, the norms' outputs, the
+    activation and the product are computed again.
     """
     attention = 2 * size.query_width + size.kv_width
     return (2 if compiled else 4) * (size.hidden + size.intermediate) + attention
@@ -238,6 +251,7 @@ def training_flops(
         Those of the blocks, and those of the head.
     """
     each = 4 + 2 * trained_fraction
-    attention = 6 * size.query_width * size.layers * sum(n * n for n in lengths)
-    blocks = each * (size.parameters - size.embedding) * sum(lengths) + attention
+    attention = 6 * size.query_width * size.attending * sum(n * n for n in lengths)
+    per_token = each * (size.parameters - size.embedding) + STATE_FLOPS * size.states
+    blocks = per_token * sum(lengths) + attention
     return blocks, each * size.vocab * size.hidden * predicted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,46 @@ from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import without_bars
 from lightning_grpo.policy.packed import LogitForm, PackedPolicy
+from lightning_grpo.policy.recurrent import recurrent_parts
 from lightning_grpo.weights.gather import gather_weights
 
 
 class SeesTheNextRow(PackedPolicy):
     """Rows are cut one token too early: the last token of each begins the next one's attention."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         bounds = layout.cu_seqlens.clone()
         bounds[1:-1] -= 1
         wrong = PackedLayout(bounds)
         wrong.positions = PackedLayout(layout.cu_seqlens).positions
         return super().hidden_states(input_ids, wrong)[layout.unique]
+
+
+class StatesLeak(PackedPolicy):
+    """What recurrent layers remember of a row reaches the next one."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        for part in recurrent_parts(model):
+            part.forward = partial(type(part).forward, part)
+
+
+class WindowsLeak(PackedPolicy):
+    """States begin anew, but short convolutions see the end of the row before."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        for part in recurrent_parts(model):
+            part.forward = partial(self.one_window, part, part.forward)
+
+    @staticmethod
+    def one_window(part, forward, hidden_states, packing, **kwargs):
+        window, size = type(part).forward, part.conv_kernel_size - 1
+        out = forward(hidden_states=hidden_states, packing=packing, **kwargs)
+        for start in packing.cu_seqlens[1:-1].tolist():
+            seen = hidden_states[:, max(0, start - size) : start + 1]
+            out[:, start] = window(part, seen)[:, -1]
+        return out
 
 
 class OneFactorForAllRows(PackedPolicy):
@@ -85,7 +114,7 @@ class NoSoftcap(PackedPolicy):
 class SinksOfOtherHeads(PackedPolicy):
     """Each head has the sink of the next one."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         sinks = [p.data for name, p in self.model.named_parameters() if name.endswith("sinks")]
         kept = [values.clone() for values in sinks]
         for values in sinks:
@@ -116,7 +145,7 @@ def without_softcaps(model: nn.Module) -> nn.Module:
 class SharesTooMuch(PackedPolicy):
     """Where prompts are shared, each token gets its neighbour's hidden state."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         hidden = super().hidden_states(input_ids, layout)
         return hidden.roll(1, 0) if len(layout.repeats) else hidden
 
@@ -124,7 +153,7 @@ class SharesTooMuch(PackedPolicy):
 class Noisy(PackedPolicy):
     """Draws."""
 
-    def hidden_states(self, input_ids, layout):
+    def hidden_states(self, input_ids, layout, replay=None):
         hidden = super().hidden_states(input_ids, layout)
         return hidden + 1e-6 * torch.randn_like(hidden)
 
@@ -144,6 +173,19 @@ class AveragesRows(PackedPolicy):
         logprobs, entropy = super().forward(input_ids, cu_seqlens, *args, **kwargs)
         part = logprobs / (len(cu_seqlens) - 1)
         return logprobs.detach() + part - part.detach(), entropy
+
+
+class KeepsSomethingElsewhere(PackedPolicy):
+    """Counts its passes, which change what it gives, and leaves the count out of checkpoints."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, **options)
+        self.passes = 0
+
+    def forward(self, *args, **kwargs):
+        logprobs, entropy = super().forward(*args, **kwargs)
+        self.passes += logprobs.requires_grad
+        return logprobs * (1 + 1e-3 * self.passes), entropy
 
 
 class CountsNothing(PackedPolicy):
@@ -268,6 +310,49 @@ def windows_of_the_neighbors(folder: str) -> ModelRunner:
 def no_softcaps(folder: str) -> ModelRunner:
     """An engine whose attention has no caps."""
     return ModelRunner(without_softcaps(load_model(folder)))
+
+
+class ForgetsStates(ModelRunner):
+    """What was sampled before an interruption is not in the states that go on from it."""
+
+    def extend(self, slots, tails, lengths, first_slot):
+        rows = slots.states.rows(first_slot, first_slot + len(tails))
+        kept = {key: state.clone() for key, state in rows.items()}
+        logits = super().extend(slots, tails, lengths, first_slot)
+        for key, state in kept.items():
+            rows[key].copy_(state)
+        return logits
+
+
+def forgets_states(folder: str) -> ModelRunner:
+    """An engine whose states stay at the prompt's end."""
+    return ForgetsStates(load_model(folder))
+
+
+class PadsWhatItReads(ModelRunner):
+    """Reads prompts of all lengths together, so that padding is in the states of the short ones."""
+
+    def prefill(self, prompts):
+        return self._prefill(prompts)
+
+
+def pads_what_it_reads(folder: str) -> ModelRunner:
+    """An engine in which padding reaches states."""
+    return PadsWhatItReads(load_model(folder))
+
+
+class StatesOfTheNeighbors(ModelRunner):
+    """Each request decodes with the state of the one in the slot beside it."""
+
+    def decode(self, slots, tokens, lengths):
+        for state in slots.states.rows(0, len(tokens)).values():
+            state.copy_(state.roll(1, 0))
+        return super().decode(slots, tokens, lengths)
+
+
+def states_of_the_neighbors(folder: str) -> ModelRunner:
+    """An engine that mixes up its slots."""
+    return StatesOfTheNeighbors(load_model(folder))
 
 
 class ReadsWithOtherSinks(ModelRunner):

@@ -23,6 +23,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_routed_experts": 8, "topk_method": "greedy", "routed_scaling_factor": 1.5},
     "deepseek_v3": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     "gpt_oss": {"num_local_experts": 8},
+    "qwen3_next": {
+        "num_experts": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
 }
 
 
@@ -89,5 +93,6 @@ FORMULAS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "deepseek_v2": _scaled,
     "deepseek_v3": _sigmoid,
     "gpt_oss": _of_logits,
+    "qwen3_next": partial(_softmax, normalized=True),
 }
 MIXTURES = tuple(FORMULAS)

@@ -42,6 +42,12 @@ MODELS = {
     "mixtral": ("mixtral", {}),
     "gpt_neox with a head of another name": ("gpt_neox", {}),
     "glm4_moe with a bias that balances experts": ("glm4_moe", {}),
+    "qwen3_next with states and experts": ("qwen3_next", {}),
+    "qwen3_5 with states": ("qwen3_5_text", {}),
+    "qwen3_5_moe with states and experts": ("qwen3_5_moe_text", {}),
+    "falcon_h1 with Mamba-2 beside attention": ("falcon_h1", {}),
+    "nemotron_h with Mamba-2, attention and experts in layers of their own": ("nemotron_h", {}),
+    "lfm3 with short convolutions": ("lfm3", {}),
 }
 
 
@@ -68,10 +74,15 @@ POLICIES = [
     (checks.packed, "gpt_oss", {}, faulty.SinksOfOtherHeads),
     (checks.gradient, "gpt_oss", {}, faulty.FrozenSinks),
     (checks.packed, "gpt_oss", {}, faulty.OneWindowTooMany),
+    (checks.apart, "qwen2", {}, faulty.SeesTheNextRow),
+    (checks.apart, "qwen3_next", {}, faulty.StatesLeak),
+    (checks.apart, "qwen3_5_text", {}, faulty.WindowsLeak),
+    (checks.packed, "qwen3_5_moe_text", {}, faulty.StatesLeak),
     (checks.prefixes, "qwen3", {}, faulty.SharesTooMuch),
     (checks.passes, "qwen3", {}, faulty.Noisy),
     (checks.gradient, "qwen3", {}, faulty.Detached),
     (checks.cuts, "qwen3", {}, faulty.AveragesRows),
+    (checks.checkpoint, "qwen3_5_text", {}, faulty.KeepsSomethingElsewhere),
     (checks.flops, "qwen3", {}, faulty.CountsNothing),
 ]
 
@@ -81,6 +92,7 @@ def test_a_policy_with_a_fault_is_caught_by_its_line(check, kind, settings, poli
     config = tiny(kind, **settings)
     line = run_check(check, config, Parts(policy=policy))
     assert line.verdict == "WRONG"
+    assert "Error" not in line.found  # the fault itself, not what it broke
     assert line.figure is None or line.figure > line.limit
     assert run_check(check, config, Parts()).verdict == "ok"
 
@@ -146,11 +158,14 @@ ENGINES = [
     ("gpt_oss", faulty.one_window_too_many),
     ("gpt_oss", faulty.reads_with_other_sinks),
     ("gemma2", faulty.no_softcaps),
+    ("qwen3_next", faulty.forgets_states),
+    ("qwen3_5_text", faulty.pads_what_it_reads),
+    ("qwen3_5_text", faulty.states_of_the_neighbors),
 ]
 
 
 @pytest.mark.parametrize(("kind", "engine"), ENGINES)
-def test_an_engine_with_other_windows_caps_or_sinks_is_caught(kind, engine):
+def test_an_engine_with_other_windows_caps_sinks_or_states_is_caught(kind, engine):
     line = run_check(checks.engine, tiny(kind), Parts(engine=engine))
     assert (line.check, line.verdict) == ("engine", "WRONG")
     assert line.figure > line.limit

@@ -5,10 +5,13 @@ import random
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
+from lightning_grpo.certify.tiny import tiny_config, tiny_model
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.check import (
     check_architecture,
+    check_rows_apart,
     check_two_passes,
 )
 from lightning_grpo.policy.load import checkpoint_activations, load_policy
@@ -21,6 +24,7 @@ from tests.fakes.causal_models import (
     pack,
     plain_logprobs,
 )
+from tests.fakes.faulty_parts import SeesTheNextRow, StatesLeak
 
 NOISY = [
     ("seed_oss", {}),
@@ -85,6 +89,16 @@ def test_noise_that_stays_is_refused_with_where_it_comes_from(draw, source):
         check_two_passes(PackedPolicy(model))
 
 
+@pytest.mark.parametrize(
+    ("kind", "policy"), [("qwen3_5_text", StatesLeak), ("qwen2", SeesTheNextRow)]
+)
+def test_rows_that_see_each_other_are_refused_with_the_weights_at_hand(kind, policy):
+    config = tiny_config(CONFIG_MAPPING[kind]())
+    check_rows_apart(PackedPolicy(tiny_model(config)))
+    with pytest.raises(ConfigError, match="whatever it is packed with, and those of Qwen"):
+        check_rows_apart(policy(tiny_model(config), share_prefixes=False))
+
+
 def test_weights_that_hold_nan_are_refused_before_they_are_published():
     model = make_causal_model()
     model.model.norm.weight.data[3] = float("nan")
@@ -99,7 +113,7 @@ UNTRAINABLE = [
     ("falcon", {}, "must let transformers choose its attention"),
     ("bloom", {}, "must let transformers choose its attention"),
     ("phi", {}, "linear head without bias, PhiForCausalLM has Linear with one"),
-    ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"has \['conv'\]"),
+    ("mamba", {}, "MambaForCausalLM doesn't tell these layers where sequences begin"),
 ]
 
 
@@ -113,10 +127,11 @@ def test_a_model_that_packing_would_get_wrong_is_refused_by_its_config_alone(
 
 
 PLAIN = ("qwen3", "gpt2", "mixtral", "deepseek_v3", "opt", "gemma3_text")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "falcon_h1")
 VARIANTS = ("gpt_oss", "gemma2", "cohere2", "granite", "nanochat")
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, *VARIANTS])
+@pytest.mark.parametrize("kind", [*PLAIN, *VARIANTS, *HYBRIDS])
 def test_models_that_can_be_trained_pass_by_their_config_alone(kind, tmp_path):
     make_model_of(kind).config.save_pretrained(tmp_path)
     check_architecture(str(tmp_path))

@@ -158,3 +158,18 @@ def test_an_adapters_scale_is_compiled_in_and_can_be_switched_off():
     assert num <= without
     assert not torch.allclose(adapted, expected)
     assert torch.allclose(WithoutAdapter(policy)(*packed([5, 9]))[0], expected)
+
+
+def test_recurrent_layers_of_compiled_blocks_begin_anew_and_are_not_compiled_again():
+    kinds = {"layer_types": ["linear_attention", "full_attention"]}
+    plain = PackedPolicy(make_model_of("qwen3_5_text", **kinds))
+    policy = PackedPolicy(make_model_of("qwen3_5_text", **kinds), compiled=True)
+    counter, frames = CompileCounterWithBackend("aot_eager"), []
+    compile_blocks(policy.model, backend=counter)
+    for lengths in ([7, 12, 30, 3], [9, 9], [70, 4, 5], [11, 20]):
+        ids, bounds = packed(lengths)
+        found, _ = policy(ids, bounds)
+        assert (found - plain(ids, bounds)[0]).abs().max() < 5e-6
+        found.sum().backward()
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[-2]

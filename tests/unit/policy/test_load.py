@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from lightning_grpo.certify.tiny import tiny_config
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.check import check_architecture
@@ -339,7 +340,17 @@ def test_a_model_that_also_sees_is_refused_with_the_way_to_its_text_part(kind, t
             load(str(tmp_path))
 
 
+def vision_hybrid(kind):
+    text = tiny_config(CONFIG_MAPPING[f"{kind}_text"]()).to_dict()
+    sees = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    sees["out_hidden_size"] = text["hidden_size"]
+    config = CONFIG_MAPPING[kind](text_config=text, vision_config=sees)
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
 def vision_model(kind):
+    if kind.startswith("qwen3_5"):
+        return vision_hybrid(kind)
     text = {
         **{"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
         **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
@@ -359,7 +370,7 @@ def vision_model(kind):
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen3_5", "qwen3_5_moe"])
 def test_the_page_s_way_to_the_text_part_gives_the_model_s_own_logprobs(kind, tmp_path):
     torch.manual_seed(0)
     whole = vision_model(kind)

@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from lightning_grpo.certify.tiny import tiny_config, tiny_model
 from lightning_grpo.errors import ConfigError, WeightSyncError
 from lightning_grpo.policy.adapted import AdaptedLinear
 from lightning_grpo.policy.load import export_policy, load_policy
@@ -207,6 +208,19 @@ def test_an_export_with_an_adapter_keeps_the_buffers_that_belong_to_the_checkpoi
     merged = PackedPolicy(load_policy(str(tmp_path / "merged")))
     assert torch.equal(merged.model.get_buffer(router), base.get_buffer(router))
     assert torch.allclose(merged(*packed)[0], policy(*packed)[0], atol=1e-5)
+
+
+def test_weights_that_several_layers_have_in_common_are_refused():
+    model = tiny_model(tiny_config(CONFIG_MAPPING["zamba2"]()))
+    with pytest.raises(ConfigError, match=r"self_attn\.q_proj of Zamba2ForCausalLM have the same"):
+        LoRA(targets=("q_proj",)).add_to(model)
+
+
+def test_linear_layers_of_a_hybrid_are_all_adapted():
+    model = tiny_model(tiny_config(CONFIG_MAPPING["qwen3_5_text"]()))
+    LoRA().add_to(model)
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj"} < adapted
 
 
 @pytest.mark.parametrize(

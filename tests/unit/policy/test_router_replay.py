@@ -166,7 +166,7 @@ def test_cutting_into_micro_batches_changes_nothing():
     assert tuple(map(sum, zip(*(part[2] for part in parts), strict=True))) == counted
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"])
 def test_blocks_that_are_computed_again_take_the_same_experts(kind):
     model = make_mixture(kind)
     ids, bounds = pack(make_sequences(LENGTHS))

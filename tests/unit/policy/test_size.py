@@ -107,6 +107,22 @@ def test_operations_are_those_that_a_run_counts():
     assert by_hand == policy.flops(lengths, predicted)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "falcon_h1", "bamba"])
+def test_operations_of_a_hybrid_are_those_that_a_run_counts_too(kind):
+    config = tiny_config(CONFIG_MAPPING[kind]())
+    policy = PackedPolicy(tiny_model(config))
+    found = model_size(config)
+    assert sum(training_flops(found, [7, 12], 15)) == policy.flops([7, 12], 15)
+    assert found.states > 0
+
+
+def test_a_server_keeps_keys_and_values_of_layers_with_attention_alone():
+    config = tiny_config(CONFIG_MAPPING["qwen3_5_text"]())
+    assert config.layer_types == ["linear_attention", "full_attention"]
+    found = model_size(config)
+    assert found.kv_bytes_per_token == 2 * found.kv_width
+
+
 def test_autograd_keeps_of_a_block_what_the_formula_says():
     """Counted in bf16 by storage; what torch keeps on a CPU alone (norms step by step, masks, the
     expanded keys of its attention) is why it may be a fifth more, and never less."""

@@ -145,6 +145,8 @@ LONGROPE = {
         ("nanochat", {"final_logit_softcapping": 1.0}),
         ("gpt_oss", {"sliding_window": 5}),
         ("gemma2", {"sliding_window": 5, "attn_logit_softcapping": 0.5}),
+        ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}),
     ],
 )
 def test_other_architectures_are_scored_and_their_rounding_is_measured(kind, settings):
