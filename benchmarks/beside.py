@@ -51,7 +51,7 @@ from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.rollout.prompts import Prompts
 from lightning_grpo.servers.base import RunningServers
 from lightning_grpo.serving.event_loop import SWITCH_INTERVAL_S
-from lightning_grpo.session.assembly import Beginning
+from lightning_grpo.session.assembly import Beginning, QuietHeap
 from lightning_grpo.session.material import RolloutsIn, SessionSettings, open_material
 from lightning_grpo.session.process import place_rollouts
 from lightning_grpo.session.rollouts import Publish
@@ -122,12 +122,31 @@ class Flow:
         (self.process,) = set(psutil.Process().children()) - before or {psutil.Process()}
         self._version = -1
         self._on, self._over = threading.Event(), threading.Event()
+        self._ready, self._wanted, self._taken = (threading.Event() for _ in range(3))
+        for event in (self._wanted, self._taken):
+            event.set()
+        self.arrivals: list[float] = []
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def switch(self, on: bool) -> None:
         """On, or off once the batch under way has ended."""
         (self._on.set if on else self._on.clear)()
+
+    def attend(self, attended: bool) -> None:
+        """Whether somebody will take the batches by `take_if_ready`."""
+        (self._wanted.clear if attended else self._wanted.set)()
+
+    def take_if_ready(self) -> float:
+        """What a trainer does between two steps; the seconds that it waited for the batch."""
+        if not self._ready.is_set():
+            return 0.0
+        began = time.perf_counter()
+        self._taken.clear()
+        self._wanted.set()
+        self._taken.wait()
+        self.arrivals.append(time.perf_counter() - began)
+        return self.arrivals[-1]
 
     def end(self) -> None:
         """For good."""
@@ -145,7 +164,15 @@ class Flow:
             self._rollouts.publish(Publish(self._version, 0, weights, Future(), Future())).result()
             self._rollouts.advance(self._version)
             self._rollouts.lag_s()
+            while (now := self._rollouts.progress()) is None or now.done < now.wanted:
+                time.sleep(0.1)
+            self._ready.set()
+            self._wanted.wait()
             self._rollouts.take(self._version).result()
+            self._ready.clear()
+            if not self._taken.is_set():  # by a trainer, which wants the next one later
+                self._wanted.clear()
+                self._taken.set()
             self.completions += self._size
             self.worst_lag_s = max(self.worst_lag_s, self._rollouts.lag_s() or 0.0)
 
@@ -231,17 +258,20 @@ class Step:
     interpreter: float
 
 
-def seconds_of(step: Callable[[], None], window_s: float) -> Step:
-    """What a step takes, over a while."""
-    began, (ran, stood), steps = time.perf_counter(), scheduled(), 0
-    while time.perf_counter() < began + window_s:
+def seconds_of(step: Callable[[], None], window_s: float, flow: Flow | None = None) -> Step:
+    """What a step takes, over a while; without the waits for a batch of `flow` between steps."""
+    until, steps = time.perf_counter() + window_s, 0
+    whole = core = ran = 0.0
+    while time.perf_counter() < until:
+        began, (ran_before, stood_before) = time.perf_counter(), scheduled()
         step()
         steps += 1
-    whole = time.perf_counter() - began
-    ran_now, stood_now = scheduled()
-    core = stood_now - stood
-    asleep = max(0.0, whole - core - (ran_now - ran))
-    return Step(whole / steps, core / steps, asleep / steps)
+        ran_now, stood_now = scheduled()
+        whole += time.perf_counter() - began
+        core, ran = core + stood_now - stood_before, ran + ran_now - ran_before
+        if flow is not None:
+            until += flow.take_if_ready()
+    return Step(whole / steps, core / steps, max(0.0, whole - core - ran) / steps)
 
 
 def scheduled() -> tuple[float, float]:
@@ -271,6 +301,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rival = Rival()
         stack.callback(rival.end)
         running = stack.enter_context(flows(args))
+        heap = QuietHeap()  # as a session's
+        heap.freeze()
+        stack.callback(heap.thaw)
         for name, make in WORK.items():
             step, found = make(), {kind: list[Step]() for kind in KINDS}
             seconds_of(step, 1.0)
@@ -279,15 +312,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                     sys.setswitchinterval(SWITCH_INTERVAL_S if kind == "thread" else 0.005)
                     flow = running.get(kind)
                     if flow is not None:
+                        flow.attend(True)
                         flow.switch(True)
                     rival.be_busy(statistics.mean(busy) if kind == "rival" else 0.0)
                     time.sleep(args.warm_s)
                     used = running["process"].process.cpu_times()
-                    found[kind].append(seconds_of(step, args.window_s))
+                    found[kind].append(seconds_of(step, args.window_s, flow))
                     if kind == "process":
                         busy.append(cpu_s(running["process"].process, used) / args.window_s)
                     if flow is not None:
                         flow.switch(False)
+                        flow.attend(False)
                         time.sleep(args.delay_s + 1.0)  # until the batch under way has ended
             report[name] = summary(found)
             print(json.dumps({name: report[name]}), file=sys.stderr, flush=True)
@@ -295,6 +330,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         report["process_mb"] = round(running["process"].process.memory_info().rss / 1e6)
         report["event_loop_held_s"] = {
             where: round(flow.worst_lag_s, 3) for where, flow in running.items()
+        }
+        report["wait_for_a_batch_that_is_ready_s"] = {
+            where: round(statistics.median(flow.arrivals), 3) for where, flow in running.items()
         }
         report["completions"] = {where: flow.completions for where, flow in running.items()}
     return report
@@ -335,7 +373,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=1000)
     parser.add_argument("--delay-s", type=float, default=5.0, help="until the last reply")
     parser.add_argument("--new-tokens", type=int, default=400)
-    parser.add_argument("--window-s", type=float, default=6.0)
+    parser.add_argument("--window-s", type=float, default=8.0)
     parser.add_argument("--warm-s", type=float, default=0.2, help="before a window")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
