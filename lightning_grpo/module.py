@@ -379,6 +379,12 @@ class GRPOModule(EvaluatedModule):
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Begin an optimizer step, which may evaluate the loss several times."""
         check_sized(self.trainer)
+        if self._to_log is not None:
+            raise ConfigError(
+                f"{self._overridden('on_before_optimizer_step')}",
+                "must call `super().on_before_optimizer_step(optimizer)`, which logs the metrics of"
+                " a step: those of the last one are nowhere",
+            )
         if self.router_replay and batch.rollout.sequences.routes is None:
             raise ConfigError(
                 "router_replay",
@@ -522,6 +528,7 @@ class GRPOModule(EvaluatedModule):
     def configure_callbacks(self) -> list[Callback]:
         """The callbacks that a run can't do without, unless the trainer has one of the kind."""
         check_callers(self.trainer)
+        self._to_log = None  # of a run before, which was stopped within a step
         return missing_callbacks(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -58,6 +58,16 @@ def data_with_validation(server, **kwargs):
     return make_data(server, val_prompts=make_prompts(4), **kwargs)
 
 
+class Careless(GRPOModule):
+    def on_before_optimizer_step(self, optimizer):
+        """Without a call of super."""
+
+
+def test_a_module_whose_hook_would_lose_a_steps_metrics_is_refused(tiny_model, server, tmp_path):
+    with pytest.raises(ConfigError, match=r"`Careless.on_before_optimizer_step` must call `super"):
+        make_trainer(tmp_path, max_steps=3).fit(Careless(str(tiny_model)), make_data(server))
+
+
 def test_fast_dev_run_takes_one_step_and_validates_once(tiny_model, server, tmp_path):
     validations = Validations()
     trainer = make_trainer(tmp_path, fast_dev_run=True, max_steps=-1, callbacks=[validations])
