@@ -4,7 +4,7 @@ The loop, which runs while `Trainer.fit` does what it always does:
 
     prompts -> producer -> workflow -> server pool -> SGLang or the embedded engine
                   |            |
-                 gate       rewards           (rank 0, one event loop in one thread)
+                 gate       rewards           (rank 0, one event loop)
                   v
     finished groups -> take(B) -> advantages -> each rank's share -> minibatches
     minibatch -> packed micro-batches -> loss -> one optimizer step

@@ -45,8 +45,8 @@ def reduced(metrics: Metrics, device: torch.device) -> Callable[[], Metrics]:
     """Begin to reduce metrics over all ranks: two all-reduces; every rank has the same names.
 
     Returns:
-        What gives them. It waits for the GPU to come as far as it is now, not for what it is given
-        to do until then.
+        A function that returns them. It waits for the GPU's work up to here, not for what is
+        launched later.
     """
     sums, maxima = to_tensors(metrics, device)
     if distributed.is_initialized() and distributed.get_world_size() > 1:

@@ -114,7 +114,7 @@ def size_servers(
         tp: GPUs of each server, which divide weights and cache.
         per_gpu: Servers on each GPU, which divide its memory.
         shared: Whether the trainer uses the same GPU.
-        given: The user's own flags, by name; what follows from one follows from it.
+        given: The user's own flags, by name; values that follow from one use the user's value.
 
     Raises:
         ServersTooLargeError: The model and the least cache don't fit.

@@ -251,8 +251,8 @@ async def open_live(
 ) -> AsyncIterator[Live]:
     """Start everything; on the way out stop everything, in the reverse order.
 
-    Servers start at once, the rest when `beginning` is there. `carry` gives what moves weights in
-    the place of the transport that was chosen.
+    Servers start at once, the rest when `beginning` is there. `carry` wraps the transport
+    that was chosen, where rollouts run in a process of their own.
     """
     settings.servers.deterministic = settings.deterministic
     settings.servers.tells_routes = settings.router_replay

@@ -50,7 +50,7 @@ class Publish:
         num_bytes: How many there will be, as far as is known.
         snapshot: Set once the weights are gathered.
         sent: Set once they are scored.
-        turn: Set by the rollouts once the memory of earlier weights may be written to.
+        turn: Set by the rollouts once the last update has ended: its memory may be overwritten.
     """
 
     version: int

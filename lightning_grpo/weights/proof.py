@@ -255,7 +255,7 @@ def _server_limit(sent: SentScores, kind: str) -> float:
 
 T = TypeVar("T")
 Sent = SentScores | Future[SentScores]
-"""What the sent weights score; of a future, which the trainer may set while they travel."""
+"""The expected scores, or a future of them, which the trainer sets while the weights travel."""
 
 
 class TrainerFailedError(GRPOError, RuntimeError):
