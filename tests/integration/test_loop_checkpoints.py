@@ -281,7 +281,7 @@ def test_a_stop_that_can_t_save_ends_all_that_the_run_has_started(tiny_model, se
     with pytest.raises(StopRun, match=r"stopped at step 2, and .* No space left") as stop:
         make_trainer(tmp_path, max_steps=9, plugins=[FullDisk()]).fit(make_module(tiny_model), data)
     assert (stop.value.code, stop.value.saved_to) == (143, "")
-    assert not data.session._lead.service.is_live
+    assert data.session.progress() is None  # it has ended
 
 
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
