@@ -196,8 +196,8 @@ class Place:
 class Transport(ABC):
     """Moves one prepared snapshot to servers; the publisher keeps the order of things.
 
-    `in_session` says that `send` is wrapped in `/begin_weight_update` and `/end_weight_update` where
-    the server requires it, `prepares_quickly` that servers may stand still during `prepare`.
+    `in_session` says that `send` is wrapped in `/begin_weight_update` and `/end_weight_update`
+    where the server requires it, `prepares_quickly` that servers may stand still during `prepare`.
     """
 
     in_session = False
