@@ -138,7 +138,7 @@ def test_the_tests_that_the_security_page_names_are_there():
 # ---- benchmarks: run seldom, but what they use of the package must be there ----
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = {"matplotlib", "trl"}  # of the extra `bench`
+OPTIONAL = {"matplotlib", "simpy", "trl"}  # of the extra `bench`
 PROGRAMS = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in (ROOT / "benchmarks").rglob("*.py")

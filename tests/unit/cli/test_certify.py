@@ -17,8 +17,8 @@ def test_a_model_is_certified_line_by_line(capsys):
     said = capsys.readouterr().out.splitlines()
     found = [line.split()[:2] for line in said[:-2]]
     assert [name for _, name in found] == [
-        *("architecture", "packed", "prefixes", "passes", "gradient", "cuts"),
-        *("flops", "names", "engine", "adapter", "export", "template"),
+        *("architecture", "packed", "apart", "prefixes", "passes", "gradient", "cuts"),
+        *("checkpoint", "flops", "names", "engine", "adapter", "export", "template"),
     ]
     assert {verdict for verdict, _ in found} <= {"ok", "skipped"}
     assert ", at most 0.0001" in said[1]
@@ -29,7 +29,7 @@ def test_a_refusal_is_one_line_and_an_exit_status_of_its_own(capsys):
     assert main(["certify", "mamba", "--json"]) == 3
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (line["check"], line["verdict"]) == ("architecture", "refused")
-    assert "must consist of attention layers" in line["found"]
+    assert "must have recurrent layers that can begin anew" in line["found"]
 
 
 def test_a_folder_of_a_config_alone_is_enough(tmp_path, capsys):
