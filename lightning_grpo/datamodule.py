@@ -444,7 +444,7 @@ class RolloutDataModule(L.LightningDataModule):
     def __getstate__(self) -> dict[str, Any]:
         """For another process, whose hooks of a subclass are called: nothing of a run."""
         of_this_run = ("session", "on_event", "_folder")
-        other = {"evaluations": [], "trainer": self.trainer and _TrainerElsewhere()}
+        other: dict[str, Any] = {"evaluations": [], "trainer": self.trainer and _TrainerElsewhere()}
         return self.__dict__ | dict.fromkeys(of_this_run) | other
 
     def _training_bytes(self, size: ModelSize, longest: int | None) -> int:

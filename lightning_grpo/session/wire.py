@@ -75,7 +75,7 @@ _OF_NUMPY = {
 def _error(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
     error = kind.__new__(kind, *args)  # which keeps them
     # Python's own constructors also keep what is in no `args`, as that of a `UnicodeError` does.
-    own = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    own: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
     with contextlib.suppress(TypeError):
         own.__init__(error, *args)
     vars(error).update(state)
