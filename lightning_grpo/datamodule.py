@@ -46,6 +46,19 @@ LIGHTNINGS_INTERVAL = 50
 """Steps between two rows of a logger, where nobody says how many."""
 
 
+class _TrainerElsewhere:
+    """The trainer, for hooks that are called in another process."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copies and pickles ask for
+            raise AttributeError(name)
+        raise ConfigError(
+            "rollouts_in",
+            f"must be `thread` for hooks that use the trainer (here `trainer.{name}`): in a "
+            "process of their own rollouts have none",
+        )
+
+
 class RolloutDataModule(L.LightningDataModule):
     """Rollouts as a data source: each batch is one optimizer step on freshly sampled groups.
 
@@ -430,8 +443,9 @@ class RolloutDataModule(L.LightningDataModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, whose hooks of a subclass are called: nothing of a run."""
-        of_this_run = ("trainer", "session", "on_event", "_folder")
-        return self.__dict__ | dict.fromkeys(of_this_run) | {"evaluations": []}
+        of_this_run = ("session", "on_event", "_folder")
+        other: dict[str, Any] = {"evaluations": [], "trainer": self.trainer and _TrainerElsewhere()}
+        return self.__dict__ | dict.fromkeys(of_this_run) | other
 
     def _training_bytes(self, size: ModelSize, longest: int | None) -> int:
         """What training takes of a GPU, for servers that share it."""

@@ -526,8 +526,20 @@ class RewardScorer:
                 await anyio.to_thread.run_sync(pool.close)
 
     def _start_pool(self) -> _OwnedPool:
-        blobs = [cloudpickle.dumps(reward) for reward in self._rewards]
+        blobs = [_shippable(reward) for reward in self._rewards]
         return _OwnedPool(self.processes, (blobs, os.getpid(), self._use_gpu))
+
+
+def _shippable(reward: Reward) -> bytes:
+    try:
+        return cloudpickle.dumps(reward)
+    except Exception as error:
+        raise ConfigError(
+            f"reward {reward_name(reward)!r}",
+            f"must be one that other processes can be given, which failed: {told(error)}",
+            way_out="Make locks, connections and the like inside the function, or in its module; "
+            "or set `limits.reward_processes` to 0, so that it is called in the run's own process.",
+        ) from error
 
 
 class TokenLock:

@@ -37,6 +37,7 @@ from lightning_grpo.weights.process_group import (
     IPCTransport,
     ProcessGroupTransport,
 )
+from lightning_grpo.weights.proof import Probe
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import DiskTransport, Place, Transport
 
@@ -232,6 +233,7 @@ class Beginning:
         restored: State of the producer to go on from.
         remaining_batches: Rollout batches that the trainer will still take; None: no limit known.
         sync: How weights travel.
+        probe: What servers score; the trainer's, since hooks may make other prompts each time.
         trainer_gpu: Rank 0's, as torch numbers them; None: it has none.
     """
 
@@ -239,6 +241,7 @@ class Beginning:
     restored: dict[str, Any] | None
     remaining_batches: int | None
     sync: SyncSettings
+    probe: Probe
     trainer_gpu: int | None = None
 
 
@@ -369,7 +372,7 @@ def _publisher(
     mode = choose_interruption(begun.sync.interruption, pool.members, routes)
     if begun.sync.release_memory:
         check_memory_release(pool.members)
-    return WeightPublisher(pool, transport, begun.run_id, material.probe, begun.sync, mode)
+    return WeightPublisher(pool, transport, begun.run_id, begun.probe, begun.sync, mode)
 
 
 def _producer(

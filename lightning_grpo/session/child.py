@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
+from lightning.fabric.utilities.seed import seed_everything
 from typing_extensions import override
 
 from lightning_grpo.errors import ConfigError, RolloutError, ServerError
@@ -148,6 +149,8 @@ class Child:
             settings: What to run; what only the trainer's process can call is asked for there.
         """
         sys.path[:] = path
+        if "PL_GLOBAL_SEED" in os.environ:  # noqa: TID251 - as it was done in the trainer's process
+            seed_everything(verbose=False)
         logging.getLogger().addHandler(logging.NullHandler())  # the trainer has said it
         try:
             found: SessionSettings = loads(settings)

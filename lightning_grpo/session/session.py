@@ -267,7 +267,8 @@ class RolloutSession(Session):
         lead = self._lead
         if lead is not None:
             remaining, gpu = self.remaining_batches, current_gpu()
-            lead.rollouts.begin(Beginning(self.run_id, self._restored, remaining, self.sync, gpu))
+            known = (self.run_id, self._restored, remaining, self.sync, lead.material.probe, gpu)
+            lead.rollouts.begin(Beginning(*known))
         self.channel.wait(lead.started if lead else None, what="the start of the servers")
         if lead is not None and lead.proof is None and self.sync.verify:
             serving = lead.rollouts.serving()

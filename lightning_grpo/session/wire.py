@@ -61,11 +61,23 @@ loads = pickle.loads
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return not tensor.requires_grad and tensor.dtype is not torch.bfloat16
+    """Whether NumPy has its like."""
+    strided = tensor.layout is torch.strided and not tensor.is_neg()
+    return strided and not tensor.requires_grad and tensor.dtype in _OF_NUMPY
+
+
+_OF_NUMPY = {
+    *(torch.float16, torch.float32, torch.float64, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 
 
 def _error(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
     error = kind.__new__(kind, *args)  # which keeps them
+    # Python's own constructors also keep what is in no `args`, as that of a `UnicodeError` does.
+    own: Any = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    with contextlib.suppress(TypeError):
+        own.__init__(error, *args)
     vars(error).update(state)
     return error
 
@@ -193,6 +205,7 @@ class Peer:
     def _call(self, name: str, arguments: tuple[Any, ...]) -> tuple[Future[Any], int]:
         data = dumps((name, arguments))
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # so that an answer always finds it
         with self._lock:
             number, lost = next(self._ids), self._lost
             if lost is None:

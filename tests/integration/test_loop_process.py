@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -196,6 +198,29 @@ def test_hooks_of_a_subclass_are_called_there(tiny_model, server, tmp_path):
     make_trainer(tmp_path, callbacks=[recorder]).fit(make_module(tiny_model), data)
     assert all("WHAT IS" in g.prompt.text for g in groups_of(recorder))
     assert all(data.keep_group(g) for g in groups_of(recorder))
+
+
+class Random(RolloutDataModule):
+    """A hook that draws from the generators that `seed_everything` seeds."""
+
+    def make_prompt(self, row, tokenizer):
+        drawn = f"{random.random()} {np.random.rand()} {torch.rand(1).item()}"
+        return super().make_prompt({**row, "question": drawn}, tokenizer)
+
+
+def test_hooks_draw_the_same_numbers_again_after_seed_everything(
+    tiny_model, server, tmp_path, monkeypatch
+):
+    """Nor need the prompts be those that the trainer's process would draw, for the proof."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    texts = []
+    for run in ("a", "b"):
+        recorder = Recorder()
+        data = make_data(server, cls=Random, rollouts_in="process")
+        trainer = make_trainer(tmp_path / run, max_steps=1, callbacks=[recorder])
+        trainer.fit(make_module(tiny_model), data)
+        texts.append([g.prompt.text for g in groups_of(recorder)])
+    assert texts[0] == texts[1]
 
 
 class Unportable(RLVRWorkflow):

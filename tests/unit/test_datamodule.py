@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 
+import cloudpickle
 import pytest
 from datasets import Dataset, DatasetDict
+from lightning import Trainer
 from pandas import DataFrame
 from torch.utils.data import DataLoader
 
@@ -172,3 +175,20 @@ def test_what_needs_a_run_says_how_to_begin_one():
     data.close()
     assert data.state_dict() == {}
     assert data.health() == {}
+
+
+class ByStep(RolloutDataModule):
+    """A hook that asks the trainer."""
+
+    def keep_group(self, group):
+        return self.trainer.global_step > 3
+
+
+def test_a_hook_that_asks_for_the_trainer_in_another_process_is_told_where_it_can():
+    data = make_data(NeverServers(), cls=ByStep)
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    there = pickle.loads(cloudpickle.dumps(data))
+    with pytest.raises(ConfigError, match=r"`rollouts_in` must be `thread`.*`trainer.global_step`"):
+        there.keep_group(make_group())
+    data.trainer = None
+    assert pickle.loads(cloudpickle.dumps(data)).trainer is None

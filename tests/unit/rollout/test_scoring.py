@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import anyio
 import numpy as np
@@ -174,3 +175,20 @@ def test_a_reward_that_some_answers_please_may_run():
 def test_a_reward_that_never_gives_a_number_is_refused():
     assert "must return a number, got None" in tried(lambda completion: None)
     assert "from_trl" in tried(lambda completion: [1.0])
+
+
+def test_a_reward_that_no_other_process_can_have_is_refused_with_the_way_out():
+    lock = threading.Lock()
+
+    def guarded(completion: str) -> float:
+        with lock:
+            return 1.0
+
+    async def main():
+        async with RewardScorer([guarded], 1):
+            pass
+
+    with pytest.raises(ConfigError, match=r"guarded.*lock") as refused:
+        anyio.run(main)
+    assert "inside the function" in refused.value.way_out
+    assert "`limits.reward_processes`" in refused.value.way_out

@@ -28,13 +28,22 @@ def test_a_trajectory_arrives_as_it_was_to_the_last_bit():
         assert [type(x) for x in getattr(found, name)] == [type(x) for x in getattr(sent, name)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool],
+)
 def test_a_tensor_arrives_and_may_be_written_to(dtype):
     sent = torch.arange(6).reshape(2, 3).to(dtype)
     found = loads(dumps(sent))
-    assert torch.equal(found, sent)
+    assert torch.equal(found.to(torch.complex64), sent.to(torch.complex64))
     assert found.dtype is dtype
     found[0] = 1
+
+
+def test_a_sparse_and_a_negated_tensor_arrive():
+    sent = torch.tensor([1j]).conj()
+    assert torch.equal(loads(dumps(sent.imag)), sent.imag)
+    assert loads(dumps(torch.eye(2).to_sparse())).is_sparse
 
 
 class OddError(Exception):
@@ -52,6 +61,9 @@ class OddError(Exception):
         (BusyError("later", 3.0), ("wait_s",)),
         (RequestError("no", 404), ("status",)),
         (OddError(1, 2), ("left",)),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), ("object", "reason")),
+        (SyntaxError("bad", ("own.py", 1, 2, "x")), ("msg", "lineno")),
+        (SystemExit(3), ("code",)),
         (OSError(28, "No space left on device", "file"), ("errno", "filename")),
     ],
     ids=lambda value: type(value).__name__,
@@ -143,6 +155,17 @@ def test_a_cancelled_question_cancels_what_it_began(pair):
 
     assert asyncio.run(ask_and_leave())
     assert running.cancelled()
+
+
+def test_an_answer_that_nobody_waits_for_any_more_does_not_end_the_reading(pair):
+    ours, theirs = pair
+    late: Future[int] = Future()
+    theirs.handlers |= {"late": lambda: late, "seven": lambda: 7}
+    for each in (ours, theirs):
+        each.start()
+    ours.call("late").cancel()
+    late.set_result(1)
+    assert ours.call("seven").result(10) == 7
 
 
 def test_whoever_waits_hears_that_the_other_end_is_gone_also_who_asks_later(pair):
