@@ -164,10 +164,9 @@ def test_what_stands_in_data_is_left_as_it_stands(tmp_path, monkeypatch):
         refuse(tmp_path, "", "", f"--trainer.callbacks={callback}")
 
 
-def test_a_class_of_the_users_may_make_the_file_of_its_prompts_itself(tmp_path):
-    config = tmp_path / "c.yaml"
-    config.write_text("data:\n  class_path: mine.Data\n  prompts: made_later.csv\n")
-    refuse_missing_prompts(collect([("c.yaml", config)], []), [])
+def test_another_class_of_data_is_refused_with_what_takes_own_code_instead(tmp_path):
+    with pytest.raises(ConfigProblem, match=r"(?s)data.class_path.*must be left out.*'mine.Data'"):
+        refuse(tmp_path, "data:\n", "data:\n  class_path: mine.Data\n")
 
 
 def test_a_name_is_found_by_the_name_that_it_has_here(tmp_path, monkeypatch):
