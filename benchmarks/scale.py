@@ -26,12 +26,12 @@ from typing import Any
 import simpy
 from transformers import AutoConfig
 
-from lightning_grpo.plan.hardware import gpu_speed
-from lightning_grpo.plan.seconds import (
+from lightning_grpo.plan.hardware import (
     CAST_BYTES,
     COPY_SHARE,
     DECODE_BYTES,
     Packed,
+    gpu_speed,
     optimizer_seconds,
     training_seconds,
 )

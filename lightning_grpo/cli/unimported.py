@@ -75,7 +75,7 @@ def _refuse_other_data(data: Setting) -> None:
         named = data.value["class_path"]
         raise ConfigProblem(
             "data.class_path",
-            f"must be left out, since commands make the data module themselves, got {named.value!r}",
+            f"must be left out, since commands make their own data module, got {named.value!r}",
             named.where,
             "Its `prompts`, `workflow`, `keep_group` and `servers` take your own classes and"
             " functions. For a subclass write a program: `Trainer.fit(module, YourData(...))`.",

@@ -75,6 +75,7 @@ def test_a_process_makes_the_same_trajectories_weights_answers_and_checkpoints_a
     assert rollouts["version"] == others["version"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [("thread", "process"), ("process", "thread")])
 def test_a_run_goes_on_where_it_stopped_in_the_other_place(tiny_model, tmp_path, strictly, order):
     straight, _, end = fit(tiny_model, tmp_path / "straight", order[0], max_staleness=0)
@@ -208,6 +209,7 @@ class Random(RolloutDataModule):
         return super().make_prompt({**row, "question": drawn}, tokenizer)
 
 
+@pytest.mark.slow
 def test_hooks_draw_the_same_numbers_again_after_seed_everything(
     tiny_model, server, tmp_path, monkeypatch
 ):
