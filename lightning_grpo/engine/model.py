@@ -6,6 +6,7 @@ slot, so a prompt's keys and values are copied into as many slots as ask for the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,9 +198,11 @@ class PromptState:
         """Length of the prompt."""
         return self.kv.shape[3]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """What it takes, in tokens: states count as many as their numbers are."""
+        if not self.states:
+            return self.num_tokens
         numbers = sum(state.numel() for state in self.states.values())
         per_token = self.kv[:, :, :, 0].numel() if self.num_tokens else 1
         return self.num_tokens + numbers // max(1, per_token)
