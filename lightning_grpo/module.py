@@ -381,7 +381,7 @@ class GRPOModule(EvaluatedModule):
         check_sized(self.trainer)
         if self._to_log is not None:
             raise ConfigError(
-                f"{self._overridden('on_before_optimizer_step')}",
+                self._overridden("on_before_optimizer_step"),
                 "must call `super().on_before_optimizer_step(optimizer)`, which logs the metrics of"
                 " a step: those of the last one are nowhere",
             )

@@ -162,8 +162,9 @@ class WeightSync(Callback):
         module: Trained = pl_module  # type: ignore[assignment]
         report = data.publish(module.sharding_root(), trained=trained)
         # Only code of the user's could change weights between a step and a validation.
-        may_change = trainer.enable_validation and strangers(trainer, pl_module)
-        if may_change and (trained or self._published is None):
+        if trained and not trainer.enable_validation:
+            self._published = None  # nobody looks before a test, which publishes first
+        elif strangers(trainer, pl_module) and (trained or self._published is None):
             self._published = first_values(dict(pl_module.named_parameters()))
         return report
 

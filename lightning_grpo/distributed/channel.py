@@ -52,8 +52,9 @@ def reduced(metrics: Metrics, device: torch.device) -> Callable[[], Metrics]:
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(sums)
         distributed.all_reduce(maxima, op=distributed.ReduceOp.MAX)
-    sums, maxima = (each.to("cpu", non_blocking=True) for each in (sums, maxima))
     arrived = torch.cuda.Event() if device.type == "cuda" else None
+    meanwhile = arrived is not None  # what can't be waited for is copied at once
+    sums, maxima = (each.to("cpu", non_blocking=meanwhile) for each in (sums, maxima))
     if arrived is not None:
         arrived.record()
 

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import balance, plan_ranks
+from lightning_grpo.policy.packed import MAX_KEPT_PROBABILITIES
 from lightning_grpo.policy.size import (
     FULL,
     HALF,
@@ -364,11 +365,10 @@ def _pass_seconds(
     predicted = round(tokens * predicted_share)
     blocks, head = training_flops(size, packed.lengths, predicted, setup.trained_fraction)
     blocks *= packed.unique / tokens
-    again = (
-        2 * size.vocab * size.hidden * predicted
-        if predicted * size.vocab > setup.chunk_logits
-        else 0
-    )
+    kept = predicted if predicted * size.vocab <= setup.chunk_logits else 0
+    if setup.compiled and setup.half:
+        kept = max(kept, MAX_KEPT_PROBABILITIES // size.vocab)
+    again = 2 * size.vocab * size.hidden * max(0, predicted - kept)
     factor = 4 / 3 if setup.checkpointing else 1.0
     each = PASSES * kept_numbers(size, compiled=setup.compiled)
     if setup.trained_fraction < 1:

@@ -331,9 +331,9 @@ class _Head(torch.autograd.Function):
         hidden, weight, _, temperature, _, entropy, log_sum, *_ = ctx.saved_tensors
         tensors = (temperature, log_sum, entropy, grad_logprobs)
         temperature, log_sum, *own = _parts(start, ctx.rows, *tensors)
-        of_entropy = (
-            None if grad_entropy is None else grad_entropy[start : start + ctx.rows].clone()
-        )
+        of_entropy = None
+        if grad_entropy is not None:
+            (of_entropy,) = _parts(start, ctx.rows, grad_entropy)
         if kept is not None and ctx.keeps_probabilities:
             more = (temperature, *own, of_entropy)
             return cast("Tensor", _run(_grad_of_kept, ctx.compiled, kept, *more))

@@ -84,6 +84,23 @@ def test_weights_that_a_callback_swaps_are_refused_unless_they_stay_beside(
         trainer.fit(make_module(tiny_model), data)
 
 
+class AtTests(Average):
+    def on_test_epoch_start(self, trainer, pl_module) -> None:
+        self.swap(pl_module)
+
+
+def test_weights_that_are_swapped_for_a_test_are_refused_after_a_run_without_validations(
+    tiny_model, server, tmp_path
+):
+    trainer = make_trainer(tmp_path, callbacks=[AtTests()], max_steps=2, limit_val_batches=0)
+    module, data = make_module(tiny_model), make_data(server, val_prompts=make_prompts(2))
+    trainer.fit(module, data)
+    with pytest.raises(
+        ConfigError, match=r"weights must stay as they were published.* AtTests has"
+    ):
+        trainer.test(module, data)
+
+
 def test_a_module_that_swaps_its_weights_is_refused_too(tiny_model, server, tmp_path):
     class Mine(GRPOModule):
         def on_validation_epoch_start(self) -> None:
