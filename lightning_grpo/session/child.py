@@ -29,8 +29,8 @@ from lightning_grpo.policy.size import ModelSize
 from lightning_grpo.rollout.scoring import die_with, told
 from lightning_grpo.session.assembly import Beginning, QuietHeap
 from lightning_grpo.session.material import SessionSettings, open_material
+from lightning_grpo.session.pipe import Peer, loads
 from lightning_grpo.session.rollouts import Publish, ThreadRollouts
-from lightning_grpo.session.wire import Peer, loads
 from lightning_grpo.weights.transport import Place, Snapshot, Target, Transport
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

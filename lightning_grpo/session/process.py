@@ -32,8 +32,8 @@ from lightning_grpo.rollout.scoring import told
 from lightning_grpo.session.assembly import Beginning
 from lightning_grpo.session.child import TargetFacts
 from lightning_grpo.session.material import Material, SessionSettings
+from lightning_grpo.session.pipe import Peer, dumps, loads
 from lightning_grpo.session.rollouts import Publish, Rollouts, Serving, ThreadRollouts
-from lightning_grpo.session.wire import Peer, dumps, loads
 from lightning_grpo.types import Group, RolloutProgress, ServerActivity
 from lightning_grpo.weights.proof import SentScores
 from lightning_grpo.weights.publisher import PublishReport

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_grpo.errors import BusyError, ConfigError, RequestError, RolloutError
-from lightning_grpo.session.wire import Peer, RemoteTraceback, dumps, loads
+from lightning_grpo.session.pipe import Peer, RemoteTraceback, dumps, loads
 from lightning_grpo.types import RouterShape, Routes, Trajectory
 
 
