@@ -11,7 +11,7 @@ import pytest
 
 from lightning_grpo.report.answers import choose_answers
 from lightning_grpo.report.page import PageServer, page_data, render_page
-from lightning_grpo.report.run import read_runs
+from lightning_grpo.report.run import read_runs, stamp
 from tests.fakes.browser import Browser, missing_browser
 from tests.fakes.report_runs import (
     BEGAN,
@@ -451,8 +451,7 @@ def test_a_served_page_takes_in_new_steps_and_keeps_what_was_chosen(page, tmp_pa
         runs = read_runs([folder])
         return page_data(runs, choose_answers(runs))
 
-    files = lambda: len(list(folder.glob("trajectories/*")))  # noqa: E731 - a stamp
-    server = PageServer(read, files, refresh_s=0.2)
+    server = PageServer(read, lambda: stamp([folder]), refresh_s=0.2)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
