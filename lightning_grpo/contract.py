@@ -44,7 +44,7 @@ from lightning_grpo.servers.base import Servers
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.session.material import RolloutsIn
 from lightning_grpo.session.session import Session
-from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy, row_ranks_of
 from lightning_grpo.types import RolloutProgress, Sampling, ServerActivity
 from lightning_grpo.validation import EvaluationRecord
 
@@ -384,6 +384,7 @@ def training_setup(
         reference=reference,
         chunk_logits=largest_chunk(torch.device(device_type)),
         shard_size=None if sharding is None else sharding.shard_size,
+        row_ranks=row_ranks_of(strategy),
     )
 
 
@@ -471,18 +472,20 @@ def check_sizes(
         )
 
 
-def check_ranks(num_ranks: int, num_sequences: int) -> None:
+def check_ranks(num_ranks: int, num_sequences: int, row_ranks: int = 1) -> None:
     """Refuse more ranks than a minibatch has sequences: some would never have work.
 
     Args:
         num_ranks: Of the Trainer, over all nodes.
         num_sequences: Of one minibatch.
+        row_ranks: Ranks that compute each sequence together.
     """
-    if num_ranks > num_sequences:
+    if num_ranks > num_sequences * row_ranks:
+        together = f", {row_ranks} of which compute each sequence together" * (row_ranks > 1)
         raise ConfigError(
             f"`trainer.devices` x `trainer.num_nodes` must be at most the sequences of a minibatch "
             f"(`batch_size` / `minibatches_per_batch` x `group_size` = {num_sequences}), got "
-            f"{num_ranks} ranks. Use fewer devices, or raise `data.batch_size`."
+            f"{num_ranks} ranks{together}. Use fewer devices, or raise `data.batch_size`."
         )
 
 

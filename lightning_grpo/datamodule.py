@@ -33,6 +33,7 @@ from lightning_grpo.session.material import RolloutsIn, SessionSettings
 from lightning_grpo.session.session import ReplaySession, Session, connect_ranks, open_session
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import use_atomic_checkpoints
+from lightning_grpo.strategies.fsdp2 import row_ranks_of
 from lightning_grpo.types import Group, Prompt, RolloutProgress, ServerActivity
 from lightning_grpo.validation import (
     Evaluation,
@@ -190,17 +191,17 @@ class RolloutDataModule(L.LightningDataModule):
         epoch_steps = self._epoch_batches(session.num_prompts) * self.steps_per_rollout
         if stage == TrainerFn.FITTING:
             contract.check_intervals(trainer, self.steps_per_rollout, epoch_steps)
-        self.check_ranks(trainer.world_size)
+        self.check_ranks(trainer)
         self._adapt(trainer, stage)
         self._steps_before = None
         if stage != TrainerFn.FITTING:
             session.remaining_batches = 0
         session.start()
 
-    def check_ranks(self, num_ranks: int) -> None:
+    def check_ranks(self, trainer: L.Trainer) -> None:
         """Refuse more ranks than a minibatch has sequences."""
         sequences = self.batch_size // self.minibatches_per_batch * self.group_size
-        contract.check_ranks(num_ranks, sequences)
+        contract.check_ranks(trainer.world_size, sequences, row_ranks_of(trainer.strategy))
 
     def _adapt(self, trainer: L.Trainer, stage: str) -> None:
         settings: Any = trainer  # Lightning sets these in helpers, unseen by type checkers
@@ -229,8 +230,10 @@ class RolloutDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """Minibatches of rollouts; sized, so that Lightning fetches none ahead."""
-        module: Trained = self._attached.lightning_module  # type: ignore[assignment]
-        return self.batches(module.prepare_rollout, module.max_tokens_per_microbatch)
+        trainer = self._attached
+        module: Trained = trainer.lightning_module  # type: ignore[assignment]
+        row_ranks = row_ranks_of(trainer.strategy)
+        return self.batches(module.prepare_rollout, module.max_tokens_per_microbatch, row_ranks)
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         """One loader for each set of held-out prompts, answered by the servers."""
@@ -303,12 +306,18 @@ class RolloutDataModule(L.LightningDataModule):
             raise
         self.session.start()
 
-    def batches(self, prepare: Prepare, max_tokens_per_microbatch: int = 16384) -> RolloutLoader:
+    def batches(
+        self,
+        prepare: Prepare,
+        max_tokens_per_microbatch: int = 16384,
+        sequence_parallel_size: int = 1,
+    ) -> RolloutLoader:
         """The sized loader of minibatches.
 
         Args:
             prepare: Scalars of a rollout batch to advantages and which trajectories are trained.
             max_tokens_per_microbatch: Token budget of a micro-batch.
+            sequence_parallel_size: Ranks that get the same tokens, as `parallelize` was told.
         """
         session = self._open_session
         shape = Shape(
@@ -316,6 +325,7 @@ class RolloutDataModule(L.LightningDataModule):
             self.passes_per_batch,
             max_tokens_per_microbatch,
             session.channel.world_size,
+            sequence_parallel_size,
         )
         return RolloutLoader(session, prepare, shape, self._epoch_batches(session.num_prompts))
 

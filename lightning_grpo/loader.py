@@ -330,13 +330,20 @@ class Shape:
         minibatches: Optimizer steps of one pass.
         passes: Passes over the rollout batch.
         max_tokens: Token budget of a micro-batch.
-        num_ranks: Ranks that share the tokens.
+        num_ranks: All ranks.
+        row_ranks: Of these, neighbours that compute each row together: they get the same tokens.
     """
 
     minibatches: int
     passes: int
     max_tokens: int
     num_ranks: int = 1
+    row_ranks: int = 1
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the tokens are cut."""
+        return self.num_ranks // self.row_ranks
 
     @property
     def steps(self) -> int:
@@ -443,20 +450,21 @@ def split(taken: Taken, prepared: Prepared, shape: Shape) -> list[RankShare]:
     trajectories = [t for g in groups for t in g.trajectories]
     whole = Sequences.from_trajectories(trajectories, range(len(trajectories)))
     lengths = whole.lengths.tolist()
-    rank_plans: list[list[MinibatchPlan]] = [[] for _ in range(shape.num_ranks)]
+    rank_plans: list[list[MinibatchPlan]] = [[] for _ in range(shape.shares)]
     denominators = []
     in_loss = torch.ones_like(prepared.trained) if prepared.in_loss is None else prepared.in_loss
     for first, last in _minibatch_bounds(groups, shape.minibatches):
         rows = [i for i in range(first, last) if prepared.trained[i]]
         row_lengths = [lengths[i] for i in rows]
-        shares = balance(row_lengths, shape.num_ranks)
+        shares = balance(row_lengths, shape.shares)
         plans = plan_ranks(row_lengths, shares, shape.max_tokens)
         for rank, plan in enumerate(plans):
             # Every rank joins every reduction: one without a sequence has an empty micro-batch.
             rank_plans[rank].append([[rows[j] for j in micro] for micro in plan or [[]]])
         counted = [i for i in range(first, last) if in_loss[i]]
         denominators.append(taken.batch.denominators(counted))
-    return [_rank_share(whole, plans, denominators) for plans in rank_plans]
+    shared = [_rank_share(whole, plans, denominators) for plans in rank_plans]
+    return [share for share in shared for _ in range(shape.row_ranks)]
 
 
 def _minibatch_bounds(groups: list[Group], minibatches: int) -> list[tuple[int, int]]:

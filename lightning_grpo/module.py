@@ -62,7 +62,7 @@ from lightning_grpo.policy.lora import LoRA, export_adapter
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.shipped import resolve_path
 from lightning_grpo.strategies.checkpoints import forget_foreign_paths, require_own_weights
-from lightning_grpo.strategies.fsdp2 import gradient_sync, reshard
+from lightning_grpo.strategies.fsdp2 import gradient_sync, reshard, row_ranks_of
 from lightning_grpo.validation import EvaluatedModule
 from lightning_grpo.weights.gather import gather_weights
 
@@ -220,11 +220,12 @@ class GRPOModule(EvaluatedModule):
                 "`compile` needs a C compiler, and there is no cc, gcc or clang on the PATH. "
                 "Install one (`apt install gcc`), or leave `compile` out."
             )
+        row_ranks = row_ranks_of(self._trainer and self._trainer.strategy)
         builds_own = type(self).build_policy is not GRPOModule.build_policy
         if not builds_own and self.policy is None:
             kwargs, replays = self._model_kwargs, self.router_replay
-            check_architecture(self.model_path, kwargs, self._try_out, replays)
-        self._reference.check()
+            check_architecture(self.model_path, kwargs, self._try_out, replays, row_ranks)
+        self._reference.check(row_ranks)
 
     def _try_out(self, model: PreTrainedModel) -> None:
         """Prepare a model without values, and build optimizer and schedule for its shapes."""
@@ -420,12 +421,14 @@ class GRPOModule(EvaluatedModule):
                     policy, batch, k, self.device, self.token_loss
                 )
                 # Strategies average gradients over ranks; the denominators are already global.
+                # Ranks that compute a row together have one loss, and each a part of its gradient.
                 loss = loss * self.trainer.world_size
                 if not last:
                     self.trainer.strategy.backward(loss, None)
             metrics = merge(metrics, more)
         if first_time:
-            self._to_log = batch, reduced(metrics, self.device)
+            copies = row_ranks_of(self.trainer.strategy)
+            self._to_log = batch, reduced(metrics, self.device, copies)
         return loss
 
     def _log_step(self, batch: Minibatch, metrics: Metrics) -> None:
@@ -580,6 +583,8 @@ class GRPOModule(EvaluatedModule):
         if self.lora is not None:
             model += f", of which {self.lora} trains {trained / 1e6:.2f}M"
         passes = f"micro-batches of at most {self.max_tokens_per_microbatch:,} tokens"
+        if (row_ranks := row_ranks_of(self.trainer.strategy)) > 1:
+            passes += f", each on {row_ranks} ranks together"
         if self.gradient_checkpointing:
             passes += ", activations computed again in the backward pass"
         if self.compiles:

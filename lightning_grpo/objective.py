@@ -255,14 +255,18 @@ class ReferencePolicy:
         self._is_base = has_adapter and kl is not None and kl.reference is None
         self._policy: PackedPolicy | None = None
 
-    def check(self) -> None:
+    def check(self, row_ranks: int = 1) -> None:
         """Refuse a reference of another model that can't score packed sequences.
+
+        Args:
+            row_ranks: How many ranks would compute each row together.
 
         Raises:
             ConfigError: Why not, and what to use instead.
         """
         if self._kl is not None and self._kl.reference is not None:
-            check_reference(resolve_path(self._path), resolve_path(self._model), self._model_kwargs)
+            paths = resolve_path(self._path), resolve_path(self._model)
+            check_reference(*paths, self._model_kwargs, row_ranks)
 
     @contextmanager
     def on(

@@ -87,8 +87,14 @@ class Replay:
     num_choices: int = 0
     num_told: int = 0
 
-    def begin(self, experts: Tensor, routers: RouterReplay) -> None:
-        """Bring the experts of the tokens that a pass computes, on its device; counts anew."""
+    def begin(self, experts: Tensor, routers: RouterReplay, num_tokens: int) -> None:
+        """Bring the experts of the tokens that a pass computes, on its device; counts anew.
+
+        Args:
+            experts: `[tokens, layers, top_k]`.
+            routers: Of the model.
+            num_tokens: The first so many count; what follows fills up.
+        """
         if experts.shape[1:] != (routers.shape.layers, routers.shape.top_k):
             raise ValueError(
                 f"`experts` must be [tokens, {routers.shape.layers}, {routers.shape.top_k}], got "
@@ -96,7 +102,7 @@ class Replay:
             )
         self.computed = experts
         self.counts = torch.zeros(2, dtype=torch.int64, device=experts.device)
-        self.num_choices = len(experts) * routers.num_routers
+        self.num_choices = num_tokens * routers.num_routers
 
     def metrics(self, nothing: bool = False) -> Metrics:
         """`moe/...`, over the choices of one pass; to be read before its backward.

@@ -48,6 +48,7 @@ from lightning_grpo.errors import StopRun, require_count
 from lightning_grpo.loader import Minibatch, policy_logprobs
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.rollout.records import write_groups
+from lightning_grpo.strategies.fsdp2 import row_ranks_of
 from lightning_grpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -560,7 +561,8 @@ class StepTimer(Callback):
         tokens = int(batch.rollout.denominators[batch.index].tokens)
         logged["throughput/tokens_per_s"] = tokens / period
         if self._peak is not None:
-            logged["throughput/mfu"] = self._flops(pl_module, batch) / period / self._peak
+            flops = self._flops(pl_module, batch) / row_ranks_of(trainer.strategy)
+            logged["throughput/mfu"] = flops / period / self._peak
             logged["health/gpu_peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         data: RolloutDataModule = trainer.datamodule  # type: ignore[attr-defined]
         logged |= data.health()

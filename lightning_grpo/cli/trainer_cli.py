@@ -259,7 +259,7 @@ class GRPOCLI(LightningCLI):
         """Run; to leave in the middle with status 0 is not to have trained."""
         if isinstance(self.datamodule, RolloutDataModule):
             # Before a process is started for each of them.
-            self.datamodule.check_ranks(self.trainer.world_size)
+            self.datamodule.check_ranks(self.trainer)
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as leaving:
@@ -416,6 +416,10 @@ class UnrunCLI(GRPOCLI):
         pass
 
 
+_OF_ONE_RANK = {"shard_size": None, "sequence_parallel_size": 1, "cpu_offload": False}
+"""Settings of `FSDP2Strategy` that need ranks or GPUs, as a single CPU has them."""
+
+
 class PlannedCLI(UnrunCLI):
     """Builds, on this machine's CPU, what a command would run on a machine with its GPUs.
 
@@ -431,8 +435,8 @@ class PlannedCLI(UnrunCLI):
     def __init__(self, *others: Any, machine: Machine, **more: Any) -> None:
         self.machine = machine
         self.training: list[int] = []
-        self.ranks = 1
-        self._offloads = False
+        self.ranks = self._per_machine = 1
+        self._of_strategy: dict[str, Any] = {}  # settings that need the ranks, or the GPUs
         super().__init__(*others, **more)
 
     def _share_gpus(self, config: Any) -> None:
@@ -451,18 +455,20 @@ class PlannedCLI(UnrunCLI):
             processes = _devices(trainer.devices, range(MOST_SERVERS), [0])
         else:
             processes = self.training = _devices(trainer.devices, present, present)
-        self.ranks = len(processes) * trainer.num_nodes
+        self._per_machine, self.ranks = len(processes), len(processes) * trainer.num_nodes
         trainer.accelerator, trainer.devices, trainer.num_nodes = "cpu", 1, 1
         settings = trainer.strategy.get("init_args") if "class_path" in trainer.strategy else None
         if settings is not None and "data_parallel_size" in settings:  # of a number of GPUs
             settings.data_parallel_size = "auto"
-            self._offloads, settings.cpu_offload = settings.cpu_offload, False
+            for name, alone in _OF_ONE_RANK.items():
+                self._of_strategy[name], settings[name] = settings[name], alone
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build it, and give the strategy back what a CPU must not be told."""
         trainer = super().instantiate_trainer(**kwargs)
         if isinstance(trainer.strategy, FSDP2Strategy):
-            trainer.strategy.cpu_offload = self._offloads
+            vars(trainer.strategy).update(self._of_strategy)
+            trainer.strategy.check_ranks(self._per_machine, self.ranks // self._per_machine)
         return trainer
 
 

@@ -95,6 +95,7 @@ def run_checks(run: GRPOCLI, root: Path, scratch: Path, start: bool) -> Iterator
         start: Whether to start the servers.
     """
     module: GRPOModule = run.model
+    module.trainer = run.trainer  # as `fit` does: what a model must be depends on the strategy
     data: RolloutDataModule = run.datamodule
     opened: list[Material] = []
     yield "trainer", lambda: trainer_settings(run.trainer, data)
@@ -117,7 +118,7 @@ def trainer_settings(trainer: Any, data: RolloutDataModule) -> Iterator[CheckRes
     """Trainer settings that can't work with rollouts, or with this machine."""
     check_trainer(trainer)
     strategy, ranks = type(trainer.strategy).__name__, trainer.world_size
-    data.check_ranks(ranks)
+    data.check_ranks(trainer)
     found = f"{strategy}, {ranks} rank{'' if ranks == 1 else 's'}"
     here, cores = ranks // trainer.num_nodes, len(os.sched_getaffinity(0))
     if isinstance(trainer.accelerator, CPUAccelerator) and here > cores:
@@ -355,6 +356,7 @@ def read_facts(
 def _facts_of(run: PlannedCLI, scratch: Path, gpu: str, completion: int | None) -> RunFacts:
     module, data = run.model, run.datamodule
     check_trainer(run.trainer)
+    module.trainer = run.trainer
     module.check_model()
     data.servers.machine, data.run_dir = run.machine, scratch
     check_gpus(run.training, data.servers.planned_devices if run.training else ())

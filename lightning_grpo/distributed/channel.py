@@ -41,8 +41,13 @@ from lightning_grpo.distributed.heartbeat import (
 from lightning_grpo.errors import RankError, StopRun
 
 
-def reduced(metrics: Metrics, device: torch.device) -> Callable[[], Metrics]:
+def reduced(metrics: Metrics, device: torch.device, copies: int = 1) -> Callable[[], Metrics]:
     """Begin to reduce metrics over all ranks: two all-reduces; every rank has the same names.
+
+    Args:
+        metrics: This rank's.
+        device: Where they are reduced.
+        copies: Ranks that compute the same tokens, which count once.
 
     Returns:
         A function that returns them. It waits for the GPU's work up to here, not for what is
@@ -52,6 +57,7 @@ def reduced(metrics: Metrics, device: torch.device) -> Callable[[], Metrics]:
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(sums)
         distributed.all_reduce(maxima, op=distributed.ReduceOp.MAX)
+        sums = sums / copies
     arrived = torch.cuda.Event() if device.type == "cuda" else None
     meanwhile = arrived is not None  # what can't be waited for is copied at once
     sums, maxima = (each.to("cpu", non_blocking=meanwhile) for each in (sums, maxima))

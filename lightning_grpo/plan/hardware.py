@@ -323,8 +323,8 @@ class Workload:
         """
         trained = max(1, round(self.completions * self.trained_share / self.minibatches))
         lengths = [max(2, round(self.prompt + self.completion))] * trained
-        plan = plan_ranks(lengths, balance(lengths, setup.ranks), setup.max_tokens)[0]
-        each = self.group / setup.ranks
+        plan = plan_ranks(lengths, balance(lengths, setup.shares), setup.max_tokens)[0]
+        each = self.group / setup.shares
         return [self._packed([lengths[i] for i in rows], trained, each) for rows in plan]
 
     def _packed(self, lengths: list[int], trained: int, each: float) -> Packed:
@@ -379,8 +379,20 @@ def _pass_seconds(
     moved += logit_passes * FULL * size.vocab * predicted
     flops = speed.flops if setup.half else speed.single
     gpu = (blocks * factor + head + again) / flops + moved / speed.bandwidth
+    gpu = gpu / setup.row_ranks + _exchange_seconds(size, setup, packed.unique, speed)
     host = size.layers * speed.block_s * factor
     return max(gpu + _parameter_seconds(size, setup, speed), host)
+
+
+def _exchange_seconds(size: ModelSize, setup: TrainingSetup, tokens: int, speed: Speed) -> float:
+    """Of a rank that computes a row with others: what it sends in attention, forward and backward.
+
+    Queries, keys and values of its tokens go out, and what attention gives comes back.
+    """
+    passes = 3 if setup.checkpointing else 2
+    sent = size.attending * (2 * size.query_width + size.kv_width) * setup.bytes_each
+    others = (setup.row_ranks - 1) / setup.row_ranks
+    return passes * sent * tokens / setup.row_ranks * others / speed.link
 
 
 def _parameter_seconds(size: ModelSize, setup: TrainingSetup, speed: Speed) -> float:

@@ -384,7 +384,8 @@ def _other_servers(facts: RunFacts, servers: SGLangServers) -> Iterator[tuple[st
     setup, present = facts.setup, facts.machine.present
     is_default = setup.keeps == (setup.ranks == 1)
     for split in range(1, len(present) if len(facts.training) == facts.setup.ranks else 0):
-        if split == len(facts.training) or (len(present) - split) % servers.tp:
+        uneven = split % setup.row_ranks or (len(present) - split) % servers.tp
+        if split == len(facts.training) or uneven:
             continue
         other = copy.copy(servers)
         other.devices = present[split:]
@@ -470,9 +471,10 @@ def _training_words(part: str, facts: RunFacts) -> str:
     tokens = setup.bounded(work.completions // work.minibatches, facts.load.context_tokens)
     sharded = f", over {setup.shards} GPUs" if setup.shards > 1 else ""
     each = size.layers * kept_numbers(size, compiled=setup.compiled) * setup.bytes_each / MIB
-    kept = f"{tokens.max_tokens:,} tokens in a micro-batch x {each:.1f} MiB"
+    together = f", over {setup.row_ranks} GPUs" if setup.row_ranks > 1 else ""
+    kept = f"{tokens.max_tokens:,} tokens in a micro-batch x {each:.1f} MiB{together}"
     if setup.checkpointing:
-        kept = f"{tokens.max_tokens:,} tokens: blocks' inputs, and one block's own"
+        kept = f"{tokens.max_tokens:,} tokens{together}: blocks' inputs, and one block's own"
     return {
         "weights": f"{size.parameters / 1e9:.2f}B parameters in fp32{sharded}",
         "gradients": "fp32, summed over micro-batches, whole on each rank",

@@ -35,6 +35,7 @@ from lightning_grpo._compat import window_in_mask
 from lightning_grpo.algorithm.batch import to_device, token_positions
 from lightning_grpo.algorithm.layers import ScoreForm, bent_attention, causal_mask
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.sequence_parallel import RowShare
 
 try:  # Prototype in torch, seen in 2.11 to 2.13; without it the padded form serves.
     from torch.nn.attention.varlen import varlen_attn as _varlen_attn
@@ -161,7 +162,10 @@ class PackedLayout:
         repeats: Positions of the tokens that are not among the unique ones, int64.
         positions: Of each unique token within its sequences, int64 `[unique]`.
         attended: How often attention was computed by it, where nothing is compiled.
+        share: This rank's part of the unique tokens, where several compute them together.
     """
+
+    share: RowShare | None = None
 
     def __init__(
         self,
@@ -211,6 +215,15 @@ class PackedLayout:
         """How many."""
         return len(self.lengths)
 
+    def own(self, values: Tensor, filling: int = 0) -> Tensor:
+        """Of values of unique tokens, `[unique, ...]`, those that this rank computes."""
+        return values if self.share is None else self.share.own(values, filling)
+
+    @property
+    def num_own(self) -> int:
+        """How many unique tokens this rank computes."""
+        return len(self.unique) if self.share is None else self.share.num_own
+
     def tokens_of(self, rows: Sequence[int]) -> Tensor:
         """Positions of the tokens of some sequences, int64; where nothing is shared."""
         spans = [range(self._starts[i], self._starts[i] + self.lengths[i]) for i in rows]
@@ -238,6 +251,27 @@ class PackedLayout:
             buckets.append(LengthBucket(index.flatten().to(device), len(members), length))
             offset += index.numel()
         return buckets, rows.to(self.cu_seqlens.device)
+
+
+def predicted_positions(layout: PackedLayout, positions_mask: Tensor | None = None) -> Tensor:
+    """Positions t whose token is predicted from t - 1: the one place that knows the shift.
+
+    The first token of a sequence has nothing before it and is never among them; nor is one whose
+    t - 1 another rank computes. int64.
+    """
+    num_tokens, device = layout.num_tokens, layout.cu_seqlens.device
+    if layout.num_sequences == 1 and positions_mask is None:
+        found = torch.arange(1, max(1, num_tokens), device=device)
+    else:
+        wanted = torch.ones(num_tokens, dtype=torch.bool, device=device)
+        if positions_mask is not None:
+            wanted &= positions_mask
+        starts = layout.cu_seqlens[:-1].long()
+        wanted[starts[starts < num_tokens]] = False
+        found = wanted.nonzero().squeeze(1)
+    if layout.share is None:
+        return found
+    return found[layout.share.holds(layout.unique_of[found - 1])]
 
 
 def shared_prefixes(input_ids: Tensor, cu_seqlens: Tensor, experts: Tensor | None = None) -> Tensor:
@@ -320,25 +354,41 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
             f"`model` must have no biases of positions in its attention, {type(module).__name__} "
             "has a `position_bias`. Way out: a model without it, such as Qwen3 or Llama."
         )
-    form = ScoreForm.of(more)
+    form, share = ScoreForm.of(more), packing.share
     compiling = torch.compiler.is_compiling()
     # The kernel knows neither caps nor sinks: on GPUs, too, they take the padded form, which is
     # slower and needs memory of length squared.
     takes_kernel = form is None and has_packed_kernel(query)
-    if compiling and not takes_kernel:
+    if compiling and (share is not None or not takes_kernel):
         given = (module, query, key, value, attention_mask, scaling, sliding_window, packing)
         return _unseen(*given, **more)
     packing.attended += not compiling
     window = sliding_window or window_in_mask(module)
-    if not compiling and packing.num_sequences == 1:
-        out = causal_attention(query, key, value, scaling, window, form)
-        return out.transpose(1, 2), None
+    if share is None:
+        return _attend(query, key, value, packing, scaling, window, form), None
+    query, key, value = share.by_heads(query, key, value)
+    out = _attend(query, key, value, packing, scaling, window, share.form(form))
+    return share.by_tokens(out), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: PackedLayout,
+    scale: float | None,
+    window: int | None,
+    form: ScoreForm | None,
+) -> Tensor:
+    """All `[1, heads, unique, head_dim]`; gives `[1, unique, heads, head_dim]`."""
+    if not torch.compiler.is_compiling() and packing.num_sequences == 1:
+        return causal_attention(query, key, value, scale, window, form).transpose(1, 2)
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    if takes_kernel:
-        out = varlen_attention(query, key, value, packing, scaling, window)
+    if form is None and has_packed_kernel(query):
+        out = varlen_attention(query, key, value, packing, scale, window)
     else:
-        out = padded_attention(query, key, value, packing, scaling, window, form)
-    return out.unsqueeze(0), None
+        out = padded_attention(query, key, value, packing, scale, window, form)
+    return out.unsqueeze(0)
 
 
 # The work of the padded form depends on where sequences begin, which is no reason to compile again.
@@ -557,7 +607,7 @@ class RowFactors:
         kinds = [str(rope["rope_type"]) for rope, _ in ropes]
         self._rotaries: list[Any] = [m for m in model.modules() if _is_of(m, kinds)]
         for rotary in self._rotaries:
-            rotary.groups = None
+            rotary.groups = rotary.row = None
             rotary.forward = MethodType(_forward, rotary)
 
     def are_one(self, lengths: Sequence[int]) -> bool:
@@ -570,12 +620,12 @@ class RowFactors:
         groups = self._groups(layout.lengths)
         tokens = [layout.tokens_of(rows) for rows in groups] if len(groups) > 1 else None
         for rotary in self._rotaries:
-            rotary.groups = tokens
+            rotary.groups, rotary.row = tokens, None if layout.share is None else layout
         try:
             yield
         finally:
             for rotary in self._rotaries:
-                rotary.groups = None
+                rotary.groups = rotary.row = None
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Sequences with the same factors, by their index."""
@@ -593,6 +643,13 @@ def _forward(self: Any, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: A
             type(self).forward(self, x, torch.zeros_like(positions[..., :1]), *args, **kwargs)
         return type(self).forward(self, x, positions, *args, **kwargs)
 
+    if self.row is not None:  # a slice does not tell how long its sequences are
+        row, self.row = self.row, None
+        whole = self.forward(x, row.positions.unsqueeze(0), *args, **kwargs)
+        self.row = row
+        tensors = (whole,) if isinstance(whole, Tensor) else whole
+        parts = [row.own(each[0]).unsqueeze(0) for each in tensors]
+        return parts[0] if isinstance(whole, Tensor) else tuple(parts)
     dynamic = "dynamic" in str(self.rope_type)
     if self.groups is None:
         return own(position_ids)

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from lightning_grpo.algorithm.layers import Replay
 from lightning_grpo.errors import ConfigError
+from lightning_grpo.policy.attention import size_of
 from lightning_grpo.policy.load import load_policy, load_tokenizer
 from lightning_grpo.policy.packed import PackedPolicy
+from lightning_grpo.policy.recurrent import recurrent_parts
 
 _ROW_TOKENS = 16
 _RENAMED = 0.01
@@ -27,6 +29,7 @@ def check_architecture(
     model_kwargs: dict[str, Any] | None = None,
     adapt: Callable[[PreTrainedModel], None] | None = None,
     router_replay: bool = False,
+    row_ranks: int = 1,
 ) -> None:
     """Refuse a model that the packed pass can't compute, by one pass over shapes without values.
 
@@ -35,11 +38,13 @@ def check_architecture(
         model_kwargs: For `from_pretrained`.
         adapt: What is done to the model once it is built (`LoRA.add_to`).
         router_replay: Whether its routers must take the experts that they are told.
+        row_ranks: How many ranks would compute each row together.
 
     Raises:
         ConfigError: Why it can't be trained, and what to use instead.
     """
     policy = load_policy(model, meta=True, model_kwargs=model_kwargs)
+    check_splittable(policy, row_ranks)
     if adapt is not None:
         adapt(policy)
     packed = PackedPolicy(policy, router_replay=router_replay)
@@ -55,6 +60,30 @@ def check_architecture(
             pass  # what depends on values (the routes of some mixtures) shows when there are any
 
 
+def check_splittable(model: PreTrainedModel, row_ranks: int) -> None:
+    """Refuse a model whose rows can't be computed by several ranks together.
+
+    Args:
+        model: With values or without.
+        row_ranks: How many.
+
+    Raises:
+        ConfigError: Its heads don't come out even, or it hands a state from token to token.
+    """
+    if row_ranks == 1:
+        return
+    name, alone = type(model).__name__, "1 leaves each sequence to one GPU."
+    heads = size_of(model.config.get_text_config(), "num_attention_heads")
+    if recurrent_parts(model):
+        rule = f"must be 1 for {name}: its recurrent layers hand a state from token to token"
+        raise ConfigError("sequence_parallel_size", rule, row_ranks, alone)
+    if not isinstance(heads, int) or heads % row_ranks:
+        rule = f"must divide the {heads} query heads of {name}, which the ranks share out"
+        fitting = [n for n in range(2, row_ranks) if isinstance(heads, int) and heads % n == 0]
+        smaller = f"{max(fitting)} works; " if fitting else ""
+        raise ConfigError("sequence_parallel_size", rule, row_ranks, smaller + alone)
+
+
 def _no_routes(packed: PackedPolicy) -> Replay | None:
     """Routes of which none is known, for a policy that can be told some."""
     if packed.router_replay is None:
@@ -63,18 +92,21 @@ def _no_routes(packed: PackedPolicy) -> Replay | None:
     return Replay(torch.full((_ROW_TOKENS, shape.layers, shape.top_k), -1))
 
 
-def check_reference(reference: str, model: str, model_kwargs: dict[str, Any] | None = None) -> None:
+def check_reference(
+    reference: str, model: str, model_kwargs: dict[str, Any] | None = None, row_ranks: int = 1
+) -> None:
     """Refuse a reference of another model that can't score the policy's tokens.
 
     Args:
         reference: Hub id or folder of the reference.
         model: Hub id or folder of the policy.
         model_kwargs: For `from_pretrained`.
+        row_ranks: How many ranks would compute each row together.
 
     Raises:
         ConfigError: It can't score packed sequences, or its token ids mean something else.
     """
-    check_architecture(reference, model_kwargs)
+    check_architecture(reference, model_kwargs, row_ranks=row_ranks)
     ours = _vocabulary(model)
     rows, needed = (
         load_policy(each, meta=True, model_kwargs=model_kwargs).config.vocab_size

@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
@@ -32,6 +33,7 @@ from lightning_grpo.policy.attention import (
     NotPackedError,
     PackedLayout,
     RowFactors,
+    predicted_positions,
     register_packed_attention,
     size_of,
 )
@@ -43,6 +45,7 @@ from lightning_grpo.policy.recurrent import (
     recurrent_parts,
     state_numbers,
 )
+from lightning_grpo.policy.sequence_parallel import RowShare
 
 MAX_CHUNK_LOGITS = 2**26
 """Logits of one chunk: 256 MiB in fp32."""
@@ -432,6 +435,10 @@ class PackedPolicy(nn.Module):
         compiled: Whether the decoder's blocks, and on GPUs the head, are compiled by torch.compile.
         router_replay: Whether passes may be told which experts their tokens go through.
 
+    Attributes:
+        row_group: Ranks that compute each row together (sequence parallelism): all are given the
+            same rows, and get all of their logprobs. None: each has rows of its own.
+
     Raises:
         ConfigError: The model can't be computed on packed sequences, or its routers be told.
     """
@@ -445,6 +452,7 @@ class PackedPolicy(nn.Module):
         router_replay: bool = False,
     ) -> None:
         super().__init__()
+        self.row_group: ProcessGroup | None = None
         if max_logits is not None:
             require_count("max_logits", max_logits, most=1 << 36)
         _check(model)
@@ -494,10 +502,14 @@ class PackedPolicy(nn.Module):
         """
         replay = None if self.router_replay is None else replay
         layout = self._layout(input_ids, cu_seqlens, replay)
+        if self.row_group is not None:
+            layout.share = RowShare(self.row_group, len(layout.unique))
         predicted = predicted_positions(layout, positions_mask)
         device = next(self.model.get_input_embeddings().parameters()).device
         if replay is not None and self.router_replay is not None:
-            replay.begin(to_device(replay.experts[layout.unique], device), self.router_replay)
+            experts = replay.experts[layout.unique]
+            experts = layout.own(experts, torch.iinfo(experts.dtype).max)  # no expert's number
+            replay.begin(to_device(experts, device), self.router_replay, layout.num_own)
         scored = self.score(
             to_device(input_ids, device),
             layout.to(device),
@@ -534,8 +546,9 @@ class PackedPolicy(nn.Module):
         """
         hidden = self.hidden_states(input_ids, layout, replay)
         per_row, form = _per_row(temperature, predicted, hidden), self.logit_form
+        share, before = layout.share, layout.unique_of[predicted - 1]
         logprobs, entropy = head_logprobs(
-            hidden.index_select(0, layout.unique_of[predicted - 1]),
+            hidden.index_select(0, before if share is None else before - share.start),
             self.model.get_output_embeddings().weight,
             input_ids[predicted],
             per_row if form.scale == 1 else per_row / form.scale,
@@ -545,8 +558,12 @@ class PackedPolicy(nn.Module):
             form.cap,
         )
         empty = logprobs.new_zeros(len(input_ids))
-        logprobs = empty.index_copy(0, predicted, logprobs)
-        return logprobs, None if entropy is None else empty.index_copy(0, predicted, entropy)
+
+        def laid_out(values: Tensor) -> Tensor:
+            own = empty.index_copy(0, predicted, values)
+            return own if share is None else share.whole(own)
+
+        return laid_out(logprobs), None if entropy is None else laid_out(entropy)
 
     def flops(self, lengths: Sequence[int], predicted: int) -> float:
         """Floating-point operations of a forward and a backward pass, as model FLOPs are counted.
@@ -607,8 +624,8 @@ class PackedPolicy(nn.Module):
         before = layout.attended
         try:
             output = self.model.get_decoder()(
-                input_ids=input_ids[layout.unique].unsqueeze(0),
-                position_ids=layout.positions.unsqueeze(0),
+                input_ids=layout.own(input_ids[layout.unique]).unsqueeze(0),
+                position_ids=layout.own(layout.positions).unsqueeze(0),
                 use_cache=False,
                 packing=layout,
                 **routes,
@@ -639,22 +656,6 @@ def compile_blocks(model: PreTrainedModel, backend: Any = compile_sparingly) -> 
     for module in model.modules():
         if type(module).__name__ in kinds:
             module.compile(dynamic=True, backend=backend)
-
-
-def predicted_positions(layout: PackedLayout, positions_mask: Tensor | None = None) -> Tensor:
-    """Positions t whose token is predicted from t - 1: the one place that knows the shift.
-
-    The first token of a sequence has nothing before it and is never among them. int64.
-    """
-    num_tokens, device = layout.num_tokens, layout.cu_seqlens.device
-    if layout.num_sequences == 1 and positions_mask is None:
-        return torch.arange(1, max(1, num_tokens), device=device)
-    wanted = torch.ones(num_tokens, dtype=torch.bool, device=device)
-    if positions_mask is not None:
-        wanted &= positions_mask
-    starts = layout.cu_seqlens[:-1].long()
-    wanted[starts[starts < num_tokens]] = False
-    return wanted.nonzero().squeeze(1)
 
 
 def _per_row(temperature: Tensor | float, positions: Tensor, hidden: Tensor) -> Tensor:

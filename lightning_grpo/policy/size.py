@@ -117,6 +117,7 @@ class TrainingSetup:
         reference: Where the reference policy of a KL penalty is: `gpu`, `host`, or there is none.
         chunk_logits: Logits that are computed at once.
         shard_size: Ranks that share one copy of a sharded model; None: all.
+        row_ranks: Ranks that compute each row together.
     """
 
     max_tokens: int
@@ -131,6 +132,12 @@ class TrainingSetup:
     reference: str = ""
     chunk_logits: int = CHUNK_LOGITS
     shard_size: int | None = None
+    row_ranks: int = 1
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the sequences of a minibatch are cut."""
+        return self.ranks // self.row_ranks
 
     @property
     def shards(self) -> int:
@@ -146,12 +153,12 @@ class TrainingSetup:
         """With no larger micro-batches than a minibatch makes.
 
         Args:
-            sequences: Of a minibatch, which the ranks share.
+            sequences: Of a minibatch, which the ranks share out.
             longest: Tokens of the longest, which is never split; None: not known.
         """
         if longest is None:
             return self
-        most = -(-sequences // self.ranks) * longest
+        most = -(-sequences // self.shares) * longest
         return replace(self, max_tokens=min(max(self.max_tokens, longest), most))
 
 
@@ -217,6 +224,7 @@ def training_memory(size: ModelSize, setup: TrainingSetup) -> TrainingMemory:
         setup: How it is trained.
     """
     whole, trained = size.parameters, int(size.parameters * setup.trained_fraction)
+    tokens = -(-setup.max_tokens // setup.row_ranks)
     buckets = 2 if setup.ranks > 1 and not setup.sharded else 1  # DDP has its own beside them
     block = kept_numbers(size, compiled=setup.compiled)
     kept = size.layers * size.hidden + block if setup.checkpointing else size.layers * block
@@ -231,8 +239,8 @@ def training_memory(size: ModelSize, setup: TrainingSetup) -> TrainingMemory:
         optimizer=0 if setup.offloaded else ADAM_STATES * FULL * trained // setup.shards,
         copies=setup.bytes_each * gathered + HALF * whole,
         reference=FULL * whole // setup.shards if setup.reference == "gpu" else 0,
-        activations=setup.max_tokens * kept * setup.bytes_each,
-        logits=LOGIT_COPIES * FULL * min(setup.chunk_logits, setup.max_tokens * size.vocab),
+        activations=tokens * kept * setup.bytes_each,
+        logits=LOGIT_COPIES * FULL * min(setup.chunk_logits, tokens * size.vocab),
     )
 
 

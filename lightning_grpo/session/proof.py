@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from lightning_grpo._compat import no_split_modules
 from lightning_grpo.errors import ConfigError, WeightSyncError
-from lightning_grpo.policy.attention import PackedLayout
-from lightning_grpo.policy.packed import PackedPolicy, predicted_positions
+from lightning_grpo.policy.attention import PackedLayout, predicted_positions
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.strategies.fsdp2 import reshard, unshard
 from lightning_grpo.weights.gather import ADAPTED_PART
 from lightning_grpo.weights.proof import (

@@ -50,6 +50,8 @@ from lightning_grpo._compat_lightning import (
     set_data_parallel_size,
 )
 from lightning_grpo.errors import CheckpointError, ConfigError, require_count, require_seconds
+from lightning_grpo.policy.check import check_splittable
+from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.strategies.checkpoints import (
     METADATA,
     AtomicCheckpointIO,
@@ -129,6 +131,7 @@ def parallelize(
     reshard_after_forward: bool | None = None,
     cpu_offload: bool = False,
     shard_size: int | None = None,
+    sequence_parallel_size: int = 1,
 ) -> nn.Module:
     """Shard every decoder block, then the root, over the ranks of a mesh.
 
@@ -149,14 +152,19 @@ def parallelize(
         cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
         shard_size: Ranks in a row that share one copy, most often those of a machine; the others
             have copies like it. None: all share one.
+        sequence_parallel_size: Ranks in a row that compute each packed row together; they must be
+            given the same rows.
 
     Returns:
         The same module.
 
     Raises:
-        ConfigError: A block is not found, or a setting can't work on this device.
+        ConfigError: A block is not found, or a setting can't work on this device, or this model.
     """
-    mesh = _hybrid(_data_parallel(mesh), shard_size)
+    mesh = _data_parallel(mesh)
+    if sequence_parallel_size > 1:
+        _split_rows(module, mesh, sequence_parallel_size)
+    mesh = _hybrid(mesh, shard_size)
     if cpu_offload and mesh.device_type == "cpu":
         raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
     compute = _dtype("param_dtype", param_dtype, mesh.device_type)
@@ -228,25 +236,38 @@ def _hybrid(mesh: DeviceMesh, shard_size: int | None) -> DeviceMesh:
     """Rows of ranks that share a copy (hybrid sharding, arXiv 2304.11277, section 3.2.2)."""
     if shard_size is None or shard_size == mesh.size():
         return mesh
-    require_shard_size(shard_size, mesh.size())
+    _require_even("shard_size", shard_size, mesh.size())
     rows = mesh.mesh.view(-1, shard_size)
     return DeviceMesh(mesh.device_type, rows, mesh_dim_names=("replicate", "shard"))
 
 
-def require_shard_size(shard_size: int, num_ranks: int) -> None:
-    """Refuse copies that would not come out even.
+def _split_rows(module: nn.Module, mesh: DeviceMesh, row_ranks: int) -> None:
+    """Have each policy inside compute its rows on so many ranks together; a collective."""
+    _require_even("sequence_parallel_size", row_ranks, mesh.size())
+    rows = mesh.mesh.view(-1, row_ranks)
+    group = DeviceMesh(mesh.device_type, rows, mesh_dim_names=("rows", "row")).get_group("row")
+    for policy in (each for each in module.modules() if isinstance(each, PackedPolicy)):
+        check_splittable(policy.model, row_ranks)
+        policy.row_group = group
 
-    Raises:
-        ConfigError: It does not divide the number of ranks.
-    """
-    require_count("shard_size", shard_size)
-    if num_ranks % shard_size:
-        raise ConfigError(
-            "shard_size",
-            f"must divide the number of ranks ({num_ranks})",
-            shard_size,
-            "Most often it is the number of GPUs of a machine; leave it out to shard over all.",
-        )
+
+def row_ranks_of(strategy: object) -> int:
+    """How many ranks compute each packed row together under a strategy, and count as one."""
+    return strategy.sequence_parallel_size if isinstance(strategy, FSDP2Strategy) else 1
+
+
+_WAYS_OUT = {
+    "shard_size": "Most often it is the number of GPUs of a machine. None shards over all ranks.",
+    "sequence_parallel_size": "1 gives each rank rows of its own; more are ranks of one machine.",
+}
+
+
+def _require_even(setting: str, ranks: int, num_ranks: int) -> None:
+    """Refuse rows of ranks that would leave some over."""
+    require_count(setting, ranks)
+    if num_ranks % ranks:
+        rule = f"must divide the number of ranks ({num_ranks})"
+        raise ConfigError(setting, rule, ranks, _WAYS_OUT[setting])
 
 
 def _dtype(parameter: str, name: str, device_type: str) -> torch.dtype:
@@ -318,6 +339,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         shard_size: Ranks in a row that share one copy of parameters and optimizer state; between
             these rows only gradients travel. Set it to the GPUs of a machine where the network
             between machines is slow and the model fits into one. None: all ranks share one copy.
+        sequence_parallel_size: Ranks in a row, of one machine, that compute each packed row
+            together (DeepSpeed-Ulysses, arXiv 2309.14509): each a slice of its tokens, in attention
+            a part of its heads. For sequences that one GPU has no room for; the token budget of a
+            micro-batch is that of all of them. It must divide the model's query heads.
     """
 
     strategy_name = "fsdp2"
@@ -333,9 +358,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         timeout: timedelta = timedelta(minutes=30),
         shard_size: int | None = None,
+        sequence_parallel_size: int = 1,
     ) -> None:
         if shard_size is not None:
             require_count("shard_size", shard_size)
+        require_count("sequence_parallel_size", sequence_parallel_size)
         super().__init__(
             data_parallel_size=data_parallel_size,
             tensor_parallel_size=1,
@@ -352,6 +379,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._reshard_after_forward = reshard_after_forward
         self.cpu_offload = cpu_offload
         self.shard_size = shard_size
+        self.sequence_parallel_size = sequence_parallel_size
 
     @property
     def reshard_after_forward(self) -> bool:
@@ -434,6 +462,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             reshard_after_forward=self._reshard_after_forward,
             cpu_offload=cpu_offload,
             shard_size=self.shard_size,
+            sequence_parallel_size=self.sequence_parallel_size,
         )
 
     @override
@@ -597,6 +626,12 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"between ranks), not in it: {', '.join(outside[:3])}."
             )
 
+    def check_ranks(self, per_machine: int, machines: int) -> None:
+        """Refuse rows of ranks that would not come out even."""
+        if self.shard_size is not None:
+            _require_even("shard_size", self.shard_size, per_machine * machines)
+        _require_even("sequence_parallel_size", self.sequence_parallel_size, per_machine)
+
     def _check(self) -> None:
         precision = self.precision_plugin.precision
         if precision != "32-true":
@@ -610,8 +645,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"`data_parallel_size` must be auto or the number of ranks ({size}), got "
                 f"{self._requested_size}."
             )
-        if self.shard_size is not None:
-            require_shard_size(self.shard_size, size)
+        self.check_ranks(self.num_processes, self.num_nodes)
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
 

@@ -16,14 +16,14 @@ from lightning_grpo.strategies.fsdp2 import gradient_sync
 VOCAB = 61
 
 
-def make_lm(tied: bool = True, seed: int = 0) -> PreTrainedModel:
+def make_lm(tied: bool = True, seed: int = 0, heads: int = 2) -> PreTrainedModel:
     config = AutoConfig.for_model(
         "qwen3",
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         num_key_value_heads=1,
         head_dim=16,
         tie_word_embeddings=tied,

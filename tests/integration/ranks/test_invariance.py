@@ -47,6 +47,7 @@ class Case:
     dtype: str
     sharded: bool = False
     shard_size: int | None = None
+    row_ranks: int = 1
 
 
 @dataclass
@@ -130,13 +131,14 @@ def replay(case: Case, folder: Path, num_ranks: int) -> Seen:
 
     arguments, sizes = settings(case.seed)
     plain = "ddp" if num_ranks > 1 else "auto"
+    sharding = FSDP2Strategy(shard_size=case.shard_size, sequence_parallel_size=case.row_ranks)
     module = Watched(
         str(folder / "model"), case.dtype, max_tokens_per_microbatch=case.max_tokens, **arguments
     )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=num_ranks,
-        strategy=FSDP2Strategy(shard_size=case.shard_size) if case.sharded else plain,
+        strategy=sharding if case.sharded else plain,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -171,7 +173,7 @@ def difference(ours: Seen, whole: Seen) -> tuple[float, str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recordings")
-    make_lm(seed=5).save_pretrained(path / "model")
+    make_lm(seed=5, heads=4).save_pretrained(path / "model")
     for seed in SEEDS:
         temperature = random.Random(seed).choice([1.0, 0.7])
         write_recording(
@@ -235,6 +237,26 @@ def test_shards_within_rows_of_ranks_give_the_loss_gradient_and_metrics_of_one(f
     rows = [astuple(Case(seed, MANY, "float32", sharded=True, shard_size=2)) for seed in SEEDS]
     (expected,) = run_ranks(replay_all, 1, whole, str(folder), 1, timeout_s=90)
     for results in run_ranks(replay_all, 4, rows, str(folder), 4, timeout_s=150):
+        for found, alone in zip(results, expected, strict=True):
+            worst, name = difference(Seen(**found), Seen(**alone))
+            assert worst <= TOLERANCE["float32"], name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("num_ranks", "row_ranks", "shard_size"), [(2, 2, None), (4, 2, None), (4, 2, 2), (4, 4, None)]
+)
+def test_rows_that_ranks_compute_together_give_the_loss_gradient_and_metrics_of_one(
+    folder, num_ranks, row_ranks, shard_size
+):
+    whole = [astuple(Case(seed, WHOLE, "float32")) for seed in SEEDS]
+    rows = [
+        astuple(Case(seed, MANY if seed % 2 else WHOLE, "float32", True, shard_size, row_ranks))
+        for seed in SEEDS
+    ]
+    (expected,) = run_ranks(replay_all, 1, whole, str(folder), 1, timeout_s=120)
+    for results in run_ranks(replay_all, num_ranks, rows, str(folder), num_ranks, timeout_s=180):
         for found, alone in zip(results, expected, strict=True):
             worst, name = difference(Seen(**found), Seen(**alone))
             assert worst <= TOLERANCE["float32"], name
