@@ -18,6 +18,7 @@ from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.load import without_bars
 from lightning_grpo.rollout.records import read_batch, trajectory_files
 from lightning_grpo.servers.process import EmbeddedServers
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import NO_VERSION, Sampling
 from tests.fakes.loops import NeverServers, Recorder, make_data, make_module, make_trainer
 from tests.fakes.mixtures import own_routes
@@ -141,7 +142,12 @@ def replay(folder, to, strategy="auto", devices=1, replays=True, **settings):
 
 
 def replay_on_ranks(folder, to):
-    return replay(folder, to, "fsdp2", 2, gradient_checkpointing=True, max_tokens_per_microbatch=90)
+    settings = {"gradient_checkpointing": True, "max_tokens_per_microbatch": 90}
+    together = FSDP2Strategy(sequence_parallel_size=2)
+    return [
+        replay(folder, to / name, strategy, 2, **settings)
+        for name, strategy in {"apart": "fsdp2", "together": together}.items()
+    ]
 
 
 def test_a_recording_is_replayed_with_its_experts_on_one_rank_and_sharded_over_two(
@@ -151,11 +157,12 @@ def test_a_recording_is_replayed_with_its_experts_on_one_rank_and_sharded_over_t
     live = [{name: step.get(name) for name in TRAINED} for step in recorder.metrics]
     assert len(live) == 3
     again = replay(mixture, tmp_path / "again")
-    sharded, _ = run_ranks(replay_on_ranks, 2, mixture, tmp_path / "sharded")
+    (sharded, together), _ = run_ranks(replay_on_ranks, 2, mixture, tmp_path)
     for name in TRAINED:
         expected = [step[name] for step in live]
         assert [step[name] for step in again] == pytest.approx(expected, abs=1e-6)
-        assert [step[name] for step in sharded] == pytest.approx(expected, abs=2e-5)
+        for ranks in (sharded, together):
+            assert [step[name] for step in ranks] == pytest.approx(expected, abs=2e-5)
     without = replay(mixture, tmp_path / "without", replays=False)
     assert [step["moe/rerouted"] for step in without] == [None] * 3
 

@@ -210,6 +210,9 @@ def test_more_ranks_than_a_minibatch_has_sequences_are_refused():
     check_ranks(8, 8)
     with pytest.raises(ConfigError, match=r"at most the sequences .* = 8\), got 9 ranks"):
         check_ranks(9, 8)
+    check_ranks(16, 8, row_ranks=2)
+    with pytest.raises(ConfigError, match="got 18 ranks, 2 of which compute each sequence togeth"):
+        check_ranks(18, 8, row_ranks=2)
 
 
 def test_gpus_that_train_and_serve_must_be_the_same_or_apart():

@@ -227,6 +227,16 @@ def test_every_rank_has_the_same_number_of_micro_batches_and_whole_groups_make_m
         assert sorted(rows) == list(range(4 * index, 4 * index + 4))
 
 
+def test_ranks_that_compute_rows_together_get_the_same_tokens():
+    groups = make_groups([[(2, 30), (1, 2)], [(1, 1), (1, 1)], [(4, 9), (2, 2)], [(1, 3)] * 2], 2)
+    pairs = shares(groups, Shape(2, 1, max_tokens=12, num_ranks=4, row_ranks=2))
+    alone = shares(groups, Shape(2, 1, max_tokens=12, num_ranks=2))
+    assert len(pairs) == 4
+    for rank, rollout in enumerate(pairs):
+        assert rollout.plans == alone[rank // 2].plans
+        assert torch.equal(rollout.sequences.input_ids, alone[rank // 2].sequences.input_ids)
+
+
 @pytest.mark.parametrize("minibatches", [2, 3, 4, 7])
 def test_groups_that_do_not_divide_evenly_are_all_trained_on(minibatches):
     groups = make_groups([[(2, 3), (2, 4)]] * 5, seed=0)

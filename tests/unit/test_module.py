@@ -6,6 +6,7 @@ import functools
 import json
 import re
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -19,6 +20,7 @@ from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.objective import ReferencePolicy
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.loops import NeverServers, make_data, make_module, make_trainer
 from tests.fakes.tiny_model import make_tiny_model
@@ -393,6 +395,16 @@ def test_another_model_may_be_the_reference(folder, tmp_path):
     with held.on(module.policy, CPU) as reference:  # on a CPU there is nowhere to go from
         same = zip(reference.parameters(), module.policy.parameters(), strict=True)
         assert not all(torch.equal(a, b) for a, b in same)
+
+
+def test_a_model_whose_heads_ranks_can_t_share_out_is_refused_before_servers_are_started(folder):
+    module = make_module(folder)
+    strategy = FSDP2Strategy(sequence_parallel_size=3)
+    module.trainer = L.Trainer(accelerator="cpu", devices=3, strategy=strategy, logger=False)
+    with pytest.raises(
+        ConfigError, match=r"`sequence_parallel_size` must divide the 2 query heads"
+    ):
+        module.check_model()
 
 
 def swapped(other):

@@ -203,6 +203,17 @@ def test_where_nothing_helps_it_is_said(tmp_path, monkeypatch, capsys, seven_b):
     assert "more GPUs, or a smaller model" in " ".join(capsys.readouterr().out.split())
 
 
+def test_settings_that_need_ranks_are_those_of_the_ranks_that_are_planned(planned, seven_b):
+    words = [*ON_GPUS, "--model.model", seven_b, "--gpus", "8", "--gpu", "h200"]
+    words += ["--model.gradient_checkpointing", "true"]
+    rows = ["--trainer.strategy", "lightning_grpo.FSDP2Strategy"]
+    rows += ["--trainer.strategy.shard_size", "2", "--trainer.strategy.sequence_parallel_size", "2"]
+    (_, alone), (_, together) = planned(*words), planned(*words, *rows)
+    alone, together = (plan["gpus"][0]["training"] for plan in (alone, together))
+    assert together["activations"] == pytest.approx(alone["activations"] / 2)
+    assert together["weights"] == pytest.approx(2 * alone["weights"])
+
+
 def test_what_is_named_to_go_faster_does(planned, seven_b):
     words = [*ON_GPUS, "--model.model", seven_b, "--gpus", "8", "--gpu", "h200"]
     words += ["--model.gradient_checkpointing", "true", "--data.max_staleness", "0"]
@@ -234,6 +245,13 @@ def test_what_is_named_to_go_faster_does(planned, seven_b):
         ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "[5]"], "must be of the 2 that there are"),
         ([*ON_GPUS, "--gpus", "2", "--data.servers.tp", "4"], "the number of serving GPUs"),
         ([*ON_GPUS, "--gpus", "2", "--trainer.devices", "2"], "must not overlap"),
+        (
+            [
+                *(*ON_GPUS, "--gpus", "6", "--trainer.strategy", "lightning_grpo.FSDP2Strategy"),
+                *("--trainer.strategy.sequence_parallel_size", "2"),
+            ],
+            "`sequence_parallel_size` must divide the number of ranks (3), got 2",
+        ),
         (["--check", "nowhere"], "'nowhere' does not exist"),
         (["--check", "."], "holds no run"),
     ],

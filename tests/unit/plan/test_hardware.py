@@ -139,6 +139,21 @@ def test_a_pass_is_its_products_its_traffic_and_its_parameters():
     assert training_seconds(SIZE, SETUP, [packed], 0.5, SPEED) == pytest.approx(expected)
 
 
+def test_ranks_that_compute_a_row_together_share_its_work_and_exchange_heads():
+    packed = Packed(lengths=(30, 30), unique=50)
+    setup = replace(SETUP, ranks=2, row_ranks=2, sharded=False)
+    alone, half = (training_seconds(SIZE, s, [packed], 0.5, SPEED) for s in
+                   (replace(SETUP, ranks=2, sharded=False), setup))  # fmt: skip
+    blocks = (6 * 800 * 60 + 6 * 16 * 4 * 2 * 30**2) * 50 / 60
+    moved = 19 * 4 * (4 * 8 + 2 * 16 + 4 + 4 * 32) * 50 * 2 + 22 * 4 * 25 * 30
+    # Half of 25 tokens' queries, keys, values and outputs in bf16, in each of 4 blocks, twice.
+    sent = 2 * 4 * (2 * 16 + 4) * 2 * 25 / 2
+    assert alone - half == pytest.approx(((blocks + 6 * 25 * 8 * 30 + moved) / 2 - sent) / 1e6)
+    # Two ranks that compute each row together cut a batch as one rank does.
+    (whole,) = WORK.micro_batches(replace(setup, max_tokens=1000))
+    assert len(whole.lengths) == 8
+
+
 def test_fp32_is_slower_by_its_products_and_its_bytes():
     packed = Packed(lengths=(30, 30), unique=60)
     setups = [replace(SETUP, sharded=False, half=half) for half in (True, False)]

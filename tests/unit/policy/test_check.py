@@ -12,6 +12,7 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.check import (
     check_architecture,
     check_rows_apart,
+    check_splittable,
     check_two_passes,
 )
 from lightning_grpo.policy.load import checkpoint_activations, load_policy
@@ -34,6 +35,17 @@ NOISY = [
     ("opt", {"dropout": 0.3, "layerdrop": 0.5}),
     ("gpt2", {"resid_pdrop": 0.3, "embd_pdrop": 0.3}),
 ]
+
+
+def test_a_model_whose_rows_ranks_can_t_compute_together_is_refused_with_what_works():
+    model = make_causal_model(num_attention_heads=6, num_key_value_heads=2)
+    for works in (1, 2, 3, 6):
+        check_splittable(model, works)
+    with pytest.raises(ConfigError, match=r"6 query heads of Qwen3.*, got 4\. 3 works; 1"):
+        check_splittable(model, 4)
+    hybrid = tiny_model(tiny_config(CONFIG_MAPPING["qwen3_next"]()))
+    with pytest.raises(ConfigError, match=r"must be 1 for Qwen3NextForCausalLM: its recurrent"):
+        check_splittable(hybrid, 2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

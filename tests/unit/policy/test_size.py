@@ -79,6 +79,10 @@ def test_the_parts_of_one_rank_add_up_as_by_hand():
         ({"offloaded": True}, {"weights": 0, "optimizer": 0, "gradients": 4000}),
         ({"reference": "gpu", "ranks": 2}, {"reference": 2000}),
         ({"reference": "host"}, {"reference": 0}),
+        (
+            {"ranks": 4, "row_ranks": 4},
+            {"activations": 25 * 4 * 196 * 2, "logits": 5 * 4 * 25 * 10, "weights": 1000},
+        ),
     ],
 )
 def test_each_setting_changes_its_parts_alone(changed, parts):

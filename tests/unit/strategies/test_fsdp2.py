@@ -79,6 +79,15 @@ def test_a_shard_size_that_leaves_ranks_over_is_refused(shard_size, message):
         trainer(FSDP2Strategy(shard_size=shard_size))
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(2, r"must divide the number of ranks \(1\), got 2"), (0, "must be"), (True, "must be")],
+)
+def test_a_number_of_ranks_for_each_row_that_leaves_some_over_is_refused(size, message):
+    with pytest.raises(ConfigError, match=f"`sequence_parallel_size` {message}"):
+        trainer(FSDP2Strategy(sequence_parallel_size=size))
+
+
 def test_cpu_offload_is_refused_on_the_cpu():
     with pytest.raises(ConfigError, match="`cpu_offload` needs a GPU"):
         trainer(FSDP2Strategy(cpu_offload=True))
