@@ -205,7 +205,7 @@ def test_where_nothing_helps_it_is_said(tmp_path, monkeypatch, capsys, seven_b):
 
 def test_settings_that_need_ranks_are_those_of_the_ranks_that_are_planned(planned, seven_b):
     words = [*ON_GPUS, "--model.model", seven_b, "--gpus", "8", "--gpu", "h200"]
-    words += ["--model.gradient_checkpointing", "true"]
+    words += ["--model.max_tokens_per_microbatch", "2048"]
     rows = ["--trainer.strategy", "lightning_grpo.FSDP2Strategy"]
     rows += ["--trainer.strategy.shard_size", "2", "--trainer.strategy.sequence_parallel_size", "2"]
     (_, alone), (_, together) = planned(*words), planned(*words, *rows)
