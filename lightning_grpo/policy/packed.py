@@ -508,8 +508,8 @@ class PackedPolicy(nn.Module):
         device = next(self.model.get_input_embeddings().parameters()).device
         if replay is not None and self.router_replay is not None:
             experts = replay.experts[layout.unique]
-            experts = layout.own(experts, torch.iinfo(experts.dtype).max)  # no expert's number
-            replay.begin(to_device(experts, device), self.router_replay, layout.num_own)
+            experts = to_device(layout.own(experts, -1), device)
+            replay.begin(experts, self.router_replay, layout.num_own)
         scored = self.score(
             to_device(input_ids, device),
             layout.to(device),

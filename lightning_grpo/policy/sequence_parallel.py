@@ -54,7 +54,8 @@ class RowShare:
     def own(self, values: Tensor, filling: int = 0) -> Tensor:
         """This rank's slice of values of the row, `[tokens, ...]` to `[length, ...]`."""
         values = values[self.start : self.start + self.num_own]
-        missing = values.new_full((self.length - self.num_own, *values.shape[1:]), filling)
+        shape = (self.length - self.num_own, *values.shape[1:])
+        missing = torch.full(shape, filling, device=values.device).to(values.dtype)
         return torch.cat([values, missing]) if len(missing) else values
 
     def holds(self, tokens: Tensor) -> Tensor:

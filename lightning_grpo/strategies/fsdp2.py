@@ -141,14 +141,11 @@ def parallelize(
     Args:
         module: The root; its fp32 parameters stay the master weights.
         mesh: One dimension, or several of which one is named `data_parallel`.
-        blocks: Class names of the blocks; None takes what transformers declares, an empty list
-            shards the root alone.
-        param_dtype: Of parameters in forward and backward; auto is bfloat16 on accelerators and
-            float32 on CPUs.
+        blocks: Class names of the blocks; None: what transformers declares; []: the root alone.
+        param_dtype: Of parameters in forward and backward; auto is float32 on CPUs, else bfloat16.
         reduce_dtype: Of the gradients' reduction over ranks.
         reshard_after_forward: Free a block's full parameters between forward and backward; None:
-            where there are several ranks. The root (embeddings and head) keeps its own in any
-            case: backward begins with them.
+            where there are several ranks. The root keeps its own: backward begins with them.
         cpu_offload: Keep parameters, gradients and optimizer state in host memory (GPUs only).
         shard_size: Ranks in a row that share one copy, most often those of a machine; the others
             have copies like it. None: all share one.
@@ -162,8 +159,7 @@ def parallelize(
         ConfigError: A block is not found, or a setting can't work on this device, or this model.
     """
     mesh = _data_parallel(mesh)
-    if sequence_parallel_size > 1:
-        _split_rows(module, mesh, sequence_parallel_size)
+    _split_rows(module, mesh, sequence_parallel_size)
     mesh = _hybrid(mesh, shard_size)
     if cpu_offload and mesh.device_type == "cpu":
         raise ConfigError("`cpu_offload` needs a GPU to offload from. Leave it out on the CPU.")
@@ -175,17 +171,10 @@ def parallelize(
     # Float inputs are no activations, and are not rounded: temperatures, and the factors of RoPE
     # that some models, like servers, keep in fp32.
     policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for block in _find_blocks(module, blocks):
-        fully_shard(
-            block,
-            mesh=mesh,
-            mp_policy=policy,
-            offload_policy=offload,
-            reshard_after_forward=reshard_after_forward,
-        )
-    fully_shard(
-        module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False
-    )
+        shard(block, reshard_after_forward=reshard_after_forward)
+    shard(module, reshard_after_forward=False)
     return module
 
 
@@ -243,6 +232,8 @@ def _hybrid(mesh: DeviceMesh, shard_size: int | None) -> DeviceMesh:
 
 def _split_rows(module: nn.Module, mesh: DeviceMesh, row_ranks: int) -> None:
     """Have each policy inside compute its rows on so many ranks together; a collective."""
+    if row_ranks == 1:
+        return
     _require_even("sequence_parallel_size", row_ranks, mesh.size())
     rows = mesh.mesh.view(-1, row_ranks)
     group = DeviceMesh(mesh.device_type, rows, mesh_dim_names=("rows", "row")).get_group("row")
