@@ -1,4 +1,4 @@
-"""Layers of transformers that trainer and servers must compute alike: routers, and bent scores.
+"""Layers of transformers as trainers and servers compute them: routers, bent scores, norms.
 
 Routers: where those of a mixture of experts are, and a choice in the place of theirs. Rollout
 routing replay (R3, arXiv 2510.11370). In half precision a trainer and a server choose other
@@ -24,10 +24,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import rms_norm
 from torch.overrides import TorchFunctionMode
 
 from lightning_grpo.algorithm.metrics import Mean, Metrics
@@ -418,3 +420,79 @@ def bent_attention(
     weights = scores.softmax(-1)[..., : key.shape[2]]
     mixed = weights.reshape(batch, key.shape[1], -1, key.shape[2]) @ value.to(wide)
     return mixed.reshape(batch, heads, queries, -1).to(value.dtype)
+
+
+# -- norms ----------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """What transformers' norms have in common."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Has every plain RMS norm of a model computed in fewer passes over its rows, in place.
+
+    On GPUs by torch's kernel, which rounds once, where transformers rounds before it scales: a
+    forward and backward of 24 sequences of Qwen2.5-1.5B's shape took 348 ms instead of 388 on an
+    H200. On CPUs the values are transformers' own, and `_Norm` has the gradient.
+    """
+    plain = {kind for kind in map(type, model.modules()) if is_plain(kind)}
+    for module in model.modules():
+        if type(module) in plain:
+            module.forward = MethodType(_normalize, module)
+
+
+def is_plain(kind: type[nn.Module]) -> bool:
+    """Whether a class scales by weight / rms, found out by trying: some scale by 1 + weight."""
+    if not kind.__name__.endswith("RMSNorm"):
+        return False
+    try:
+        with torch.device("cpu"):  # the model itself may be made without storage
+            norm = cast("RMSNorm", kind(8).requires_grad_(False).float())
+            rows = torch.linspace(-2.0, 3.0, 16, dtype=torch.float32).view(2, 8)
+            norm.weight.copy_(rows[1])
+        expected = rms_norm(rows, (8,), norm.weight, norm.variance_epsilon)
+        return torch.allclose(norm(rows), expected, atol=1e-6)
+    except (TypeError, AttributeError, RuntimeError):
+        return False
+
+
+def _normalize(self: RMSNorm, hidden: Tensor) -> Tensor:
+    if hidden.is_cuda and hidden.dtype == self.weight.dtype:
+        return rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
+    is_single = hidden.dtype == self.weight.dtype == torch.float32
+    # A compiler fuses what it is given.
+    if is_single and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return cast("Tensor", _Norm.apply(hidden, self.weight, self.variance_epsilon))
+    own: Tensor = type(self).forward(self, hidden)
+    return own
+
+
+class _Norm(torch.autograd.Function):
+    """An RMS norm by transformers' own operations, whose gradient takes three passes, not ten.
+
+    With `n = x / rms(x)`, `y = w n`: `dx = (g - n mean(g n)) / rms(x)` for `g = w dy`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Normalize rows, `[..., size]`."""
+        inverse = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + epsilon)
+        normal = hidden * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        return weight * normal
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Of the rows and the weight."""
+        normal, inverse, weight = ctx.saved_tensors
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad * normal).flatten(0, -2).sum(0)
+        of_normal = grad * weight
+        along = torch.linalg.vecdot(of_normal, normal).div_(normal.shape[-1])[..., None]
+        return of_normal.addcmul_(normal, along, value=-1).mul_(inverse), of_weight, None

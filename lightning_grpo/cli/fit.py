@@ -11,7 +11,13 @@ from pathlib import Path
 
 from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.cli.main import import_from
-from lightning_grpo.cli.sources import ConfigProblem, asks_for_help, collect
+from lightning_grpo.cli.sources import (
+    ConfigProblem,
+    arguments_in,
+    asks_for_help,
+    collect,
+    names_class,
+)
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import Source
 from lightning_grpo.shipped import resolve_config
@@ -67,11 +73,13 @@ def _run(command: str, argv: Sequence[str], kind: str) -> None:
     configs, options = find_configs(argv)
     options = with_paths(configs, options)
     settings = collect(configs, options)
+    # Where a class is named, a replay's is among the options.
+    replays = kind == "replay" and not names_class(settings.value.get("data"))
     if not asks_for_help(options):
         # Only now: a file that can't be read needs no parser's import to be told.
         from lightning_grpo.cli.unimported import ROOTS, refuse_at_once, refuse_missing_prompts
 
-        data_class = "ReplayDataModule" if kind == "replay" else "RolloutDataModule"
+        data_class = "ReplayDataModule" if replays else "RolloutDataModule"
         refuse_at_once(settings, {**ROOTS, "data": f"lightning_grpo.{data_class}"})
         if command == "fit" and kind != "replay":
             refuse_missing_prompts(settings, configs)
@@ -81,7 +89,7 @@ def _run(command: str, argv: Sequence[str], kind: str) -> None:
     from lightning_grpo.datamodule import ReplayDataModule, RolloutDataModule
     from lightning_grpo.module import GRPOModule
 
-    data = ReplayDataModule if kind == "replay" else RolloutDataModule
+    data = ReplayDataModule if replays else RolloutDataModule
     run_cli(command, configs, options, settings, GRPOModule, data, kind)
 
 
@@ -125,13 +133,14 @@ def _find(name: str) -> Path:
 
 def with_paths(configs: Sequence[tuple[str, Path]], options: Sequence[str]) -> list[str]:
     """`--data.prompts rows.csv` as a `path`, where a config or another option has its `column`."""
-    data = collect(configs, []).plain().get("data") or {}
+    data = collect(configs, []).plain().get("data")
+    given = arguments_in(data) if isinstance(data, dict) else {}
     spelled = list(options)
     for place, option in enumerate(options):
         name, equals, text = option.partition("=")
         key = name.removeprefix("--data.")
         text = text if equals else next(iter(options[place + 1 :]), "")
-        below = data.get(key, {})
+        below = given.get(key, {})
         if key not in ("prompts", "val_prompts", "test_prompts") or not isinstance(below, dict):
             continue
         try:
@@ -151,6 +160,9 @@ def replay(argv: Sequence[str]) -> int:
     recording, options = split_recording(argv)
     if not any(option.partition("=")[0] in (_CONFIG, "-c") for option in options):
         options = [_CONFIG, str(find_config(recording)), *options]
+    configs, others = split_configs(options)
+    if names_class(collect(configs, others).value.get("data")):
+        options = [*options, "--data", "lightning_grpo.ReplayDataModule"]
     return run_trainer("fit", [*options, "--data.trajectories", str(recording)], "replay")
 
 

@@ -26,6 +26,7 @@ from lightning_grpo.cli.sources import (
     SECTIONS,
     ConfigProblem,
     Parser,
+    arguments_in,
     collect,
     nearest,
     read_options,
@@ -269,12 +270,11 @@ def _refuse_foreign(arguments: Sequence[str]) -> None:
 
 def _class_and_arguments(data: Any) -> dict[str, Any]:
     """The config's `data.servers` with both of its keys, whichever way they were written."""
-    found = data.get("servers") if isinstance(data, dict) else None
+    found = arguments_in(data).get("servers") if isinstance(data, dict) else None
     found = {"class_path": found} if isinstance(found, str) else found
     if not isinstance(found, dict) or not isinstance(found.get("class_path"), str):
         raise ConfigProblem(_SERVERS, "must name the servers' class, which is missing")
-    short = {k: v for k, v in found.items() if k not in ("class_path", "init_args")}
-    arguments = {**(found.get("init_args") or {}), **short}
+    arguments = arguments_in(found)
     class_path = found["class_path"]
     if "." not in class_path:  # as jsonargparse finds it
         class_path = f"lightning_grpo.{class_path}"

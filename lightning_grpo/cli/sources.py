@@ -412,6 +412,20 @@ def _carried(base: Mapping[str, Setting], over: Mapping[str, Setting]) -> dict[s
     return left
 
 
+def arguments_in(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a class as written: below `init_args`, or beside `class_path`, or alone."""
+    inner = written.get("init_args")
+    inner = inner.value if isinstance(inner, Setting) else inner
+    beside = {name: v for name, v in written.items() if name not in ("class_path", "init_args")}
+    return {**(inner if isinstance(inner, dict) else {}), **beside}
+
+
+def names_class(section: Setting | None) -> bool:
+    """Whether a section names the class that it makes."""
+    written = section.value if section is not None else None
+    return "class_path" in written if isinstance(written, dict) else _is_class_path(written)
+
+
 def holds_datasets(setting: Setting | None) -> bool:
     """Whether it holds datasets by name, and no settings of one."""
     written = setting.value if setting is not None else None

@@ -45,6 +45,7 @@ from lightning_grpo.cli.sources import (
     ConfigProblem,
     Setting,
     asks_for_help,
+    names_class,
     nearest,
     read_yaml,
 )
@@ -186,7 +187,7 @@ class GRPOCLI(LightningCLI):
         share_gpus(config, present if torch.cuda.is_available() else [])
         training = config.trainer.devices
         if training != given:
-            serving = config.data.servers.init_args.devices or serving_devices(present)
+            serving = _servers_of(config).init_args.devices or serving_devices(present)
             rank_zero_info(f"GPUs {serving} serve, {training} train")
 
     def _find_checkpoint(self, config: Any) -> None:
@@ -341,6 +342,12 @@ def _checkpoint_folders(trainer: Any) -> list[Path]:
     return folders
 
 
+def _servers_of(config: Any) -> Any:
+    """What is said of the servers, also where `data` names a class."""
+    data = config.data
+    return data.init_args.servers if "class_path" in data else data.servers
+
+
 def share_gpus(config: Any, present: list[int]) -> None:
     """Let the Trainer have the GPUs that SGLangServers leave, where neither was told which.
 
@@ -348,7 +355,7 @@ def share_gpus(config: Any, present: list[int]) -> None:
         config: Of the run; changed.
         present: The GPUs that can be used.
     """
-    servers = config.data.servers
+    servers = _servers_of(config)
     class_path = str(servers.class_path) if "class_path" in servers else ""
     wants_gpus = config.trainer.accelerator in ("auto", "gpu", "cuda")
     if not class_path.endswith("SGLangServers") or not wants_gpus:
@@ -536,6 +543,7 @@ def _built(
             model_class=module_class,
             datamodule_class=datamodule_class,
             subclass_mode_model=True,
+            subclass_mode_data=names_class(settings.value.get("data")),
             auto_configure_optimizers=False,
             trainer_defaults=dict(TRAINER_DEFAULTS),
             save_config_callback=SaveConfig,

@@ -28,7 +28,14 @@ from lightning_grpo.cli.mistakes import (
     check_init_args,
     import_object,
 )
-from lightning_grpo.cli.sources import DATASETS, ConfigProblem, Setting, holds_datasets, is_config
+from lightning_grpo.cli.sources import (
+    DATASETS,
+    ConfigProblem,
+    Setting,
+    arguments_in,
+    holds_datasets,
+    is_config,
+)
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.rollout.prompts import refuse_missing
 
@@ -61,25 +68,10 @@ def refuse_at_once(settings: Setting, roots: Mapping[str, str] = ROOTS) -> None:
     for section, path in roots.items():
         accepted = arguments_of(path)
         setting = settings.value.get(section)
-        if section == "data" and setting is not None:
-            _refuse_other_data(setting)
         if setting is not None:
             _check(section, setting, accepted, path, is_root=True)
         elif accepted is not None and any(a.required for a in accepted.values()):
             raise ConfigProblem(section, "is missing", "", NO_CONFIG)
-
-
-def _refuse_other_data(data: Setting) -> None:
-    """Refuse a class for `data`, which the parser would by the names of its arguments."""
-    if isinstance(data.value, dict) and "class_path" in data.value:
-        named = data.value["class_path"]
-        raise ConfigProblem(
-            "data.class_path",
-            f"must be left out, since commands make their own data module, got {named.value!r}",
-            named.where,
-            "Its `prompts`, `workflow`, `keep_group` and `servers` take your own classes and"
-            " functions. For a subclass write a program: `Trainer.fit(module, YourData(...))`.",
-        )
 
 
 def refuse_missing_prompts(settings: Setting, configs: Sequence[tuple[str, Path]]) -> None:
@@ -93,7 +85,9 @@ def refuse_missing_prompts(settings: Setting, configs: Sequence[tuple[str, Path]
         ConfigProblem: Which file.
     """
     data = settings.value.get("data")
-    prompts = data.value.get("prompts") if data and isinstance(data.value, dict) else None
+    prompts = (
+        arguments_in(data.value).get("prompts") if data and isinstance(data.value, dict) else None
+    )
     if prompts is None:
         return
     each = {f"data.{DATASETS[0]}": prompts}

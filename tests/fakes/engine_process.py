@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT_S = 50.0
+START_TIMEOUT_S = 240.0  # beside other work an import of torch has taken a minute
 
 
 class EngineProcess:

@@ -1,4 +1,4 @@
-"""A mixture of experts through the whole loop: what servers get is what a checkpoint holds."""
+"""Mixtures of experts and hybrids through the whole loop: what servers get is what they need."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
+from lightning_grpo.certify.tiny import tiny_config
 from lightning_grpo.cli.folders import export
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.engine.updates import ModelWeights
@@ -25,7 +26,7 @@ from lightning_grpo.weights.proof import Probe, ServerProof
 from lightning_grpo.weights.transport import DiskTransport
 from tests.fakes.faulty_parts import swap
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
-from tests.fakes.tiny_model import make_tiny_model
+from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,56 @@ def test_experts_that_reach_a_server_in_each_other_s_place_are_caught_by_the_pro
             proof.check("http://x", 1, sent, scores, "float32")
     else:
         assert proof.check("http://x", 1, sent, scores, "float32").diff < 1e-6
+
+
+# -- hybrids --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """A Qwen3-Next of two layers, with states, attention and experts, and its tokenizer."""
+    folder, tokenizer = tmp_path_factory.mktemp("hybrid"), make_tiny_tokenizer()
+    tiny = tiny_config(CONFIG_MAPPING["qwen3_next"]())
+    tiny.update({"vocab_size": 320, "bos_token_id": None, "tie_word_embeddings": False})
+    tiny.update({"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, 0.1)
+    with without_bars():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_every_sync_of_a_hybrid_is_proved_and_it_is_exported_and_resumed(hybrid, tmp_path):
+    answers = itertools.count()
+
+    def alternating(completion: str) -> float:
+        return float(next(answers) % 2)  # each group has something to learn
+
+    recorder = Recorder()
+    options = {"gradient_checkpointing": True, "max_tokens_per_microbatch": 64}
+    options["router_replay"] = True
+    module = make_module(hybrid, **options)
+    trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder, WeightSync(DiskTransport())])
+    data = make_data(EmbeddedServers(), alternating)
+    trainer.fit(module, data)
+    assert len(recorder.of("mismatch/probe")) == 3
+    assert max(recorder.of("mismatch/probe")) < 1e-4
+    assert max(recorder.of("mismatch/sent")) < 1e-4
+    assert data.session.report.probe_change > 10 * data.session.report.probe_diff
+    assert max(recorder.of("mismatch/abs_logprob_diff")) < 1e-5
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with without_bars():
+        assert export([str(tmp_path / "run.ckpt"), str(tmp_path / "out")]) == 0
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    held = module.policy.model.state_dict()
+    assert all(torch.equal(value, held[n]) for n, value in loaded.state_dict().items())
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == load_file(hybrid / "model.safetensors").keys()
+    again = make_module(hybrid, **options)
+    trainer = make_trainer(tmp_path, max_steps=5)
+    trainer.fit(again, make_data(EmbeddedServers(), alternating), ckpt_path=tmp_path / "run.ckpt")
+    assert trainer.global_step == 5

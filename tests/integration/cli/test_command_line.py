@@ -91,3 +91,29 @@ def test_a_shipped_config_parses_with_a_module_of_the_current_folder(config, tmp
     assert parsed["model"]["class_path"] == "maxrl.MaxRL"
     assert parsed["model"]["init_args"]["model"] == given["model"]["model"]
     assert parsed["data"]["group_size"] == given["data"]["group_size"]
+
+
+@pytest.mark.slow
+def test_a_data_module_of_ones_own_is_trained_with_and_its_run_replayed(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from lightning_grpo import RolloutDataModule\n\n"
+        "class Mine(RolloutDataModule):\n"
+        "    def __init__(self, *args, hint: str = '', **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n"
+        "        self.hint = hint\n"
+        "    def make_prompt(self, row, tokenizer):\n"
+        "        asked = {**row, 'question': row['question'] + self.hint}\n"
+        "        return super().make_prompt(asked, tokenizer)\n"
+    )
+    short = ("--trainer.max_steps", "2", "--data.batch_size", "2", "--data.group_size", "2")
+    own = ("--data", "own.Mine", "--data.hint", " Quickly!", "--data.val_prompts", "null")
+    done = lightning_grpo(tmp_path, "fit", "--config", "quickstart.yaml", *own, *short)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs/quickstart"
+    kept = yaml.safe_load((run / "version_0/config.yaml").read_text())["data"]
+    assert (kept["class_path"], kept["init_args"]["hint"]) == ("own.Mine", " Quickly!")
+    shown = lightning_grpo(tmp_path, "show", str(run), "--limit", "1")
+    assert " Quickly!" in shown.stdout
+    again = lightning_grpo(tmp_path, "replay", "--from", str(run))
+    assert again.returncode == 0, again.stderr
+    assert "step 2/2" in again.stdout

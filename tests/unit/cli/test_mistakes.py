@@ -495,8 +495,10 @@ def test_a_misspelt_class_is_no_address():
 
 def test_a_dataset_named_on_the_command_line_keeps_the_configs_column(tmp_path):
     config = tmp_path / "mine.yaml"
-    config.write_text("data: {prompts: {path: a.jsonl, column: question}}")
     below = [("mine.yaml", config)]
+    config.write_text("data: {class_path: a.B, init_args: {prompts: {path: a.jsonl}}}")
+    assert with_paths(below, ["--data.prompts", "b.csv"]) == ["--data.prompts.path", "b.csv"]
+    config.write_text("data: {prompts: {path: a.jsonl, column: question}}")
     assert with_paths(below, ["--data.prompts", "b.csv"]) == ["--data.prompts.path", "b.csv"]
     assert with_paths(below, ["--data.prompts=b.csv"]) == ["--data.prompts.path=b.csv"]
     assert with_paths(below, ["--data.prompts", "mine.Prompts"])[0] == "--data.prompts"

@@ -164,9 +164,20 @@ def test_what_stands_in_data_is_left_as_it_stands(tmp_path, monkeypatch):
         refuse(tmp_path, "", "", f"--trainer.callbacks={callback}")
 
 
-def test_another_class_of_data_is_refused_with_what_takes_own_code_instead(tmp_path):
-    with pytest.raises(ConfigProblem, match=r"(?s)data.class_path.*must be left out.*'mine.Data'"):
-        refuse(tmp_path, "data:\n", "data:\n  class_path: mine.Data\n")
+def test_settings_of_a_class_of_data_are_looked_at_wherever_they_stand(tmp_path, monkeypatch):
+    (tmp_path / "own_data_module.py").write_text(
+        "from lightning_grpo import RolloutDataModule\n"
+        "class Mine(RolloutDataModule):\n"
+        "    def make_prompt(self, row, tokenizer): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    refuse(tmp_path, "", "", "--data", "own_data_module.Mine", "--data.batch_size", "4")
+    with pytest.raises(ConfigProblem, match=r"(?s)data.batch_sise.*is not a setting of Mine"):
+        refuse(tmp_path, "", "", "--data", "own_data_module.Mine", "--data.batch_sise", "4")
+    nowhere = "{class_path: own_data_module.Mine, init_args: {prompts: gone.csv}}"
+    (tmp_path / "own.yaml").write_text(f"data: {nowhere}\n")
+    with pytest.raises(ConfigProblem, match=r"gone.csv"):
+        refuse_missing_prompts(collect([("own.yaml", tmp_path / "own.yaml")], []), [])
 
 
 def test_a_name_is_found_by_the_name_that_it_has_here(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from lightning_grpo.algorithm.layers import fuse_norms, is_plain
 from lightning_grpo.certify.checks import _AllInFp64
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PackedLayout, packed_attention_forward
@@ -21,9 +22,7 @@ from lightning_grpo.policy.packed import (
     LogitForm,
     PackedPolicy,
     chunk_rows,
-    fuse_norms,
     head_logprobs,
-    is_plain,
     predicted_positions,
 )
 from tests.fakes.causal_models import (
@@ -346,6 +345,24 @@ def test_on_a_cpu_the_model_computes_what_it_did_and_can_be_copied():
     for parameter in model.parameters():
         parameter.data.zero_()
     assert torch.equal(PackedPolicy(twin)(*packed)[0], expected)
+
+
+@pytest.mark.parametrize("trains_weight", [True, False])
+def test_on_a_cpu_values_are_the_same_bits_and_gradients_are_the_same(trains_weight):
+    norm = Qwen3RMSNorm(32).requires_grad_(trains_weight)
+    norm.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    inputs = [rows, norm.weight][: 1 + trains_weight]
+    expected = norm(rows)
+    wanted = torch.autograd.grad((expected**3).sum(), inputs)
+    fuse_norms(norm)
+    found = norm(rows)
+    assert type(found.grad_fn).__name__ == "_NormBackward"
+    assert torch.equal(found, expected)
+    for mine, theirs in zip(torch.autograd.grad((found**3).sum(), inputs), wanted, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    half = norm.to(torch.bfloat16)
+    assert torch.equal(half(rows.bfloat16()), type(half).forward(half, rows.bfloat16()))
 
 
 @pytest.mark.gpu
