@@ -6,6 +6,7 @@ Real ranks, the real Trainer, module, loader and strategies; only the rollouts a
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -242,21 +243,30 @@ def test_shards_within_rows_of_ranks_give_the_loss_gradient_and_metrics_of_one(f
             assert worst <= TOLERANCE["float32"], name
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("num_ranks", "row_ranks", "shard_size"), [(2, 2, None), (4, 2, None), (4, 2, 2), (4, 4, None)]
-)
-def test_rows_that_ranks_compute_together_give_the_loss_gradient_and_metrics_of_one(
-    folder, num_ranks, row_ranks, shard_size
-):
-    whole = [astuple(Case(seed, WHOLE, "float32")) for seed in SEEDS]
+def check_together(
+    folder: Path, num_ranks: int, row_ranks: int, shard_size: int | None, seeds: Sequence[int]
+) -> None:
+    whole = [astuple(Case(seed, WHOLE, "float32")) for seed in seeds]
     rows = [
         astuple(Case(seed, MANY if seed % 2 else WHOLE, "float32", True, shard_size, row_ranks))
-        for seed in SEEDS
+        for seed in seeds
     ]
     (expected,) = run_ranks(replay_all, 1, whole, str(folder), 1, timeout_s=120)
     for results in run_ranks(replay_all, num_ranks, rows, str(folder), num_ranks, timeout_s=180):
         for found, alone in zip(results, expected, strict=True):
             worst, name = difference(Seen(**found), Seen(**alone))
             assert worst <= TOLERANCE["float32"], name
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_that_compute_rows_together_give_the_loss_gradient_and_metrics_of_one(folder):
+    check_together(folder, 2, 2, None, [0])  # a loss of sequences
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("num_ranks", "row_ranks", "shard_size"), [(2, 2, None), (4, 2, None), (4, 2, 2), (4, 4, None)]
+)
+def test_so_do_pairs_of_ranks_and_four_with_every_loss(folder, num_ranks, row_ranks, shard_size):
+    check_together(folder, num_ranks, row_ranks, shard_size, SEEDS)
