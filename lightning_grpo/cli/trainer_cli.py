@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_grpo._compat_lightning import start_method
@@ -27,7 +27,15 @@ from lightning_grpo.cli.main import (
     set_one_thread_default,
     silence_jsonargparse,
 )
-from lightning_grpo.cli.mistakes import check_settings, condense, fault_of, locate, refused_build
+from lightning_grpo.cli.mistakes import (
+    check,
+    check_settings,
+    condense,
+    fault_of,
+    import_object,
+    locate,
+    refused_build,
+)
 from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
@@ -231,7 +239,7 @@ class GRPOCLI(LightningCLI):
             if is_first_rank():
                 version = self._held.enter_context(held_version(root, version))
             kwargs["logger"] = default_loggers(root, version)
-        self._refuse_unknown_strategy(config.strategy)
+        kwargs |= self._named_strategy(config.strategy)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -269,13 +277,20 @@ class GRPOCLI(LightningCLI):
                 raise
             raise GRPOError(f"the run did not come to its end: {fault_of(leaving)}") from leaving
 
-    def _refuse_unknown_strategy(self, name: Any) -> None:
-        """Lightning's own message lists no strategy that was registered."""
+    def _named_strategy(self, name: Any) -> dict[str, Strategy]:
+        """A strategy whose class stands for itself, which the parser takes for a registered name.
+
+        Lightning's own message lists no strategy that was registered.
+        """
         known = ["auto", *StrategyRegistry.available_strategies()]
-        if isinstance(name, str) and name not in known:
-            place = self._settings.value["trainer"].value["strategy"].where
-            rule = f"`{name}` is not a registered strategy"
-            raise ConfigProblem("trainer.strategy", rule, place, nearest(name, known))
+        if not isinstance(name, str) or name in known:
+            return {}
+        setting = self._settings.value["trainer"].value["strategy"]
+        if "." in name:
+            check("trainer.strategy", Strategy, setting)
+            return {"strategy": import_object(name)()}
+        rule = f"`{name}` is not a registered strategy"
+        raise ConfigProblem("trainer.strategy", rule, setting.where, nearest(name, known))
 
 
 class SaveConfig(SaveConfigCallback):

@@ -120,6 +120,10 @@ COMMAND_LINE = {
         "`fsdp3` is not a registered strategy",
         "did you mean `fsdp`?",
     ],
+    "--trainer.strategy tests.fakes.cli_stubs.GRPOLoss": [
+        "trainer.strategy (command line)",
+        "must be a Strategy, and `tests.fakes.cli_stubs.GRPOLoss` is not one",
+    ],
     "--trainer.strategy.clas_path x": [
         "trainer.strategy (command line)",
         "needs `class_path`, the import path of a Strategy",

@@ -25,6 +25,7 @@ from lightning_grpo.plan.plan import layout_of, memory_of
 from lightning_grpo.servers.sglang import SGLangServers
 from lightning_grpo.session.material import open_material
 from lightning_grpo.shipped import resolve_config, resolve_path
+from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 
 ON_GPUS = [
     *("--config", "quickstart.yaml", "--trainer.accelerator", "gpu"),
@@ -342,7 +343,8 @@ def test_fit_asks_of_its_servers_what_was_planned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Path(resolve_config("quickstart.yaml"))
     words = ["--data.servers", "lightning_grpo.SGLangServers", "--data.batch_size", "64"]
-    words += ["--model.max_tokens_per_microbatch", "4096", "--trainer.strategy", "fsdp2"]
+    words += ["--model.max_tokens_per_microbatch", "4096"]
+    words += ["--trainer.strategy", "lightning_grpo.FSDP2Strategy"]  # by its class alone
     words += ["--data.prompts.limit", "20", "--data.val_prompts.limit", "20"]
     machine = named_machine(1, "h100", 16)
     facts = read_facts([("quickstart.yaml", config)], words, machine, "h100", None)
@@ -351,6 +353,7 @@ def test_fit_asks_of_its_servers_what_was_planned(tmp_path, monkeypatch):
         [("quickstart.yaml", config)], words, settings, GRPOModule, RolloutDataModule
     ) as run:
         run.trainer.state.fn = TrainerFn.FITTING
+        assert isinstance(run.trainer.strategy, FSDP2Strategy)
         run.trainer.strategy.connect(run.model)
         data = run.datamodule
         data.trainer, data.run_dir = run.trainer, tmp_path
