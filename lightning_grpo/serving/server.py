@@ -140,6 +140,7 @@ class Member:
         paused: It was told to hold requests back.
         released: It gave its GPU memory back.
         renewed: It is, for all that is known, another process than before.
+        leaving: It is to be used no more, and what it holds is to go on elsewhere.
         in_flight: Requests of the pool that have a place at it.
         unanswered: Those among them that it works on; what it has answered may still be read here.
         bound: The most requests that it is given at once.
@@ -180,6 +181,7 @@ class Member:
         self.paused = False
         self.released = False
         self.renewed = True
+        self.leaving = False
         self.busy = False
         self.room = self.bound
         self._busy_since: float | None = None
@@ -230,7 +232,8 @@ class Member:
     @property
     def routable(self) -> bool:
         """Whether requests may be sent to it."""
-        return self.state is MemberState.CLEAN and not (self.suspect or self.busy)
+        kept = not (self.suspect or self.busy or self.leaving)
+        return self.state is MemberState.CLEAN and kept
 
     @property
     def service_s(self) -> float:

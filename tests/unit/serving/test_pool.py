@@ -18,9 +18,10 @@ from lightning_grpo.errors import (
     ServersLostError,
     WeightSyncError,
 )
+from lightning_grpo.serving.client import Together
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.health import HealthPolicy, choose_interruption
-from lightning_grpo.serving.pool import PoolLimits, ServerPool, Together
+from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.serving.server import MemberState, ServerHandle
 from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, MetaInfo
 from lightning_grpo.types import Sampling
