@@ -550,8 +550,8 @@ class ServerPool:
             self._members.append(member)
             self._monitor.watch(member)
             logger.warning(
-                "server %d has joined after %.0f s, listed in %s: %s",
-                *(member.slot, anyio.current_time() - began, listing.name, member.describe()),
+                "server %d has joined, which %s lists, after %.0f s: %s",
+                *(member.slot, listing.name, anyio.current_time() - began, member.describe()),
             )
             self._notify()
         if scope.cancelled_caught and url in self._known:
@@ -600,12 +600,12 @@ class ServerPool:
 
     async def _leave(self, member: Member, listing: Listing) -> None:
         """Uses a server no more: what it is at work on goes on elsewhere, with its tokens."""
-        member.leaving = True
+        member.leave()
         self._members.remove(member)
         self._monitor.unwatch(member)
         logger.warning(
-            "server %d has left %s, and what it was asked goes on elsewhere: %s",
-            *(member.slot, listing.name, member.describe()),
+            "server %d has left, which %s lists no more; its %d requests go on elsewhere: %s",
+            *(member.slot, listing.name, member.in_flight, member.url),
         )
         await self._let_go(member)
         del self._moving[member.url]

@@ -45,6 +45,9 @@ TAIL_LINES = 25
 
 TAIL_BYTES = 16 << 10
 
+GONE = "gone"
+"""What a server does that has left, which is nobody's business."""
+
 MOST_ACTIVITIES = 10_000
 """Kept of a server until they are asked for; of a run that nobody watches the oldest go."""
 
@@ -275,6 +278,11 @@ class Member:
             self.drained.set()
             self.drained = anyio.Event()
 
+    def leave(self) -> None:
+        """It is to be used no more, until another takes its slot."""
+        self.leaving = True
+        self._note_activity()
+
     def give_back(self) -> None:
         """A request's place is free again."""
         self.in_flight -= 1
@@ -449,12 +457,14 @@ class Member:
         with contextlib.suppress(IndexError):
             while True:
                 taken.append(self._activities.popleft())
+        ongoing = ongoing and self._doing[0] != GONE
         return [*taken, self._until_now(*self._doing)] if ongoing else taken
 
     def _note_activity(self) -> None:
         doing, since = self._doing
         if self._activity() != doing:
-            self._activities.append(self._until_now(doing, since))
+            if doing != GONE:
+                self._activities.append(self._until_now(doing, since))
             self._doing = (self._activity(), time.monotonic())
 
     def _until_now(self, doing: str, since: float) -> ServerActivity:
@@ -462,8 +472,8 @@ class Member:
         return ServerActivity(self.slot, doing, time.time() - seconds, seconds)
 
     def _activity(self) -> str:
-        if self.state in (MemberState.DIRTY, MemberState.DEAD):
-            return "out"
+        if self.leaving or self.state in (MemberState.DIRTY, MemberState.DEAD):
+            return GONE if self.leaving else "out"
         if self.state is MemberState.UPDATING:
             return "updating"
         if self.paused:

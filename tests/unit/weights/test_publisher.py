@@ -805,7 +805,10 @@ async def test_a_server_that_appears_is_brought_to_the_weights_and_used_like_the
         assert sorted((await publish(publisher, 2)).updated) == sorted([first.url, later.url])
         assert holds(later, 2)
         assert all(len(c.token_ids) == 20 for c in await asyncio.gather(*generating))
-    assert f"server 1 has joined after 0 s, listed in servers.txt: {later.url}" in caplog.text
+    assert (
+        f"server 1 has joined, which servers.txt lists, after 0 s: {later.url} clean(1)"
+        in caplog.text
+    )
     assert later.label == "default"
 
 
@@ -831,7 +834,7 @@ async def test_a_server_that_leaves_hands_on_its_requests_and_belongs_to_nobody(
         await until(lambda: len(pool.members) == 2)
         assert holds(leaves, 2)
         assert [m.slot for m in pool.members] == [0, 1]
-    assert "server 1 has left servers.txt, and what it was asked goes on" in caplog.text
+    assert f"server 1 has left, which servers.txt lists no more; its {held} requests" in caplog.text
 
 
 async def test_a_server_that_leaves_costs_a_request_no_failover_and_deterministically_no_token(
