@@ -9,6 +9,11 @@ business.
 
 A server that asks to wait (429, 503) is waited for, and so is a descriptor or a port that this
 process lacks: neither counts as an attempt.
+
+Requests for one prompt that leave at the same moment travel as one. One exchange for a group of
+eight instead of eight took the client's CPU time in a step of the quickstart from 98 to 62 ms and
+the server's, sampling aside, from 48 to 18. The replies come back together, when the longest is
+done, so this is for workflows that ask the policy once an episode.
 """
 
 from __future__ import annotations

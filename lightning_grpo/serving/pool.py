@@ -4,10 +4,8 @@ A completion survives interruption (its partial tokens are resubmitted after the
 the death of its server (it goes on at another one) and waits while the last server is restarted.
 Every token keeps its own logprob and the version of the weights that sampled it.
 
-Requests for one prompt that leave at the same moment travel as one. One exchange for a group of
-eight instead of eight took the client's CPU time in a step of the quickstart from 98 to 62 ms and
-the server's, sampling aside, from 48 to 18. The replies come back together, when the longest is
-done, so this is for workflows that ask the policy once an episode.
+Servers may come and go (`Listing`): one that comes is used once it has the weights and has proved
+them, one that leaves hands on what it is at work on.
 """
 
 from __future__ import annotations
