@@ -598,7 +598,6 @@ class ServerPool:
 
     async def _leave(self, member: Member, listing: Listing) -> None:
         """Uses a server no more: what it is at work on goes on elsewhere, with its tokens."""
-        member.leave()
         self._members.remove(member)
         self._monitor.unwatch(member)
         logger.warning(
@@ -610,6 +609,7 @@ class ServerPool:
 
     async def _let_go(self, member: Member) -> None:
         """Takes requests back, and ends what connects to the server."""
+        member.leave()
         # A completion that goes on from some tokens is not the same to the last bit.
         if member.state is MemberState.CLEAN and not self._requirements.deterministic:
             with anyio.move_on_after(self._health.call_back_s), contextlib.suppress(ServerError):
