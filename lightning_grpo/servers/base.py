@@ -614,12 +614,19 @@ class ServerList(RunningServers):
 
     def _are_one(self, url: str, other: str) -> bool:
         """Whether two addresses are of one server, which is spelled in two ways."""
-        if urlsplit(url).port != urlsplit(other).port:
+        one, two = (urlsplit(each).hostname or "" for each in (url, other))
+        if urlsplit(url).port != urlsplit(other).port or not may_be_one(one, two):
             return False
-        for each in (url, other):
-            if each not in self._places:
-                self._places[each] = _machine_addresses(urlsplit(each).hostname or "")
-        return bool(self._places[url] & self._places[other])
+        for host in (one, two):
+            if host not in self._places:
+                self._places[host] = _machine_addresses(host)
+        return bool(self._places[one] & self._places[two])
+
+
+def may_be_one(one: str, two: str) -> bool:
+    """Whether two hosts may be one: servers behind a gateway have its address, and other names."""
+    is_number = any(re.fullmatch(r"[\d.]+|.*:.*", host) for host in (one, two))
+    return is_number or one == two or one.startswith(f"{two}.") or two.startswith(f"{one}.")
 
 
 def _machine_addresses(host: str) -> set[str]:

@@ -13,6 +13,7 @@ from lightning_grpo.servers.base import (
     ADDRESSES_VARIABLE,
     RunningServers,
     ServerList,
+    may_be_one,
     normal_url,
     serving_devices,
     training_devices,
@@ -208,6 +209,31 @@ def test_a_file_lists_servers_line_by_line_each_once(tmp_path):
         "http://127.0.0.1:2\n127.0.0.1:2"
     )
     assert looks(ServerList(str(file))) == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "are_one"),
+    [
+        ("http://localhost:1", "http://127.0.0.1:1", True),
+        ("http://localhost:1", "http://127.0.0.1:2", False),
+        ("http://localhost:1", "https://LOCALHOST:1", True),
+        ("http://10.0.0.1:1", "http://10.0.0.2:1", False),
+        ("http://[::1]:1", "http://[0:0:0:0:0:0:0:1]:1", True),
+    ],
+)
+def test_a_server_that_is_spelled_in_two_ways_counts_once(tmp_path, one, two, are_one):
+    file = tmp_path / "servers.txt"
+    file.write_text(f"{one}\n{two}\n")
+    found = looks(ServerList(str(file)))
+    assert len(found) == 2 - are_one
+    file.write_text(f"{two}\n")
+    assert len(looks(ServerList(str(file)))) == 1
+
+
+def test_names_of_one_address_may_be_servers_behind_a_gateway():
+    assert may_be_one("node1", "node1.cluster.lan")
+    assert may_be_one("10.0.0.1", "node1")
+    assert not may_be_one("first.example.org", "second.example.org")
 
 
 def test_a_folder_lists_the_servers_of_its_files(tmp_path):

@@ -793,11 +793,15 @@ async def test_a_server_that_appears_is_brought_to_the_weights_and_used_like_the
     tmp_path, transport, caplog
 ):
     first, later = FakeServer(token_delay_s=0.002), FakeServer(token_delay_s=0.002)
+    # It served this run before, and was paused when it was cut off.
+    later.table, later.label = make_table(9), "run:0"
+    later.unpaused.clear()
     async with listed_fleet(tmp_path, transport, first, started=[later]) as (pool, publisher, urls):
         await publish(publisher, 1)
         urls.append(later.url)
         await until(lambda: len(pool.members) == 2)
         assert holds(later, 1)
+        assert not later.paused
         assert later.label == "run:1"
         assert [m.describe() for m in pool.members] == [f"{s.url} clean(1)" for s in (first, later)]
         generating = ask(pool, 20, prompts=8)
@@ -887,6 +891,20 @@ async def test_a_server_that_does_not_fit_is_named_and_not_used_until_it_does(
         await until(lambda: len(pool.members) == 2)
         assert holds(later, 2)
     assert caplog.text.count(message) == 1
+
+
+async def test_a_run_begins_with_those_listed_servers_that_fit(tmp_path):
+    fits, does_not = FakeServer(), FakeServer(version="0.4.9")
+    async with listed_fleet(tmp_path, DiskTransport(), does_not, fits) as (pool, publisher, _):
+        assert urls_of(pool) == [fits.url]
+        await publish(publisher, 1)
+        does_not.version = "0.5.19"
+        await until(lambda: len(pool.members) == 2)
+        assert [m.slot for m in pool.members] == [0, 1]
+    does_not.version = "0.4.9"
+    with pytest.raises(ConfigError, match=r"runs SGLang 0\.4\.9; at least 0\.5\.17 is needed"):
+        async with listed_fleet(tmp_path, DiskTransport(), does_not):
+            pass
 
 
 async def test_a_server_that_dies_in_its_first_update_is_used_once_it_is_there_again(
