@@ -531,10 +531,11 @@ class ServerList(RunningServers):
         connect_timeout_s: float = 60.0,
         api_key: str | None = None,
     ) -> None:
-        if not isinstance(source, str) or not source.strip():
+        is_list = isinstance(source, str) and bool(source.strip())
+        if not is_list or ("://" in source and not re.match("https?://", source)):
             raise ConfigError(
                 "source",
-                "must be a file, a folder or a URL that lists servers",
+                "must be a file, a folder or a URL (http://, https://) that lists servers",
                 source,
                 "Servers that stay the same are `RunningServers(urls)`.",
             )
@@ -599,7 +600,7 @@ class ServerList(RunningServers):
             same = next((other for other in found if self._are_one(url, other)), None)
             if same is None:
                 found.append(url)
-        # Nobody knows on which GPU the next one is, so none is told of the others.
+        # On no GPU that is known: the next may be on another, and weights have to reach both.
         self._handles = [ServerHandle(url) for url in found]
         return self.handles
 
@@ -672,7 +673,7 @@ def _read_files(source: str) -> list[str]:
 
 def _entries(text: str) -> list[str]:
     """The addresses that a text lists, as they stand there."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         listed = json.loads(text)
         if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
             return listed

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,17 +84,23 @@ class Chaos(ForwardingProxy):
 
 
 class Cutter(Callback):
-    """While it trains, cuts one wire after another, for seconds."""
+    """While it trains, cuts one wire after another, for seconds, and lists some of them only."""
 
-    def __init__(self, wires: list[Wire], noise: random.Random) -> None:
+    def __init__(self, wires: list[Wire], noise: random.Random, file: Path) -> None:
         self.wires, self.noise, self.ended = wires, noise, threading.Event()
+        self.file = file
+        self.list(wires)
         self.thread = threading.Thread(target=self.work)
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.thread.start()
 
+    def list(self, wires: list[Wire]) -> None:
+        self.file.write_text("".join(f"{wire.url}\n" for wire in wires))
+
     def work(self) -> None:
         while not self.ended.wait(self.noise.uniform(2.0, 6.0)):
+            self.list(self.noise.sample(self.wires, self.noise.choice([0, 1, 1, 2, 2])))
             wire = self.noise.choice(self.wires)
             wire.cut(quietly=self.noise.random() < 0.3)
             self.ended.wait(self.noise.uniform(0.5, 4.0))
@@ -107,7 +114,8 @@ class Cutter(Callback):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_no_prompt_is_lost_and_no_lie_is_trained_on(tiny_model, tmp_path, seed):
+@pytest.mark.parametrize("comes", [False, True])
+def test_no_prompt_is_lost_and_no_lie_is_trained_on(tiny_model, tmp_path, seed, comes):
     steps, batch = 100, 4
     noise, seen = random.Random(seed), Counter()
     transport = [DiskTransport(), ProcessGroupTransport("gloo", timeout_s=4.0)][seed]
@@ -119,15 +127,17 @@ def test_no_prompt_is_lost_and_no_lie_is_trained_on(tiny_model, tmp_path, seed):
             wire_to(one.url) as first,
             wire_to(other.url) as second,
         ):
+            recorder = Recorder()
+            cutter = Cutter([first, second], noise, tmp_path / "servers.txt")
+            fixed = RunningServers([first.url, second.url])
             data = make_data(
-                RunningServers([first.url, second.url]),
+                ServerList(str(cutter.file), look_every_s=0.5) if comes else fixed,
                 prompts=make_prompts(steps * batch),
                 val_prompts=make_prompts(8),
                 batch_size=batch,
                 max_staleness=1,
                 limits=RolloutLimits(reward_processes=0, max_server_restarts=steps),
             )
-            recorder, cutter = Recorder(), Cutter([first, second], noise)
             sync = WeightSync(transport, request_timeout_s=10.0)
             trainer = make_trainer(
                 tmp_path,

@@ -275,7 +275,9 @@ def test_a_change_counts_once_two_looks_in_a_row_have_shown_it(tmp_path):
         assert len(looks(servers, 1)) == 3
 
 
-@pytest.mark.parametrize("how", ["missing", "no list", "not text", "an error", "another page"])
+@pytest.mark.parametrize(
+    "how", ["missing", "no list", "not text", "endless", "an error", "another page"]
+)
 def test_a_list_that_can_not_be_read_keeps_its_last_servers_and_says_so_once(
     tmp_path, served, caplog, how
 ):
@@ -288,6 +290,8 @@ def test_a_list_that_can_not_be_read_keeps_its_last_servers_and_says_so_once(
         file.unlink()
     elif how == "no list":
         file.write_text("h:1\nh:\n")
+    elif how == "endless":
+        file.write_text("[" * 100_000)
     elif how == "not text":
         file.write_bytes(b"\xff\xfe")
     elif how == "an error":
@@ -365,7 +369,7 @@ def test_a_listed_server_that_wants_another_key_is_told_at_once(fake, tmp_path):
     assert ServerList(str(tmp_path), api_key="right").start("model", tmp_path)
 
 
-@pytest.mark.parametrize("given", ["", " ", None, ["h:1"]])
+@pytest.mark.parametrize("given", ["", " ", None, ["h:1"], "s3://bucket/servers", "file:///a"])
 def test_a_list_that_is_none_is_refused(given):
     with pytest.raises(ConfigError, match="`source` must be a file, a folder or a URL"):
         ServerList(given)
