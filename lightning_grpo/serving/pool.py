@@ -548,7 +548,7 @@ class ServerPool:
             self._members.append(member)
             self._monitor.watch(member)
             logger.warning(
-                "server %d has joined, which %s lists, after %.0f s: %s",
+                "server %d has joined (%s names it) after %.0f s: %s",
                 *(member.slot, listing.name, anyio.current_time() - began, member.describe()),
             )
             self._notify()
@@ -601,7 +601,7 @@ class ServerPool:
         self._members.remove(member)
         self._monitor.unwatch(member)
         logger.warning(
-            "server %d has left, which %s lists no more; its %d requests go on elsewhere: %s",
+            "server %d has left (%s names it no more), its %d requests go on elsewhere: %s",
             *(member.slot, listing.name, member.in_flight, member.url),
         )
         await self._let_go(member)

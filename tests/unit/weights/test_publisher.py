@@ -810,8 +810,7 @@ async def test_a_server_that_appears_is_brought_to_the_weights_and_used_like_the
         assert holds(later, 2)
         assert all(len(c.token_ids) == 20 for c in await asyncio.gather(*generating))
     assert (
-        f"server 1 has joined, which servers.txt lists, after 0 s: {later.url} clean(1)"
-        in caplog.text
+        f"server 1 has joined (servers.txt names it) after 0 s: {later.url} clean(1)" in caplog.text
     )
     assert later.label == "default"
 
@@ -838,7 +837,7 @@ async def test_a_server_that_leaves_hands_on_its_requests_and_belongs_to_nobody(
         await until(lambda: len(pool.members) == 2)
         assert holds(leaves, 2)
         assert [m.slot for m in pool.members] == [0, 1]
-    assert f"server 1 has left, which servers.txt lists no more; its {held} requests" in caplog.text
+    assert f"server 1 has left (servers.txt names it no more), its {held} requests" in caplog.text
 
 
 async def test_a_server_that_leaves_costs_a_request_no_failover_and_deterministically_no_token(
@@ -956,6 +955,24 @@ async def test_an_update_is_not_held_up_by_a_server_that_leaves_meanwhile(tmp_pa
         assert (await publish(publisher, 2)).updated == [stays.url]
 
 
+async def test_a_server_that_leaves_while_it_still_comes_holds_nobody_up(tmp_path, transport):
+    path = "/update_weights_from_disk"
+    path = path if isinstance(transport, DiskTransport) else "/update_weights_from_distributed"
+    first, later = FakeServer(), FakeServer(faults=[Fault(path, "hang")])
+    options = {"started": [later], "timeout_s": 30}
+    fleet_of_one = listed_fleet(tmp_path, transport, first, **options)
+    async with fleet_of_one as (pool, publisher, urls):
+        await publish(publisher, 1)
+        urls.append(later.url)
+        await until(lambda: path in later.calls)
+        publishing = asyncio.create_task(publish(publisher, 2))
+        urls.remove(later.url)
+        assert (await publishing).updated == [first.url]
+        urls.append(later.url)
+        await until(lambda: len(pool.members) == 2)
+        assert holds(later, 2)
+
+
 async def test_a_run_without_servers_goes_on_when_one_appears(tmp_path, caplog):
     first, later = FakeServer(token_delay_s=0.002), FakeServer()
     options = {"started": [later]}
@@ -992,7 +1009,7 @@ async def test_servers_that_come_and_go_all_the_time_lose_nothing_but_time(tmp_p
     async with listed_fleet(tmp_path, transport, *servers) as (pool, publisher, urls):
         await publish(publisher, 1)
         generating, draw = ask(pool, 300, prompts=9), random.Random(0)
-        for version in range(2, 12):
+        for version in range(2, 9):
             urls[:] = [s.url for s in draw.sample(servers, draw.randrange(4))]
             await asyncio.sleep(0.1)
             if urls:
