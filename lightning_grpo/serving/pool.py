@@ -559,16 +559,18 @@ class ServerPool:
     async def _until_ready(self, handle: ServerHandle, listing: Listing) -> None:
         """Asks a new server until it holds proved weights."""
         pauses = growing(self._health.interval_s / 2, self._health.longest_pause_s)
-        told, proofs = "", 0
+        told, proofs = set[str](), 0
         while proofs < PROOFS:
             try:
                 if await self._admit(handle):
                     return
+                await self._changed.wait()  # there are no weights yet that it could be brought to
+                continue
             except (GRPOError, TimeoutError, OSError) as error:
                 proofs += isinstance(error, WeightSyncError)
-                if str(error) != told:
-                    told = str(error)
-                    logger.warning("a server of %s is not used yet: %s", listing.name, told)
+                if str(error) not in told:
+                    told.add(str(error))
+                    logger.warning("a server of %s is not used yet: %s", listing.name, error)
             await anyio.sleep(next(pauses))
         logger.error(
             "%s is not used: it could not be brought to the weights %d times. Take it off %s, and"

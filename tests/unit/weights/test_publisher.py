@@ -892,6 +892,18 @@ async def test_a_server_that_does_not_fit_is_named_and_not_used_until_it_does(
     assert caplog.text.count(message) == 1
 
 
+async def test_a_server_that_appears_before_there_are_weights_is_used_once_there_are(tmp_path):
+    first, later = FakeServer(), FakeServer()
+    fleet_of_one = listed_fleet(tmp_path, DiskTransport(), first, started=[later])
+    async with fleet_of_one as (pool, publisher, urls):
+        urls.append(later.url)
+        await until(lambda: len(pool.known) == 2)
+        assert urls_of(pool) == [first.url]
+        assert (await publish(publisher, 1)).updated == [first.url]
+        await until(lambda: len(pool.members) == 2)
+        assert holds(later, 1)
+
+
 async def test_a_run_begins_with_those_listed_servers_that_fit(tmp_path):
     fits, does_not = FakeServer(), FakeServer(version="0.4.9")
     async with listed_fleet(tmp_path, DiskTransport(), does_not, fits) as (pool, publisher, _):
@@ -944,7 +956,7 @@ async def test_an_update_is_not_held_up_by_a_server_that_leaves_meanwhile(tmp_pa
     path = "/update_weights_from_disk"
     path = path if isinstance(transport, DiskTransport) else "/update_weights_from_distributed"
     stays, leaves = FakeServer(), FakeServer(faults=[Fault(path, "hang", times=99)])
-    fleet_of_two = listed_fleet(tmp_path, transport, stays, leaves, timeout_s=30)
+    fleet_of_two = listed_fleet(tmp_path, transport, stays, leaves, timeout_s=100)
     async with fleet_of_two as (pool, publisher, urls):
         publishing = asyncio.create_task(publish(publisher, 1))
         await until(lambda: holds(stays, 1) and path in leaves.calls)
@@ -959,7 +971,7 @@ async def test_a_server_that_leaves_while_it_still_comes_holds_nobody_up(tmp_pat
     path = "/update_weights_from_disk"
     path = path if isinstance(transport, DiskTransport) else "/update_weights_from_distributed"
     first, later = FakeServer(), FakeServer(faults=[Fault(path, "hang")])
-    options = {"started": [later], "timeout_s": 30}
+    options = {"started": [later], "timeout_s": 100}
     fleet_of_one = listed_fleet(tmp_path, transport, first, **options)
     async with fleet_of_one as (pool, publisher, urls):
         await publish(publisher, 1)
