@@ -168,9 +168,9 @@ def test_no_prompt_is_lost_and_no_lie_is_trained_on(tiny_model, tmp_path, seed, 
 
 @contextmanager
 def engines_of(model, folder, number):
-    """So many engines that give equal requests equal bits."""
+    """So many engines, started at once, that give equal requests equal bits."""
     logs = [folder / f"engine-{slot}.log" for slot in range(number)]
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(number) as threads:
         starting = [threads.submit(EngineProcess, model, log, ["--deterministic"]) for log in logs]
     try:
         yield [each.result() for each in starting]
@@ -178,6 +178,18 @@ def engines_of(model, folder, number):
         for each in starting:
             if each.exception() is None:
                 each.result().close()
+
+
+@pytest.fixture(scope="module")
+def two_engines(tiny_model, tmp_path_factory):
+    with engines_of(tiny_model, tmp_path_factory.mktemp("two"), 2) as engines:
+        yield engines
+
+
+@pytest.fixture(scope="module")
+def four_engines(two_engines, tiny_model, tmp_path_factory):
+    with engines_of(tiny_model, tmp_path_factory.mktemp("four"), 2) as others:
+        yield two_engines + others
 
 
 class Operator(Callback):
@@ -246,14 +258,13 @@ def assert_same_run(one, other):
 
 
 def test_a_run_whose_one_server_gives_way_to_another_is_the_run_without_that(
-    tiny_model, tmp_path, fit_listed
+    two_engines, fit_listed
 ):
-    with engines_of(tiny_model, tmp_path, 2) as engines:
-        a, b = (engine.url for engine in engines)
-        whole = fit_listed("whole", {0: [a]}, 3)
-        changed = fit_listed("changed", {0: [a], 1: [a, b], 2: [b]}, 3)
-        assert_same_run(whole, changed)
-        assert {engine.get("/model_info")["weight_version"] for engine in engines} == {"default"}
+    a, b = (engine.url for engine in two_engines)
+    whole = fit_listed("whole", {0: [a]}, 3)
+    changed = fit_listed("changed", {0: [a], 1: [a, b], 2: [b]}, 3)
+    assert_same_run(whole, changed)
+    assert {engine.get("/model_info")["weight_version"] for engine in two_engines} == {"default"}
 
 
 @pytest.mark.slow
@@ -261,18 +272,16 @@ def test_a_run_whose_one_server_gives_way_to_another_is_the_run_without_that(
 @pytest.mark.parametrize("where", ["thread", "process"])
 @pytest.mark.parametrize("kind", [DiskTransport, ProcessGroupTransport])
 def test_a_run_on_one_four_two_and_three_servers_is_the_run_on_one(
-    tiny_model, tmp_path, fit_listed, where, kind
+    four_engines, tmp_path, fit_listed, where, kind
 ):
-    with engines_of(tiny_model, tmp_path, 4) as engines:
-        a, b, c, d = (engine.url for engine in engines)
-        whole = fit_listed("whole", {0: [a]}, 10, where, kind())
-        plan = {0: [a], 2: [d, a, b, c], 4: [c, d], 6: [c, b, d]}
-        changed = fit_listed("changed", plan, 10, where, kind())
-        assert_same_run(whole, changed)
-        assert set(whole[2]) == {1}
-        assert {1, 2, 3, 4} <= set(changed[2])
-        first = fit_listed("first", {0: [a, b]}, 5, where, kind())
-        path = tmp_path / "first.ckpt"
-        then = fit_listed("then", {0: [d], 6: [c, d]}, 10, where, kind(), path)
-        assert first[0] + then[0] == whole[0]
-        assert_same_run((whole[0], then[1]), whole)
+    a, b, c, d = (engine.url for engine in four_engines)
+    whole = fit_listed("whole", {0: [a]}, 10, where, kind())
+    plan = {0: [a], 2: [d, a, b, c], 4: [c, d], 6: [c, b, d]}
+    changed = fit_listed("changed", plan, 10, where, kind())
+    assert_same_run(whole, changed)
+    assert set(whole[2]) == {1}
+    assert {1, 2, 3, 4} <= set(changed[2])
+    first = fit_listed("first", {0: [a, b]}, 5, where, kind())
+    then = fit_listed("then", {0: [d], 6: [c, d]}, 10, where, kind(), tmp_path / "first.ckpt")
+    assert first[0] + then[0] == whole[0]
+    assert_same_run((whole[0], then[1]), whole)
