@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from lightning_grpo.rollout.workflow import RLVRWorkflow as RLVRWorkflow
     from lightning_grpo.rollout.workflow import RolloutWorkflow as RolloutWorkflow
     from lightning_grpo.servers.base import RunningServers as RunningServers
+    from lightning_grpo.servers.base import ServerList as ServerList
     from lightning_grpo.servers.other_nodes import RayServers as RayServers
     from lightning_grpo.servers.other_nodes import SlurmServers as SlurmServers
     from lightning_grpo.servers.process import EmbeddedServers as EmbeddedServers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.screen import waiting_fraction
 from lightning_grpo.contract import Rolling, logged_numbers
+from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import require_seconds
 from lightning_grpo.loader import Minibatch
 
@@ -29,6 +31,13 @@ BASELINE = "health/mismatch_baseline"
 GROUPS = "health/groups"
 """Groups of the rollout batch, to hold counts against."""
 
+ENOUGH, MORE, WAITING = "health/servers_enough", "health/servers_more", "health/trainer_waiting"
+"""How many servers would do, how many more would help, and the trainer's share of waiting for
+them: said of servers that come and go."""
+
+_IDLE, _BUSY = 0.3, 0.1
+"""Who waits for the other so much of its time, and who so little, that servers are too many, or too
+few. Where both wait in turn, as without staleness, their number is not to blame."""
 _MISMATCH_FACTOR, _MISMATCH_FLOOR = 3.0, 0.01
 _NEARLY_ALL, _MOST, _LAG_S = 0.99, 0.5, 1.0
 
@@ -82,6 +91,27 @@ def _mismatched(metrics: Mapping[str, float]) -> bool:
     return now > max(_MISMATCH_FACTOR * rounding, _MISMATCH_FLOOR)
 
 
+def servers_advised(metrics: Mapping[str, float], steps_per_rollout: int = 1) -> dict[str, float]:
+    """How many servers fit what they and the trainer waited; empty where that is about right.
+
+    Args:
+        metrics: Of a rollout batch, with the number of servers and both idle fractions.
+        steps_per_rollout: Optimizer steps on it; the trainer's fraction is of the first one's time.
+    """
+    servers, first = metrics.get("rollout/servers", 0.0), metrics.get("idle/trainer_fraction")
+    idle = metrics.get("idle/server_fraction")
+    if first is None or idle is None or not servers:
+        return {}
+    waiting = first / max(first + steps_per_rollout * (1.0 - first), 1e-9)
+    enough = math.ceil(servers * (1.0 - idle))
+    if idle >= _IDLE and waiting <= _BUSY and enough < servers:
+        return {ENOUGH: max(1.0, enough)}
+    if waiting >= _IDLE and idle <= _BUSY:
+        more = round(servers * waiting / max(1.0 - waiting, 1e-9))
+        return {MORE: min(max(1.0, more), servers), WAITING: waiting}  # then one sees again
+    return {}
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "constant reward",
@@ -126,6 +156,20 @@ RULES: tuple[Rule, ...] = (
         _waits,
         "the trainer waits for rollouts more than 90 % of its time: give the servers more of the "
         "GPUs, raise `max_staleness`, or shorten the completions.",
+    ),
+    Rule(
+        "too many servers",
+        5,
+        _at_least(ENOUGH, 1),
+        "the servers are idle {idle/server_fraction:.0%} of their time and the trainer does not "
+        "wait for them: {health/servers_enough:.0f} of the {rollout/servers:.0f} would do.",
+    ),
+    Rule(
+        "too few servers",
+        5,
+        _at_least(MORE, 1),
+        "the trainer waits for rollouts {health/trainer_waiting:.0%} of its time and the servers "
+        "are never idle: {health/servers_more:.0f} more than the {rollout/servers:.0f} would help.",
     ),
     Rule(
         "mismatch",
@@ -229,6 +273,9 @@ class HealthMonitor(Callback):
         if not batch.is_last or batch.rollout.groups is None:
             return
         metrics = {**logged_numbers(trainer), GROUPS: float(len(batch.rollout.groups))}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RolloutDataModule) and data.servers and data.servers.listed_in:
+            metrics |= servers_advised(metrics, data.steps_per_rollout)
         for sentence in self.observe(metrics):
             log.warning(sentence)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -233,7 +234,8 @@ async def _tried(
 def servers(chosen: Servers) -> Iterator[CheckResult]:
     """Whether servers could be started, or answer already."""
     if isinstance(chosen, RunningServers):
-        quick = RunningServers(chosen.urls, min(chosen.connect_timeout_s, 5.0), chosen.api_key)
+        quick = copy.copy(chosen)
+        quick.connect_timeout_s = min(chosen.connect_timeout_s, 5.0)
         for handle in quick.start("", Path()):
             yield CheckResult("servers", "ok", f"{handle.url} answers")
     elif isinstance(chosen, SGLangServers):

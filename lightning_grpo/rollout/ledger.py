@@ -63,7 +63,8 @@ class RolloutLimits:
         rank_timeout_s: Silence of a rank after which it counts as lost.
         server_timeout_s: How long a server that is not this machine's own may be silent, or fail to
             prove its weights; it is asked again meanwhile. Then it is started again where the run
-            may do that; else it is lost, and comes back when it answers.
+            may do that; else it is lost, and comes back when it answers. Of a `ServerList` also how
+            long the run waits while no server can be used.
         max_server_restarts: How often a server may die, or send what can't be, before it is lost;
             each time is forgotten after a minute of service in which it answered.
     """

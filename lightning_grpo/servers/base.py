@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import json
+import logging
 import os
 import random
 import re
@@ -68,6 +71,10 @@ class Servers(ABC):
     """Whether servers are started to suit what the run will ask of them."""
     load: ServerLoad | None = None
     """What the run will ask; set before `start` where `fits_load`."""
+    listed_in: str = ""
+    """Where servers that come and go are listed; empty: they are those of `start`, to the end."""
+    look_every_s: float = 5.0
+    """Between two calls of `look`, where servers come and go."""
 
     @abstractmethod
     def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
@@ -100,6 +107,10 @@ class Servers(ABC):
             ServerStartError: It does not come up.
         """
         raise ServerError(f"{url} was not started by this run, so it can't be restarted here.")
+
+    def look(self) -> list[ServerHandle]:
+        """The servers that there are by now, where they come and go."""
+        return self.handles
 
     def is_gone(self, url: str) -> bool:
         """Whether a silent server has ended, and is not just out of reach; where it can restart."""
@@ -394,11 +405,7 @@ def wait_until_healthy(
             return
         check()
         if said is not None and said.status in KEYS:
-            wants = "another API key than the one given" if api_key else "an API key"
-            raise ConfigError(
-                f"{url} wants {wants} (it answered {said.status}). "
-                f"Set {API_KEY_VARIABLE} to it, or `api_key` to `env:NAME` or `file:PATH`."
-            )
+            raise _key_error(url, said.status, api_key)
         if left_s <= 0:
             last = "" if said is None else f" It answered {said.status}."
             raise ServerStartError(
@@ -406,6 +413,14 @@ def wait_until_healthy(
                 " Start a server there, or correct `urls`."
             )
         time.sleep(max(POLL_S, min(left_s, 0.0 if said is None else said.wait_s)))
+
+
+def _key_error(url: str, status: int, api_key: str | None) -> ConfigError:
+    wants = "another API key than the one given" if api_key else "an API key"
+    return ConfigError(
+        f"{url} wants {wants} (it answered {status}). "
+        f"Set {API_KEY_VARIABLE} to it, or `api_key` to `env:NAME` or `file:PATH`."
+    )
 
 
 # -- servers that run already ----------------------------------------------------------------------
@@ -484,6 +499,193 @@ class RunningServers(Servers):
         self._handles = []
 
 
+LOOK_S = 0.5
+"""Between two looks at a list while no server of it answers yet."""
+MOST_LOOK_S = 10.0
+"""A list, or a server that is new on it, has this time to answer."""
+
+logger = logging.getLogger(__name__)
+
+
+class ServerList(RunningServers):
+    """Uses servers that run already and come and go: those of a list that is looked at all along.
+
+    One that appears is checked as those of the start are, gets the current weights, proves them and
+    is used. One that is taken off the list is asked nothing more, and what it was at work on goes
+    on at the others. An address is on the list, or off it, once two looks in a row say so, so that
+    a list caught half-written changes nothing. While it can't be read its last servers are kept.
+
+    Args:
+        source: The list: a file with an address (`http://host:port` or `host:port`) in each line,
+            where `#` begins a comment; a folder of such files, in which each server may have its
+            own; or a URL that answers with such lines, or with a JSON list of addresses.
+        look_every_s: Between two looks at it.
+        connect_timeout_s: How long the first server may take to be on the list and answer.
+        api_key: Of the servers, as `RunningServers` takes it. A list's URL is asked without it.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        look_every_s: float = 5.0,
+        connect_timeout_s: float = 60.0,
+        api_key: str | None = None,
+    ) -> None:
+        is_list = isinstance(source, str) and bool(source.strip())
+        if not is_list or ("://" in source and not re.match("https?://", source)):
+            raise ConfigError(
+                "source",
+                "must be a file, a folder or a URL (http://, https://) that lists servers",
+                source,
+                "Servers that stay the same are `RunningServers(urls)`.",
+            )
+        require_seconds("look_every_s", look_every_s)
+        super().__init__(None, connect_timeout_s, api_key)
+        self.source = self.listed_in = source
+        self.look_every_s = look_every_s
+        self._seen: list[str] = []
+        self._addresses: list[str] = []
+        self._places: dict[str, set[str]] = {}
+        self._unread = ""
+        self._stopping = False
+
+    def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
+        """Waits until a server of the list answers; the others may do so later."""
+        self._stopping, self._seen, self._addresses = False, [], []
+        deadline, said_so = time.monotonic() + self.connect_timeout_s, False
+        self.look()
+        time.sleep(POLL_S)
+        while not self._stopping:
+            handles = self.look()
+            answers = asyncio.run(_ask_all([handle.url for handle in handles], self.api_key))
+            status = {url: said.status for url, said in answers.items() if said is not None}
+            if HTTPStatus.OK in status.values():
+                return [handle for handle in handles if status.get(handle.url) == HTTPStatus.OK]
+            refusing = next((url for url in status if status[url] in KEYS), None)
+            if refusing is not None:
+                raise _key_error(refusing, status[refusing], self.api_key)
+            each = ", ".join(f"{url} answers {status.get(url, 'nothing')}" for url in answers)
+            why = self._unread or each or "it names none"
+            if time.monotonic() > deadline:
+                raise ServerStartError(
+                    f"No server of {self.source} answers after {self.connect_timeout_s:g} s: {why}."
+                    " Start one and put its address there, or correct `source`."
+                )
+            if not said_so:
+                limit = f"up to {self.connect_timeout_s:g} s"
+                logger.warning("waiting %s for a server of %s: %s", limit, self.source, why)
+            said_so = True
+            time.sleep(LOOK_S)
+        raise ServerStartError("The wait for a server was broken off.")
+
+    def look(self) -> list[ServerHandle]:
+        """The servers that are on the list by now."""
+        try:
+            now = asyncio.run(_read_list(self.source))
+        except (OSError, ValueError, aiohttp.ClientError) as error:
+            why = str(error) or type(error).__name__
+            if self._addresses and not self._unread:
+                logger.warning(
+                    "%s can't be read, so its last servers are kept: %s", self.source, why
+                )
+            self._unread = f"it can't be read ({why})"
+            return self.handles
+        if self._addresses and self._unread:
+            logger.warning("%s is read again", self.source)
+        self._unread, before, self._seen = "", self._seen, now
+        known = [each for each in self._addresses if each in now or each in before]
+        self._addresses = known + [each for each in now if each in before and each not in known]
+        found: list[str] = []
+        for url in self._addresses:
+            same = next((other for other in found if self._are_one(url, other)), None)
+            if same is None:
+                found.append(url)
+        # On no GPU that is known: the next may be on another, and weights have to reach both.
+        self._handles = [ServerHandle(url) for url in found]
+        return self.handles
+
+    def stop(self) -> None:
+        """Leaves the servers running."""
+        self._stopping = True
+        super().stop()
+
+    def describe(self) -> str:
+        """Where they are listed, and one line a server."""
+        return f"listed in {self.source}, {super().describe()}"
+
+    def _are_one(self, url: str, other: str) -> bool:
+        """Whether two addresses are of one server, which is spelled in two ways."""
+        one, two = (urlsplit(each).hostname or "" for each in (url, other))
+        if urlsplit(url).port != urlsplit(other).port or not may_be_one(one, two):
+            return False
+        for host in (one, two):
+            if host not in self._places:
+                self._places[host] = _machine_addresses(host)
+        return bool(self._places[one] & self._places[two])
+
+
+def may_be_one(one: str, two: str) -> bool:
+    """Whether two hosts may be one: servers behind a gateway have its address, and other names."""
+    is_number = any(re.fullmatch(r"[\d.]+|.*:.*", host) for host in (one, two))
+    return is_number or one == two or one.startswith(f"{two}.") or two.startswith(f"{one}.")
+
+
+def _machine_addresses(host: str) -> set[str]:
+    """The IP addresses of a name; itself where nobody knows any."""
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return {host}
+
+
+async def _read_list(source: str) -> list[str]:
+    """The addresses of a list, normalized, each once.
+
+    Raises:
+        OSError: It can't be read.
+        ValueError: It holds something else than addresses.
+    """
+    if "://" in source:
+        timeout = aiohttp.ClientTimeout(total=MOST_LOOK_S)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
+            session.get(source) as response,
+        ):
+            texts = [await response.text()]
+    else:
+        texts = _read_files(source)
+    entries = [entry for text in texts for entry in _entries(text)]
+    return list(dict.fromkeys(normal_url(entry, "a line") for entry in entries))
+
+
+def _read_files(source: str) -> list[str]:
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return [path.read_text(encoding="utf-8")]
+    texts = []
+    for file in sorted(path.iterdir()):
+        # Network file systems keep what was deleted while it was open under such a name.
+        if not file.name.startswith("."):
+            with contextlib.suppress(FileNotFoundError):  # gone since the folder was read
+                texts.append(file.read_text(encoding="utf-8"))
+    return texts
+
+
+def _entries(text: str) -> list[str]:
+    """The addresses that a text lists, as they stand there."""
+    with contextlib.suppress(ValueError, RecursionError):
+        listed = json.loads(text)
+        if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
+            return listed
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+async def _ask_all(urls: list[str], api_key: str | None) -> dict[str, HttpAnswer | None]:
+    asked = [_ask(url + LISTENS, MOST_LOOK_S, api_key) for url in urls]
+    return dict(zip(urls, await asyncio.gather(*asked), strict=True))
+
+
 def servers_of(given: Any) -> Servers:
     """Servers as given; of URLs, those that run there.
 
@@ -508,8 +710,8 @@ def is_local(url: str) -> bool:
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
-def normal_url(address: str) -> str:
-    """`http://host:port` of an address with or without scheme and slash.
+def normal_url(address: str, name: str = "`urls`") -> str:
+    """`http://host:port` of an address with or without scheme and slash; `name` is of the setting.
 
     Raises:
         ConfigError: There is no port.
@@ -519,8 +721,8 @@ def normal_url(address: str) -> str:
         url = f"http://{url}"
     scheme, _, rest = url.partition("://")
     if scheme not in ("http", "https"):
-        raise ConfigError(f"`urls` must begin with http:// or https://, got {address!r}.")
+        raise ConfigError(f"{name} must begin with http:// or https://, got {address!r}.")
     port = rest.rpartition(":")[2]
     if scheme == "http" and not (port.isdecimal() and 0 < int(port) <= MOST_PORT):
-        raise ConfigError(f"`urls` must carry a port (http://host:30000), got {address!r}.")
+        raise ConfigError(f"{name} must carry a port (http://host:30000), got {address!r}.")
     return url

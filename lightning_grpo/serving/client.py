@@ -9,6 +9,11 @@ business.
 
 A server that asks to wait (429, 503) is waited for, and so is a descriptor or a port that this
 process lacks: neither counts as an attempt.
+
+Requests for one prompt that leave at the same moment travel as one. One exchange for a group of
+eight instead of eight took the client's CPU time in a step of the quickstart from 98 to 62 ms and
+the server's, sampling aside, from 48 to 18. The replies come back together, when the longest is
+done, so this is for workflows that ask the policy once an episode.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -30,7 +35,7 @@ import aiohttp
 import msgspec
 
 from lightning_grpo.errors import BusyError, OwnLimitError, ReplyError, RequestError, ServerError
-from lightning_grpo.serving.event_loop import FairTurns
+from lightning_grpo.serving.event_loop import FairTurns, seen
 from lightning_grpo.serving.wire import (
     GenerateReply,
     GenerateRequest,
@@ -492,3 +497,83 @@ def error_message(content: bytes) -> str:
     inner = body.get("error")
     message = inner.get("message") if isinstance(inner, dict) else inner or body.get("message")
     return str(message)[:MESSAGE_LIMIT] if message else text
+
+
+# -- requests that travel together ----------------------------------------------------------------
+
+
+class Together:
+    """Gathers requests for the length of a turn of the event loop, then sends them."""
+
+    def __init__(self) -> None:
+        self._gathering: dict[Hashable, Exchange] = {}
+
+    def join(self, client: ServerClient, request: GenerateRequest) -> Exchange:
+        """The exchange with those of this moment for the same prompt; for `Exchange.reply`."""
+        key = (client, request.extra_key, tuple(request.input_ids))
+        exchange = self._gathering.get(key)
+        if exchange is None or exchange.is_left:
+            exchange = self._gathering[key] = Exchange()
+            exchange.task = asyncio.create_task(self._send(key, client, exchange))
+            exchange.task.add_done_callback(seen)
+        return exchange
+
+    async def _send(
+        self, key: Hashable, client: ServerClient, exchange: Exchange
+    ) -> list[GenerateReply]:
+        try:
+            await asyncio.sleep(0)  # whoever was ready before this task has joined by now
+        finally:
+            if self._gathering.get(key) is exchange:
+                del self._gathering[key]
+        return await client.generate_together(exchange.requests, exchange.arrived)
+
+
+class Exchange:
+    """Requests that travel as one; ends with the last who waits for it.
+
+    Attributes:
+        requests: All of them.
+        rids: Their names.
+    """
+
+    task: asyncio.Task[list[GenerateReply]]
+
+    def __init__(self) -> None:
+        self.requests: list[GenerateRequest] = []
+        self.rids: list[str] = []
+        self._on_arrival: list[Callable[[], object]] = []
+        self._num_waiting = 0
+
+    @property
+    def is_left(self) -> bool:
+        """Whether nobody waits for it any more: it is being cancelled."""
+        return not self._num_waiting and bool(self.requests)
+
+    def arrived(self) -> None:
+        """The answer to all of them is there."""
+        for tell in self._on_arrival:
+            tell()
+
+    async def reply(self, request: GenerateRequest, arrived: Callable[[], object]) -> GenerateReply:
+        """Travel with the others.
+
+        Args:
+            request: One more of them.
+            arrived: Called when the answer is there, before it is read.
+
+        Raises:
+            RequestError: The server refuses one of them.
+            ServerError: It does not answer; all of them are lost with it.
+        """
+        index = len(self.requests)
+        self.requests.append(request)
+        self.rids.append(request.rid)
+        self._on_arrival.append(arrived)
+        self._num_waiting += 1
+        try:
+            return (await asyncio.shield(self.task))[index]
+        finally:
+            self._num_waiting -= 1
+            if not self._num_waiting:
+                self.task.cancel()  # the server then ends what nobody waits for

@@ -25,7 +25,7 @@ import itertools
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -286,6 +286,8 @@ class Monitor:
         self._updating = updating
         self._changed = changed
         self._lost = lost
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._watches: dict[int, anyio.CancelScope] = {}
         self._wakes: dict[int, anyio.Event] = {}
         self._given_up: set[int] = set()
         self._missing: set[int] = set()
@@ -342,11 +344,28 @@ class Monitor:
 
     async def run(self) -> None:
         """Watches every server until cancelled."""
-        async with anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as self._tasks:
             for member in self._members:
-                tasks.start_soon(self._watch, member, tasks)
+                self.watch(member)
+            await anyio.sleep_forever()
+
+    def watch(self, member: Member) -> None:
+        """Watches one more server, which the members hold by now; while `run` does."""
+        assert self._tasks is not None, "nobody watches"
+        self._watches[member.slot] = anyio.CancelScope()
+        self._tasks.start_soon(self._watch, member, self._tasks)
+
+    def unwatch(self, member: Member) -> None:
+        """Watches a server no more, and forgets what was held against it."""
+        self._watches.pop(member.slot).cancel()
+        self._given_up.discard(member.slot)
+        self._missing.discard(member.slot)
 
     async def _watch(self, member: Member, tasks: anyio.abc.TaskGroup) -> None:
+        with self._watches[member.slot]:
+            await self._mind(member, tasks)
+
+    async def _mind(self, member: Member, tasks: anyio.abc.TaskGroup) -> None:
         self._wakes[member.slot], was_dirty = anyio.Event(), False
         while member.slot not in self._given_up:
             # A server is dirty for a moment between two attempts of an update, and while all stand
@@ -607,6 +626,27 @@ def _check(mode: Interruption, members: Sequence[Member]) -> None:
         logger.warning(
             "interruption in_place: logprobs behind an update come from new weights over the old"
             " ones' keys and values; they are those of no version"
+        )
+
+
+def check_joins(member: Member, mode: Interruption, precisions: Collection[str]) -> None:
+    """Refuses a server that came later than the run began, where the run was not made for it.
+
+    Args:
+        member: The server.
+        mode: What becomes of requests in flight.
+        precisions: What the servers of the beginning compute in: rounding was measured for those.
+
+    Raises:
+        ConfigError: What it does otherwise than they do.
+    """
+    if mode == "retract":
+        _check(mode, [member])
+    if member.precision not in precisions:
+        raise ConfigError(
+            f"{member.url} computes in {member.precision}, the servers at the start in"
+            f" {' and '.join(sorted(precisions))}, which its proof is made for. Start it as they"
+            " were, or begin the run with one of each kind."
         )
 
 

@@ -4,10 +4,8 @@ A completion survives interruption (its partial tokens are resubmitted after the
 the death of its server (it goes on at another one) and waits while the last server is restarted.
 Every token keeps its own logprob and the version of the weights that sampled it.
 
-Requests for one prompt that leave at the same moment travel as one. One exchange for a group of
-eight instead of eight took the client's CPU time in a step of the quickstart from 98 to 62 ms and
-the server's, sampling aside, from 48 to 18. The replies come back together, when the longest is
-done, so this is for workflows that ask the policy once an episode.
+Servers may come and go (`Listing`): one that comes is used once it has the weights and has proved
+them, one that leaves hands on what it is at work on.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import functools
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -27,16 +25,20 @@ import anyio
 from lightning_grpo.errors import (
     BusyError,
     ConfigError,
+    GRPOError,
     OwnLimitError,
     ReplyError,
     RequestError,
     ServerError,
     ServersLostError,
+    WeightSyncError,
 )
-from lightning_grpo.serving.client import ServerClient, growing, new_session
-from lightning_grpo.serving.event_loop import FairTurns, seen
+from lightning_grpo.serving.client import ServerClient, Together, growing, new_session
+from lightning_grpo.serving.event_loop import FairTurns
 from lightning_grpo.serving.fitness import Requirements, ServerFacts, check_ids, verify_server
 from lightning_grpo.serving.health import (
+    ABORT_INTERVAL_S,
+    PROOFS,
     HealthPolicy,
     IsGone,
     Monitor,
@@ -47,87 +49,10 @@ from lightning_grpo.serving.health import (
     stop_generation,
 )
 from lightning_grpo.serving.server import Decode, Member, MemberState, Partial, ServerHandle
-from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, check_reply
+from lightning_grpo.serving.wire import GenerateRequest, check_reply
 from lightning_grpo.types import Completion, Interruption, Sampling
 
 logger = logging.getLogger(__name__)
-
-
-class Together:
-    """Gathers requests for the length of a turn of the event loop, then sends them."""
-
-    def __init__(self) -> None:
-        self._gathering: dict[Hashable, Exchange] = {}
-
-    def join(self, client: ServerClient, request: GenerateRequest) -> Exchange:
-        """The exchange with those of this moment for the same prompt; for `Exchange.reply`."""
-        key = (client, request.extra_key, tuple(request.input_ids))
-        exchange = self._gathering.get(key)
-        if exchange is None or exchange.is_left:
-            exchange = self._gathering[key] = Exchange()
-            exchange.task = asyncio.create_task(self._send(key, client, exchange))
-            exchange.task.add_done_callback(seen)
-        return exchange
-
-    async def _send(
-        self, key: Hashable, client: ServerClient, exchange: Exchange
-    ) -> list[GenerateReply]:
-        try:
-            await asyncio.sleep(0)  # whoever was ready before this task has joined by now
-        finally:
-            if self._gathering.get(key) is exchange:
-                del self._gathering[key]
-        return await client.generate_together(exchange.requests, exchange.arrived)
-
-
-class Exchange:
-    """Requests that travel as one; ends with the last who waits for it.
-
-    Attributes:
-        requests: All of them.
-        rids: Their names.
-    """
-
-    task: asyncio.Task[list[GenerateReply]]
-
-    def __init__(self) -> None:
-        self.requests: list[GenerateRequest] = []
-        self.rids: list[str] = []
-        self._on_arrival: list[Callable[[], object]] = []
-        self._num_waiting = 0
-
-    @property
-    def is_left(self) -> bool:
-        """Whether nobody waits for it any more: it is being cancelled."""
-        return not self._num_waiting and bool(self.requests)
-
-    def arrived(self) -> None:
-        """The answer to all of them is there."""
-        for tell in self._on_arrival:
-            tell()
-
-    async def reply(self, request: GenerateRequest, arrived: Callable[[], object]) -> GenerateReply:
-        """Travel with the others.
-
-        Args:
-            request: One more of them.
-            arrived: Called when the answer is there, before it is read.
-
-        Raises:
-            RequestError: The server refuses one of them.
-            ServerError: It does not answer; all of them are lost with it.
-        """
-        index = len(self.requests)
-        self.requests.append(request)
-        self.rids.append(request.rid)
-        self._on_arrival.append(arrived)
-        self._num_waiting += 1
-        try:
-            return (await asyncio.shield(self.task))[index]
-        finally:
-            self._num_waiting -= 1
-            if not self._num_waiting:
-                self.task.cancel()  # the server then ends what nobody waits for
 
 
 DEFAULT_BOUND = 256
@@ -162,6 +87,21 @@ class PoolLimits:
     together: bool = False
     grace_s: float = 30.0
     assumed_tokens_per_s: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Where servers that come and go are looked for.
+
+    Attributes:
+        name: Of the list, for messages.
+        look: The servers that are on it by now.
+        every_s: Between two looks.
+    """
+
+    name: str
+    look: Callable[[], Awaitable[Sequence[ServerHandle]]]
+    every_s: float
 
 
 class Pace:
@@ -204,6 +144,7 @@ class ServerPool:
         limits: How requests are sent.
         restart: Starts a dead server again; None where the run does not own the servers.
         health: When a server counts as lost.
+        listing: Where servers come and go; None: those of `handles` are all, to the end.
     """
 
     def __init__(  # noqa: PLR0913 - what a pool is put together from
@@ -217,19 +158,26 @@ class ServerPool:
         limits: PoolLimits | None = None,
         restart: Restart | None = None,
         health: HealthPolicy | None = None,
+        listing: Listing | None = None,
     ) -> None:
         if not handles:
             raise ConfigError("`handles` must name at least one server, got none.")
         self._handles = tuple(handles)
         self._requirements = requirements
+        self._health = health or HealthPolicy()
         self._decode = decode
         self._spell = spell
         self._api_key = api_key
         self._limits = limits or PoolLimits()
+        self._listing = listing
         self._members: list[Member] = []
+        self._known: dict[str, Member] = {}
+        self._moving: dict[str, anyio.CancelScope | None] = {}
+        self._alone_since: float | None = None
         self._together = Together() if self._limits.together else None
         self._rids = itertools.count()
         self._restore: Restore | None = None
+        self._part: Restore | None = None
         self._changed = anyio.Event()
         self._pace = Pace(self._limits)
         self._starving_since: float | None = None
@@ -237,7 +185,7 @@ class ServerPool:
         self._router = Router(self._members, self._limits.max_in_flight)
         self._monitor = Monitor(
             self._members,
-            health or HealthPolicy(),
+            self._health,
             restart,
             revive=self._revive,
             updating=lambda: self._router.closed,
@@ -249,8 +197,13 @@ class ServerPool:
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """All servers, whatever their state."""
+        """The servers that are used, whatever their state."""
         return tuple(self._members)
+
+    @property
+    def known(self) -> tuple[Member, ...]:
+        """These, those that are about to be, and those that have left; by slot."""
+        return tuple(self._known.values())
 
     @property
     def failure(self) -> Exception | None:
@@ -281,13 +234,15 @@ class ServerPool:
         self._session = new_session(self._api_key)
         try:
             found = await asyncio.gather(*map(self._connect, self._handles), return_exceptions=True)
-            for slot, (handle, each) in enumerate(zip(self._handles, found, strict=True)):
-                if isinstance(each, BaseException):
-                    raise each
-                client, facts = each
-                member = Member(slot, handle, client, facts, self._bound(facts))
-                member.mark_clean(version, facts.label)
-                self._members.append(member)
+            errors = [each for each in found if isinstance(each, BaseException)]
+            # Of servers that come and go, one that can't be used yet is asked again.
+            if errors and (self._listing is None or len(errors) == len(found)):
+                raise errors[0]
+            for handle, each in zip(self._handles, found, strict=True):
+                if not isinstance(each, BaseException):
+                    member = self._make_member(handle, *each)
+                    member.mark_clean(version, member.facts.label)
+                    self._members.append(member)
         except BaseException:
             await self.close()
             raise
@@ -320,8 +275,12 @@ class ServerPool:
         self._monitor.is_gone = is_gone
 
     def on_restart(self, restore: Restore) -> None:
-        """`restore` brings a restarted server to the current weights and marks it clean."""
+        """`restore` brings a server that came (again) to the current weights; marks it clean."""
         self._restore = restore
+
+    def on_leave(self, part: Restore) -> None:
+        """`part` ends what connects to a server that is used no more."""
+        self._part = part
 
     async def generate(
         self,
@@ -369,8 +328,7 @@ class ServerPool:
                 self._starve(error)
                 pause_s = next(pauses)
             except ServerError as error:
-                num_failures, avoid = num_failures + 1, member
-                self._blame(member, error)
+                num_failures, avoid = num_failures + self._blame(member, error), member
                 if num_failures > self._limits.max_failovers:
                     raise
             finally:
@@ -396,7 +354,7 @@ class ServerPool:
 
     async def resume(self) -> None:
         """Hands servers out again, clean ones; a clean server still paused is continued."""
-        for member in self._members:
+        for member in self.members:
             if member.paused and member.state is MemberState.CLEAN:
                 try:
                     await member.unpause()
@@ -421,7 +379,7 @@ class ServerPool:
         """Waits until at least one server holds known weights (one may be on its way back).
 
         Raises:
-            ServersLostError: Too few servers are left, or none is on its way back.
+            ServersLostError: Too few servers are left, or none may come (back).
             TimeoutError: None came back in time.
         """
         # Whoever is patient with servers waits for them here, too.
@@ -429,7 +387,8 @@ class ServerPool:
             while not any(m.state is MemberState.CLEAN for m in self._members):
                 if self._router.error is not None:
                     raise self._router.error
-                if not any(self._monitor.may_return(m) for m in self._members):
+                returns = any(self._monitor.may_return(m) for m in self._members)
+                if not returns and self._listing is None:
                     raise ServersLostError(f"No server is usable:\n{self.describe()}")
                 await self._changed.wait()
 
@@ -471,11 +430,15 @@ class ServerPool:
         self._starving_since = None
         return late
 
-    def _blame(self, member: Member, error: ServerError) -> None:
+    def _blame(self, member: Member, error: ServerError) -> bool:
+        """Whether the request counts as failed: one whose server leaves loses nothing but time."""
+        if member.leaving:
+            return False
         if isinstance(error, ReplyError):
             self._monitor.distrust(member, str(error))
         else:
             self._monitor.suspect(member, error)
+        return True
 
     def _put_off(self, member: Member, error: BusyError) -> None:
         """Sends it nothing until the pause that it wants is over."""
@@ -534,9 +497,142 @@ class ServerPool:
             member.mark_clean(version, facts.label)
         self._notify()
 
-    def _bound(self, facts: ServerFacts) -> int:
+    # -- servers that come and go -----------------------------------------------------------------
+
+    async def _follow(self, listing: Listing) -> None:
+        """Lets in the servers that come, and lets go those that leave."""
+        async with anyio.create_task_group() as tasks:
+            while True:
+                handles = {handle.url: handle for handle in await listing.look()}
+                used = {member.url: member for member in self._members}
+                for url, handle in handles.items():
+                    if url not in used and url not in self._moving:
+                        self._moving[url] = anyio.CancelScope()
+                        tasks.start_soon(self._join, handle, listing)
+                for url in self._moving.keys() - handles.keys():
+                    if (joins := self._moving[url]) is not None:
+                        joins.cancel()
+                for url in used.keys() - handles.keys():
+                    self._moving[url] = None  # to be let in again only once it is gone
+                    tasks.start_soon(self._leave, used[url], listing)
+                self._mind_none(listing)
+                await anyio.sleep(listing.every_s)
+
+    def _mind_none(self, listing: Listing) -> None:
+        """Waits only so long while there is no server that can be used."""
+        if any(member.state is MemberState.CLEAN for member in self._members):
+            self._alone_since = None
+            return
+        if self._router.closed:
+            return  # they are being updated
+        now, patience_s = anyio.current_time(), self._monitor.patience_s
+        if self._alone_since is None:
+            self._alone_since = now
+            logger.warning(
+                "no server can be used: waiting up to %g s for one in %s", patience_s, listing.name
+            )
+        elif now - self._alone_since > patience_s:
+            known = "".join(f"\n{member.describe()}" for member in self.known)
+            lost = f"No server of {listing.name} could be used for {patience_s:g} s. Go on from"
+            lost += f" the newest checkpoint with `--ckpt_path last`.{known}"
+            self._fail(ServersLostError(lost))
+
+    async def _join(self, handle: ServerHandle, listing: Listing) -> None:
+        """Brings a new server to the current weights and has them proved; then it is used."""
+        began, url = anyio.current_time(), handle.url
+        scope = self._moving[url]
+        assert scope is not None
+        with scope:
+            await self._until_ready(handle, listing)
+            member = self._known[url]
+            self._members.append(member)
+            self._monitor.watch(member)
+            logger.warning(
+                "server %d has joined (%s names it) after %.0f s: %s",
+                *(member.slot, listing.name, anyio.current_time() - began, member.describe()),
+            )
+            self._notify()
+        if scope.cancelled_caught and url in self._known:
+            await self._let_go(self._known[url])
+        del self._moving[url]
+
+    async def _until_ready(self, handle: ServerHandle, listing: Listing) -> None:
+        """Asks a new server until it holds proved weights."""
+        pauses = growing(self._health.interval_s / 2, self._health.longest_pause_s)
+        told, proofs = set[str](), 0
+        while proofs < PROOFS:
+            try:
+                if await self._admit(handle):
+                    return
+                await self._changed.wait()  # there are no weights yet that it could be brought to
+                continue
+            except (GRPOError, TimeoutError, OSError) as error:
+                proofs += isinstance(error, WeightSyncError)
+                if str(error) not in told:
+                    told.add(str(error))
+                    logger.warning("a server of %s is not used yet: %s", listing.name, error)
+            await anyio.sleep(next(pauses))
+        logger.error(
+            "%s is not used: it could not be brought to the weights %d times. Take it off %s, and"
+            " put it there again once it is mended.",
+            *(handle.url, proofs, listing.name),
+        )
+        await anyio.sleep_forever()
+
+    async def _admit(self, handle: ServerHandle) -> bool:
+        """Whether a new server has become clean; it can't before there are weights to be sent."""
+        client, facts = await self._connect(handle)
+        member = self._known.get(handle.url)
+        if member is None:
+            member = self._make_member(handle, client, facts)
+        else:
+            member.replace(handle, client, facts)
+        assert self._restore is not None, "nobody brings weights"
+        try:
+            await self._restore(member)
+        except (ServerError, TimeoutError, OSError) as error:
+            member.mark_dead(str(error))
+            raise
+        except BaseException as error:
+            member.mark_dirty(str(error))
+            raise
+        return member.state is MemberState.CLEAN
+
+    async def _leave(self, member: Member, listing: Listing) -> None:
+        """Uses a server no more: what it is at work on goes on elsewhere, with its tokens."""
+        self._members.remove(member)
+        self._monitor.unwatch(member)
+        logger.warning(
+            "server %d has left (%s names it no more), its %d requests go on elsewhere: %s",
+            *(member.slot, listing.name, member.in_flight, member.url),
+        )
+        await self._let_go(member)
+        del self._moving[member.url]
+
+    async def _let_go(self, member: Member) -> None:
+        """Takes requests back, and ends what connects to the server."""
+        member.leave()
+        # A completion that goes on from some tokens is not the same to the last bit.
+        if member.state is MemberState.CLEAN and not self._requirements.deterministic:
+            with anyio.move_on_after(self._health.call_back_s), contextlib.suppress(ServerError):
+                while member.in_flight:
+                    if member.unanswered:
+                        await member.client.abort()
+                    await anyio.sleep(ABORT_INTERVAL_S)
+        member.mark_dirty("it has left")
+        if self._part is not None:
+            with contextlib.suppress(WeightSyncError):  # the run ends, and parts with all of them
+                await self._part(member)
+        member.mark_dead("it has left")
+
+    def _make_member(
+        self, handle: ServerHandle, client: ServerClient, facts: ServerFacts
+    ) -> Member:
         told = facts.info.max_running_requests or DEFAULT_BOUND
-        return self._limits.requests_per_server or max(1, told)
+        bound = self._limits.requests_per_server or max(1, told)
+        member = Member(len(self._known), handle, client, facts, bound)
+        self._known[member.url] = member
+        return member
 
     def _notify(self) -> None:
         self._changed.set()
@@ -549,7 +645,10 @@ class ServerPool:
 
     async def _watch(self) -> None:
         try:
-            await self._monitor.run()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._monitor.run)
+                if self._listing is not None:
+                    tasks.start_soon(self._follow, self._listing)
         except Exception as error:
             self._fail(error)
             raise

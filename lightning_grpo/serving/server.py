@@ -45,6 +45,9 @@ TAIL_LINES = 25
 
 TAIL_BYTES = 16 << 10
 
+GONE = "gone"
+"""What a server does that has left, which is nobody's business."""
+
 MOST_ACTIVITIES = 10_000
 """Kept of a server until they are asked for; of a run that nobody watches the oldest go."""
 
@@ -140,6 +143,7 @@ class Member:
         paused: It was told to hold requests back.
         released: It gave its GPU memory back.
         renewed: It is, for all that is known, another process than before.
+        leaving: It is to be used no more, and what it holds is to go on elsewhere.
         in_flight: Requests of the pool that have a place at it.
         unanswered: Those among them that it works on; what it has answered may still be read here.
         bound: The most requests that it is given at once.
@@ -180,6 +184,7 @@ class Member:
         self.paused = False
         self.released = False
         self.renewed = True
+        self.leaving = False
         self.busy = False
         self.room = self.bound
         self._busy_since: float | None = None
@@ -230,7 +235,8 @@ class Member:
     @property
     def routable(self) -> bool:
         """Whether requests may be sent to it."""
-        return self.state is MemberState.CLEAN and not (self.suspect or self.busy)
+        kept = not (self.suspect or self.busy or self.leaving)
+        return self.state is MemberState.CLEAN and kept
 
     @property
     def service_s(self) -> float:
@@ -271,6 +277,11 @@ class Member:
             self._note_activity()
             self.drained.set()
             self.drained = anyio.Event()
+
+    def leave(self) -> None:
+        """It is to be used no more, until another takes its slot."""
+        self.leaving = True
+        self._note_activity()
 
     def give_back(self) -> None:
         """A request's place is free again."""
@@ -446,12 +457,14 @@ class Member:
         with contextlib.suppress(IndexError):
             while True:
                 taken.append(self._activities.popleft())
+        ongoing = ongoing and self._doing[0] != GONE
         return [*taken, self._until_now(*self._doing)] if ongoing else taken
 
     def _note_activity(self) -> None:
         doing, since = self._doing
         if self._activity() != doing:
-            self._activities.append(self._until_now(doing, since))
+            if doing != GONE:
+                self._activities.append(self._until_now(doing, since))
             self._doing = (self._activity(), time.monotonic())
 
     def _until_now(self, doing: str, since: float) -> ServerActivity:
@@ -459,8 +472,8 @@ class Member:
         return ServerActivity(self.slot, doing, time.time() - seconds, seconds)
 
     def _activity(self) -> str:
-        if self.state in (MemberState.DIRTY, MemberState.DEAD):
-            return "out"
+        if self.leaving or self.state in (MemberState.DIRTY, MemberState.DEAD):
+            return GONE if self.leaving else "out"
         if self.state is MemberState.UPDATING:
             return "updating"
         if self.paused:

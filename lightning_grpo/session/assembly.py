@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import anyio
@@ -28,9 +29,14 @@ from lightning_grpo.rollout.ledger import LOGGED, Ledger, raise_file_limit, room
 from lightning_grpo.rollout.producer import RolloutProducer
 from lightning_grpo.rollout.scoring import RewardScorer
 from lightning_grpo.servers.base import Servers
-from lightning_grpo.serving.health import HealthPolicy, check_memory_release, choose_interruption
-from lightning_grpo.serving.pool import PoolLimits, ServerPool
-from lightning_grpo.serving.server import ServerHandle
+from lightning_grpo.serving.health import (
+    HealthPolicy,
+    check_joins,
+    check_memory_release,
+    choose_interruption,
+)
+from lightning_grpo.serving.pool import Listing, PoolLimits, ServerPool
+from lightning_grpo.serving.server import Member, MemberState, ServerHandle
 from lightning_grpo.session.material import Material, SessionSettings
 from lightning_grpo.weights.process_group import (
     DirectTransport,
@@ -182,7 +188,11 @@ class Live:
     producer: RolloutProducer
     _counted: dict[str, int] = field(default_factory=dict)
     _counted_at: float = field(default_factory=time.monotonic)
-    _idle_s: float = 0.0
+    _idle_s: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Begin to count."""
+        self._idle_s = {m.slot: m.idle_s for m in self.pool.members}
 
     async def take(self, version: int) -> Taken:
         """The next rollout batch, for a trainer that is at `version`.
@@ -218,9 +228,14 @@ class Live:
         logged["rollout/in_flight"] = float(self.pool.num_in_flight)
         logged["rollout/tokens_per_s"] = since["tokens"] / period
         logged["rollout/groups_per_s"] = since["taken"] / period
-        idle_s = sum(m.idle_s for m in self.pool.members) / len(self.pool.members)
-        logged["idle/server_fraction"] = (idle_s - self._idle_s) / period
-        self._idle_s = idle_s
+        members, before = self.pool.members, self._idle_s
+        serve = (MemberState.CLEAN, MemberState.UPDATING)
+        logged["rollout/servers"] = float(sum(m.state in serve for m in members))
+        # Of one that has come meanwhile the next batch will tell.
+        idle_s = [m.idle_s - before[m.slot] for m in members if m.slot in before]
+        if idle_s:
+            logged["idle/server_fraction"] = fmean(idle_s) / period
+        self._idle_s = {m.slot: m.idle_s for m in members}
         return logged
 
 
@@ -274,7 +289,6 @@ async def open_live(
                 _open_pool(settings, material, begun.run_id, handles)
             )
             publisher = _publisher(settings, material, begun, pool, carry)
-            pool.on_restart(publisher.restore)
             runner = EpisodeRunner(
                 settings.workflow,
                 pool,
@@ -307,6 +321,9 @@ async def _open_pool(
         # Whoever closes does not wait for it: `stop`, which comes then, ends it.
         return await anyio.to_thread.run_sync(servers.restart, url, abandon_on_cancel=True)
 
+    async def look() -> list[ServerHandle]:
+        return await anyio.to_thread.run_sync(servers.look, abandon_on_cancel=True)
+
     async def is_gone(url: str) -> bool:
         return await anyio.to_thread.run_sync(servers.is_gone, url, abandon_on_cancel=True)
 
@@ -326,8 +343,13 @@ async def _open_pool(
         ),
         restart=restart if servers.can_restart else None,
         health=HealthPolicy(
-            patience_s=limits.server_timeout_s, max_restarts=limits.max_server_restarts
+            patience_s=limits.server_timeout_s,
+            max_restarts=limits.max_server_restarts,
+            min_servers=0 if servers.listed_in else 1,  # where others may come
         ),
+        listing=Listing(servers.listed_in, look, servers.look_every_s)
+        if servers.listed_in
+        else None,
     )
     pool.hold()  # until the servers are known to hold the trainer's weights
     pool.on_silence(is_gone)
@@ -372,7 +394,19 @@ def _publisher(
     mode = choose_interruption(begun.sync.interruption, pool.members, routes)
     if begun.sync.release_memory:
         check_memory_release(pool.members)
-    return WeightPublisher(pool, transport, begun.run_id, begun.probe, begun.sync, mode)
+    publisher = WeightPublisher(pool, transport, begun.run_id, begun.probe, begun.sync, mode)
+    precisions = {member.precision for member in pool.members}
+
+    async def restore(member: Member) -> None:
+        """Also of a server that was not there when the others were looked at."""
+        check_joins(member, mode, precisions)
+        if begun.sync.release_memory:
+            check_memory_release([member])
+        await publisher.restore(member)
+
+    pool.on_restart(restore)
+    pool.on_leave(publisher.part)
+    return publisher
 
 
 def _producer(

@@ -215,7 +215,7 @@ class Child:
     def server(self, url: str, name: str, arguments: tuple[Any, ...]) -> Future[Any]:
         """A call of the trainer's half of a transport to a server."""
         live = self._own.live
-        target = next((m for m in live.pool.members if m.url == url), None) if live else None
+        target = next((m for m in live.pool.known if m.url == url), None) if live else None
         if target is None:
             raise ServerError(f"{url} is no server of this run any more")
         assert self._carried is not None

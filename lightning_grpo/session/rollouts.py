@@ -234,7 +234,7 @@ class ThreadRollouts(Rollouts):
 
     @override
     def server_activities(self, *, ongoing: bool = False) -> list[ServerActivity]:
-        members = () if self.live is None else self.live.pool.members
+        members = () if self.live is None else self.live.pool.known
         return [done for each in members for done in each.take_activities(ongoing=ongoing)]
 
     @override

@@ -298,6 +298,7 @@ class WeightPublisher:
         self._prepared = False
         self._num_bytes = 0
         self._restoring: set[Target] = set()
+        self._bringing: dict[Target, anyio.CancelScope] = {}
 
     async def adopt(self, version: int, sent: SentScores) -> bool:
         """Names what the servers loaded at their start `version`, if a probe says it is that.
@@ -438,6 +439,25 @@ class WeightPublisher:
         else:
             await self._adopt(target, report)
 
+    async def part(self, target: Target) -> None:
+        """Lets a server go that is used no more; others may use it then.
+
+        An update of it that is under way is broken off: the trainer would wait for it.
+
+        Raises:
+            WeightSyncError: The publisher was closed.
+        """
+        if target in self._bringing:
+            self._bringing[target].cancel()
+        async with self._turns.take():
+            with anyio.move_on_after(CLOSE_WAIT_S) as answers, contextlib.suppress(ServerError):
+                if target.alive:
+                    await target.unpause()
+                    await self._rename(target)
+            if answers.cancelled_caught:
+                target.mark_dead("it did not answer when it was let go")
+            await self._transport.abandon(target)
+
     async def close(self) -> None:
         """Ends what connects to servers and gives their weights back to nobody's name.
 
@@ -445,13 +465,16 @@ class WeightPublisher:
         end: a server that is cut off in a transfer may wait minutes for the rest.
         """
         await self._turns.close(CLOSE_WAIT_S)
-        alive = [target for target in self._fleet.members if target.alive]
+        alive = [target for target in self._fleet.known if target.alive]
         await self._transport.close(alive)
         for target in alive:
-            try:
-                await target.client.update_weight_version("default")
-            except ServerError as error:
-                logger.info("%s keeps the name of its weights: %s", target.url, error)
+            await self._rename(target)
+
+    async def _rename(self, target: Target) -> None:
+        try:
+            await target.client.update_weight_version("default")
+        except ServerError as error:
+            logger.info("%s keeps the name of its weights: %s", target.url, error)
 
     async def _prepare(self, given: Snapshot | Future[Snapshot], report: PublishReport) -> None:
         async with report.phase("gather", self._settings.gather_s(report.num_bytes)):
@@ -471,6 +494,13 @@ class WeightPublisher:
         self, target: Target, report: PublishReport, interrupted: float, behind: list[Target]
     ) -> None:
         """Updates one server, in a few attempts; its failure is recorded, not raised."""
+        with anyio.CancelScope() as self._bringing[target]:
+            await self._try_to_bring(target, report, interrupted, behind)
+        self._bringing.pop(target)
+
+    async def _try_to_bring(
+        self, target: Target, report: PublishReport, interrupted: float, behind: list[Target]
+    ) -> None:
         client = target.client
         for attempt in self._attempts(report.num_bytes):
             if target.client is not client or not target.alive:

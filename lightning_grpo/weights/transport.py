@@ -140,6 +140,10 @@ class Target(Protocol):
         """Its weights are unknown; it is not used until a complete update succeeds."""
         ...
 
+    def mark_dead(self, reason: str) -> None:
+        """It is gone, or as good as gone."""
+        ...
+
     async def pause(self) -> None:
         """Holds its requests back."""
         ...
@@ -154,7 +158,12 @@ class Fleet(Protocol):
 
     @property
     def members(self) -> Sequence[Target]:
-        """All servers."""
+        """The servers that are used."""
+        ...
+
+    @property
+    def known(self) -> Sequence[Target]:
+        """These, and those that come or go just now."""
         ...
 
     async def interrupt(self, timeout_s: float = 30.0, mode: Interruption = "abort") -> None:

@@ -44,6 +44,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Objective": {"loss": lightning_grpo.GRPOLoss()},
     "Prompts": {"path": "train.jsonl"},
     "RLVRWorkflow": {"reward": reward},
+    "ServerList": {"source": "servers.txt"},
     "ToolWorkflow": {"tools": [reward], "reward": reward},
 }
 """What has no default."""

@@ -4,7 +4,16 @@ import logging
 
 import pytest
 
-from lightning_grpo.callbacks.health import GROUPS, RULES, HealthMonitor, fill
+from lightning_grpo.callbacks.health import (
+    ENOUGH,
+    GROUPS,
+    MORE,
+    RULES,
+    WAITING,
+    HealthMonitor,
+    fill,
+    servers_advised,
+)
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.types import RolloutProgress
 from tests.fakes.tiny_run import TinyData, TinyModule
@@ -33,6 +42,8 @@ SICK = {
     "all truncated": {"completion/truncated_fraction": 1.0, "completion/length_mean": 56.0},
     "most groups filtered": {"rollout/filtered": 40.0},
     "waiting for rollouts": {"time/wait_rollout_s": 1.9},
+    "too many servers": {ENOUGH: 3.0, "idle/server_fraction": 0.4, "rollout/servers": 5.0},
+    "too few servers": {MORE: 2.0, WAITING: 0.55, "rollout/servers": 2.0},
     "mismatch": {"mismatch/abs_logprob_diff": 0.3},
     "correction drops tokens": {"correction/dropped_fraction": 0.7},
     "event loop is late": {"health/event_loop_lag_s": 3.0},
@@ -102,6 +113,30 @@ def test_the_mismatch_is_held_against_the_start_of_the_run():
 class Waiting(TinyData):
     def progress(self):
         return RolloutProgress(0, 4, 0, 0, "last errors: RewardError: no judge")
+
+
+@pytest.mark.parametrize(
+    ("servers", "idle", "waits", "steps", "advised"),
+    [
+        (5, 0.40, 0.02, 1, {ENOUGH: 3}),
+        (5, 0.99, 0.0, 1, {ENOUGH: 1}),
+        (2, 0.40, 0.02, 1, {}),  # both are needed for what they do
+        (1, 0.80, 0.0, 1, {}),
+        (2, 0.02, 0.55, 1, {MORE: 2, WAITING: 0.55}),
+        (4, 0.0, 0.30, 1, {MORE: 2, WAITING: 0.3}),
+        (3, 0.0, 1.0, 1, {MORE: 3, WAITING: 1.0}),  # at most as many again
+        (2, 0.0, 0.55, 4, {}),  # of the first of four steps, so a quarter of the batch's time
+        (4, 0.5, 0.5, 1, {}),  # in turn
+        (4, 0.1, 0.1, 1, {}),
+    ],
+)
+def test_how_many_servers_would_do_follows_from_who_waits_for_whom(
+    servers, idle, waits, steps, advised
+):
+    names = ("rollout/servers", "idle/server_fraction", "idle/trainer_fraction")
+    metrics = dict(zip(names, (servers, idle, waits), strict=True))
+    assert servers_advised(metrics, steps) == pytest.approx(advised)
+    assert servers_advised({"rollout/servers": 5.0}) == {}
 
 
 def test_a_starving_run_is_said_once_until_a_batch_arrives():

@@ -198,13 +198,18 @@ def test_no_line_tells_of_a_seed_since_nothing_runs(task):
     assert "Seed" not in logged.getvalue()
 
 
-def test_servers_that_do_not_answer_are_a_failure(task, findings):
+@pytest.mark.parametrize("kind", ["RunningServers", "ServerList"])
+def test_servers_that_do_not_answer_are_a_failure(task, findings, kind):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         config = yaml.safe_load((task / "config.yaml").read_text())
+        listed = {"urls": [url]}
+        if kind == "ServerList":
+            (task / "servers.txt").write_text(url)
+            listed = {"source": str(task / "servers.txt")}
         config["data"]["servers"] = {
-            "class_path": "lightning_grpo.RunningServers",
-            "init_args": {"urls": [url], "connect_timeout_s": 1.0},
+            "class_path": f"lightning_grpo.{kind}",
+            "init_args": {**listed, "connect_timeout_s": 1.0},
         }
         (task / "config.yaml").write_text(yaml.safe_dump(config))
         status, said = findings()

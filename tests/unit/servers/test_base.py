@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -10,6 +12,8 @@ from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.servers.base import (
     ADDRESSES_VARIABLE,
     RunningServers,
+    ServerList,
+    may_be_one,
     normal_url,
     serving_devices,
     training_devices,
@@ -35,6 +39,40 @@ def fake():
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+class Page(BaseHTTPRequestHandler):
+    """Answers with its server's `text` and `status`, and keeps the headers that came."""
+
+    def do_GET(self):
+        self.server.headers = self.headers
+        self.send_response(self.server.status)
+        self.end_headers()
+        self.wfile.write(self.server.text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def served():
+    """A page on this machine."""
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    server.text, server.status = "", 200
+    server.url = f"http://127.0.0.1:{server.server_port}/servers"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_servers_that_answer_are_taken_as_they_are(fake, tmp_path):
@@ -154,6 +192,187 @@ def test_what_a_server_answers_instead_is_told(fake, tmp_path):
     fake.faults.append(Fault("/model_info", "error", times=99))
     with pytest.raises(ServerStartError, match=r"after 0\.2 s\. It answered 500\."):
         RunningServers([fake.url], connect_timeout_s=0.2).start("model", tmp_path)
+
+
+# -- a list of servers -----------------------------------------------------------------------------
+
+
+def looks(servers, times=2):
+    """What it takes for a change to be believed."""
+    return [[handle.url for handle in servers.look()] for _ in range(times)][-1]
+
+
+def test_a_file_lists_servers_line_by_line_each_once(tmp_path):
+    file = tmp_path / "servers.txt"
+    file.write_text(
+        "# by the operator\nhttp://127.0.0.1:1/  # the first\n\nlocalhost:1\nLOCALHOST:1\n"
+        "http://127.0.0.1:2\n127.0.0.1:2"
+    )
+    assert looks(ServerList(str(file))) == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "are_one"),
+    [
+        ("http://localhost:1", "http://127.0.0.1:1", True),
+        ("http://localhost:1", "http://127.0.0.1:2", False),
+        ("http://localhost:1", "https://LOCALHOST:1", True),
+        ("http://10.0.0.1:1", "http://10.0.0.2:1", False),
+        ("http://[::1]:1", "http://[0:0:0:0:0:0:0:1]:1", True),
+    ],
+)
+def test_a_server_that_is_spelled_in_two_ways_counts_once(tmp_path, one, two, are_one):
+    file = tmp_path / "servers.txt"
+    file.write_text(f"{one}\n{two}\n")
+    found = looks(ServerList(str(file)))
+    assert len(found) == 2 - are_one
+    file.write_text(f"{two}\n")
+    assert len(looks(ServerList(str(file)))) == 1
+
+
+def test_names_of_one_address_may_be_servers_behind_a_gateway():
+    assert may_be_one("node1", "node1.cluster.lan")
+    assert may_be_one("10.0.0.1", "node1")
+    assert not may_be_one("first.example.org", "second.example.org")
+
+
+def test_a_folder_lists_the_servers_of_its_files(tmp_path):
+    servers = ServerList(str(tmp_path))
+    assert looks(servers) == []
+    for name, text in {"b": "h:2\n", "a": "h:1", ".nfs01": "h:3\n", "begun": ""}.items():
+        (tmp_path / name).write_text(text)
+    assert looks(servers) == ["http://h:1", "http://h:2"]
+    (tmp_path / "a").unlink()
+    assert looks(servers) == ["http://h:2"]
+
+
+@pytest.mark.parametrize("text", ['["h:1", "http://h:2/"]', "h:1\nh:2\n"])
+def test_a_url_lists_servers_as_json_or_in_lines(served, text):
+    served.text = text
+    assert looks(ServerList(served.url)) == ["http://h:1", "http://h:2"]
+    assert served.headers.get("Authorization") is None
+
+
+def test_a_change_counts_once_two_looks_in_a_row_have_shown_it(tmp_path):
+    file = tmp_path / "servers.txt"
+    file.write_text("h:30000\nh:30001\n")
+    servers = ServerList(str(file))
+    assert looks(servers, 1) == []
+    both = looks(servers, 1)
+    file.write_text("")  # as an editor that begins to write
+    assert looks(servers, 1) == both
+    file.write_text("h:30000\nh:30001\n")
+    assert looks(servers, 1) == both
+    file.write_text("h:30000\nh:3000")
+    assert looks(servers, 1) == both
+    file.write_text("h:30000\nh:30001\nh:30002\n")
+    assert looks(servers, 1) == both
+    assert looks(servers, 1) == [*both, "http://h:30002"]
+    for _ in range(4):
+        file.write_text("h:30000\n")
+        assert len(looks(servers, 1)) == 3
+        file.write_text("h:30000\nh:30001\nh:30002\n")
+        assert len(looks(servers, 1)) == 3
+
+
+@pytest.mark.parametrize(
+    "how", ["missing", "no list", "not text", "endless", "an error", "another page"]
+)
+def test_a_list_that_can_not_be_read_keeps_its_last_servers_and_says_so_once(
+    tmp_path, served, caplog, how
+):
+    file = tmp_path / "servers.txt"
+    served.text = good = "h:1\nh:2\n"
+    file.write_text(good)
+    servers = ServerList(served.url if how in ("an error", "another page") else str(file))
+    before = looks(servers)
+    if how == "missing":
+        file.unlink()
+    elif how == "no list":
+        file.write_text("h:1\nh:\n")
+    elif how == "endless":
+        file.write_text("[" * 100_000)
+    elif how == "not text":
+        file.write_bytes(b"\xff\xfe")
+    elif how == "an error":
+        served.status = 502
+    else:
+        served.text = "<html><body>Please log in</body></html>"
+    assert looks(servers, 4) == before == ["http://h:1", "http://h:2"]
+    assert caplog.text.count("can't be read, so its last servers are kept") == 1
+    file.write_text("h:2\n")
+    served.text, served.status = "h:2\n", 200
+    assert looks(servers) == ["http://h:2"]
+    assert caplog.text.count("is read again") == 1
+
+
+def test_a_run_begins_with_the_listed_servers_that_answer(fake, tmp_path):
+    file = tmp_path / "servers.txt"
+    file.write_text(f"127.0.0.1:9\n{fake.url}\n")
+    servers = ServerList(str(file))
+    assert [h.url for h in servers.start("model", tmp_path)] == [fake.url]
+    assert servers.describe() == f"listed in {file}, http://127.0.0.1:9\n{fake.url}"
+    assert not servers.can_restart
+    servers.stop()
+
+
+def test_a_run_waits_for_the_first_server_to_be_listed(fake, tmp_path, caplog):
+    servers = ServerList(str(tmp_path / "servers"), connect_timeout_s=20)
+    starting = threading.Thread(target=servers.start, args=("model", tmp_path))
+    starting.start()
+    wait_for(lambda: "waiting up to 20 s for a server of" in caplog.text)
+    (tmp_path / "servers").write_text(fake.url)
+    starting.join()
+    assert fake.calls
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "No such file or directory"),
+        ("", "it names none"),
+        ("127.0.0.1:9", "http://127.0.0.1:9 answers nothing"),
+        ("node1", "a line must carry a port"),
+    ],
+)
+def test_a_list_without_a_server_that_answers_is_told_in_the_end(tmp_path, text, message):
+    file = tmp_path / "servers.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ServerStartError, match=rf"No server of {file} answers after .*{message}"):
+        ServerList(str(file), connect_timeout_s=0.2).start("model", tmp_path)
+
+
+def test_the_wait_for_a_server_can_be_broken_off(tmp_path, caplog):
+    servers = ServerList(str(tmp_path), connect_timeout_s=3600)
+    failed = []
+
+    def start():
+        try:
+            servers.start("model", tmp_path)
+        except ServerStartError as error:
+            failed.append(error)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    wait_for(lambda: "waiting up to 3600 s" in caplog.text)
+    servers.stop()
+    starting.join()
+    assert failed
+
+
+def test_a_listed_server_that_wants_another_key_is_told_at_once(fake, tmp_path):
+    fake.api_key = "right"
+    (tmp_path / "a").write_text(fake.url)
+    with pytest.raises(ConfigError, match=f"{fake.url} wants an API key"):
+        ServerList(str(tmp_path)).start("model", tmp_path)
+    assert ServerList(str(tmp_path), api_key="right").start("model", tmp_path)
+
+
+@pytest.mark.parametrize("given", ["", " ", None, ["h:1"], "s3://bucket/servers", "file:///a"])
+def test_a_list_that_is_none_is_refused(given):
+    with pytest.raises(ConfigError, match="`source` must be a file, a folder or a URL"):
+        ServerList(given)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from lightning_grpo.errors import (
     ServersLostError,
     WeightSyncError,
 )
+from lightning_grpo.serving.client import Together
 from lightning_grpo.serving.fitness import Requirements
-from lightning_grpo.serving.health import HealthPolicy, choose_interruption
-from lightning_grpo.serving.pool import PoolLimits, ServerPool, Together
+from lightning_grpo.serving.health import HealthPolicy, check_joins, choose_interruption
+from lightning_grpo.serving.pool import PoolLimits, ServerPool
 from lightning_grpo.serving.server import MemberState, ServerHandle
 from lightning_grpo.serving.wire import GenerateReply, GenerateRequest, MetaInfo
 from lightning_grpo.types import Sampling
@@ -637,6 +638,22 @@ async def test_a_way_of_interruption_that_would_be_wrong_is_refused(server, mode
         assert choose_interruption("auto", pool.members) == "abort"
         with pytest.raises(ConfigError, match=message):
             choose_interruption(mode, pool.members)
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"disable_radix_cache": False}, "`interruption` can't be retract for http"),
+        ({"dtype": "bfloat16"}, "computes in bfloat16, the servers at the start in float32"),
+    ],
+)
+async def test_a_server_that_does_otherwise_than_those_of_the_start_does_not_join(info, message):
+    async with pool_of(FakeServer(info=info)) as pool:
+        (member,) = pool.members
+        with pytest.raises(ConfigError, match=message):
+            check_joins(member, "retract", {"float32"})
+    async with pool_of(FakeServer(info={"disable_radix_cache": True})) as pool:
+        check_joins(pool.members[0], "retract", {"float32", "bfloat16"})
 
 
 async def test_requests_are_never_retracted_where_tokens_must_keep_their_experts():

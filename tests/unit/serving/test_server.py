@@ -159,6 +159,19 @@ def test_what_a_server_does_changes_with_its_state_and_its_first_and_last_reques
     assert [each.what for each in member.take_activities(ongoing=True)] == ["out"]
 
 
+def test_the_time_in_which_a_server_is_none_of_the_run_s_is_no_activity_of_it():
+    member = make_member()
+    member.mark_clean(0, "v0")
+    member.leave()
+    assert not member.routable
+    member.mark_dead("it has left")
+    assert [each.what for each in member.take_activities(ongoing=True)] == ["out", "idle"]
+    member.replace(member.handle, member.client, member.facts)
+    member.mark_clean(1, "v1")
+    assert [each.what for each in member.take_activities(ongoing=True)] == ["out", "idle"]
+    assert member.routable
+
+
 SHAPE = RouterShape(layers=2, top_k=1, experts=8)
 
 

@@ -1,5 +1,6 @@
 import asyncio
 import itertools
+import random
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,8 +11,8 @@ import torch
 from lightning_grpo.errors import ConfigError, ServersLostError, WeightSyncError
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.health import HealthPolicy, check_memory_release
-from lightning_grpo.serving.pool import ServerPool
-from lightning_grpo.serving.server import MemberState
+from lightning_grpo.serving.pool import Listing, PoolLimits, ServerPool
+from lightning_grpo.serving.server import MemberState, ServerHandle
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.proof import Probe, Rounding, SentScores, TrainerFailedError, promised
@@ -52,7 +53,8 @@ async def fleet(
     async with asyncio.timeout(40):
         for server in servers:
             await server.start()
-        pool = kind(servers, Requirements("run"), lambda ids: "", **{"health": FAST, **options})
+        needs = options.pop("requirements", Requirements("run"))
+        pool = kind(servers, needs, lambda ids: "", **{"health": FAST, **options})
         await pool.start()
         transport.bind(Place(tmp_path / "run", tmp_path / "base", bucket_bytes=512))
         settings = SyncSettings(
@@ -60,6 +62,7 @@ async def fleet(
         )
         publisher = WeightPublisher(pool, transport, "run", probe, settings)
         pool.on_restart(publisher.restore)
+        pool.on_leave(publisher.part)
         try:
             yield pool, publisher
         finally:
@@ -752,3 +755,282 @@ async def test_closing_gives_the_weights_back_to_nobodys_name(tmp_path, transpor
         await publish(publisher, 1)
         await publisher.close()
         assert server.label == "default"
+
+
+# -- servers that come and go ----------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def listed_fleet(tmp_path, transport, *servers, started=(), **options):
+    """A fleet of servers that a list names, and the list; `started` are not on it yet."""
+    urls = []
+
+    async def look():
+        return [ServerHandle(url) for url in urls]
+
+    for server in started:
+        await server.start()
+    options["listing"] = Listing("servers.txt", look, 0.02)
+    try:
+        async with fleet(tmp_path, transport, *servers, **options) as (pool, publisher):
+            urls += [server.url for server in servers]
+            yield pool, publisher, urls
+    finally:
+        for server in started:
+            await server.kill()
+
+
+def ask(pool, num_tokens=100, prompts=4):
+    sampling = Sampling(max_new_tokens=num_tokens)
+    return [asyncio.create_task(pool.generate([1, n], sampling)) for n in range(prompts)]
+
+
+def urls_of(pool):
+    return [member.url for member in pool.members]
+
+
+async def test_a_server_that_appears_is_brought_to_the_weights_and_used_like_the_others(
+    tmp_path, transport, caplog
+):
+    first, later = FakeServer(token_delay_s=0.002), FakeServer(token_delay_s=0.002)
+    # It served this run before, and was paused when it was cut off.
+    later.table, later.label = make_table(9), "run:0"
+    later.unpaused.clear()
+    async with listed_fleet(tmp_path, transport, first, started=[later]) as (pool, publisher, urls):
+        await publish(publisher, 1)
+        urls.append(later.url)
+        await until(lambda: len(pool.members) == 2)
+        assert holds(later, 1)
+        assert not later.paused
+        assert later.label == "run:1"
+        assert [m.describe() for m in pool.members] == [f"{s.url} clean(1)" for s in (first, later)]
+        generating = ask(pool, 20, prompts=8)
+        await until(lambda: first.running and later.running)
+        assert sorted((await publish(publisher, 2)).updated) == sorted([first.url, later.url])
+        assert holds(later, 2)
+        assert all(len(c.token_ids) == 20 for c in await asyncio.gather(*generating))
+    assert (
+        f"server 1 has joined (servers.txt names it) after 0 s: {later.url} clean(1)" in caplog.text
+    )
+    assert later.label == "default"
+
+
+async def test_a_server_that_leaves_hands_on_its_requests_and_belongs_to_nobody(
+    tmp_path, transport, caplog
+):
+    stays, leaves = FakeServer(token_delay_s=0.002), FakeServer(token_delay_s=0.002)
+    async with listed_fleet(tmp_path, transport, stays, leaves) as (pool, publisher, urls):
+        await publish(publisher, 1)
+        generating = ask(pool)
+        await until(lambda: stays.running and leaves.running)
+        held = len(leaves.running)
+        await asyncio.sleep(0.05)
+        urls.remove(leaves.url)
+        await until(lambda: pool.known[1].state == "dead")
+        completions = await asyncio.gather(*generating)
+        assert all(len(c.token_ids) == 100 for c in completions)
+        assert sum(c.num_interruptions for c in completions) == held  # with their tokens
+        assert (leaves.label, leaves.paused, leaves.group) == ("default", False, None)
+        assert (await publish(publisher, 2)).updated == [stays.url]
+        assert holds(leaves, 1)
+        urls.append(leaves.url)  # and is taken back as if it had never been there
+        await until(lambda: len(pool.members) == 2)
+        assert holds(leaves, 2)
+        assert [m.slot for m in pool.members] == [0, 1]
+    assert f"server 1 has left (servers.txt names it no more), its {held} requests" in caplog.text
+
+
+async def test_a_server_that_leaves_costs_a_request_no_failover_and_deterministically_no_token(
+    tmp_path,
+):
+    servers = stays, leaves = [FakeServer(token_delay_s=0.002) for _ in range(2)]
+    options = {
+        "limits": PoolLimits(max_failovers=0),
+        "requirements": Requirements("run", deterministic=True),
+    }
+    for server in servers:
+        server.info["enable_deterministic_inference"] = True
+    fleet_of_two = listed_fleet(tmp_path, DiskTransport(), *servers, **options)
+    async with fleet_of_two as (pool, publisher, urls):
+        await publish(publisher, 1)
+        generating = ask(pool)
+        await until(lambda: stays.running and leaves.running)
+        urls.remove(leaves.url)
+        completions = await asyncio.gather(*generating)
+        assert [(len(c.token_ids), c.num_interruptions) for c in completions] == [(100, 0)] * 4
+        assert "/abort_request" not in leaves.calls
+        assert leaves.label == "default"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"model": {"vocab_size": 99}}, "with a vocabulary of 99, the trainer's model has 16"),
+        ({"tokens": [1, 2]}, "has another tokenizer"),
+        ({"label": "other:7"}, "carries the weights 'other:7' of another run"),
+        ({"version": "0.4.9"}, "runs SGLang 0.4.9; at least 0.5.17 is needed"),
+    ],
+)
+async def test_a_server_that_does_not_fit_is_named_and_not_used_until_it_does(
+    tmp_path, caplog, broken, message
+):
+    first, later = FakeServer(tokens=[5, 6]), FakeServer(**{"tokens": [5, 6], **broken})
+    needs = Requirements("run", vocab_size=16, sample=("text", (5, 6)))
+    options = {"started": [later], "requirements": needs}
+    fleet_of_one = listed_fleet(tmp_path, DiskTransport(), first, **options)
+    async with fleet_of_one as (pool, publisher, urls):
+        await publish(publisher, 1)
+        urls.append(later.url)
+        await until(lambda: message in caplog.text)
+        await publish(publisher, 2)
+        assert urls_of(pool) == [first.url]
+        assert "/update_weights_from_disk" not in later.calls
+        vars(later).update({name: getattr(first, name) for name in broken})
+        later.label = "default"
+        await until(lambda: len(pool.members) == 2)
+        assert holds(later, 2)
+    assert caplog.text.count(message) == 1
+
+
+async def test_a_server_that_appears_before_there_are_weights_is_used_once_there_are(tmp_path):
+    first, later = FakeServer(), FakeServer()
+    fleet_of_one = listed_fleet(tmp_path, DiskTransport(), first, started=[later])
+    async with fleet_of_one as (pool, publisher, urls):
+        urls.append(later.url)
+        await until(lambda: len(pool.known) == 2)
+        assert urls_of(pool) == [first.url]
+        assert (await publish(publisher, 1)).updated == [first.url]
+        await until(lambda: len(pool.members) == 2)
+        assert holds(later, 1)
+
+
+async def test_a_run_begins_with_those_listed_servers_that_fit(tmp_path):
+    fits, does_not = FakeServer(), FakeServer(version="0.4.9")
+    async with listed_fleet(tmp_path, DiskTransport(), does_not, fits) as (pool, publisher, _):
+        assert urls_of(pool) == [fits.url]
+        await publish(publisher, 1)
+        does_not.version = "0.5.19"
+        await until(lambda: len(pool.members) == 2)
+        assert [m.slot for m in pool.members] == [0, 1]
+    does_not.version = "0.4.9"
+    with pytest.raises(ConfigError, match=r"runs SGLang 0\.4\.9; at least 0\.5\.17 is needed"):
+        async with listed_fleet(tmp_path, DiskTransport(), does_not):
+            pass
+
+
+async def test_a_server_that_dies_in_its_first_update_is_used_once_it_is_there_again(
+    tmp_path, transport, caplog
+):
+    path = "/update_weights_from_disk"
+    path = path if isinstance(transport, DiskTransport) else "/update_weights_from_distributed"
+    first, later = FakeServer(), FakeServer(faults=[Fault(path, "die")])
+    async with listed_fleet(tmp_path, transport, first, started=[later]) as (pool, publisher, urls):
+        await publish(publisher, 1)
+        urls.append(later.url)
+        await until(lambda: "a server of servers.txt is not used yet" in caplog.text)
+        assert (await publish(publisher, 2)).updated == [first.url]
+        await later.start()
+        await until(lambda: len(pool.members) == 2)
+        assert holds(later, 2)
+
+
+async def test_a_server_that_can_not_prove_its_weights_is_asked_three_times(tmp_path, caplog):
+    first = FakeServer()
+    later = FakeServer(faults=[Fault("/update_weights_from_disk", "ignore", times=99)])
+    options = {"started": [later]}
+    fleet_of_one = listed_fleet(tmp_path, DiskTransport(), first, **options)
+    async with fleet_of_one as (pool, publisher, urls):
+        await publish(publisher, 1)
+        later.table = make_table(7)
+        urls.append(later.url)
+        await until(lambda: "is not used: it could not be brought to the weights 3" in caplog.text)
+        assert urls_of(pool) == [first.url]
+        later.faults.clear()
+        urls.remove(later.url)
+        await until(lambda: later.label == "default")
+        urls.append(later.url)
+        await until(lambda: len(pool.members) == 2)
+
+
+async def test_an_update_is_not_held_up_by_a_server_that_leaves_meanwhile(tmp_path, transport):
+    path = "/update_weights_from_disk"
+    path = path if isinstance(transport, DiskTransport) else "/update_weights_from_distributed"
+    stays, leaves = FakeServer(), FakeServer(faults=[Fault(path, "hang", times=99)])
+    fleet_of_two = listed_fleet(tmp_path, transport, stays, leaves, timeout_s=100)
+    async with fleet_of_two as (pool, publisher, urls):
+        publishing = asyncio.create_task(publish(publisher, 1))
+        await until(lambda: holds(stays, 1) and path in leaves.calls)
+        urls.remove(leaves.url)
+        report = await publishing
+        assert report.updated == [stays.url]
+        assert urls_of(pool) == [stays.url]
+        assert (await publish(publisher, 2)).updated == [stays.url]
+
+
+async def test_a_server_that_leaves_while_it_still_comes_holds_nobody_up(tmp_path, transport):
+    path = "/update_weights_from_disk"
+    path = path if isinstance(transport, DiskTransport) else "/update_weights_from_distributed"
+    first, later = FakeServer(), FakeServer(faults=[Fault(path, "hang")])
+    options = {"started": [later], "timeout_s": 100}
+    fleet_of_one = listed_fleet(tmp_path, transport, first, **options)
+    async with fleet_of_one as (pool, publisher, urls):
+        await publish(publisher, 1)
+        urls.append(later.url)
+        await until(lambda: path in later.calls)
+        publishing = asyncio.create_task(publish(publisher, 2))
+        urls.remove(later.url)
+        assert (await publishing).updated == [first.url]
+        urls.append(later.url)
+        await until(lambda: len(pool.members) == 2)
+        assert holds(later, 2)
+
+
+async def test_a_run_without_servers_goes_on_when_one_appears(tmp_path, caplog):
+    first, later = FakeServer(token_delay_s=0.002), FakeServer()
+    options = {"started": [later]}
+    fleet_of_one = listed_fleet(tmp_path, DiskTransport(), first, **options)
+    async with fleet_of_one as (pool, publisher, urls):
+        await publish(publisher, 1)
+        generating = ask(pool)
+        await until(lambda: first.running)
+        urls.clear()
+        await until(lambda: "no server can be used: waiting up to 300 s for one" in caplog.text)
+        publishing = asyncio.create_task(publish(publisher, 2))
+        await asyncio.sleep(0.1)
+        assert not publishing.done()
+        urls.append(later.url)
+        await publishing
+        assert holds(later, 2)
+        assert {c.versions[-1] for c in await asyncio.gather(*generating)} == {2}
+        assert pool.failure is None
+
+
+async def test_a_run_waits_only_so_long_for_a_server_to_appear(tmp_path):
+    server = FakeServer()
+    health = replace(FAST, patience_s=0.1, min_servers=0)
+    fleet_of_one = listed_fleet(tmp_path, DiskTransport(), server, health=health)
+    async with fleet_of_one as (pool, publisher, urls):
+        await publish(publisher, 1)
+        urls.clear()
+        with pytest.raises(ServersLostError, match=r"No server of servers\.txt could be used for"):
+            await asyncio.wait_for(pool.generate([1], Sampling(max_new_tokens=4000)), 20)
+
+
+async def test_servers_that_come_and_go_all_the_time_lose_nothing_but_time(tmp_path, transport):
+    servers = [FakeServer(token_delay_s=0.001, seed=n) for n in range(3)]
+    async with listed_fleet(tmp_path, transport, *servers) as (pool, publisher, urls):
+        await publish(publisher, 1)
+        generating, draw = ask(pool, 300, prompts=9), random.Random(0)
+        for version in range(2, 9):
+            urls[:] = [s.url for s in draw.sample(servers, draw.randrange(4))]
+            await asyncio.sleep(0.1)
+            if urls:
+                await publish(publisher, version)  # which waits for one, where all have just left
+        urls[:] = [s.url for s in servers]
+        for completion in await asyncio.gather(*generating):
+            assert len(completion.token_ids) == 300
+            assert list(completion.versions) == sorted(completion.versions)
+        await until(lambda: sum(m.routable for m in pool.members) == 3)
+        assert all(holds(server, pool.members[0].version) for server in servers)
+        assert pool.failure is None
+        assert all(m.in_flight == m.unanswered == 0 for m in pool.known)
