@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -116,7 +117,10 @@ def _set(sharded: Sequence[FSDPModule], enabled: bool, keeps: bool) -> None:
 
 
 MESH_DIMENSION = "data_parallel"
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {
+    **{"bfloat16": torch.bfloat16, "float16": torch.float16},
+    **{"float32": torch.float32, "float64": torch.float64},
+}
 
 
 def parallelize(
@@ -139,7 +143,7 @@ def parallelize(
         module: The root; its fp32 parameters stay the master weights.
         mesh: One dimension, or several of which one is named `data_parallel`.
         blocks: Class names of the blocks; None takes what transformers declares, an empty list
-            shards the root alone.
+            shards the root alone. Blocks that share parameters are left to the root.
         param_dtype: Of parameters in forward and backward; auto is bfloat16 on accelerators and
             float32 on CPUs.
         reduce_dtype: Of the gradients' reduction over ranks.
@@ -167,7 +171,7 @@ def parallelize(
     # Float inputs are no activations, and are not rounded: temperatures, and the factors of RoPE
     # that some models, like servers, keep in fp32.
     policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
-    for block in _find_blocks(module, blocks):
+    for block in reversed(_find_blocks(module, blocks)):  # those inside of others first
         fully_shard(
             block,
             mesh=mesh,
@@ -272,7 +276,13 @@ def _find_blocks(module: nn.Module, blocks: list[str] | None) -> list[nn.Module]
             f"`blocks` must be given for {type(module).__name__}: transformers declares no decoder "
             "blocks in it. Name their classes, or pass [] to shard it as a whole."
         )
-    return found
+    places = _places(module)
+    return [each for each in found if all(places[p] == n for p, n in _places(each).items())]
+
+
+def _places(module: nn.Module) -> Counter[nn.Parameter]:
+    """In how many places each parameter is."""
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 @runtime_checkable
