@@ -40,6 +40,7 @@ from lightning_grpo.servers.sizing import (
     servers_per_gpu,
     size_servers,
 )
+from lightning_grpo.serving.fitness import local_config
 
 # -- the environment -------------------------------------------------------------------------------
 
@@ -261,6 +262,12 @@ CPU_ENVIRONMENT = {
 }
 
 
+OWN_HEAD = tuple(
+    f"{name}ForCausalLM" for name in ("Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe", "Qwen3Next")
+)
+"""What SGLang gives a head of its own (0.5.19), also where the model's is its embedding."""
+
+
 class SGLangServers(OwnedServers):
     """Starts SGLang servers, one for every `tp` GPUs, and ends them with the run.
 
@@ -324,6 +331,7 @@ class SGLangServers(OwnedServers):
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
         """One `sglang.launch_server` (with its key) for each group of `tp` GPUs."""
         installed = resolve_python(self.python)
+        _check_head(model_path)
         on_cpu = self._on_cpu(installed)
         layout = self.layout(on_cpu)
         groups = layout.groups
@@ -502,6 +510,21 @@ class SGLangServers(OwnedServers):
                 f"`flags` must not set {', '.join(taken)}: the run does (each run's servers have a"
                 " key of their own), or a parameter (`tp`, `memory_fraction`, `port_range`)."
             )
+
+
+def _check_head(model_path: str) -> None:
+    """Refuse a model that SGLang would answer for at random: its head would stay empty."""
+    config = local_config(model_path)
+    kinds = set(OWN_HEAD).intersection(config.get("architectures") or ())
+    if kinds and config.get("tie_word_embeddings"):
+        raise ConfigError(
+            "model",
+            f"must have a head of its own for SGLang to serve a {kinds.pop()}; its "
+            "`tie_word_embeddings` is true",
+            model_path,
+            "Load it with transformers, set `config.tie_word_embeddings = False`, give "
+            "`lm_head.weight` a copy of the embedding, and save it; or use EmbeddedServers.",
+        )
 
 
 def flag(name: str, value: Any) -> list[str]:
