@@ -262,6 +262,16 @@ CPU_ENVIRONMENT = {
 }
 
 
+def cpu_environment(tp: int) -> dict[str, str]:
+    """Variables of a server on a CPU, whose processes share each layer if there are several."""
+    if tp == 1:
+        return CPU_ENVIRONMENT
+    cores = sorted(os.sched_getaffinity(0))
+    # Without it there may be no more of them than memory nodes, most often one.
+    each_on_one = "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
+    return CPU_ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": each_on_one}
+
+
 OWN_HEAD = tuple(
     f"{name}ForCausalLM" for name in ("Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe", "Qwen3Next")
 )
@@ -277,7 +287,7 @@ class SGLangServers(OwnedServers):
     Args:
         num_servers: How many; None: one for each `tp` of `devices`, and several on each where a
             small model leaves a GPU waiting for its server (`tp` 1).
-        tp: GPUs of one server (tensor parallel).
+        tp: GPUs of one server (tensor parallel); on a CPU its processes, each on a core.
         devices: GPUs that serve, numbered as `Trainer(devices=...)` numbers them: among those that
             CUDA_VISIBLE_DEVICES leaves. None: half of them, rounded up; a single GPU is shared.
         memory_fraction: Of a GPU's memory for weights and cache; None: what the run's requests
@@ -352,7 +362,7 @@ class SGLangServers(OwnedServers):
             self._check_deterministic(on_cpu)
             chosen[DETERMINISTIC] = True
         flags = {"host": self.host} | chosen | self.flags
-        environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
+        environment = (cpu_environment(self.tp) if on_cpu else {}) | self.key_environment()
         names = device_names()
         return [
             Launch(

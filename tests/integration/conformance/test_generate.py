@@ -368,6 +368,25 @@ def test_every_sync_of_a_mixture_is_proved(
     assert max(recorder.of("mismatch/abs_logprob_diff")) < 1e-4
 
 
+@pytest.mark.sglang
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_every_sync_is_proved_where_two_processes_share_each_layer(
+    kind: str, model_folder: Path, mixture: Path, tmp_path: Path
+) -> None:
+    answers = itertools.count()
+    servers = real_servers(tp=2)
+    try:
+        recorder, data = Recorder(), make_data(servers, lambda completion: float(next(answers) % 2))
+        trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder])
+        trainer.fit(make_module(mixture if kind == "mixture" else model_folder), data)
+    finally:
+        servers.stop()
+    assert max(recorder.of("mismatch/probe")) < 1e-4
+    assert data.session.report.probe_change > 10 * data.session.report.probe_diff
+    assert max(recorder.of("mismatch/abs_logprob_diff")) < 1e-4
+
+
 def test_the_experts_of_each_token_are_told_and_are_those_of_a_full_pass(
     servers: OwnedServers, mixture: Path, tmp_path: Path
 ) -> None:

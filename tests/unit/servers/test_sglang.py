@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import re
 import sys
 
@@ -51,6 +52,16 @@ def test_a_tied_head_that_sglang_would_leave_empty_is_refused_before_it_is_start
             servers.launches(str(tmp_path), tmp_path)
     else:
         assert len(servers.launches(str(tmp_path), tmp_path)) == 1
+
+
+def test_each_of_the_processes_that_share_layers_on_a_cpu_has_a_core(tmp_path):
+    flags = {"device": "cpu"}
+    alone, shared = (launches(tmp_path, tp=tp, flags=flags)[0].environment for tp in (1, 3))
+    name = "SGLANG_CPU_OMP_THREADS_BIND"
+    assert name not in alone
+    cores = list(map(int, shared[name].split("|")))
+    assert len(cores) == 3
+    assert set(cores) <= os.sched_getaffinity(0)
 
 
 @pytest.mark.parametrize("tells", [False, True])
