@@ -61,6 +61,8 @@ _QUANTIZED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "int8", "uint8", "float8_e4m3fn"
 """As files of safetensors and of torch call them."""
 _PACKED_WEIGHTS = (".qweight", ".weight_packed")
 """Integers that hold several weights each (GPTQ and AWQ, compressed-tensors)."""
+_SPACED = ("qwen3_next", "qwen3_5")
+"""Of whose layers each so-many-th attends, and those between carry a state."""
 _LFS_POINTER = b"version https://git-lfs"
 _OTHER_THAN_TEXT = ("vision", "audio", "vq")
 
@@ -566,8 +568,24 @@ def _write(
             model.save_pretrained(folder, state_dict=values)
     finally:
         model.config.use_cache = use_cache
+    _say_interval(folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _say_interval(file: Path) -> None:
+    """Say which layers attend as SGLang (0.5.19) reads it, beside transformers' own list.
+
+    Checkpoints of Qwen3-Next and Qwen3.5 say it by a number, which transformers reads and drops.
+    """
+    config = json.loads(file.read_text())
+    kinds = config.get("layer_types") or []
+    if not config["model_type"].startswith(_SPACED) or "full_attention" not in kinds:
+        return
+    interval = kinds.index("full_attention") + 1
+    if kinds == [kinds[i % interval] for i in range(len(kinds))]:
+        config.setdefault("full_attention_interval", interval)
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -611,6 +612,27 @@ def test_an_export_is_in_the_layout_of_checkpoints_whichever_its_base_was_in(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert vars(model) == before
+
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "interval"),
+    [
+        ("qwen3_next", [LINEAR, LINEAR, FULL] * 2, 3),
+        ("qwen3_5_text", [LINEAR, FULL, LINEAR], 2),
+        ("qwen3_5_text", [LINEAR, FULL, FULL], None),  # there is no such number
+        ("qwen3_5_text", [LINEAR, LINEAR], None),
+    ],
+)
+def test_an_export_says_in_sglang_s_way_which_layers_attend(kind, layers, interval, tmp_path):
+    config = tiny_config(CONFIG_MAPPING[kind]())
+    config.layer_types, config.num_hidden_layers = layers, len(layers)
+    export_policy(tiny_model(config), None, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.get("full_attention_interval") == interval
+    assert AutoConfig.from_pretrained(tmp_path / "out").layer_types == layers
 
 
 def test_a_failed_export_leaves_the_older_folder_and_no_rest(folder, tmp_path):
