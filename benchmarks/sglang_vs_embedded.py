@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 30, 10
 
 
-def servers_of(kind: str, python: str) -> str:
+def servers_of(kind: str, python: str, tp: int = 1) -> str:
     """The value of the one key."""
     if kind == "embedded":
         return "lightning_grpo.EmbeddedServers"
-    settings = {"python": python, "flags": {"device": "cpu"}}
+    settings = {"python": python, "tp": tp, "flags": {"device": "cpu"}}
     return json.dumps({"class_path": "lightning_grpo.SGLangServers", "init_args": settings})
 
 

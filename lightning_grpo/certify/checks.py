@@ -18,10 +18,13 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lightning_grpo.certify.ranks import differences, strategy_of
 from lightning_grpo.certify.tiny import (
+    AllInFp64,
+    difference,
+    gradients_apart,
     pack,
     plain_logprobs,
     policy_logprobs,
@@ -82,11 +85,6 @@ def measured(check: str, figure: float, limit: float, found: str) -> CheckLine:
     return CheckLine(check, verdict, found, figure, limit)
 
 
-def difference(left: Tensor, right: Tensor) -> float:
-    """The largest of all elements; not a number where there is one."""
-    return (left.double() - right.double()).abs().max().item()
-
-
 def _serve(folder: str) -> ModelRunner:
     runner = ModelRunner(load_model(folder))
     require_goes_on(runner)
@@ -114,12 +112,14 @@ class Parts:
         publish: A policy to the tensors that servers get, by name.
         engine: A folder to what serves it.
         export: Writes a policy to a folder.
+        strategy: `ddp` or `fsdp2` to what the Trainer is given as its strategy on several ranks.
     """
 
     policy: Callable[..., nn.Module] = PackedPolicy
     publish: Callable[[nn.Module], Mapping[str, Tensor]] = _publish
     engine: Callable[[str], ModelRunner] = _serve
     export: Callable[[nn.Module, Path], None] = _export
+    strategy: Callable[[str], Any] = strategy_of
 
 
 @torch.no_grad()
@@ -132,8 +132,6 @@ def stepped(model: nn.Module, size: float = 0.05) -> None:
 
 # -- the policy that trains ------------------------------------------------------------------------
 
-_SMALL = 1e-3
-"""Of the whole gradient: a parameter with less of it (none, by symmetry) is held against that."""
 _MICRO_BATCHES = 3
 
 
@@ -190,7 +188,7 @@ def gradient(config: Any, parts: Parts) -> CheckLine:
     """Of a weighted sum of logprobs, against autograd through transformers' own forward."""
     rows = rows_with_prompts(1) + rows_of(config, 1)
     plain, model = (tiny_model(config, dtype=torch.float64) for _ in range(2))
-    with _AllInFp64():
+    with AllInFp64():
         _backward(plain_logprobs(plain, rows))
         _backward(parts.policy(model)(*pack(rows))[0])
     figure, worst = _gradient_difference(model, plain)
@@ -206,7 +204,7 @@ def cuts(config: Any, parts: Parts) -> CheckLine:
     weights = _weights(sum(map(len, rows))).split([len(row) for row in rows])
     whole, parted = (tiny_model(config, dtype=torch.float64) for _ in range(2))
     policy = parts.policy(parted)
-    with _AllInFp64():
+    with AllInFp64():
         _backward(parts.policy(whole)(*pack(rows))[0], torch.cat(weights))
         for start in range(_MICRO_BATCHES):
             part = slice(start, None, _MICRO_BATCHES)
@@ -216,6 +214,20 @@ def cuts(config: Any, parts: Parts) -> CheckLine:
         "cuts", figure, GRADIENT_LIMIT,
         f"gradient in {_MICRO_BATCHES} micro-batches, relative, against one; most in {worst}",
     )  # fmt: skip
+
+
+def ranks(config: Any, parts: Parts) -> CheckLine:
+    """A step of the Trainer on two ranks, in several micro-batches, against one rank's in one."""
+    figure, worst = max(differences(config, parts), key=_size)
+    return measured(
+        "ranks", figure, GRADIENT_LIMIT,
+        "loss, gradient (relative), logprobs and weights of a step in fp64 on two ranks, ddp and "
+        f"fsdp2, against one rank's; most in {worst}",
+    )  # fmt: skip
+
+
+def _size(found: tuple[float, str]) -> float:
+    return math.inf if math.isnan(found[0]) else found[0]
 
 
 def checkpoint(config: Any, parts: Parts) -> CheckLine:
@@ -252,27 +264,6 @@ def flops(config: Any, parts: Parts) -> CheckLine:
     return CheckLine("flops", verdict, f"{count:,.0f} operations of these rows, for metrics")
 
 
-class _AllInFp64(TorchFunctionMode):
-    """Has fp64 stay fp64 where a model's own code asks for fp32: norms, softmax, shares of sinks.
-
-    What two such roundings differ by grows from layer to layer beyond what a gradient may be off.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.float and not args[0].is_floating_point():
-            return args[0].double()  # positions, which older versions multiply with fp64
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
-            if func is Tensor.float:
-                return args[0]
-            args = [torch.float64 if each is torch.float32 else each for each in args]
-            if kwargs.get("dtype") is torch.float32:
-                kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
 def _weights(count: int) -> Tensor:
     """Each token's own, as advantages are."""
     return 1.0 + torch.arange(count, dtype=torch.float64).sin() / 2
@@ -284,15 +275,7 @@ def _backward(logprobs: Tensor, weights: Tensor | None = None) -> None:
 
 
 def _gradient_difference(left: nn.Module, right: nn.Module) -> tuple[float, str]:
-    """The largest over parameters, relative to its own gradient, and whose it is."""
-    mine, theirs = _gradients(left), _gradients(right)
-    total = sum(g.square().sum().item() for g in theirs.values()) ** 0.5
-    found = {
-        name: ((mine[name] - g).norm() / max(g.norm().item(), _SMALL * total)).item()
-        for name, g in theirs.items()
-    }
-    worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
-    return found[worst], worst
+    return gradients_apart(_gradients(left), _gradients(right))
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -509,7 +492,7 @@ def sampled(runner: ModelRunner) -> tuple[list[Tensor], Tensor]:
 
 
 CHECKS: tuple[Callable[[Any, Parts], CheckLine], ...] = (
-    *(packed, apart, prefixes, passes, gradient, cuts, checkpoint, flops),
+    *(packed, apart, prefixes, passes, gradient, cuts, ranks, checkpoint, flops),
     *(names, engine, adapter, export),
 )
 """In the order in which training would meet what they look at.

@@ -8,11 +8,13 @@ caps so far that they bend the small scores and logits of a tiny model.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_grpo.errors import ConfigError
@@ -404,3 +406,46 @@ def policy_logprobs(policy: nn.Module, rows: Sequence[Tensor]) -> Tensor:
     """What a policy gives the rows, packed, `[tokens]`."""
     logprobs: Tensor = policy(*pack(rows))[0]
     return logprobs
+
+
+# -- two ways to compute the same ------------------------------------------------------------------
+
+_SMALL = 1e-3
+"""Of the whole gradient: a parameter with less of it (none, by symmetry) is held against that."""
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    """The largest of all elements; not a number where there is one."""
+    return (left.double() - right.double()).abs().max().item()
+
+
+def gradients_apart(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest difference over parameters, relative to its own gradient, and whose it is."""
+    total = sum(g.square().sum().item() for g in theirs.values()) ** 0.5
+    found = {
+        name: ((mine[name] - g).norm() / max(g.norm().item(), _SMALL * total)).item()
+        for name, g in theirs.items()
+    }
+    worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
+    return found[worst], worst
+
+
+class AllInFp64(TorchFunctionMode):
+    """Has fp64 stay fp64 where a model's own code asks for fp32: norms, softmax, shares of sinks.
+
+    What two such roundings differ by grows from layer to layer beyond what a gradient may be off.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float and not args[0].is_floating_point():
+            return args[0].double()  # positions, which older versions multiply with fp64
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = [torch.float64 if each is torch.float32 else each for each in args]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)

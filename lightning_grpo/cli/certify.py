@@ -26,8 +26,8 @@ usage: lightning-grpo certify MODEL [--json]
 
 Prove that a model's path is right before it is trained. From the config of MODEL (a folder, a hub
 id, shipped:NAME, or an architecture of transformers such as qwen3 or mixtral) a tiny random model
-of the same classes is made, in seconds and on a CPU: every kind of layer, windows, RoPE, biases and
-caps, sizes shrunk. Printed with its figure is a line for each check:
+of the same classes is made, in a minute and on a CPU: every kind of layer, windows, RoPE, biases
+and caps, sizes shrunk. Printed with its figure is a line for each check:
 
   architecture   the package takes it
   packed         rows packed together, against each row alone in transformers
@@ -35,6 +35,7 @@ caps, sizes shrunk. Printed with its figure is a line for each check:
   passes         two passes, bit for bit
   gradient       against autograd through transformers, in fp64
   cuts           the gradient in one micro-batch, against several
+  ranks          a step on two ranks, ddp and fsdp2, against one rank's
   flops          the operations of a step can be counted
   names          what servers get: the checkpoint's names and layouts, and the same model
   engine         what the embedded engine samples, where it runs the model
@@ -182,7 +183,7 @@ def page(found: Sequence[Certificate]) -> str:
 # Models
 
 `lightning-grpo certify MODEL` proves by a tiny random model of the same classes that a model's path
-is right: packed rows, gradients, what servers get, the embedded engine, adapters, exports
+is right: packed rows, gradients, ranks, what servers get, the embedded engine, adapters, exports
 ([what each line means](troubleshooting.md#is-the-models-path-right)). This page is what it finds
 for every causal architecture of transformers (`make certify-all` writes it). Each is tried as
 transformers itself configures it, with what that leaves open set as checkpoints do: yours may

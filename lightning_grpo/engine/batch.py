@@ -274,11 +274,11 @@ def record(
         request.versions.append(version)
         if not math.isfinite(logprob):
             reasons[row] = NOT_FINITE
-        # As SGLang: at the length limit the reason is the length, also for an end token.
-        elif len(request.output_ids) >= request.generation.max_new_tokens:
-            reasons[row] = {"type": "length", "length": len(request.output_ids)}
+        # As SGLang 0.5.19: an end token counts before the limit, and a stop string before both.
         elif token in request.generation.stop_ids:
             reasons[row] = {"type": "stop", "matched": token}
+        elif len(request.output_ids) >= request.generation.max_new_tokens:
+            reasons[row] = {"type": "length", "length": len(request.output_ids)}
     return reasons
 
 
@@ -413,12 +413,12 @@ class RunningBatch:
         reasons = record(requests, tokens, logprobs, version)
         self.tokens_sampled += len(requests)
         for row, request in enumerate(requests):
-            if row in reasons or not (request.stream or request.generation.stop):
+            if reasons.get(row) is NOT_FINITE or not (request.stream or request.generation.stop):
                 continue
             matched = find_stop(self.tokenizer, request.generation.stop, request.output_ids)
             if matched is not None:
                 reasons[row] = {"type": "stop", "matched": matched}
-            elif request.stream:
+            elif request.stream and row not in reasons:
                 self.tell(request, None)
         self._finish({first + row: reason for row, reason in reasons.items()})
         return tokens

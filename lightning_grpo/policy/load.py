@@ -3,12 +3,11 @@
 Values for a policy that was built on the meta device, sharded or not.
 
 `to_empty` leaves garbage in buffers that checkpoints don't hold (the rotary embedding's
-frequencies): the model would run and be wrong, so they are made again here.
+frequencies): the model would run and be wrong, so they come from the model that rank 0 loads.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pickle
@@ -62,6 +61,8 @@ _QUANTIZED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "int8", "uint8", "float8_e4m3fn"
 """As files of safetensors and of torch call them."""
 _PACKED_WEIGHTS = (".qweight", ".weight_packed")
 """Integers that hold several weights each (GPTQ and AWQ, compressed-tensors)."""
+_SPACED = ("qwen3_next", "qwen3_5")
+"""Of whose layers each so-many-th attends, and those between carry a state."""
 _LFS_POINTER = b"version https://git-lfs"
 _OTHER_THAN_TEXT = ("vision", "audio", "vq")
 
@@ -448,42 +449,37 @@ def materialize_from_folder(
             their first values so.
 
     Raises:
-        ConfigError: The checkpoint lacks a parameter, or a buffer can't be made again; on every
-            rank.
+        ConfigError: The checkpoint lacks a parameter; on every rank.
     """
     model.to_empty(device=device)
     model.tie_weights()
     many = distributed.is_initialized() and distributed.get_world_size() > 1
-    values: dict[str, Any] = {}
+    source: PreTrainedModel | None = None
     failed: Exception | None = None
     if not many or distributed.get_rank() == 0:
         try:
-            values = _read(model, folder, model_kwargs, adapt)
+            source = _read(model, folder, model_kwargs, adapt)
         except Exception as error:  # noqa: BLE001 - raised below, on every rank
             failed = error
     _raise_everywhere(failed, many)
+    values = {} if source is None else source.state_dict()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     set_model_state_dict(model, values, options=options)
-    rebuild_buffers(model)
+    for name, buffer in _unsaved_buffers(model).items():
+        if source is not None:
+            buffer.copy_(source.get_buffer(name))
+        if many:
+            distributed.broadcast(buffer, src=0)
 
 
-def rebuild_buffers(model: PreTrainedModel) -> None:
-    """Makes the buffers that no checkpoint holds again, in place.
-
-    Raises:
-        ConfigError: A module has such buffers and isn't built from the config alone.
-    """
-    for name, module in model.named_modules():
-        names = module._non_persistent_buffers_set
-        if not names:
-            continue
-        fresh = _fresh(name, module)
-        for buffer in names:
-            value: Tensor | None = fresh.get_buffer(buffer)
-            current = module.get_buffer(buffer)
-            if value is not None:
-                with torch.no_grad():
-                    current.copy_(value.to(current.dtype))
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Those that follow from the config, and that no checkpoint holds."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set
+    }
 
 
 def _raise_everywhere(failed: Exception | None, many: bool) -> None:
@@ -497,35 +493,23 @@ def _raise_everywhere(failed: Exception | None, many: bool) -> None:
         raise ConfigError(box[0])
 
 
-def _fresh(name: str, module: nn.Module) -> nn.Module:
-    parameters = inspect.signature(type(module)).parameters
-    config = module.__dict__.get("config")
-    if config is None or "config" not in parameters:
-        raise ConfigError(
-            f"`model` has buffers in `{name}` ({type(module).__name__}) that its checkpoint lacks "
-            "and that can't be made again. Way out: load it without the meta device."
-        )
-    with torch.device("cpu"):
-        return type(module)(config=config)
-
-
 def _read(
     model: PreTrainedModel,
     folder: str,
     model_kwargs: dict[str, Any] | None,
     adapt: Callable[[PreTrainedModel], None] | None,
-) -> dict[str, Tensor]:
+) -> PreTrainedModel:
     source = load_policy(folder, dtype=model.dtype, model_kwargs=model_kwargs)
     if adapt is not None:
         adapt(source)
-    values: dict[str, Tensor] = source.state_dict()
-    missing = sorted(set(model.state_dict()) - set(values))
+    wanted, there = ({*each.state_dict(), *_unsaved_buffers(each)} for each in (model, source))
+    missing = sorted(wanted - there)
     if missing:
         raise ConfigError(
             f"`model` must hold every parameter, {folder!r} lacks {missing[0]} and "
             f"{len(missing) - 1} more. Way out: a complete checkpoint of the same architecture."
         )
-    return values
+    return source
 
 
 def export_policy(
@@ -584,8 +568,24 @@ def _write(
             model.save_pretrained(folder, state_dict=values)
     finally:
         model.config.use_cache = use_cache
+    _say_interval(folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _say_interval(file: Path) -> None:
+    """Say which layers attend as SGLang (0.5.19) reads it, beside transformers' own list.
+
+    Checkpoints of Qwen3-Next and Qwen3.5 say it by a number, which transformers reads and drops.
+    """
+    config = json.loads(file.read_text())
+    kinds = config.get("layer_types") or []
+    if not config["model_type"].startswith(_SPACED) or "full_attention" not in kinds:
+        return
+    interval = kinds.index("full_attention") + 1
+    if kinds == [kinds[i % interval] for i in range(len(kinds))]:
+        config.setdefault("full_attention_interval", interval)
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ from lightning_grpo.servers.sizing import (
     servers_per_gpu,
     size_servers,
 )
+from lightning_grpo.serving.fitness import local_config
 
 # -- the environment -------------------------------------------------------------------------------
 
@@ -261,6 +262,22 @@ CPU_ENVIRONMENT = {
 }
 
 
+def cpu_environment(tp: int) -> dict[str, str]:
+    """Variables of a server on a CPU, whose processes share each layer if there are several."""
+    if tp == 1:
+        return CPU_ENVIRONMENT
+    cores = sorted(os.sched_getaffinity(0))
+    # Without it there may be no more of them than memory nodes, most often one.
+    each_on_one = "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
+    return CPU_ENVIRONMENT | {"SGLANG_CPU_OMP_THREADS_BIND": each_on_one}
+
+
+OWN_HEAD = tuple(
+    f"{name}ForCausalLM" for name in ("Mixtral", "Olmoe", "Qwen2Moe", "Qwen3Moe", "Qwen3Next")
+)
+"""What SGLang gives a head of its own (0.5.19), also where the model's is its embedding."""
+
+
 class SGLangServers(OwnedServers):
     """Starts SGLang servers, one for every `tp` GPUs, and ends them with the run.
 
@@ -270,7 +287,7 @@ class SGLangServers(OwnedServers):
     Args:
         num_servers: How many; None: one for each `tp` of `devices`, and several on each where a
             small model leaves a GPU waiting for its server (`tp` 1).
-        tp: GPUs of one server (tensor parallel).
+        tp: GPUs of one server (tensor parallel); on a CPU its processes, each on a core.
         devices: GPUs that serve, numbered as `Trainer(devices=...)` numbers them: among those that
             CUDA_VISIBLE_DEVICES leaves. None: half of them, rounded up; a single GPU is shared.
         memory_fraction: Of a GPU's memory for weights and cache; None: what the run's requests
@@ -324,6 +341,7 @@ class SGLangServers(OwnedServers):
     def launches(self, model_path: str, run_dir: Path) -> Sequence[Launch]:
         """One `sglang.launch_server` (with its key) for each group of `tp` GPUs."""
         installed = resolve_python(self.python)
+        _check_head(model_path)
         on_cpu = self._on_cpu(installed)
         layout = self.layout(on_cpu)
         groups = layout.groups
@@ -344,7 +362,7 @@ class SGLangServers(OwnedServers):
             self._check_deterministic(on_cpu)
             chosen[DETERMINISTIC] = True
         flags = {"host": self.host} | chosen | self.flags
-        environment = (CPU_ENVIRONMENT if on_cpu else {}) | self.key_environment()
+        environment = (cpu_environment(self.tp) if on_cpu else {}) | self.key_environment()
         names = device_names()
         return [
             Launch(
@@ -502,6 +520,21 @@ class SGLangServers(OwnedServers):
                 f"`flags` must not set {', '.join(taken)}: the run does (each run's servers have a"
                 " key of their own), or a parameter (`tp`, `memory_fraction`, `port_range`)."
             )
+
+
+def _check_head(model_path: str) -> None:
+    """Refuse a model that SGLang would answer for at random: its head would stay empty."""
+    config = local_config(model_path)
+    kinds = set(OWN_HEAD).intersection(config.get("architectures") or ())
+    if kinds and config.get("tie_word_embeddings"):
+        raise ConfigError(
+            "model",
+            f"must have a head of its own for SGLang to serve a {kinds.pop()}; its "
+            "`tie_word_embeddings` is true",
+            model_path,
+            "Load it with transformers, set `config.tie_word_embeddings = False`, give "
+            "`lm_head.weight` a copy of the embedding, and save it; or use EmbeddedServers.",
+        )
 
 
 def flag(name: str, value: Any) -> list[str]:

@@ -568,8 +568,8 @@ class Partial:
         self._ids += ids
         self._logprobs += logprobs
         self._versions += versions[: len(ids)]
-        # Of an end token that is the last one permitted SGLang says `length`, and `abort` where the
-        # abort came in the same step.
+        # Of an end token that is the last one permitted a server may say `length`, and `abort`
+        # where the abort came in the same step.
         ended = bool(ids) and ids[-1] in self._end_ids
         if reason != "abort":
             self._finish = "stop" if ended else reason
@@ -628,7 +628,7 @@ class Partial:
         """Ends where an uninterrupted request would have: a server sees only its own piece.
 
         A stop string that began before an interruption and ended after it is found here, and so is
-        one that the last permitted token completes, of which a server says `length`.
+        one that the last permitted token completes, of which a server may say `length`.
         """
         by_server = self._finish == "stop" and not self._num_interruptions
         if by_server or not self._has_stopped(spell, len(self._ids)):

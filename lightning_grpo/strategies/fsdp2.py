@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -118,7 +119,10 @@ def _set(sharded: Sequence[FSDPModule], enabled: bool, keeps: bool) -> None:
 
 
 MESH_DIMENSION = "data_parallel"
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {
+    **{"bfloat16": torch.bfloat16, "float16": torch.float16},
+    **{"float32": torch.float32, "float64": torch.float64},
+}
 
 
 def parallelize(
@@ -142,6 +146,7 @@ def parallelize(
         module: The root; its fp32 parameters stay the master weights.
         mesh: One dimension, or several of which one is named `data_parallel`.
         blocks: Class names of the blocks; None: what transformers declares; []: the root alone.
+            Blocks that share parameters are left to the root.
         param_dtype: Of parameters in forward and backward; auto is float32 on CPUs, else bfloat16.
         reduce_dtype: Of the gradients' reduction over ranks.
         reshard_after_forward: Free a block's full parameters between forward and backward; None:
@@ -172,7 +177,7 @@ def parallelize(
     # that some models, like servers, keep in fp32.
     policy = MixedPrecisionPolicy(compute, reduce, cast_forward_inputs=False)
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for block in _find_blocks(module, blocks):
+    for block in reversed(_find_blocks(module, blocks)):  # those inside of others first
         shard(block, reshard_after_forward=reshard_after_forward)
     shard(module, reshard_after_forward=False)
     return module
@@ -284,7 +289,13 @@ def _find_blocks(module: nn.Module, blocks: list[str] | None) -> list[nn.Module]
             f"`blocks` must be given for {type(module).__name__}: transformers declares no decoder "
             "blocks in it. Name their classes, or pass [] to shard it as a whole."
         )
-    return found
+    places = _places(module)
+    return [each for each in found if all(places[p] == n for p, n in _places(each).items())]
+
+
+def _places(module: nn.Module) -> Counter[nn.Parameter]:
+    """In how many places each parameter is."""
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 @runtime_checkable

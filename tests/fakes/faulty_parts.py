@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_grpo.certify.checks import Parts, stepped
+from lightning_grpo.certify.ranks import ShardsInFp64
 from lightning_grpo.engine.model import ModelRunner, load_model
 from lightning_grpo.policy.attention import PackedLayout
 from lightning_grpo.policy.load import without_bars
@@ -193,6 +197,60 @@ class CountsNothing(PackedPolicy):
 
     def flops(self, lengths, predicted):
         return 0.0
+
+
+class SumsOverRanks(PackedPolicy):
+    """The right logprobs, whose gradient is summed over ranks, not averaged."""
+
+    def forward(self, *args, **kwargs):
+        logprobs, entropy = super().forward(*args, **kwargs)
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        more = logprobs * (ranks - 1)
+        return logprobs + more - more.detach(), entropy
+
+
+def leaves_one_out(name: str) -> Any:
+    """Reduces all gradients but one norm's."""
+    return LeavesOneOut() if name == "ddp" else Parts().strategy(name)
+
+
+class LeavesOneOut(DDPStrategy):
+    """Each rank keeps the last norm's gradient as its own share gives it."""
+
+    def _setup_model(self, model):
+        left_out = ["policy.model.model.norm.weight"]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, left_out)
+        return super()._setup_model(model)
+
+
+def mixes_up_experts(name: str) -> Any:
+    """Of experts each rank gets what others should."""
+    return MixesUpExperts(reduce_dtype="float64") if name == "fsdp2" else name
+
+
+class MixesUpExperts(ShardsInFp64):
+    """Hands out experts by one too far."""
+
+    def _materialize(self, root):
+        super()._materialize(root)
+        for parameter_name, parameter in root.named_parameters():
+            if ".experts." in parameter_name:
+                whole = parameter.full_tensor()
+                mine = whole.roll(1, 0).chunk(distributed.get_world_size())[distributed.get_rank()]
+                parameter.to_local().data.copy_(mine)
+
+
+def with_one_rank_s_shard_twice(policy: nn.Module) -> Mapping[str, Tensor]:
+    """Whole tensors, of which the second half is the first one's where they were sharded."""
+    sharded = {
+        name.removeprefix("model."): parameter.to_local()
+        for name, parameter in policy.named_parameters()
+        if isinstance(parameter, DTensor)
+    }
+    return {
+        name: torch.cat([sharded[name]] * 2)[: len(tensor)] if name in sharded else tensor
+        for name, tensor in published(policy).items()
+    }
 
 
 def without_biases(model: nn.Module, **options: Any) -> PackedPolicy:

@@ -26,7 +26,7 @@ RETRACTING = pytest.mark.parametrize(
 )
 
 
-def real_servers(num_servers: int = 1, **flags: Any) -> SGLangServers:
+def real_servers(num_servers: int = 1, tp: int = 1, **flags: Any) -> SGLangServers:
     """SGLang on this CPU."""
     folder = Path(os.environ.get(FOLDER_VARIABLE, DEFAULT_FOLDER)).absolute()
     installed = ready_python(folder)
@@ -39,4 +39,4 @@ def real_servers(num_servers: int = 1, **flags: Any) -> SGLangServers:
         script.write_text(f'#!/bin/sh\nPYTHONPATH={overlay} exec {python} "$@"\n')
         script.chmod(0o755)
         python = str(script)
-    return SGLangServers(num_servers, python=python, flags={"device": "cpu"} | flags)
+    return SGLangServers(num_servers, tp, python=python, flags={"device": "cpu"} | flags)

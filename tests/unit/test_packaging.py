@@ -172,7 +172,7 @@ def test_make_says_a_line_before_each_step_in_which_pip_is_silent():
 PACKAGE = Path(__file__).parents[2] / "lightning_grpo"
 TORCH_FREE = ("types", "errors", "report", "rewards", "rollout", "servers", "shipped")
 MAX_LINES, MIN_LINES, MAX_FUNCTION_LINES = 600, 100, 60
-MOST_MODULES, MOST_TEST_FILES = 125, 166
+MOST_MODULES, MOST_TEST_FILES = 126, 164
 SMALL = {
     "callbacks/early_stop.py": "commands import it before torch",
     "keys.py": "commands import it before torch",

@@ -4,7 +4,8 @@ The real one needs `make test-sglang` (or the marker `sglang`, and an environmen
 `python -m tests.sglang.environment`). What it cannot do on a CPU, and is therefore not compared:
 
 - `/update_weights_from_tensor` by CUDA IPC, `/update_weights_from_ipc` (handles of GPU memory);
-- NCCL groups (gloo stands in), `tp` above 1, CUDA graphs, the overlap schedule;
+- NCCL groups (gloo stands in), CUDA graphs, the overlap schedule;
+- layers that carry a state: their kernels are compiled, `sgl_kernel.mamba` and operators of torch;
 - `/weights_checker` (it asks the GPU to synchronize) and `/get_weights_by_name` (not of Qwen);
 - `--enable-lora` (the server dies at its start: pinned memory) and the real release of memory;
 - bf16 at a speed worth measuring.

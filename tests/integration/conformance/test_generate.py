@@ -193,7 +193,7 @@ def test_a_stop_string_ends_and_is_cut_from_the_text_not_the_ids(
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("how", ["token", "string", "limit"])
-async def test_the_pool_knows_who_ended_what_the_server_ends_by_length(
+async def test_what_ends_a_completion_at_its_limit_counts_before_the_limit(
     server: Server, reference: PreTrainedModel, how: str
 ) -> None:
     ids = greedy_ids(reference, PROMPT, 1)
@@ -202,7 +202,12 @@ async def test_the_pool_knows_who_ended_what_the_server_ends_by_length(
     sampling = Sampling(max_new_tokens=1, temperature=0.0, **ends[how])
     asked = sampling_params(sampling, max_new_tokens=1, min_new_tokens=0, seed=None)
     raw = server.generate(PROMPT, sampling=asked)
-    assert raw["meta_info"]["finish_reason"] == {"type": "length", "length": 1}
+    reasons: Any = {
+        "token": {"type": "stop", "matched": ids[0]},
+        "string": {"type": "stop", "matched": text},
+        "limit": {"type": "length", "length": 1},
+    }
+    assert raw["meta_info"]["finish_reason"] == reasons[how]
     decode = make_tiny_tokenizer().decode
     async with ServerPool([server.handle], Requirements("run", 512, 64), decode) as pool:
         completion = await pool.generate(PROMPT, sampling)
@@ -364,6 +369,25 @@ def test_every_sync_of_a_mixture_is_proved(
     trainer.fit(make_module(mixture), data)
     assert max(recorder.of("mismatch/probe")) < 1e-4
     assert data.session.report.probe_diff < 1e-4
+    assert data.session.report.probe_change > 10 * data.session.report.probe_diff
+    assert max(recorder.of("mismatch/abs_logprob_diff")) < 1e-4
+
+
+@pytest.mark.sglang
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["dense", "mixture"])
+def test_every_sync_is_proved_where_two_processes_share_each_layer(
+    kind: str, model_folder: Path, mixture: Path, tmp_path: Path
+) -> None:
+    answers = itertools.count()
+    servers = real_servers(tp=2)
+    try:
+        recorder, data = Recorder(), make_data(servers, lambda completion: float(next(answers) % 2))
+        trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder])
+        trainer.fit(make_module(mixture if kind == "mixture" else model_folder), data)
+    finally:
+        servers.stop()
+    assert max(recorder.of("mismatch/probe")) < 1e-4
     assert data.session.report.probe_change > 10 * data.session.report.probe_diff
     assert max(recorder.of("mismatch/abs_logprob_diff")) < 1e-4
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
@@ -51,13 +53,56 @@ MODELS = {
 }
 
 
+ALONE = [check for check in CHECKS if check is not checks.ranks]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_package_s_own_path_is_right(model):
     kind, settings = MODELS[model]
     config = tiny(kind, **settings)
-    found = [run_check(check, config, Parts()) for check in CHECKS]
+    found = [run_check(check, config, Parts()) for check in ALONE]
     assert {line.verdict for line in found} <= {"ok", "skipped"}, found
-    assert [line.check for line in found] == [check.__name__ for check in CHECKS]
+    assert [line.check for line in found] == [check.__name__ for check in ALONE]
+
+
+SHARED = {
+    **{name: MODELS[name] for name in ("qwen2", "gpt_oss with windows and sinks", "mixtral")},
+    "gemma3, whose embedding has a buffer": ("gemma3_text", {}),
+    "falcon_h1, whose recurrent layers have one": ("falcon_h1", {}),
+    "deepseek_v3 with latent attention": ("deepseek_v3", {}),
+    "qwen3_next with states and experts": ("qwen3_next", {}),
+    "nemotron_h": ("nemotron_h", {}),
+    "zamba, whose blocks share parameters": ("zamba", {"num_hidden_layers": 14}),
+    "zamba2, whose blocks lie in one another": ("zamba2", {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("model", SHARED)
+def test_a_step_of_two_ranks_is_that_of_one(model):
+    kind, settings = SHARED[model]
+    line = run_check(checks.ranks, tiny(kind, **settings), Parts())
+    assert line.verdict == "ok", line
+    assert line.figure < 1e-9  # no rounding but that of fp64
+
+
+RANKS = [
+    ("qwen2", {"policy": faulty.SumsOverRanks}, r"the gradient of .* under ddp"),
+    ("qwen2", {"strategy": faulty.leaves_one_out}, "the gradient of model.model.norm.weight under"),
+    ("mixtral", {"strategy": faulty.mixes_up_experts}, r"the gradient of .*experts.* under fsdp2"),
+    ("qwen3", {"publish": faulty.with_one_rank_s_shard_twice}, "what servers get of .* under fsdp"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("kind", "parts", "said"), RANKS)
+def test_what_ranks_get_wrong_is_caught_by_their_line(kind, parts, said):
+    line = run_check(checks.ranks, tiny(kind), Parts(**parts))
+    assert (line.check, line.verdict) == ("ranks", "WRONG")
+    assert re.search(f"most in {said}", line.found), line.found
+    assert line.figure > 0.01
 
 
 POLICIES = [

@@ -18,7 +18,7 @@ def test_a_model_is_certified_line_by_line(capsys):
     found = [line.split()[:2] for line in said[:-2]]
     assert [name for _, name in found] == [
         *("architecture", "packed", "apart", "prefixes", "passes", "gradient", "cuts"),
-        *("checkpoint", "flops", "names", "engine", "adapter", "export", "template"),
+        *("ranks", "checkpoint", "flops", "names", "engine", "adapter", "export", "template"),
     ]
     assert {verdict for verdict, _ in found} <= {"ok", "skipped"}
     assert ", at most 0.0001" in said[1]

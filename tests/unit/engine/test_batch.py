@@ -58,6 +58,12 @@ def test_rows_end_at_their_own_stop_ids_and_lengths() -> None:
     assert ends(rows, [5, 1, 8, 6]) == [True, True, True, False]
 
 
+def test_an_end_token_at_the_limit_counts_before_the_limit() -> None:
+    rows = [request(max_new_tokens=1, stop_ids=frozenset({5})) for _ in range(2)]
+    ended = record(rows, torch.tensor([5, 6]), torch.tensor([-1.0, -1.0]), "v")
+    assert ended == {0: {"type": "stop", "matched": 5}, 1: {"type": "length", "length": 1}}
+
+
 def test_a_logprob_that_is_not_finite_ends_a_row() -> None:
     rows = [request(), request()]
     ended = record(rows, torch.tensor([1, 1]), torch.tensor([float("nan"), -1.0]), "v")

@@ -9,12 +9,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
 
-from lightning_grpo.certify.tiny import tiny_config
+from lightning_grpo.certify.tiny import tiny_config, tiny_model
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.check import check_architecture
@@ -23,7 +24,6 @@ from lightning_grpo.policy.load import (
     load_policy,
     load_tokenizer,
     materialize_from_folder,
-    rebuild_buffers,
     without_bars,
 )
 from lightning_grpo.policy.packed import PackedPolicy
@@ -436,25 +436,33 @@ def test_long_context_frequencies_are_made_again_too(tmp_path):
     assert torch.equal(PackedPolicy(policy)(*packed)[0], expected)
 
 
-def test_without_rebuilt_buffers_the_model_would_be_silently_wrong(tmp_path):
-    make_causal_model().save_pretrained(tmp_path)
-    policy = load_policy(str(tmp_path))
+def tiny_folder(kind, folder):
+    with without_bars():
+        tiny_model(tiny_config(CONFIG_MAPPING[kind]())).save_pretrained(folder)
+    return str(folder)
+
+
+# In embeddings, and in recurrent layers: modules that their config alone doesn't make.
+@pytest.mark.parametrize("kind", ["gemma3_text", "falcon_h1"])
+def test_buffers_that_no_checkpoint_holds_come_with_the_values(kind, tmp_path):
+    folder = tiny_folder(kind, tmp_path)
     packed = pack(make_sequences([9, 12]))
-    expected, _ = PackedPolicy(policy)(*packed)
-    for name, buffer in policy.named_buffers():
-        assert "inv_freq" in name
+    expected, _ = PackedPolicy(load_policy(folder))(*packed)
+    policy = load_policy(folder, meta=True)
+    materialize_from_folder(policy, folder)
+    assert torch.equal(PackedPolicy(policy)(*packed)[0], expected)
+    for buffer in policy.buffers():
         buffer.zero_()
     assert not torch.allclose(PackedPolicy(policy)(*packed)[0], expected, atol=1e-3)
-    rebuild_buffers(policy)
-    assert torch.equal(PackedPolicy(policy)(*packed)[0], expected)
 
 
-def test_a_buffer_that_cannot_be_made_again_is_refused(tmp_path):
-    model = make_causal_model()
+def test_a_buffer_that_the_loaded_model_lacks_is_refused(tmp_path):
+    make_causal_model().save_pretrained(tmp_path)
+    model = load_policy(str(tmp_path), meta=True)
     model.model.extra = nn.Module()
     model.model.extra.register_buffer("scale", torch.ones(1), persistent=False)
-    with pytest.raises(ConfigError, match=r"buffers in `model\.extra`"):
-        rebuild_buffers(model)
+    with pytest.raises(ConfigError, match=r"lacks model\.extra\.scale and 0 more"):
+        materialize_from_folder(model, str(tmp_path))
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
@@ -488,8 +496,7 @@ def sharded(folder):
 
 
 def test_two_sharded_ranks_from_the_meta_device_equal_one_whole_model(tmp_path):
-    model = make_causal_model()
-    model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("gemma3_text", tmp_path))
     with start_ranks(sharded, 2, str(tmp_path)) as ranks:
         results = ranks.join(timeout_s=50)
     assert [r.returncode for r in results] == [0, 0], results[0].output + results[1].output
@@ -605,6 +612,27 @@ def test_an_export_is_in_the_layout_of_checkpoints_whichever_its_base_was_in(
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert vars(model) == before
+
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "interval"),
+    [
+        ("qwen3_next", [LINEAR, LINEAR, FULL] * 2, 3),
+        ("qwen3_5_text", [LINEAR, FULL, LINEAR], 2),
+        ("qwen3_5_text", [LINEAR, FULL, FULL], None),  # there is no such number
+        ("qwen3_5_text", [LINEAR, LINEAR], None),
+    ],
+)
+def test_an_export_says_in_sglang_s_way_which_layers_attend(kind, layers, interval, tmp_path):
+    config = tiny_config(CONFIG_MAPPING[kind]())
+    config.layer_types, config.num_hidden_layers = layers, len(layers)
+    export_policy(tiny_model(config), None, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.get("full_attention_interval") == interval
+    assert AutoConfig.from_pretrained(tmp_path / "out").layer_types == layers
 
 
 def test_a_failed_export_leaves_the_older_folder_and_no_rest(folder, tmp_path):

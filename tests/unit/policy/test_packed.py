@@ -14,7 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lightning_grpo.algorithm.layers import fuse_norms, is_plain
-from lightning_grpo.certify.checks import _AllInFp64
+from lightning_grpo.certify.tiny import AllInFp64
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.attention import PackedLayout, packed_attention_forward
 from lightning_grpo.policy.load import checkpoint_activations
@@ -256,7 +256,7 @@ def test_caps_and_sinks_of_attention_are_those_of_transformers(kind, settings, l
         if hasattr(module, "sinks"):
             module.sinks.data.normal_(generator=torch.Generator().manual_seed(0))
     assert model.config._attn_implementation == "eager"
-    with _AllInFp64():
+    with AllInFp64():
         assert_agrees_to_fp64(model, make_sequences(lengths, shared=6))
 
 

@@ -1,4 +1,6 @@
 import itertools
+import json
+import os
 import re
 import sys
 
@@ -35,6 +37,31 @@ def eight_gpus(monkeypatch):
 
 def launches(tmp_path, **options):
     return SGLangServers(python=sys.executable, **options).launches("model", tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
+def test_a_tied_head_that_sglang_would_leave_empty_is_refused_before_it_is_started(
+    kind, tied, tmp_path
+):
+    config = {"architectures": [kind], "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    servers = SGLangServers(python=sys.executable, flags={"device": "cpu"})
+    if tied and kind == "Qwen3MoeForCausalLM":
+        with pytest.raises(ConfigError, match=r"head of its own .* Qwen3MoeForCausalLM; .*save it"):
+            servers.launches(str(tmp_path), tmp_path)
+    else:
+        assert len(servers.launches(str(tmp_path), tmp_path)) == 1
+
+
+def test_each_of_the_processes_that_share_layers_on_a_cpu_has_a_core(tmp_path):
+    flags = {"device": "cpu"}
+    alone, shared = (launches(tmp_path, tp=tp, flags=flags)[0].environment for tp in (1, 3))
+    name = "SGLANG_CPU_OMP_THREADS_BIND"
+    assert name not in alone
+    cores = list(map(int, shared[name].split("|")))
+    assert len(cores) == 3
+    assert set(cores) <= os.sched_getaffinity(0)
 
 
 @pytest.mark.parametrize("tells", [False, True])

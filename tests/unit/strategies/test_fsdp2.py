@@ -271,3 +271,23 @@ def test_sharded_gradients_appear_with_the_last_micro_batch(process_group):
         loss = root(torch.ones(1, 2)).sum()
     loss.backward()  # as Lightning does it, after the block
     assert torch.equal(root[0].weight.grad.full_tensor(), torch.full((2, 2), 2.0))
+
+
+class Block(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.own = inner, nn.Linear(2, 2)
+
+    def forward(self, values):
+        return self.own(self.inner(values))
+
+
+def test_blocks_inside_of_others_are_sharded_first_and_shared_ones_with_the_root(process_group):
+    shared = nn.Linear(2, 2)
+    root = nn.Sequential(Block(shared), Block(shared), Block(Block(nn.Linear(2, 2))))
+    parallelize(root, init_device_mesh("cpu", (1,)), blocks=["Block"])
+    apart = [name for name, each in root.named_modules() if isinstance(each, FSDPModule)]
+    assert apart == ["", "2", "2.inner"]
+    assert all(isinstance(parameter, DTensor) for parameter in root.parameters())
+    root(torch.ones(1, 2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in root.parameters())
