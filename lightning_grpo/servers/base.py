@@ -583,7 +583,7 @@ class ServerList(RunningServers):
         try:
             now = asyncio.run(_read_list(self.source))
         except (OSError, ValueError, aiohttp.ClientError) as error:
-            why = str(error) or type(error).__name__
+            why = _why_unread(error)
             if self._addresses and not self._unread:
                 logger.warning(
                     "%s can't be read, so its last servers are kept: %s", self.source, why
@@ -637,6 +637,17 @@ def _machine_addresses(host: str) -> set[str]:
         return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
     except OSError:
         return {host}
+
+
+def _why_unread(error: Exception) -> str:
+    """Why a list can't be read, in a phrase."""
+    if isinstance(error, UnicodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"it answers {error.status} {error.message}".rstrip()
+    if isinstance(error, TimeoutError):
+        return f"it does not answer within {MOST_LOOK_S:g} s"
+    return str(error).rstrip(".") or type(error).__name__
 
 
 async def _read_list(source: str) -> list[str]:

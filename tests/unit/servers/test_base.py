@@ -307,10 +307,18 @@ def test_a_change_counts_once_two_looks_in_a_row_have_shown_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how", ["missing", "no list", "not text", "endless", "an error", "another page"]
+    ("how", "why"),
+    [
+        ("missing", "No such file or directory"),
+        ("no list", "a line must carry a port"),
+        ("not text", "it is not text in UTF-8"),
+        ("endless", "a line must"),
+        ("an error", "it answers 502 Bad Gateway"),
+        ("another page", "a line must"),
+    ],
 )
 def test_a_list_that_can_not_be_read_keeps_its_last_servers_and_says_so_once(
-    tmp_path, served, caplog, how
+    tmp_path, served, caplog, how, why
 ):
     file = tmp_path / "servers.txt"
     served.text = good = "h:1\nh:2\n"
@@ -331,6 +339,7 @@ def test_a_list_that_can_not_be_read_keeps_its_last_servers_and_says_so_once(
         served.text = "<html><body>Please log in</body></html>"
     assert looks(servers, 4) == before == ["http://h:1", "http://h:2"]
     assert caplog.text.count("can't be read, so its last servers are kept") == 1
+    assert why in caplog.text
     file.write_text("h:2\n")
     served.text, served.status = "h:2\n", 200
     assert looks(servers) == ["http://h:2"]
