@@ -9,6 +9,7 @@ others poll for that. Only then does anybody enter a collective.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import platform
 import signal
@@ -196,7 +197,7 @@ class RankChannel:
         *,
         what: str,
         deadline_s: float | None = None,
-        stoppable: bool = True,
+        stop_after_s: float = 0.0,
     ) -> T | None:
         """Wait until rank 0's future is done.
 
@@ -204,7 +205,8 @@ class RankChannel:
             future: Rank 0's work; ignored elsewhere. None: nothing to wait for.
             what: What is waited for, in words; the same on every rank.
             deadline_s: Longer than this is an error; None waits for ever.
-            stoppable: Whether a signal may end the wait (not in the middle of a weight sync).
+            stop_after_s: How long the work may go on once a signal came, which then ends the wait:
+                a weight sync had better end, but not wait for servers that may never come.
 
         Returns:
             The result on rank 0, None elsewhere.
@@ -216,7 +218,7 @@ class RankChannel:
         """
 
         def result() -> T | None:
-            self._poll_future(future, what, deadline_s, stoppable)
+            self._poll_future(future, what, deadline_s, stop_after_s)
             return None if future is None else future.result()
 
         return self.on_rank_zero(result, what=what, deadline_s=deadline_s or 0.0)
@@ -389,15 +391,17 @@ class RankChannel:
         future: futures.Future[Any] | None,
         what: str,
         deadline_s: float | None,
-        stoppable: bool,
+        stop_after_s: float,
     ) -> None:
-        started = time.monotonic()
+        started, stop_at = time.monotonic(), math.inf
         while future is not None and not future.done():
             futures.wait([future], timeout=self._poll_s)
             self._ledger.advance(None, deadline_s or 0.0)
             name = self._any_stop()
-            if name and stoppable:
-                raise self._stop(name, what)
+            if name:
+                stop_at = min(stop_at, time.monotonic() + stop_after_s)
+                if time.monotonic() >= stop_at:
+                    raise self._stop(name, what)
             self._raise_for(self._ledger.verdict())
             if deadline_s is not None and time.monotonic() - started > deadline_s:
                 msg = f"{what} took longer than {deadline_s:g} s."

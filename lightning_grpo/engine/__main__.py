@@ -161,7 +161,8 @@ async def serve(options: argparse.Namespace) -> None:
     # What was loaded stays: to look through it for garbage stops both threads each time.
     gc.collect()
     gc.freeze()
-    print(f"READY http://{options.host}:{listener.sockets[0].getsockname()[1]}", flush=True)
+    host = f"[{options.host}]" if ":" in options.host else options.host  # of IPv6
+    print(f"READY http://{host}:{listener.sockets[0].getsockname()[1]}", flush=True)
     await stop.wait()
     # Whoever still waits gets what there is.
     await engine.call(lambda s: s.abort(None))

@@ -583,7 +583,7 @@ class ServerList(RunningServers):
         try:
             now = asyncio.run(_read_list(self.source))
         except (OSError, ValueError, aiohttp.ClientError) as error:
-            why = str(error) or type(error).__name__
+            why = _why_unread(error)
             if self._addresses and not self._unread:
                 logger.warning(
                     "%s can't be read, so its last servers are kept: %s", self.source, why
@@ -615,8 +615,9 @@ class ServerList(RunningServers):
 
     def _are_one(self, url: str, other: str) -> bool:
         """Whether two addresses are of one server, which is spelled in two ways."""
-        one, two = (urlsplit(each).hostname or "" for each in (url, other))
-        if urlsplit(url).port != urlsplit(other).port or not may_be_one(one, two):
+        given, before = urlsplit(url), urlsplit(other)
+        one, two = given.hostname or "", before.hostname or ""
+        if (given.port, given.path) != (before.port, before.path) or not may_be_one(one, two):
             return False
         for host in (one, two):
             if host not in self._places:
@@ -638,6 +639,17 @@ def _machine_addresses(host: str) -> set[str]:
         return {host}
 
 
+def _why_unread(error: Exception) -> str:
+    """Why a list can't be read, in a phrase."""
+    if isinstance(error, UnicodeError):
+        return "it is not text in UTF-8"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"it answers {error.status} {error.message}".rstrip()
+    if isinstance(error, TimeoutError):
+        return f"it does not answer within {MOST_LOOK_S:g} s"
+    return str(error).rstrip(".") or type(error).__name__
+
+
 async def _read_list(source: str) -> list[str]:
     """The addresses of a list, normalized, each once.
 
@@ -651,28 +663,30 @@ async def _read_list(source: str) -> list[str]:
             aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
             session.get(source) as response,
         ):
-            texts = [await response.text()]
+            texts = {"": await response.text()}
     else:
         texts = _read_files(source)
-    entries = [entry for text in texts for entry in _entries(text)]
-    return list(dict.fromkeys(normal_url(entry, "a line") for entry in entries))
+    lines = [(entry, name) for name, text in texts.items() for entry in _entries(text)]
+    return list(dict.fromkeys(normal_url(entry, f"a line{name}") for entry, name in lines))
 
 
-def _read_files(source: str) -> list[str]:
+def _read_files(source: str) -> dict[str, str]:
+    """The text of each, by which of the folder's files it is, as a message says it."""
     path = Path(source).expanduser()
     if not path.is_dir():
-        return [path.read_text(encoding="utf-8")]
-    texts = []
+        return {"": path.read_text(encoding="utf-8")}
+    texts = {}
     for file in sorted(path.iterdir()):
         # Network file systems keep what was deleted while it was open under such a name.
         if not file.name.startswith("."):
             with contextlib.suppress(FileNotFoundError):  # gone since the folder was read
-                texts.append(file.read_text(encoding="utf-8"))
+                texts[f" of {file.name}"] = file.read_text(encoding="utf-8")
     return texts
 
 
 def _entries(text: str) -> list[str]:
     """The addresses that a text lists, as they stand there."""
+    text = text.removeprefix("\ufeff")  # some editors begin a file with it
     with contextlib.suppress(ValueError, RecursionError):
         listed = json.loads(text)
         if isinstance(listed, list) and all(isinstance(each, str) for each in listed):
@@ -714,7 +728,7 @@ def normal_url(address: str, name: str = "`urls`") -> str:
     """`http://host:port` of an address with or without scheme and slash; `name` is of the setting.
 
     Raises:
-        ConfigError: There is no port.
+        ConfigError: There is no port, or it is no address.
     """
     url = address.strip().rstrip("/")
     if "://" not in url:
@@ -725,4 +739,13 @@ def normal_url(address: str, name: str = "`urls`") -> str:
     port = rest.rpartition(":")[2]
     if scheme == "http" and not (port.isdecimal() and 0 < int(port) <= MOST_PORT):
         raise ConfigError(f"{name} must carry a port (http://host:30000), got {address!r}.")
+    try:
+        parts = urlsplit(url)
+        is_address = bool(parts.hostname and parts.port != 0 and not re.search(r"[\s,;?#]", url))
+    except ValueError:  # a port that is no number, brackets that don't close
+        is_address = False
+    if not is_address:
+        raise ConfigError(
+            f"{name} must be one address (http://host:30000, http://[::1]:30000), got {address!r}."
+        )
     return url

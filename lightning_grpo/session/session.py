@@ -58,6 +58,10 @@ from lightning_grpo.weights.transport import Snapshot
 
 T = TypeVar("T")
 
+SYNC_ENDS_S = 15.0
+"""A weight sync may go on for so long once a signal came. It is quick, but where no server is left
+it waits for one to come, and whoever takes the trainer's node away does not."""
+
 
 class Session(ABC):
     """One run's rollouts as every rank sees them; by itself, of a run without servers.
@@ -335,7 +339,7 @@ class RolloutSession(Session):
             future_report = lead.rollouts.publish(wanted)
         with promised(snapshot, sent):
             self.channel.wait(
-                turn if lead else None, what="the servers' last update", stoppable=False
+                turn if lead else None, what="the servers' last update", stop_after_s=SYNC_ENDS_S
             )
             weights = self._gather(policy)  # while the servers stop
             snapshot.set_result(self._as_checkpoint(policy, weights))
@@ -346,7 +350,7 @@ class RolloutSession(Session):
         alone = self.channel.world_size == 1
         scored = self._policy_scores(policy) if alone else None
         self.report = self.channel.wait(
-            future_report, what=f"the weight sync of version {version}", stoppable=False
+            future_report, what=f"the weight sync of version {version}", stop_after_s=SYNC_ENDS_S
         )
         self._finish_publish(version)
         self._check_policy(policy, version, sent, scored or self._policy_scores(policy))

@@ -93,7 +93,14 @@ def test_a_signal_ends_the_wait_of_one_process_with_the_shell_status():
     assert channel.agree_on_stop() == "SIGINT"
 
 
-def test_a_wait_that_may_not_be_stopped_runs_to_its_end():
+def test_work_that_does_not_end_soon_after_a_signal_is_waited_for_no_longer():
+    channel = RankChannel.single(poll_s=0.001)
+    channel.stop_source = lambda: "SIGTERM"
+    with pytest.raises(StopRun, match="SIGTERM while waiting for a weight sync"):
+        channel.wait(Future(), what="a weight sync", stop_after_s=0.02)
+
+
+def test_work_that_ends_soon_after_a_signal_is_waited_for():
     channel = RankChannel.single(poll_s=0.001)
     future: Future = Future()
     polls = iter(range(5))
@@ -104,7 +111,7 @@ def test_a_wait_that_may_not_be_stopped_runs_to_its_end():
         return "SIGTERM"
 
     channel.stop_source = signal_source
-    assert channel.wait(future, what="a weight sync", stoppable=False) == "synced"
+    assert channel.wait(future, what="a weight sync", stop_after_s=60.0) == "synced"
 
 
 def test_a_wait_past_its_deadline_says_what_took_too_long():

@@ -109,7 +109,7 @@ def stop_while_waiting() -> tuple[int, int]:
         "SIGTERM" if channel.rank == 1 and time.monotonic() > begun + 0.5 else ""
     )
     future = later(1.5) if channel.rank == 0 else None
-    channel.wait(future, what="a weight sync", stoppable=False)
+    channel.wait(future, what="a weight sync", stop_after_s=60.0)
     try:
         channel.wait(Future() if channel.rank == 0 else None, what="a rollout batch")
     except StopRun as stop:

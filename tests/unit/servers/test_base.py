@@ -219,6 +219,7 @@ def test_a_file_lists_servers_line_by_line_each_once(tmp_path):
         ("http://localhost:1", "https://LOCALHOST:1", True),
         ("http://10.0.0.1:1", "http://10.0.0.2:1", False),
         ("http://[::1]:1", "http://[0:0:0:0:0:0:0:1]:1", True),
+        ("https://localhost/one", "https://localhost/two", False),
     ],
 )
 def test_a_server_that_is_spelled_in_two_ways_counts_once(tmp_path, one, two, are_one):
@@ -228,6 +229,36 @@ def test_a_server_that_is_spelled_in_two_ways_counts_once(tmp_path, one, two, ar
     assert len(found) == 2 - are_one
     file.write_text(f"{two}\n")
     assert len(looks(ServerList(str(file)))) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "::1:30000",
+        "[::1:30000",
+        "https://h:abc",
+        "https://h:99999",
+        "h:1, h:2",
+        "http://:1",
+        "a b:1",
+    ],
+)
+def test_a_line_that_is_no_address_does_not_end_the_run_but_is_told(tmp_path, caplog, line):
+    (tmp_path / "good").write_text("127.0.0.1:30000")
+    servers = ServerList(str(tmp_path))
+    looks(servers)
+    (tmp_path / "typo").write_text(line)
+    assert looks(servers, 3) == ["http://127.0.0.1:30000"]
+    assert (
+        f"a line of typo must be one address (http://host:30000, http://[::1]:30000), got {line!r}"
+        in (caplog.text)
+    )
+
+
+def test_a_list_may_begin_with_the_mark_that_editors_of_windows_write(tmp_path, served):
+    file = tmp_path / "servers.txt"
+    file.write_bytes(b"\xef\xbb\xbfhttp://h:1\r\nh:2\r\n")
+    assert looks(ServerList(str(file))) == ["http://h:1", "http://h:2"]
 
 
 def test_names_of_one_address_may_be_servers_behind_a_gateway():
@@ -276,10 +307,18 @@ def test_a_change_counts_once_two_looks_in_a_row_have_shown_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how", ["missing", "no list", "not text", "endless", "an error", "another page"]
+    ("how", "why"),
+    [
+        ("missing", "No such file or directory"),
+        ("no list", "a line must carry a port"),
+        ("not text", "it is not text in UTF-8"),
+        ("endless", "a line must"),
+        ("an error", "it answers 502 Bad Gateway"),
+        ("another page", "a line must"),
+    ],
 )
 def test_a_list_that_can_not_be_read_keeps_its_last_servers_and_says_so_once(
-    tmp_path, served, caplog, how
+    tmp_path, served, caplog, how, why
 ):
     file = tmp_path / "servers.txt"
     served.text = good = "h:1\nh:2\n"
@@ -300,6 +339,7 @@ def test_a_list_that_can_not_be_read_keeps_its_last_servers_and_says_so_once(
         served.text = "<html><body>Please log in</body></html>"
     assert looks(servers, 4) == before == ["http://h:1", "http://h:2"]
     assert caplog.text.count("can't be read, so its last servers are kept") == 1
+    assert why in caplog.text
     file.write_text("h:2\n")
     served.text, served.status = "h:2\n", 200
     assert looks(servers) == ["http://h:2"]
