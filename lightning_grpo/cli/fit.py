@@ -13,6 +13,7 @@ from lightning_grpo.callbacks.early_stop import EarlyStop
 from lightning_grpo.cli.main import import_from
 from lightning_grpo.cli.sources import (
     ConfigProblem,
+    Setting,
     arguments_in,
     asks_for_help,
     collect,
@@ -160,7 +161,13 @@ def replay(argv: Sequence[str]) -> int:
     recording, options = split_recording(argv)
     if not any(option.partition("=")[0] in (_CONFIG, "-c") for option in options):
         options = [_CONFIG, str(find_config(recording)), *options]
-    configs, others = split_configs(options)
+    configs, others = find_configs(options)
+    recorded = collect(configs, []).value.get("data")
+    if names_class(recorded):
+        from lightning_grpo.cli.unimported import ROOTS, refuse_at_once
+
+        # The parser reads its settings, too, and would not say why it can't.
+        refuse_at_once(Setting({"data": recorded}, ""), {"data": ROOTS["data"]})
     if names_class(collect(configs, others).value.get("data")):
         options = [*options, "--data", "lightning_grpo.ReplayDataModule"]
     return run_trainer("fit", [*options, "--data.trajectories", str(recording)], "replay")

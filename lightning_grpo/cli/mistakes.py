@@ -139,15 +139,17 @@ def _mentions(message: str, leaf: _Leaf) -> bool:
 def refused_build(error: BaseException, settings: Setting) -> ConfigProblem:
     """What a constructor raised, at the setting that it was built from.
 
-    jsonargparse wraps it where the parameter is optional.
+    jsonargparse wraps it where the parameter is one of several types.
     """
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    for cause in causes:
+    frames = [frame for cause in causes for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    # What the first type said is the cause; what the others did stands in the parser's frame alone.
+    others = [each for frame in frames for each in frame.f_locals.get("exceptions") or ()]
+    for cause in (*causes, *others):
         if isinstance(cause, ConfigError):
             return locate(cause, settings)
-    frames = [frame for cause in causes for frame, _ in traceback.walk_tb(cause.__traceback__)]
     built = {name for frame in frames for name in _names_of(frame)}
     for key, setting in settings.walk():
         value = setting.value

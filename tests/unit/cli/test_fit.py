@@ -492,6 +492,14 @@ def test_of_a_run_of_several_versions_the_config_of_the_last_is_taken(tmp_path):
     assert find_config(tmp_path) == tmp_path / "version_3/config.yaml"
 
 
+def test_a_class_of_the_run_that_is_no_longer_found_is_named_in_its_replay(tmp_path, capsys):
+    (tmp_path / "trajectories").mkdir()
+    (tmp_path / "trajectories/step_1.parquet").touch()
+    (tmp_path / "config.yaml").write_text("data: {class_path: not_there.Data}\nmodel: {model: m}\n")
+    assert main(["replay", "--from", str(tmp_path)]) == 2
+    assert "`not_there.Data` can't be imported" in capsys.readouterr().err
+
+
 def test_help_needs_no_recording(capsys):
     assert main(["replay", "--help"]) == 0
     assert "lightning-grpo replay --from RUN" in capsys.readouterr().out

@@ -249,6 +249,10 @@ COMMAND_LINE = {
         "`clip_low` must be > 0, got -1.0",
         "The paper uses 0.2.",
     ],
+    "--trainer.strategy lightning_grpo.FSDP2Strategy --trainer.strategy.shard_size 0": [
+        "trainer.strategy.shard_size (command line)",
+        "`shard_size` must be >= 1, got 0",
+    ],
     "--trainer.accelerator gpuu": [
         "trainer.accelerator (command line)",
         "You selected an invalid accelerator name: `accelerator='gpuu'`",
