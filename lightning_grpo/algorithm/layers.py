@@ -492,7 +492,7 @@ class _Norm(torch.autograd.Function):
         normal, inverse, weight = ctx.saved_tensors
         of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = (grad * normal).flatten(0, -2).sum(0)
+            of_weight = (grad * normal).reshape(-1, normal.shape[-1]).sum(0)
         of_normal = grad * weight
         along = torch.linalg.vecdot(of_normal, normal).div_(normal.shape[-1])[..., None]
         return of_normal.addcmul_(normal, along, value=-1).mul_(inverse), of_weight, None
