@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,6 +20,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
+from torch import distributed
 
 from lightning_grpo._compat_lightning import start_method
 from lightning_grpo.callbacks.curve import going_on_without
@@ -306,7 +308,12 @@ class SaveConfig(SaveConfigCallback):
         self._folder = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the run's folder: on all ranks, since Lightning broadcasts it."""
+        """Hold the ranks' settings together, and find the run's folder, which Lightning sends."""
+        if trainer.world_size > 1:
+            own = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            read = [own] * trainer.world_size
+            distributed.all_gather_object(read, own)
+            require_same(read)
         self._folder = run_folder(trainer)
         super().setup(trainer, pl_module, stage)
 
@@ -316,6 +323,39 @@ class SaveConfig(SaveConfigCallback):
         with going_on_without(file):
             self._folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+
+
+def require_same(read: Sequence[dict[str, Any]]) -> None:
+    """Refuse settings that ranks have read differently: one would wait for the others for ever.
+
+    Each reads the files itself, and somebody may have changed one meanwhile.
+
+    Args:
+        read: By each rank, the first one's first.
+
+    Raises:
+        ConfigError: The first setting that differs; on all ranks alike.
+    """
+    for rank, other in enumerate(read):
+        for key, here, there in _differences(other, read[0]):
+            if key != "trainer.devices":  # of each machine, its own
+                raise ConfigError(
+                    key,
+                    f"must be what rank 0 has read, {there!r} (was a file changed as they began?)",
+                    here,
+                    f"Rank {rank} differs. Start again.",
+                )
+
+
+def _differences(own: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What two plain configs set differently: the dotted key, and both values."""
+    if not (isinstance(own, dict) and isinstance(other, dict)):
+        if own != other:
+            yield key, own, other
+        return
+    for name in {**own, **other}:
+        inner = f"{key}.{name}" if key else str(name)
+        yield from _differences(own.get(name), other.get(name), inner)
 
 
 def _without_secrets(value: Any) -> Any:

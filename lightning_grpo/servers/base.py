@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -545,9 +546,7 @@ class ServerList(RunningServers):
         self.look_every_s = look_every_s
         self._seen: list[str] = []
         self._addresses: list[str] = []
-        self._places: dict[str, set[str]] = {}
-        self._unread = ""
-        self._stopping = False
+        self._unread, self._stopping = "", False
 
     def start(self, model_path: str, run_dir: Path) -> list[ServerHandle]:
         """Waits until a server of the list answers; the others may do so later."""
@@ -597,8 +596,7 @@ class ServerList(RunningServers):
         self._addresses = known + [each for each in now if each in before and each not in known]
         found: list[str] = []
         for url in self._addresses:
-            same = next((other for other in found if self._are_one(url, other)), None)
-            if same is None:
+            if not any(_are_one(url, other) for other in found):
                 found.append(url)
         # On no GPU that is known: the next may be on another, and weights have to reach both.
         self._handles = [ServerHandle(url) for url in found]
@@ -613,16 +611,14 @@ class ServerList(RunningServers):
         """Where they are listed, and one line a server."""
         return f"listed in {self.source}, {super().describe()}"
 
-    def _are_one(self, url: str, other: str) -> bool:
-        """Whether two addresses are of one server, which is spelled in two ways."""
-        given, before = urlsplit(url), urlsplit(other)
-        one, two = given.hostname or "", before.hostname or ""
-        if (given.port, given.path) != (before.port, before.path) or not may_be_one(one, two):
-            return False
-        for host in (one, two):
-            if host not in self._places:
-                self._places[host] = _machine_addresses(host)
-        return bool(self._places[one] & self._places[two])
+
+def _are_one(url: str, other: str) -> bool:
+    """Whether two addresses are of one server, which is spelled in two ways."""
+    given, before = urlsplit(url), urlsplit(other)
+    one, two = given.hostname or "", before.hostname or ""
+    if (given.port, given.path) != (before.port, before.path) or not may_be_one(one, two):
+        return False
+    return bool(_machine_addresses(one) & _machine_addresses(two))
 
 
 def may_be_one(one: str, two: str) -> bool:
@@ -631,6 +627,7 @@ def may_be_one(one: str, two: str) -> bool:
     return is_number or one == two or one.startswith(f"{two}.") or two.startswith(f"{one}.")
 
 
+@functools.lru_cache(1 << 12)
 def _machine_addresses(host: str) -> set[str]:
     """The IP addresses of a name; itself where nobody knows any."""
     try:
@@ -739,13 +736,10 @@ def normal_url(address: str, name: str = "`urls`") -> str:
     port = rest.rpartition(":")[2]
     if scheme == "http" and not (port.isdecimal() and 0 < int(port) <= MOST_PORT):
         raise ConfigError(f"{name} must carry a port (http://host:30000), got {address!r}.")
-    try:
+    with contextlib.suppress(ValueError):  # a port that is no number, brackets that don't close
         parts = urlsplit(url)
-        is_address = bool(parts.hostname and parts.port != 0 and not re.search(r"[\s,;?#]", url))
-    except ValueError:  # a port that is no number, brackets that don't close
-        is_address = False
-    if not is_address:
-        raise ConfigError(
-            f"{name} must be one address (http://host:30000, http://[::1]:30000), got {address!r}."
-        )
-    return url
+        if parts.hostname and parts.port != 0 and not re.search(r"[\s,;?#]", url):
+            return url
+    raise ConfigError(
+        f"{name} must be one address (http://host:30000, http://[::1]:30000), got {address!r}."
+    )

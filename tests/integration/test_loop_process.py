@@ -176,6 +176,7 @@ def test_a_process_that_is_killed_ends_the_run_and_its_servers(tiny_model, tmp_p
         trainer.save_checkpoint(tmp_path / "after.ckpt")  # it would begin the prompts anew
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_is_started_again(tiny_model, tmp_path):
     data = make_data(EmbeddedServers(), rollouts_in="process")
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[Kill(its_engine)])

@@ -150,6 +150,7 @@ def replay_on_ranks(folder, to):
     ]
 
 
+@pytest.mark.slow
 def test_a_recording_is_replayed_with_its_experts_on_one_rank_and_sharded_over_two(
     mixture, tmp_path
 ):

@@ -159,6 +159,7 @@ def test_shards_of_another_model_are_refused_and_shards_where_none_are_read(fold
     assert "which only FSDP2Strategy reads" in shards
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_disk_that_fills_on_one_rank_is_told_on_all_and_older_checkpoints_are_whole(folder):
     for said in run_ranks(fill_disk, 2, folder, 2, timeout_s=120):

@@ -290,6 +290,7 @@ def test_right_to_left_and_joined_characters_stay_whole(page, large):
     assert page.run(direction, HEBREW) == "rtl"
 
 
+@pytest.mark.slow
 def test_a_megabyte_of_text_is_cut_until_it_is_asked_for(page, large):
     page.open(large, "view=answers&search=needle")
     assert page.text("mark") == "needle"

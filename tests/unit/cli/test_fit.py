@@ -16,7 +16,7 @@ from lightning_grpo.cli.fit import find_config, split_configs, split_recording
 from lightning_grpo.cli.main import main
 from lightning_grpo.cli.runs import last_checkpoint, version_of
 from lightning_grpo.cli.sources import ConfigProblem, collect
-from lightning_grpo.cli.trainer_cli import is_news, run_cli
+from lightning_grpo.cli.trainer_cli import is_news, require_same, run_cli
 from lightning_grpo.errors import ConfigError
 from tests.fakes.cli_stubs import GRPOModule, RolloutDataModule
 
@@ -503,3 +503,13 @@ def test_a_class_of_the_run_that_is_no_longer_found_is_named_in_its_replay(tmp_p
 def test_help_needs_no_recording(capsys):
     assert main(["replay", "--help"]) == 0
     assert "lightning-grpo replay --from RUN" in capsys.readouterr().out
+
+
+def test_a_rank_that_has_read_other_settings_than_the_first_is_refused():
+    first = {"trainer": {"max_steps": 3, "devices": [0, 1]}, "data": {"batch_size": 4}}
+    other = {**first, "trainer": {"max_steps": 3, "devices": [2, 3]}}
+    require_same([first, other])
+    other["trainer"]["max_steps"] = 2
+    said = r"`trainer.max_steps` must be what rank 0 has read, 3 .* got 2. Rank 1 differs."
+    with pytest.raises(ConfigError, match=said):
+        require_same([first, other])
