@@ -166,7 +166,8 @@ def test_areal_s_program_trains_evaluates_and_exports(tmp_path, arguments):
 # -- the notebooks of examples/ run from the first cell to the last, in a kernel as Jupyter's ------
 
 
-NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+FIRST, *OTHERS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = [FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)]
 
 
 @pytest.mark.timeout(300)
