@@ -392,6 +392,13 @@ def merge(base: Setting, over: Setting) -> Setting:
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     values = _carried(base.value, over.value)
+    inner = over.value.get("init_args")
+    if inner is not None and isinstance(inner.value, dict):
+        # An argument stands in one place: what `base` has beside the class goes where `over` has it.
+        beside = {key: values.pop(key) for key in inner.value if key in values}
+        before = values.get("init_args", Setting({}, inner.where))
+        if beside and isinstance(before.value, dict):
+            values["init_args"] = replace(before, value={**before.value, **beside})
     for key, child in over.value.items():
         alike = key not in DATASETS or holds_datasets(values.get(key)) == holds_datasets(child)
         values[key] = merge(values[key], child) if key in values and alike else child

@@ -327,7 +327,7 @@ async def _open_pool(
     async def is_gone(url: str) -> bool:
         return await anyio.to_thread.run_sync(servers.is_gone, url, abandon_on_cancel=True)
 
-    limits = settings.limits
+    limits, listing = settings.limits, Listing(servers.listed_in, look, servers.look_every_s)
     episodes = (settings.max_staleness + 1) * settings.batch_size * settings.group_size
     wanted = min(limits.max_in_flight or episodes, episodes)
     pool = ServerPool(
@@ -347,9 +347,7 @@ async def _open_pool(
             max_restarts=limits.max_server_restarts,
             min_servers=0 if servers.listed_in else 1,  # where others may come
         ),
-        listing=Listing(servers.listed_in, look, servers.look_every_s)
-        if servers.listed_in
-        else None,
+        listing=listing if servers.listed_in else None,
     )
     pool.hold()  # until the servers are known to hold the trainer's weights
     pool.on_silence(is_gone)

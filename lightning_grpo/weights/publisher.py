@@ -494,9 +494,11 @@ class WeightPublisher:
         self, target: Target, report: PublishReport, interrupted: float, behind: list[Target]
     ) -> None:
         """Updates one server, in a few attempts; its failure is recorded, not raised."""
-        with anyio.CancelScope() as self._bringing[target]:
-            await self._try_to_bring(target, report, interrupted, behind)
-        self._bringing.pop(target)
+        try:
+            with anyio.CancelScope() as self._bringing[target]:
+                await self._try_to_bring(target, report, interrupted, behind)
+        finally:
+            del self._bringing[target]
 
     async def _try_to_bring(
         self, target: Target, report: PublishReport, interrupted: float, behind: list[Target]

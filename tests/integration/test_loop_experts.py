@@ -40,6 +40,17 @@ def mixture(tmp_path_factory):
         )  # fmt: skip
 
 
+@pytest.fixture
+def alternating():
+    """A reward by which each group has something to learn."""
+    answers = itertools.count()
+
+    def reward(completion: str) -> float:
+        return float(next(answers) % 2)
+
+    return reward
+
+
 def checkpoint(model, folder):
     with without_bars():
         model.save_pretrained(folder)
@@ -48,13 +59,8 @@ def checkpoint(model, folder):
 
 @pytest.mark.parametrize("transport", [DiskTransport, ProcessGroupTransport])
 def test_every_sync_of_a_mixture_is_proved_and_what_is_written_is_a_checkpoint(
-    transport, mixture, tmp_path
+    transport, mixture, alternating, tmp_path
 ):
-    answers = itertools.count()
-
-    def alternating(completion: str) -> float:
-        return float(next(answers) % 2)  # each group has something to learn
-
     recorder, module = Recorder(), make_module(mixture)
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder, WeightSync(transport())])
     data = make_data(EmbeddedServers(), alternating)
@@ -139,12 +145,9 @@ def hybrid(tmp_path_factory):
     return folder
 
 
-def test_every_sync_of_a_hybrid_is_proved_and_it_is_exported_and_resumed(hybrid, tmp_path):
-    answers = itertools.count()
-
-    def alternating(completion: str) -> float:
-        return float(next(answers) % 2)  # each group has something to learn
-
+def test_every_sync_of_a_hybrid_is_proved_and_it_is_exported_and_resumed(
+    hybrid, alternating, tmp_path
+):
     recorder = Recorder()
     options = {"gradient_checkpointing": True, "max_tokens_per_microbatch": 64}
     options["router_replay"] = True

@@ -9,6 +9,7 @@ from lightning_grpo.cli.sources import (
     OFTEN_SET,
     ConfigProblem,
     Setting,
+    arguments_in,
     collect,
     nearest,
     read_options,
@@ -91,6 +92,20 @@ def test_a_class_path_on_the_command_line_keeps_the_files_arguments(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {loss: {class_path: a.B, init_args: {c: 1}}}\n")
     settings = collect([("a", tmp_path / "a.yaml")], ["--model.loss", "x.Y"])
     assert settings.plain()["model"]["loss"] == {"class_path": "x.Y", "init_args": {"c": 1}}
+
+
+def test_an_argument_beside_its_class_is_the_one_below_init_args_whichever_comes_later(tmp_path):
+    (tmp_path / "a.yaml").write_text("data: {prompts: {path: old, column: q}, batch_size: 4}\n")
+    named = "{class_path: a.B, init_args: {prompts: {path: new}}}"
+    (tmp_path / "b.yaml").write_text(f"data: {named}\n")
+    both = [(name, tmp_path / f"{name}.yaml") for name in "ab"]
+
+    def prompts(configs):
+        return arguments_in(collect(configs, []).plain()["data"])["prompts"]
+
+    assert prompts(both) == {"path": "new", "column": "q"}
+    assert prompts(both[::-1])["path"] == "old"
+
 
 
 @pytest.mark.parametrize(
