@@ -394,7 +394,7 @@ def merge(base: Setting, over: Setting) -> Setting:
     values = _carried(base.value, over.value)
     inner = over.value.get("init_args")
     if inner is not None and isinstance(inner.value, dict):
-        # An argument stands in one place: what `base` has beside the class goes where `over` has it.
+        # An argument stands in one place: what is beside the class goes to where `over` has it.
         beside = {key: values.pop(key) for key in inner.value if key in values}
         before = values.get("init_args", Setting({}, inner.where))
         if beside and isinstance(before.value, dict):

@@ -107,7 +107,6 @@ def test_an_argument_beside_its_class_is_the_one_below_init_args_whichever_comes
     assert prompts(both[::-1])["path"] == "old"
 
 
-
 @pytest.mark.parametrize(
     "text", ["rows.csv", "/data/ROWS.JSONL", "shipped:a/b.jsonl", "http://a:30000", "a:30000"]
 )
