@@ -105,14 +105,16 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_experts_that_reach_a_server_in_each_other_s_place_are_caught_by_the_proof(fault, mixture):
-    policy = PackedPolicy(AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32))
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+        runner = ModelRunner(load_model(str(mixture)))
+    policy = PackedPolicy(model)
     sequences = tuple(tuple((7 * i * i + k) % 300 for i in range(40)) for k in range(4))
     weights = gather_weights(policy)
     sent = TrainerProof(Probe(sequences), ["float32"]).score(policy, weights)
     travels = CheckpointNames(policy.model).of(weights)
     if fault:
         travels = swap(travels, *FAULTS[fault])
-    runner = ModelRunner(load_model(str(mixture)))
     ModelWeights(runner.model).writer(travels, complete=True)()
     scores = [[0.0, *runner.score(list(ids), 0)[1].tolist()] for ids in sequences]
     proof = ServerProof(Probe(sequences))
