@@ -4,6 +4,8 @@
 package's choice (of two, the last serves). Kept: the reward of each step and the held-out scores.
 
     python -m benchmarks.h200.quickstart --out quickstart.json
+    python -m benchmarks.h200.quickstart --model HYBRID --flags '{"attention-backend": "triton"}' \
+        --out hybrid.json
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def overrides(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "init_args": {
             "python": server_python(folder),
             "memory_fraction": 0.5,
-            "flags": FLAGS,
+            "flags": FLAGS | args.flags,
         },
     }
     if args.url is not None:
@@ -85,8 +87,9 @@ def main() -> None:
     """One run for each seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--flags", type=json.loads, default={}, help="of SGLang, as JSON")
     args = parse_arguments(parser)
-    report: dict[str, Any] = {"hardware": hardware(), "flags": FLAGS, "runs": []}
+    report: dict[str, Any] = {"hardware": hardware(), "flags": FLAGS | args.flags, "runs": []}
     for seed in args.seeds:
         folder = Path(tempfile.mkdtemp())
         (folder / "gpu.yaml").write_text(json.dumps(overrides(folder, args)))
@@ -94,6 +97,7 @@ def main() -> None:
         command = [sys.executable, "-c", program, "fit"]
         command += ["--config", "quickstart.yaml", "--config", str(folder / "gpu.yaml")]
         command += ["--seed_everything", str(seed)]
+        command += ["--model.model", str(args.model.absolute())] if args.model else []
         started = time.perf_counter()
         output = folder / "output.txt"
         with output.open("w") as file:

@@ -87,6 +87,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
     "dense as Qwen3-MoE-3B": _MIXTURE | {"model_type": "qwen3"},
+    # Three layers of a gated delta rule for one of attention, as in Qwen3.5; 0.66 billion.
+    "Qwen3.5-0.7B": {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "intermediate_size": 3584,
+        "linear_num_value_heads": 16,
+    },
 }
 
 

@@ -362,7 +362,8 @@ def packed_attention_forward(  # noqa: PLR0913 - the signature that transformers
     if compiling and (share is not None or not takes_kernel):
         given = (module, query, key, value, attention_mask, scaling, sliding_window, packing)
         return _unseen(*given, **more)
-    packing.attended += not compiling
+    if not compiling:  # a sum with a truth value is one that the compiler can't make
+        packing.attended += 1
     window = sliding_window or window_in_mask(module)
     if share is None:
         return _attend(query, key, value, packing, scaling, window, form), None

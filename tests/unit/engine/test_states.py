@@ -7,10 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from lightning_grpo.certify.rows import plain_logprobs
 from transformers import CONFIG_MAPPING
 
-from lightning_grpo.certify.tiny import tiny_config, tiny_model
+from lightning_grpo.certify.tiny import plain_logprobs, tiny_config, tiny_model
 from lightning_grpo.engine.batch import Request
 from lightning_grpo.engine.model import (
     ModelRunner,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_grpo.certify.rows import pack, plain_logprobs, random_ids
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from lightning_grpo.certify.tiny import tiny_config, tiny_model
+from lightning_grpo.certify.tiny import pack, plain_logprobs, random_ids, tiny_config, tiny_model
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import checkpoint_activations
 from lightning_grpo.policy.packed import PackedPolicy
