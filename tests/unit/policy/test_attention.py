@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_grpo.algorithm.layers import ScoreForm
 from lightning_grpo.policy.attention import (
+    LONG,
     PackedLayout,
     _Pick,
     _Spread,
@@ -20,6 +21,7 @@ from lightning_grpo.policy.attention import (
     packed_attention_forward,
     padded_attention,
     shared_prefixes,
+    turns,
     usable_context,
     varlen_attention,
 )
@@ -316,6 +318,34 @@ def test_the_kernel_equals_padded_attention(lengths, window):
         torch.autograd.grad(expected, (query, key, value), probe.double()),
         strict=True,
     ):
+        assert ((left - right).norm() / right.norm()).item() < 0.02
+
+
+def test_each_long_sequence_is_computed_alone_and_others_with_their_neighbors():
+    lengths = [0, 3, LONG - 1, LONG, LONG + 5, 7, 0, LONG, 0, 0]
+    ways = [(rows.start, rows.stop) for rows in turns(lengths)]
+    assert ways == [(0, 3), (3, 4), (4, 5), (5, 7), (7, 8)]
+    assert turns([0, 0]) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_long_sequences_apart_are_what_they_are_in_one_kernel():
+    lengths = torch.tensor([0, 5, 900, LONG, 3, LONG + 77])
+    ids = torch.randint(9, (int(lengths[1:].sum()),), device="cuda")
+    layout = PackedLayout(lengths.cumsum(0).cuda(), ids)
+    shape = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    query = torch.randn(len(layout.unique), 4, 64, **shape)
+    key, value = (torch.randn(len(layout.unique), 2, 64, **shape) for _ in range(2))
+    assert layout.has_long
+    apart = varlen_attention(query, key, value, layout)
+    layout.has_long = False
+    together = varlen_attention(query, key, value, layout)
+    probe = torch.randn_like(apart)
+    found, expected = (
+        (out, *torch.autograd.grad(out, (query, key, value), probe)) for out in (apart, together)
+    )
+    for left, right in zip(found, expected, strict=True):
         assert ((left - right).norm() / right.norm()).item() < 0.02
 
 
