@@ -33,9 +33,9 @@ from lightning_grpo.certify.tiny import (
     rows_with_prompts,
     tiny_model,
 )
+from lightning_grpo.engine.cache import SlotCache
 from lightning_grpo.engine.model import (
     ModelRunner,
-    SlotCache,
     check_servable,
     load_model,
     require_goes_on,

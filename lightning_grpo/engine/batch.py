@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_grpo.engine.model import ModelRunner, PromptState, SlotCache
+from lightning_grpo.engine.cache import SlotCache
+from lightning_grpo.engine.model import ModelRunner, PromptState
 from lightning_grpo.engine.requests import Generation
 
 Reason = dict[str, Any]

@@ -1,16 +1,12 @@
-"""The model, and the keys and values of the running requests.
-
-A running request has a slot. Slots are left-aligned: token `p` of a request is at index `p` of its
-slot, so a prompt's keys and values are copied into as many slots as ask for them.
-"""
+"""The model: it reads prompts, and decodes a token for every running request."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,155 +29,20 @@ from lightning_grpo.algorithm.layers import (
     causal_mask,
     routers_of,
 )
-from lightning_grpo.engine.requests import UnservableError
-from lightning_grpo.engine.states import (
+from lightning_grpo.engine.cache import (
     OTHERWISE,
+    DecodeStep,
+    PrefillCapture,
     RecurrentCache,
+    SlotCache,
     States,
-    StateSlots,
     alike,
     is_recurrent,
     row_of,
     runs,
 )
+from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.errors import ConfigError
-
-_GROWTH = 64
-
-
-class SlotCache:
-    """All slots of all layers: `store` is `[layers, 2, slots, kv_heads, capacity, head_dim]`.
-
-    It grows to what is asked for, up to `max_slots` and `max_length`, and starts empty: the shape
-    of a layer is known after the first prompt, whose `[layers, 2, kv_heads, tokens, head_dim]` are
-    handed in.
-    """
-
-    def __init__(self, max_slots: int, max_length: int) -> None:
-        self._max_slots = max_slots
-        self._max_length = max_length
-        self.states = StateSlots()
-        self.clear()
-
-    def clear(self) -> None:
-        """Give all memory back; only while nothing runs."""
-        self._set(torch.empty(0, 2, 0, 1, 0, 1))
-        self.states.clear()
-
-    def reserve(self, num_slots: int, length: int, like: Tensor) -> None:
-        """Make room for slots of a length for prompts like that one, keeping what is there."""
-        layers, two, heads, _, dim = like.shape
-        old = self.store
-        slots, capacity = old.shape[2], old.shape[4]
-        if num_slots <= slots and length <= capacity:
-            return
-        if num_slots > slots:
-            slots = min(self._max_slots, max(num_slots, 2 * slots))
-        if length > capacity:
-            wanted = max(length, capacity + capacity // 2)
-            capacity = min(self._max_length, -(-wanted // _GROWTH) * _GROWTH)
-        # Zeros, since what the mask hides is still multiplied by zero, and 0 * nan is nan.
-        store = torch.zeros(layers, two, slots, heads, capacity, dim, dtype=like.dtype)
-        if old.numel():
-            store[:, :, : old.shape[2], :, : old.shape[4]] = old
-        self._set(store)
-
-    def grow(self, length: int) -> None:
-        """Make room for sequences of `length` tokens in the slots that there are."""
-        if length > self.store.shape[4]:
-            self.reserve(self.store.shape[2], length, self.store[:, :, 0])
-
-    def place(
-        self, first_slot: int, num_slots: int, prompt: Tensor, states: States | None = None
-    ) -> None:
-        """Copy what was read of a prompt into consecutive slots, which were reserved.
-
-        Args:
-            first_slot: The first of them.
-            num_slots: How many.
-            prompt: Keys and values.
-            states: What recurrent layers remember at its end.
-        """
-        rows = slice(first_slot, first_slot + num_slots)
-        self.store[:, :, rows, :, : prompt.shape[3]] = prompt[:, :, None]
-        self.states.place(first_slot, num_slots, states or {})
-
-    def move(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
-        """Copy the first `length` tokens of some slots over others."""
-        if source:
-            self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
-            self.states.move(source, target)
-
-    def wipe(self, slot: int) -> None:
-        """Zero a slot, so that no non-finite number stays behind the mask."""
-        self.store[:, :, slot] = 0
-        self.states.wipe(slot)
-
-    def step(self, positions: Tensor, max_length: int, first_slot: int = 0) -> DecodeStep:
-        """What a step writes to and reads from; `positions` of new tokens, `[slots, tokens]`."""
-        heads, capacity = self.store.shape[3], self.store.shape[4]
-        end_slot = first_slot + len(positions)
-        starts = torch.arange(first_slot * heads, end_slot * heads) * capacity
-        index = starts.view(-1, heads, 1) + positions[:, None]
-        window = self.store[:, :, first_slot:end_slot, :, :max_length]
-        return DecodeStep(self._flat, window, index.flatten())
-
-    def _set(self, store: Tensor) -> None:
-        self.store = store
-        dim = store.shape[-1]
-        self._flat = [(layer[0].view(-1, dim), layer[1].view(-1, dim)) for layer in store]
-
-
-class DecodeStep:
-    """The cache object that transformers' attention layers see while tokens are appended."""
-
-    def __init__(self, flat: list[tuple[Tensor, Tensor]], window: Tensor, index: Tensor) -> None:
-        self._flat = flat
-        self._window = window
-        self._index = index
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values `[slots, kv_heads, tokens, head_dim]`; return all."""
-        for flat, new in zip(self._flat[layer_idx], (keys, values), strict=True):
-            flat.index_copy_(0, self._index, new.reshape(-1, new.shape[-1]))
-        window = self._window[layer_idx]
-        return window[0], window[1]
-
-
-class PrefillCapture:
-    """The cache object that transformers' attention layers see while reading prompts."""
-
-    def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = []
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Remember a layer's keys and values `[prompts, kv_heads, tokens, head_dim]`."""
-        if layer_idx != len(self._layers):
-            raise UnservableError(f"layer {layer_idx} came when layer {len(self._layers)} was due")
-        if keys.shape != values.shape:
-            raise UnservableError(
-                f"its keys {list(keys.shape[1:])} and values {list(values.shape[1:])} differ in "
-                "shape (multi-head latent attention)"
-            )
-        if self._layers and keys.shape != self._layers[0][0].shape:
-            first, here = (list(each.shape[1:]) for each in (self._layers[0][0], keys))
-            raise UnservableError(
-                f"the keys of its layers differ in shape: {first} in the first, {here} in layer "
-                f"{layer_idx}"
-            )
-        self._layers.append((keys, values))
-        return keys, values
-
-    def prompt(self, row: int, length: int) -> Tensor:
-        """One prompt's keys and values, `[layers, 2, kv_heads, length, head_dim]`."""
-        tensors = [kv[row, :, :length] for layer in self._layers for kv in layer]
-        if not tensors:  # no layer has attention
-            return torch.empty(0, 2, 1, length, 1)
-        return torch.stack(tensors).unflatten(0, (-1, 2))
 
 
 @dataclass(frozen=True)
@@ -389,6 +250,162 @@ def end_token_ids(
     return frozenset(each for ids in lists for each in ids if each is not None)
 
 
+# ---- a plain model's decode step ---------------------------------------------------------------
+
+_PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose blocks `PlainDecoder` has, unless a config asks for more."""
+_PLAIN_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of RoPE whose factors don't depend on the length."""
+_AGREES = 1e-3
+"""Of the largest logit: far beyond rounding, far below what another block would give."""
+
+
+class _Block(NamedTuple):
+    """A block's own parameters; products are weight and bias, norms weight and epsilon."""
+
+    before: _Norm
+    query: _Product
+    key: _Product
+    value: _Product
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    out: _Product
+    after: _Norm
+    gate: _Product
+    up: _Product
+    down: _Product
+    activation: Callable[[Tensor], Tensor]
+    scale: float
+
+
+_Product = tuple[Tensor, Tensor | None]
+_Norm = tuple[Tensor, float]
+
+
+class PlainDecoder:
+    """The decode step of a plain transformer, written out.
+
+    transformers' modules cost a small model more at each token than its matrix products. Parameters
+    are the model's own, so that weights written to it count from the next step on.
+
+    Args:
+        model: See `is_plain`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        decoder: Any = model.get_decoder()
+        config = model.config
+        self._embedding: Tensor = decoder.embed_tokens.weight
+        self._head = _product(model.get_output_embeddings())
+        self._norm = _norm(decoder.norm)
+        self._blocks = [_block(layer) for layer in decoder.layers]
+        self._kv_heads: int = config.num_key_value_heads
+        self._groups: int = config.num_attention_heads // self._kv_heads
+        self._dim: int = decoder.layers[0].self_attn.head_dim
+        positions = torch.arange(config.max_position_embeddings)
+        cos, sin = decoder.rotary_emb(self._embedding[:1], positions[None])
+        half = self._dim // 2
+        # Signs that transformers gives to halves of the vector are those of the sines here.
+        signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1)
+        self._cos, self._sin = cos[0][:, None], signed[:, None]
+
+    def decode(self, step: DecodeStep, tokens: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+        """Append a token to each row; the next logits.
+
+        Args:
+            step: Where keys and values go.
+            tokens: `[rows]`.
+            lengths: Tokens before them, `[rows]`.
+            mask: Added to scores, `[rows, 1, 1, keys]`.
+        """
+        rotation = (self._cos[lengths], self._sin[lengths])
+        hidden = functional.embedding(tokens, self._embedding)
+        for index, block in enumerate(self._blocks):
+            normal = _normalized(hidden, block.before)
+            hidden = hidden + self._attention(normal, block, index, step, rotation, mask)
+            normal = _normalized(hidden, block.after)
+            gated = block.activation(functional.linear(normal, *block.gate))
+            hidden = hidden + functional.linear(
+                gated * functional.linear(normal, *block.up), *block.down
+            )
+        return functional.linear(_normalized(hidden, self._norm), *self._head)
+
+    def _attention(
+        self,
+        hidden: Tensor,
+        block: _Block,
+        index: int,
+        step: DecodeStep,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor,
+    ) -> Tensor:
+        rows, dim = len(hidden), self._dim
+        query = functional.linear(hidden, *block.query).view(rows, -1, dim)
+        key = functional.linear(hidden, *block.key).view(rows, -1, dim)
+        value = functional.linear(hidden, *block.value).view(rows, -1, 1, dim)
+        if block.query_norm is not None and block.key_norm is not None:
+            query, key = _normalized(query, block.query_norm), _normalized(key, block.key_norm)
+        query, key = _rotated(query, *rotation), _rotated(key, *rotation)
+        keys, values = step.update(key.unsqueeze(2), value, index)
+        # Heads that share keys and values are queries of them, as in `slot_attention`.
+        mixed = functional.scaled_dot_product_attention(
+            query.view(rows, self._kv_heads, self._groups, dim),
+            keys,
+            values,
+            attn_mask=mask,
+            scale=block.scale,
+        )
+        return functional.linear(mixed.reshape(rows, -1), *block.out)
+
+
+def _product(module: Any) -> _Product:
+    return module.weight, module.bias
+
+
+def _norm(module: Any) -> _Norm:
+    return module.weight, module.variance_epsilon
+
+
+def _block(layer: Any) -> _Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Block(
+        before=_norm(layer.input_layernorm),
+        query=_product(attention.q_proj),
+        key=_product(attention.k_proj),
+        value=_product(attention.v_proj),
+        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        out=_product(attention.o_proj),
+        after=_norm(layer.post_attention_layernorm),
+        gate=_product(mlp.gate_proj),
+        up=_product(mlp.up_proj),
+        down=_product(mlp.down_proj),
+        activation=mlp.act_fn,
+        scale=attention.scaling,
+    )
+
+
+def _normalized(hidden: Tensor, norm: _Norm) -> Tensor:
+    weight, epsilon = norm
+    return functional.rms_norm(hidden, weight.shape, weight, epsilon)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (heads * cos).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sin)
+
+
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether a model's config asks for nothing but plain blocks."""
+    if model.config.model_type not in _PLAIN or model.device.type != "cpu":
+        return False
+    decoder: Any = model.get_decoder()
+    windows = (
+        getattr(layer.self_attn, "sliding_window", None) or window_in_mask(layer.self_attn)
+        for layer in decoder.layers
+    )
+    return decoder.rotary_emb.rope_type in _PLAIN_ROPE and not any(windows)
+
+
 class ModelRunner:
     """Runs prompts and decode steps.
 
@@ -396,6 +413,9 @@ class ModelRunner:
         model: A causal language model from `load_model`.
         row_by_row: Decode each request by itself: slower, and its bits don't depend on who else
             runs (the shape of a batch shows in the last bits of a float).
+
+    Attributes:
+        plain: What decodes in the place of transformers' modules; None: they do.
     """
 
     def __init__(self, model: PreTrainedModel, row_by_row: bool = False) -> None:
@@ -409,7 +429,32 @@ class ModelRunner:
         self._recorder: RouteRecorder | None = None
         self._routes: list[Tensor] = []
         self._pick: tuple[Tensor, Tensor] | None = None
+        self.plain: PlainDecoder | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._pick_positions)
+        if not row_by_row and is_plain(model):
+            self.plain = self._agreeing(PlainDecoder(model))
+
+    @torch.no_grad()
+    def _agreeing(self, plain: PlainDecoder) -> PlainDecoder | None:
+        """A plain decoder if it computes what transformers does, found out by trying; else none."""
+        tried, length = torch.arange(5) * 7 % self.vocab_size, 3
+        if self.context_length <= len(tried):
+            return None
+        logits = []
+        for decoder in (plain, None):
+            self.plain = decoder
+            read = self._prefill([tried[:length].tolist()])[0]
+            slots = SlotCache(2, self.context_length)
+            slots.reserve(2, len(tried), read.kv)
+            slots.place(0, 2, read.kv)
+            steps = [torch.stack([tried[t], tried[-t]]) for t in (length, length + 1)]
+            logits += [
+                self.decode(slots, tokens, torch.full((2,), length + more))
+                for more, tokens in enumerate(steps)
+            ]
+        found, expected = torch.cat(logits[:2]), torch.cat(logits[2:])
+        agrees = (found - expected).abs().max() <= _AGREES * expected.abs().max()
+        return plain if agrees else None
 
     @property
     def has_routers(self) -> bool:
@@ -492,7 +537,12 @@ class ModelRunner:
 
         Tokens and lengths are `[running]`, logits fp32 `[running, vocab]`.
         """
-        slots.grow(int(lengths.max()) + 1)
+        max_length = int(lengths.max()) + 1
+        slots.grow(max_length)
+        if self.plain is not None:
+            positions = lengths[:, None]
+            step, mask = slots.step(positions, max_length), self._mask(positions, max_length)
+            return self.plain.decode(step, tokens, lengths, mask)
         if self.row_by_row:
             return self.extend(slots, tokens[:, None].tolist(), lengths, 0)
         return self._append(slots, tokens[:, None], lengths[:, None], 0)
@@ -524,14 +574,18 @@ class ModelRunner:
     def _append(self, slots: SlotCache, ids: Tensor, positions: Tensor, first_slot: int) -> Tensor:
         """Tokens and where they go, `[slots, tokens]`; the logits behind the last ones."""
         max_length = int(positions.max()) + 1
-        mask = torch.zeros(*ids.shape, max_length)
-        mask.masked_fill_(self._positions[:max_length] > positions[:, :, None], float("-inf"))
         step: Any = slots.step(positions, max_length, first_slot)
         if self._steps is not None:
             states = slots.states.rows(first_slot, first_slot + len(ids))
             step = self._steps.begin(step, states)
         pick = None if ids.shape[1] == 1 else (torch.arange(len(ids)), torch.tensor([-1]))
-        return self._forward(ids, step, pick, positions, mask[:, None])
+        return self._forward(ids, step, pick, positions, self._mask(positions, max_length))
+
+    def _mask(self, positions: Tensor, max_length: int) -> Tensor:
+        """What keys each of some new tokens can't see yet, `[slots, 1, tokens, keys]`."""
+        mask = torch.zeros(*positions.shape, max_length)
+        mask.masked_fill_(self._positions[:max_length] > positions[:, :, None], float("-inf"))
+        return mask[:, None]
 
     def _forward(
         self,

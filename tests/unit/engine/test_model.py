@@ -7,14 +7,14 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from lightning_grpo.contract import check_engine
+from lightning_grpo.engine.cache import PrefillCapture, SlotCache
 from lightning_grpo.engine.model import (
     ModelRunner,
-    PrefillCapture,
-    SlotCache,
     check_servable,
     load_model,
     windowed,
 )
+from lightning_grpo.engine.updates import ModelWeights
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.servers.base import RunningServers
 from lightning_grpo.servers.process import EmbeddedServers
@@ -63,6 +63,88 @@ def test_what_it_samples_from_is_what_the_model_computes(kind, settings, tmp_pat
     slots.place(0, 1, state.kv)
     logits = runner.decode(slots, ids[10:11], torch.tensor([10]))
     assert logits.log_softmax(-1)[0, ids[11]] == pytest.approx(expected[11].item(), abs=1e-5)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+PLAIN = [
+    ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    ("mistral", {"sliding_window": None, "hidden_act": "gelu"}),
+    ("qwen2", {"use_sliding_window": False}),  # with biases
+    ("qwen3", {"attention_bias": True, "head_dim": 8}),
+]
+
+
+def randomized(model):
+    """Biases, too, which begin at 0, and norms."""
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def decoded(runner, rows, num_read):
+    """Logits of the tokens behind those that are read, all rows together."""
+    states = runner.prefill([row[:num_read].tolist() for row in rows])
+    slots = SlotCache(len(rows), len(rows[0]) + 1)
+    slots.reserve(len(rows), len(rows[0]) + 1, states[0].kv)
+    for slot, state in enumerate(states):
+        slots.place(slot, 1, state.kv)
+    tokens, lengths = torch.stack(rows), torch.full((len(rows),), num_read)
+    steps = range(len(rows[0]) - num_read)
+    return torch.stack([runner.decode(slots, tokens[:, num_read + t], lengths + t) for t in steps])
+
+
+@pytest.mark.parametrize(("kind", "settings"), PLAIN)
+def test_a_plain_model_is_decoded_without_its_modules_and_gives_the_same(kind, settings, tmp_path):
+    torch.manual_seed(1)
+    randomized(make_model_of(kind, **settings)).save_pretrained(tmp_path)
+    rows = make_sequences([12, 12, 12])
+    runner = ModelRunner(load_model(str(tmp_path)))
+    assert runner.plain is not None
+    found = decoded(runner, rows, 5)
+    runner.plain = None
+    assert torch.allclose(found, decoded(runner, rows, 5), atol=2e-5)
+
+
+def test_weights_that_are_written_to_a_plain_model_count_from_the_next_step_on(tmp_path):
+    make_model_of("qwen3").save_pretrained(tmp_path)
+    runner, rows = ModelRunner(load_model(str(tmp_path))), make_sequences([9, 9])
+    before = decoded(runner, rows, 5)
+    weights = ModelWeights(runner.model)
+    weights.writer(dict(randomized(make_model_of("qwen3")).state_dict()), complete=True)()
+    after = decoded(runner, rows, 5)
+    runner.plain = None
+    assert torch.allclose(after, decoded(runner, rows, 5), atol=2e-5)
+    assert not torch.allclose(after, before, atol=0.1)
+
+
+NOT_PLAIN = [
+    ("mistral", {"sliding_window": 5}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ("granite", {}),
+    ("olmo2", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), NOT_PLAIN)
+def test_other_blocks_are_left_to_transformers(kind, settings, tmp_path):
+    make_model_of(kind, **settings).save_pretrained(tmp_path)
+    assert ModelRunner(load_model(str(tmp_path))).plain is None
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn.o_proj", "input_layernorm"])
+def test_a_model_that_computes_otherwise_than_its_kind_is_found_out(part, tmp_path):
+    make_model_of("qwen3").save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    other = model.model.layers[1].get_submodule(part)
+    other.register_forward_hook(lambda module, args, out: 1.05 * out)
+    assert ModelRunner(model).plain is None
+
+
+def test_one_that_decodes_row_by_row_decodes_as_it_reads(tmp_path):
+    make_model_of("qwen3").save_pretrained(tmp_path)
+    assert ModelRunner(load_model(str(tmp_path)), row_by_row=True).plain is None
 
 
 GEMMA4 = {

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from lightning_grpo.certify.tiny import plain_logprobs, tiny_config, tiny_model
 from lightning_grpo.engine.batch import Request
+from lightning_grpo.engine.cache import StateSlots, alike, runs
 from lightning_grpo.engine.model import (
     ModelRunner,
     check_servable,
@@ -19,7 +20,6 @@ from lightning_grpo.engine.model import (
 )
 from lightning_grpo.engine.requests import UnservableError
 from lightning_grpo.engine.scheduler import Limits, Scheduler
-from lightning_grpo.engine.states import StateSlots, alike, runs
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.policy.load import without_bars
 from tests.fakes.engine_requests import PLAIN, ignore
