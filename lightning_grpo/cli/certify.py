@@ -25,8 +25,8 @@ usage: lightning-grpo certify MODEL [--json]
        lightning-grpo certify --all [--out FILE]
 
 Prove that a model's path is right before it is trained. From the config of MODEL (a folder, a hub
-id, shipped:NAME, or an architecture of transformers such as qwen3 or mixtral) a tiny random model
-of the same classes is made, in a minute and on a CPU: every kind of layer, windows, RoPE, biases
+id, shipped:NAME, or an architecture of transformers: qwen3, or Qwen3Config) a tiny random model of
+the same classes is made, in a minute and on a CPU: every kind of layer, windows, RoPE, biases
 and caps, sizes shrunk. Printed with its figure is a line for each check:
 
   architecture   the package takes it
@@ -99,18 +99,20 @@ def lines_of(model: str) -> Iterator[CheckLine]:
     """All lines of a model.
 
     Args:
-        model: A folder, hub id, `shipped:NAME` or `model_type`.
+        model: A folder, hub id, `shipped:NAME`, `model_type` or the name of its config's class.
 
     Raises:
         ConfigError: There is no such model.
     """
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     from lightning_grpo.certify.run import certify, certify_kind, template
 
     folder = resolve_path(model)
-    if model in CONFIG_MAPPING and not Path(folder).expanduser().is_dir():
-        yield from certify_kind(model)
+    kinds = {name: kind for kind, name in CONFIG_MAPPING_NAMES.items()}
+    kind = kinds.get(model, model)
+    if kind in CONFIG_MAPPING_NAMES and not Path(folder).expanduser().is_dir():
+        yield from certify_kind(kind)
         return
     config = _read_config(folder)
     refused = False

@@ -25,8 +25,9 @@ def test_a_model_is_certified_line_by_line(capsys):
     assert said[-1] == "shipped:quickstart: certified"
 
 
-def test_a_refusal_is_one_line_and_an_exit_status_of_its_own(capsys):
-    assert main(["certify", "mamba", "--json"]) == 3
+@pytest.mark.parametrize("model", ["mamba", "MambaConfig"])
+def test_a_refusal_is_one_line_and_an_exit_status_of_its_own(model, capsys):
+    assert main(["certify", model, "--json"]) == 3
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert (line["check"], line["verdict"]) == ("architecture", "refused")
     assert "must have recurrent layers that can begin anew" in line["found"]
