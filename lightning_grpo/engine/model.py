@@ -403,7 +403,7 @@ def is_plain(model: PreTrainedModel) -> bool:
         getattr(layer.self_attn, "sliding_window", None) or window_in_mask(layer.self_attn)
         for layer in decoder.layers
     )
-    return decoder.rotary_emb.rope_type in _PLAIN_ROPE and not any(windows)
+    return getattr(decoder.rotary_emb, "rope_type", None) in _PLAIN_ROPE and not any(windows)
 
 
 class ModelRunner:
