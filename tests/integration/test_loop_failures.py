@@ -176,6 +176,7 @@ class Killer(Callback):
             self.killed_at = time.monotonic()
 
 
+@pytest.mark.timeout(400)
 def test_a_killed_engine_is_started_again_with_the_current_weights_until_it_dies_too_often(
     tiny_model, server, tmp_path
 ):
@@ -197,6 +198,9 @@ def test_a_killed_engine_is_started_again_with_the_current_weights_until_it_dies
     assert trainer.global_step >= 8
     data = make_data(server, prompts=make_prompts(40))
     goes_on(tiny_model, data, tmp_path, trainer, ended.value)
+    # The trainer stood in a weight sync, and waited for the server.
+    waits, syncs = (recorder.of(f"time/{name}_s") for name in ("wait_rollout", "weight_sync"))
+    assert max(waits) > max(syncs)
     # Between two deaths the servers held the trainer's weights.
     assert max(m["mismatch/probe"] for m in recorder.metrics[3:]) < 1e-4
 

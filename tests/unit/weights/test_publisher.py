@@ -999,7 +999,8 @@ async def test_a_run_without_servers_goes_on_when_one_appears(tmp_path, caplog):
         await asyncio.sleep(0.1)
         assert not publishing.done()
         urls.append(later.url)
-        await publishing
+        report = await publishing
+        assert report.waited_s > 0
         assert holds(later, 2)
         assert {c.versions[-1] for c in await asyncio.gather(*generating)} == {2}
         assert pool.failure is None
