@@ -102,7 +102,8 @@ def _forget(trainer: Trainer, names: Iterable[str]) -> None:
     connector = trainer._logger_connector
     for name in names:
         if trainer._results is not None:
-            trainer._results.pop(f"on_before_optimizer_step.{name}", None)
+            for hook in ("on_before_optimizer_step", "on_train_batch_end"):
+                trainer._results.pop(f"{hook}.{name}", None)
         for seen in (
             connector._logged_metrics,
             connector._callback_metrics,

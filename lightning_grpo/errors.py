@@ -26,7 +26,14 @@ def printable(text: str) -> str:
 
 
 class GRPOError(Exception):
-    """Everything that this package raises on purpose."""
+    """Everything that this package raises on purpose.
+
+    Attributes:
+        saved_to: The checkpoint to go on from that was saved when this ended a run; empty if none
+            was.
+    """
+
+    saved_to: str = ""
 
 
 _NO_VALUE = object()
@@ -118,6 +125,10 @@ class RolloutError(GRPOError, RuntimeError):
     """An episode could not be completed."""
 
 
+class RolloutsLostError(RolloutError):
+    """The rollouts' process is gone, and with it where they stood: no checkpoint can be saved."""
+
+
 class RewardError(RolloutError):
     """A reward function raised, timed out or returned no finite number."""
 
@@ -153,12 +164,7 @@ class StopRun(GRPOError, SystemExit):
         signal: The number of the signal; the command line exits with 128 + it.
         exit_code: The process's exit status instead of 128 + signal. Ranks above 0 end with 0:
             Lightning's launcher takes anything else for a crash and kills rank 0.
-
-    Attributes:
-        saved_to: The checkpoint to go on from; empty if none was saved.
     """
-
-    saved_to: str = ""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.keys import is_secret
+from lightning_grpo.keys import is_secret, masked
 
 NOT_RESTORED = "not_restored"
 _LONG = 20
@@ -242,7 +242,7 @@ def loggable(value: Any, depth: int = 6) -> Any:
         depth: Of objects in objects; below it their class is told alone.
     """
     if isinstance(value, _PRIMITIVES):
-        return value
+        return masked(value) if isinstance(value, str) else value
     if isinstance(value, list | tuple | Mapping):
         return _loggable_items(value, depth)
     if inspect.isroutine(value) or inspect.isclass(value):

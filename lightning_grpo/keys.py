@@ -19,6 +19,7 @@ _SECRET = re.compile(
     r"(^|_)(api_?key|admin_?key|secret|password|passwd|(hf|auth|access|bearer)_token)$|^token$"
 )
 _REFERENCE = re.compile(r"(env|file):\S")
+_PASSWORD = re.compile(r"(\w+://[^\s/?#@:]*:)[^\s/?#]+(?=@)")
 _READABLE_BY_OTHERS = stat.S_IRGRP | stat.S_IROTH
 
 
@@ -42,6 +43,11 @@ def is_secret(name: Any, value: Any) -> bool:
 def is_reference(value: str) -> bool:
     """Whether it says where a key is: `env:NAME` or `file:PATH`."""
     return _REFERENCE.match(value) is not None
+
+
+def masked(text: str) -> str:
+    """A text as it may be shown and recorded: without the passwords of URLs in it."""
+    return _PASSWORD.sub(r"\1***", text)
 
 
 def read_key(given: str | None, name: str = "api_key") -> str | None:

@@ -178,6 +178,9 @@ class Prepared(NamedTuple):
 
 Prepare = Callable[[RolloutBatch], Prepared]
 
+WAITED = "time/wait_rollout_s"
+"""How long the trainer has waited for a rollout batch, or for servers that it could ask."""
+
 
 @dataclass
 class Taken:
@@ -387,9 +390,9 @@ class RolloutLoader:
         """
         started = time.perf_counter()
         taken = self._source.take()
-        waited = {"time/wait_rollout_s": time.perf_counter() - started}
+        waited_s = time.perf_counter() - started + taken.metrics.get(WAITED, 0.0)
         prepared = self._prepare(taken.batch)
-        taken.metrics = {**waited, **taken.metrics, **prepared.metrics}
+        taken.metrics = {**taken.metrics, WAITED: waited_s, **prepared.metrics}
         parts = None
         if taken.groups is not None:
             parts = split(taken, prepared, self._shape)

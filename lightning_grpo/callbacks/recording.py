@@ -45,7 +45,7 @@ from lightning_grpo.contract import (
 )
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import StopRun, require_count
-from lightning_grpo.loader import Minibatch, policy_logprobs
+from lightning_grpo.loader import WAITED, Minibatch, policy_logprobs
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.rollout.records import write_groups
 from lightning_grpo.strategies.fsdp2 import row_ranks_of
@@ -185,6 +185,7 @@ class TimelineWriter(Callback):
         self._step = 0
         self._part_began = 0.0
         self._sync_began: float | None = None
+        self._validated_at = 0.0
         self._listener = _Listener(self._hear)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -213,8 +214,9 @@ class TimelineWriter(Callback):
         self._began, self._part_began = True, (now := time.time())
         self._step = trainer.global_step + 1
         if batch.is_first:
-            waited_s = batch.rollout.metrics["time/wait_rollout_s"]
-            self._span("waiting", now - waited_s, now)
+            # A validation may lie between the wait for servers and that for the batch.
+            began = max(now - batch.rollout.metrics[WAITED], self._validated_at)
+            self._span("waiting", began, now)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
@@ -245,6 +247,7 @@ class TimelineWriter(Callback):
         if self._path is not None:
             self._step = evaluated_step(trainer)
             self._end_part("validation")
+            self._validated_at = self._part_began
             self._write(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -269,9 +272,9 @@ class TimelineWriter(Callback):
         """Record the weight sync, which has logged how long it took, and write the step."""
         began, self._sync_began = self._sync_began, None
         if began is not None:
-            self._span(
-                "weight sync", began, began + logged_numbers(trainer).get("time/weight_sync_s", 0.0)
-            )
+            broken_off_s = time.time() - began
+            took_s = logged_numbers(trainer).get("time/weight_sync_s", broken_off_s)
+            self._span("weight sync", began, began + took_s)
             self._write(trainer)
 
     def _end_part(self, what: str) -> None:
@@ -526,7 +529,7 @@ class StepTimer(Callback):
         self._step_started = self._gradients_ready = self._mark()
         if self._period_started is None:
             # The start of the servers and the baseline are no part of a step.
-            waited = batch.rollout.metrics["time/wait_rollout_s"]
+            waited = batch.rollout.metrics[WAITED]
             self._period_started, self._validation_s = time.perf_counter() - waited, 0.0
 
     def on_before_optimizer_step(
@@ -556,7 +559,7 @@ class StepTimer(Callback):
             "health/rss_gb": self._process.memory_info().rss / 2**30,
         }
         if batch.is_first:
-            waited = batch.rollout.metrics["time/wait_rollout_s"]
+            waited = batch.rollout.metrics[WAITED]
             logged["idle/trainer_fraction"] = min(1.0, waited / period)
         tokens = int(batch.rollout.denominators[batch.index].tokens)
         logged["throughput/tokens_per_s"] = tokens / period

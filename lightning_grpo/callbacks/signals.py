@@ -11,7 +11,9 @@ Exit status, when nothing catches `StopRun`: 130 after Ctrl-C, 143 after SIGTERM
 numbers.
 
 What such a stop saves (`hpc_ckpt_N.ckpt`, beside the run's folder) is to be gone on from: once that
- was done and a newer checkpoint is there, it is removed.
+was done and a newer checkpoint is there, it is removed. An error saves as well where it is none of
+the trainer's: what a wait was for has failed (servers, rewards, prompts), behind a step that is
+whole. One that the trainer raises itself does not: its weights may be what is wrong.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from lightning_grpo.callbacks.early_stop import EarlyStop, came_early
 from lightning_grpo.contract import OnRollouts
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.distributed.channel import ENDING, most_urgent
-from lightning_grpo.errors import StopRun
+from lightning_grpo.errors import GRPOError, StopRun
 
 
 class StopFlag:
@@ -192,6 +194,7 @@ class SignalHandling(Callback):
         self._requeue: Callable[[L.Trainer], None] = requeue_slurm_job
         self._at_boundary: Callable[[Any], bool] = lambda batch: True
         self._saved_to = ""
+        self._first_step = 0
         self._used: set[str] = set()
 
     def connect(
@@ -239,7 +242,7 @@ class SignalHandling(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over from Lightning's handlers, which were registered just before."""
         assert trainer.world_size == self._channel.world_size, "connect() was not called"
-        self._saved_to = ""
+        self._saved_to, self._first_step = "", trainer.global_step
         came_from = Path(str(trainer.ckpt_path)).absolute()
         # What they are called, a checkpoint says, which may be a stranger's.
         folders = (came_from.parent, Path(trainer.default_root_dir).absolute())
@@ -272,16 +275,19 @@ class SignalHandling(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Save if the stop came out of a wait; tell the other ranks of anything else."""
+        """Save if it came out of a wait; tell the other ranks of what is no stop."""
         try:
-            if not isinstance(exception, StopRun):
+            stops = isinstance(exception, StopRun)
+            failed = exception is self._channel.failed_wait
+            trained = trainer.global_step > self._first_step
+            if stops and not self.flag.installed:
+                end_with_this_process(launched_processes(trainer).values())
+            elif self.flag.installed and not self._saved_to and (stops or (failed and trained)):
+                self._save_late(trainer, exception)
+            if not stops:
                 cause = self._channel.report_failure(exception)
                 if cause is not None and cause is not exception:
                     _LOG.error("the cause lies elsewhere: %s", cause)
-            elif not self.flag.installed:
-                end_with_this_process(launched_processes(trainer).values())
-            elif not self._saved_to:
-                self._save_late(trainer, exception)
             if self._saved_to:
                 self._remove_used(trainer, [Path(self._saved_to)])
         finally:
@@ -321,15 +327,22 @@ class SignalHandling(Callback):
             except OSError as error:
                 _LOG.warning("%s was gone on from, and can't be removed: %s", path, error)
 
-    def _save_late(self, trainer: L.Trainer, stop: StopRun) -> None:
-        name = signal.Signals(stop.signal).name
+    def _save_late(self, trainer: L.Trainer, ending: BaseException) -> None:
+        name = type(ending).__name__
+        if isinstance(ending, StopRun):
+            name = signal.Signals(ending.signal).name
         try:
-            stop.args = (self._stop(trainer, name),)
+            told = self._stop(trainer, name)
         except Exception as error:  # noqa: BLE001 - said; servers are still to be ended
             self._channel.report_failure(error)
-            stop.args = (f"{name}: stopped at step {trainer.global_step}, and {error}",)
-            _LOG.error("%s", stop)
-        stop.saved_to = self._saved_to
+            told = f"{name}: stopped at step {trainer.global_step}, and {error}"
+            _LOG.error("%s", told)
+        if isinstance(ending, StopRun):
+            ending.args = (told,)
+        else:
+            ending.add_note(told)
+        if isinstance(ending, GRPOError):
+            ending.saved_to = self._saved_to
 
     def _stop(self, trainer: L.Trainer, name: str) -> str:
         self._channel.beat("saving a checkpoint", deadline_s=600.0)

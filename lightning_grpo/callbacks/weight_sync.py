@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_grpo._compat_lightning import log_values
+from lightning_grpo._compat_lightning import log_step, log_values
 from lightning_grpo.contract import KEEP_BEST, Trained
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import ConfigError, require_count, require_seconds
@@ -22,6 +22,7 @@ from lightning_grpo.weights.publisher import PublishReport, SyncSettings
 from lightning_grpo.weights.transport import Transport
 
 _FEW = 4
+_LOGGED = {"time/weight_sync_s", "time/servers_paused_s", "mismatch/probe", "mismatch/sent"}
 
 
 class WeightSync(Callback):
@@ -145,15 +146,22 @@ class WeightSync(Callback):
         if not batch.is_last:
             return
         started = time.perf_counter()
-        report = self._publish(trainer, pl_module, trained=True)
-        logged = {"time/weight_sync_s": time.perf_counter() - started}
+        try:
+            report = self._publish(trainer, pl_module, trained=True)
+        except BaseException:
+            log_values(pl_module, {}, gone=_LOGGED)
+            log_step(trainer)  # its turn would come later, and the curve would have a gap
+            raise
+        known: dict[str, float | None] = {"time/weight_sync_s": time.perf_counter() - started}
         if report is not None:
-            logged["time/servers_paused_s"] = report.paused_s
-            if report.probe_diff is not None:
-                logged["mismatch/probe"] = report.probe_diff
-            if report.sent_diff is not None:
-                logged["mismatch/sent"] = report.sent_diff
-        log_values(pl_module, trainer.strategy.broadcast(logged))
+            # While no server is left the trainer waits for rollouts, wherever it stands.
+            known["time/weight_sync_s"] = time.perf_counter() - started - report.waited_s
+            known["time/servers_paused_s"] = report.paused_s
+            known["mismatch/probe"] = report.probe_diff
+            known["mismatch/sent"] = report.sent_diff
+        known = trainer.strategy.broadcast(known)
+        logged = {name: value for name, value in known.items() if value is not None}
+        log_values(pl_module, logged, gone=_LOGGED - logged.keys())
 
     def _publish(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, trained: bool

@@ -18,6 +18,7 @@ from lightning_grpo.cli.sources import (
     asks_for_help,
     collect,
     names_class,
+    with_helped,
 )
 from lightning_grpo.errors import CheckpointError, ConfigError
 from lightning_grpo.rollout.prompts import Source
@@ -74,6 +75,7 @@ def _run(command: str, argv: Sequence[str], kind: str) -> None:
     configs, options = find_configs(argv)
     options = with_paths(configs, options)
     settings = collect(configs, options)
+    options = with_helped(options, settings)
     # Where a class is named, a replay's is among the options.
     replays = kind == "replay" and not names_class(settings.value.get("data"))
     if not asks_for_help(options):

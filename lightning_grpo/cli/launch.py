@@ -26,12 +26,14 @@ from lightning_grpo.cli.sources import (
     SECTIONS,
     ConfigProblem,
     Parser,
+    Setting,
     arguments_in,
     collect,
+    names_class,
     nearest,
     read_options,
 )
-from lightning_grpo.cli.unimported import refuse_at_once
+from lightning_grpo.cli.unimported import ROOTS, refuse_at_once
 from lightning_grpo.errors import ConfigError, require_on_hub
 from lightning_grpo.launch.slurm import require_at_least
 from lightning_grpo.servers.sglang import (
@@ -214,6 +216,7 @@ def job_settings(options: argparse.Namespace, fit: Sequence[str]) -> dict[str, A
     settings = collect(configs, others)
     if options.program == _PROGRAM:  # else modules may be there that are not here
         refuse_at_once(settings)
+        _refuse_own(settings)
     described = _class_and_arguments(settings.plain().get("data", {}))
     servers = _build(described)
     if on_nodes:
@@ -240,6 +243,15 @@ def job_settings(options: argparse.Namespace, fit: Sequence[str]) -> dict[str, A
         "name": options.name or configs[0][1].stem,
         "folder": options.folder,
     }
+
+
+def _refuse_own(settings: Setting) -> None:
+    """Refuse a section whose class is none of its kind, or takes no such settings, as `fit`."""
+    named = [section for section in ROOTS if names_class(settings.value.get(section))]
+    if named:
+        from lightning_grpo.cli.mistakes import check_settings, import_object
+
+        check_settings(settings, {section: import_object(ROOTS[section]) for section in named})
 
 
 def without(arguments: Sequence[str], key: str) -> list[str]:

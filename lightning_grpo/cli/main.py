@@ -112,8 +112,9 @@ def _ended(
     if wants_traceback() or not _is_told(error):
         return None
     code, lines = explain(error)
-    if isinstance(error, StopRun) and error.saved_to:
-        lines = [f"go on with: {resume_command(command, arguments, error.saved_to)}"]
+    if isinstance(error, GRPOError) and error.saved_to and is_first_rank():
+        lines = [] if isinstance(error, StopRun) else lines
+        lines.append(f"go on with: {resume_command(command, arguments, error.saved_to)}")
     if command in _RUNS and command != "replay":  # whose options are its own
         lines += doctor_words(error, arguments)
     if isinstance(error, OSError) and command not in _RUNS:

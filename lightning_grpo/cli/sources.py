@@ -433,6 +433,20 @@ def names_class(section: Setting | None) -> bool:
     return "class_path" in written if isinstance(written, dict) else _is_class_path(written)
 
 
+def with_helped(options: Sequence[str], settings: Setting) -> list[str]:
+    """`--data.help` as `--data.help=mine.X`, where the section's class is X."""
+    spelled = list(options)
+    for place, option in enumerate(options):
+        section, dot, rest = option.removeprefix("--").partition(".")
+        alone = next(iter(options[place + 1 :]), "--").startswith("--")
+        named = settings.value.get(section)
+        if (dot, rest) == (".", "help") and alone and names_class(named):
+            written = named.plain()
+            path = written["class_path"] if isinstance(written, dict) else written
+            spelled[place] = f"{option}={path}"
+    return spelled
+
+
 def holds_datasets(setting: Setting | None) -> bool:
     """Whether it holds datasets by name, and no settings of one."""
     written = setting.value if setting is not None else None

@@ -62,7 +62,7 @@ from lightning_grpo.cli.sources import (
 from lightning_grpo.contract import run_folder
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.errors import MOST_SERVERS, ConfigError, GRPOError, require_number
-from lightning_grpo.keys import is_secret
+from lightning_grpo.keys import is_secret, masked
 from lightning_grpo.servers.base import (
     Machine,
     present_devices,
@@ -359,7 +359,9 @@ def _differences(own: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any
 
 
 def _without_secrets(value: Any) -> Any:
-    """A copy of a config, or of a part, with null in the place of every key and token."""
+    """A copy of a config, or of a part: null for every key and token, URLs without passwords."""
+    if isinstance(value, str):
+        return masked(value)
     if isinstance(value, Namespace):
         copy = value.clone()
         for key, child in list(value.items()):

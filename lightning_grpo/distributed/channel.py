@@ -2,7 +2,7 @@
 
 A gloo collective that timed out can't be retried, and no signal interrupts one. So whatever only
 rank 0 does (a rollout batch, a weight sync, an evaluation) ends with `wait` on every rank: rank 0
-waits for the work in short polls and publishes READY, ERROR or STOP under a sequence number; the
+waits for the work in short polls and publishes under a sequence number how it ended (`Kind`); the
 others poll for that. Only then does anybody enter a collective.
 """
 
@@ -39,7 +39,7 @@ from lightning_grpo.distributed.heartbeat import (
     is_echo,
     open_store,
 )
-from lightning_grpo.errors import RankError, StopRun
+from lightning_grpo.errors import RankError, RolloutsLostError, StopRun
 
 
 def reduced(metrics: Metrics, device: torch.device, copies: int = 1) -> Callable[[], Metrics]:
@@ -126,6 +126,8 @@ class RankChannel:
         world_size: All of them.
         stop_source: Returns the name of the signal that asked this rank to stop, or an empty
             string; called at every poll and every beat, from two threads.
+        failed_wait: What `wait` has raised on this rank because rank 0's work failed, and no rank:
+            all of them are at the same point then, and can save where they are.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class RankChannel:
         self.world_size = world_size
         self._farewell_s = min(_FAREWELL_S, rank_timeout_s)
         self.stop_source: Callable[[], str] = str
+        self.failed_wait: BaseException | None = None
         self._poll_s = poll_s
         self._exchange = exchange or Exchange()
         self._sequence = 0
@@ -219,7 +222,11 @@ class RankChannel:
 
         def result() -> T | None:
             self._poll_future(future, what, deadline_s, stop_after_s)
-            return None if future is None else future.result()
+            if future is None:
+                return None
+            error = future.exception()
+            self.failed_wait = None if isinstance(error, RolloutsLostError) else error
+            return future.result()
 
         return self.on_rank_zero(result, what=what, deadline_s=deadline_s or 0.0)
 
@@ -344,7 +351,8 @@ class RankChannel:
             self._publish(Kind.STOP, what, signal.Signals(stop.signal).name)
             raise
         except BaseException as error:
-            self._publish(Kind.ERROR, what, what_happened(error))
+            kind = Kind.FAILED if error is self.failed_wait else Kind.ERROR
+            self._publish(kind, what, what_happened(error))
             raise
         self._publish(Kind.READY, what)
 
@@ -423,7 +431,10 @@ class RankChannel:
             if outcome is not None and outcome.kind is Kind.STOP:
                 raise self._stop(outcome.text, what)
             if outcome is not None:
-                self._raise_for(Failure(0, f"while the ranks waited for {what}:\n{outcome.text}"))
+                text = f"while the ranks waited for {what}:\n{outcome.text}"
+                error = self._error_for(Failure(0, text))
+                self.failed_wait = error if outcome.kind is Kind.FAILED else None
+                raise error
             self._raise_for(self._ledger.verdict() or self._ledger.stalled(since))
             self._ledger.advance(what, 0.0)
             with self._ledger.changed:

@@ -173,7 +173,8 @@ class Kind(StrEnum):
     """How a wait ended."""
 
     READY = "ready"
-    ERROR = "error"
+    FAILED = "failed"  # what was waited for
+    ERROR = "error"  # rank 0
     STOP = "stop"
 
 
@@ -184,7 +185,7 @@ class WaitOutcome(msgspec.Struct, frozen=True):
         sequence: Which wait, counted from 1 on every rank.
         kind: How it ended.
         what: What was waited for; differs between ranks only if they are out of step.
-        text: The traceback (ERROR) or the name of the signal (STOP).
+        text: The traceback (FAILED, ERROR) or the name of the signal (STOP).
         tick: The beat of rank 0 that first carried it; whoever has seen that beat has seen it.
     """
 

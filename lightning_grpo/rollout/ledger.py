@@ -325,6 +325,8 @@ class Ledger:
         self._success = {int(row): float(value) for row, value in state["success"].items()}
         self._window.clear()
         self._window.extend(bool(failed) for failed in state["window"])
+        if self._is_exhausted:  # it ended the run, and whoever goes on has mended the cause
+            self._window.clear()
         self.first_failure = state["first_failure"]
 
     def _write(self, key: PromptKey, outcome: Outcome) -> None:
@@ -351,6 +353,11 @@ class Ledger:
         rows = self._open.get(place, bytearray())
         return {str(outcome): rows.count(code) for code, outcome in _OUTCOMES.items()}
 
+    @property
+    def _is_exhausted(self) -> bool:
+        failed, size = sum(self._window), self._window.maxlen or 1
+        return failed > self.max_failed_fraction * size or failed == size
+
     def _check_budget(self, asked: bool) -> None:
         failed = sum(self._window)
         if asked and self.counts[Outcome.FAILED] == self.num_ended and failed >= self.num_first:
@@ -358,8 +365,8 @@ class Ledger:
                 f"The first {failed} groups all failed; nothing has worked yet. "
                 f"First failure: {self.first_failure}"
             )
-        size = self._window.maxlen or 1
-        if failed > self.max_failed_fraction * size or failed == size:
+        if self._is_exhausted:
+            size = self._window.maxlen
             raise FailureBudgetError(
                 f"{failed} of the last {len(self._window)} groups failed, more than "
                 f"`max_failed_fraction` ({self.max_failed_fraction:g}) of {size} allows. "

@@ -11,12 +11,11 @@ import logging
 import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -32,7 +31,7 @@ from lightning_grpo.errors import (
     ServerStartError,
     require_seconds,
 )
-from lightning_grpo.keys import API_KEY_VARIABLE, read_key
+from lightning_grpo.keys import API_KEY_VARIABLE, masked, read_key
 from lightning_grpo.serving.server import ServerHandle
 
 
@@ -293,47 +292,6 @@ def is_free(port: int) -> bool:
 
 POLL_S = 0.1
 KEYS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-CAUSES: tuple[tuple[str, str], ...] = (
-    (r"Address already in use", "the port is in use; end whatever listens there"),
-    (
-        r"No module named '?([\w.]+)",
-        "the Python package {0} is missing in the server's environment",
-    ),
-    (r"CUDA out of memory|OutOfMemoryError", "the GPU's memory is full: lower `memory_fraction`"),
-    (
-        r"leave no GPU memory for the KV cache",
-        "the GPU's memory is taken by others, or `memory_fraction` is too small: raise it",
-    ),
-    (r"MemoryError|Cannot allocate memory", "the machine's memory is full"),
-    (
-        r"Repository Not Found|not a valid model identifier|No such file or directory: '([^']*)'"
-        r"|[Nn]o file named|does not exist|[Nn]ot a (?:local )?folder"
-        r"|Repo id must|HFValidationError",
-        "the model path is wrong or incomplete",
-    ),
-    (r"[Pp]ermission denied", "a file may not be read or written"),
-)
-
-
-def likely_cause(log: str, returncode: int | None) -> str:
-    """One phrase on why a start failed; empty when the log tells nothing known."""
-    # SGLang kills itself after any failure of its scheduler, and says so.
-    itself = "kill_process_tree" in log
-    if (returncode == -signal.SIGKILL or "Killed" in log) and not itself:
-        return "it was killed, most often for want of memory"
-    for pattern, cause in CAUSES:
-        if match := re.search(pattern, log):
-            return cause.format(*match.groups())
-    errors = re.findall(r"^\w*(?:Error|Exception): .+", log, re.MULTILINE) if itself else []
-    return str(errors[-1]) if errors else ""
-
-
-def start_error(what: str, log: str, returncode: int | None = None) -> ServerStartError:
-    """The error of a failed start: what happened, the likely cause, the end of the log."""
-    cause = likely_cause(log, returncode)
-    message = f"{what}." + (f" Likely cause: {cause}." if cause else "")
-    return ServerStartError(message + (f"\nThe end of its log:\n{log}" if log else ""))
-
 
 HEALTH = "/health"
 """Wants a token of the server: once it comes, the server is warm."""
@@ -514,12 +472,14 @@ class ServerList(RunningServers):
     One that appears is checked as those of the start are, gets the current weights, proves them and
     is used. One that is taken off the list is asked nothing more, and what it was at work on goes
     on at the others. An address is on the list, or off it, once two looks in a row say so, so that
-    a list caught half-written changes nothing. While it can't be read its last servers are kept.
+    a list, or a file of a folder, caught half-written changes nothing. One that can't be read keeps
+    its last servers.
 
     Args:
         source: The list: a file with an address (`http://host:port` or `host:port`) in each line,
             where `#` begins a comment; a folder of such files, in which each server may have its
-            own; or a URL that answers with such lines, or with a JSON list of addresses.
+            own; or a URL that answers with such lines, or with a JSON list of addresses. A password
+            in it (`https://user:password@host`) is shown and recorded nowhere.
         look_every_s: Between two looks at it.
         connect_timeout_s: How long the first server may take to be on the list and answer.
         api_key: Of the servers, as `RunningServers` takes it. A list's URL is asked without it.
@@ -537,13 +497,15 @@ class ServerList(RunningServers):
             raise ConfigError(
                 "source",
                 "must be a file, a folder or a URL (http://, https://) that lists servers",
-                source,
+                masked(source) if isinstance(source, str) else source,
                 "Servers that stay the same are `RunningServers(urls)`.",
             )
         require_seconds("look_every_s", look_every_s)
         super().__init__(None, connect_timeout_s, api_key)
-        self.source = self.listed_in = source
+        self.source, self.listed_in = source, masked(source)
         self.look_every_s = look_every_s
+        self._files: dict[str, list[str]] = {}
+        self._skipped: dict[str, str] = {}
         self._seen: list[str] = []
         self._addresses: list[str] = []
         self._unread, self._stopping = "", False
@@ -556,7 +518,9 @@ class ServerList(RunningServers):
         time.sleep(POLL_S)
         while not self._stopping:
             handles = self.look()
-            answers = asyncio.run(_ask_all([handle.url for handle in handles], self.api_key))
+            urls = [handle.url for handle in handles]
+            asked = {url: _ask(url + LISTENS, MOST_LOOK_S, self.api_key) for url in urls}
+            answers = asyncio.run(answers_soon(asked))
             status = {url: said.status for url, said in answers.items() if said is not None}
             if HTTPStatus.OK in status.values():
                 return [handle for handle in handles if status.get(handle.url) == HTTPStatus.OK]
@@ -564,33 +528,32 @@ class ServerList(RunningServers):
             if refusing is not None:
                 raise _key_error(refusing, status[refusing], self.api_key)
             each = ", ".join(f"{url} answers {status.get(url, 'nothing')}" for url in answers)
-            why = self._unread or each or "it names none"
+            skipped = "; ".join(f"{name}: {why}" for name, why in self._skipped.items())
+            why = self._unread or each or skipped or "it names none"
             if time.monotonic() > deadline:
                 raise ServerStartError(
-                    f"No server of {self.source} answers after {self.connect_timeout_s:g} s: {why}."
-                    " Start one and put its address there, or correct `source`."
+                    f"No server of {self.listed_in} answers after {self.connect_timeout_s:g} s:"
+                    f" {why}. Start one and put its address there, or correct `source`."
                 )
             if not said_so:
-                limit = f"up to {self.connect_timeout_s:g} s"
-                logger.warning("waiting %s for a server of %s: %s", limit, self.source, why)
-            said_so = True
+                told, said_so = "waiting up to %g s for a server of %s: %s", True
+                logger.warning(told, self.connect_timeout_s, self.listed_in, why)
             time.sleep(LOOK_S)
         raise ServerStartError("The wait for a server was broken off.")
 
     def look(self) -> list[ServerHandle]:
         """The servers that are on the list by now."""
         try:
-            now = asyncio.run(_read_list(self.source))
+            now = self._read()
         except (OSError, ValueError, aiohttp.ClientError) as error:
             why = _why_unread(error)
             if self._addresses and not self._unread:
-                logger.warning(
-                    "%s can't be read, so its last servers are kept: %s", self.source, why
-                )
+                told = "%s can't be read, so its last servers are kept: %s"
+                logger.warning(told, self.listed_in, why)
             self._unread = f"it can't be read ({why})"
             return self.handles
         if self._addresses and self._unread:
-            logger.warning("%s is read again", self.source)
+            logger.warning("%s is read again", self.listed_in)
         self._unread, before, self._seen = "", self._seen, now
         known = [each for each in self._addresses if each in now or each in before]
         self._addresses = known + [each for each in now if each in before and each not in known]
@@ -602,6 +565,23 @@ class ServerList(RunningServers):
         self._handles = [ServerHandle(url) for url in found]
         return self.handles
 
+    def _read(self) -> list[str]:
+        """The addresses that stand there by now, normalized, each once; see `_read_list`."""
+        before, self._files = self._files, {}
+        skipped, self._skipped = self._skipped, {}
+        for name, text in asyncio.run(_read_list(self.source)).items():
+            try:
+                self._files[name] = _addresses(text, name)
+            except (OSError, ValueError) as error:
+                if not name:  # it is the whole list
+                    raise
+                self._files[name] = before.get(name, [])
+                self._skipped[name] = why = _why_unread(error)
+                if name not in skipped:
+                    told = "%s of %s is skipped, or its last servers are kept: %s"
+                    logger.warning(told, name, self.listed_in, why)
+        return list(dict.fromkeys(itertools.chain(*self._files.values())))
+
     def stop(self) -> None:
         """Leaves the servers running."""
         self._stopping = True
@@ -609,7 +589,7 @@ class ServerList(RunningServers):
 
     def describe(self) -> str:
         """Where they are listed, and one line a server."""
-        return f"listed in {self.source}, {super().describe()}"
+        return f"listed in {self.listed_in}, {super().describe()}"
 
 
 def _are_one(url: str, other: str) -> bool:
@@ -644,15 +624,14 @@ def _why_unread(error: Exception) -> str:
         return f"it answers {error.status} {error.message}".rstrip()
     if isinstance(error, TimeoutError):
         return f"it does not answer within {MOST_LOOK_S:g} s"
-    return str(error).rstrip(".") or type(error).__name__
+    return masked(str(error)).rstrip(".") or type(error).__name__
 
 
-async def _read_list(source: str) -> list[str]:
-    """The addresses of a list, normalized, each once.
+async def _read_list(source: str) -> Mapping[str, str | Exception]:
+    """The text of a list; of a folder's files those of each, or why not, by their names.
 
     Raises:
-        OSError: It can't be read.
-        ValueError: It holds something else than addresses.
+        OSError, ValueError: It can't be read, or is no text.
     """
     if "://" in source:
         timeout = aiohttp.ClientTimeout(total=MOST_LOOK_S)
@@ -660,25 +639,33 @@ async def _read_list(source: str) -> list[str]:
             aiohttp.ClientSession(timeout=timeout, raise_for_status=True) as session,
             session.get(source) as response,
         ):
-            texts = {"": await response.text()}
-    else:
-        texts = _read_files(source)
-    lines = [(entry, name) for name, text in texts.items() for entry in _entries(text)]
-    return list(dict.fromkeys(normal_url(entry, f"a line{name}") for entry, name in lines))
+            return {"": await response.text()}
+    return _read_files(source)
 
 
-def _read_files(source: str) -> dict[str, str]:
-    """The text of each, by which of the folder's files it is, as a message says it."""
+def _read_files(source: str) -> Mapping[str, str | Exception]:
     path = Path(source).expanduser()
     if not path.is_dir():
         return {"": path.read_text(encoding="utf-8")}
-    texts = {}
+    texts: dict[str, str | Exception] = {}
     for file in sorted(path.iterdir()):
         # Network file systems keep what was deleted while it was open under such a name.
         if not file.name.startswith("."):
-            with contextlib.suppress(FileNotFoundError):  # gone since the folder was read
-                texts[f" of {file.name}"] = file.read_text(encoding="utf-8")
+            try:
+                texts[file.name] = file.read_text(encoding="utf-8")
+            except FileNotFoundError:
+                continue  # gone since the folder was read
+            except (OSError, UnicodeError) as error:
+                texts[file.name] = error
     return texts
+
+
+def _addresses(text: str | Exception, name: str) -> list[str]:
+    """The addresses of a list, or of the file of that name, normalized."""
+    if isinstance(text, Exception):
+        raise text
+    which = f"a line of {name}" if name else "a line"
+    return [normal_url(entry, which) for entry in _entries(text)]
 
 
 def _entries(text: str) -> list[str]:
@@ -692,9 +679,20 @@ def _entries(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-async def _ask_all(urls: list[str], api_key: str | None) -> dict[str, HttpAnswer | None]:
-    asked = [_ask(url + LISTENS, MOST_LOOK_S, api_key) for url in urls]
-    return dict(zip(urls, await asyncio.gather(*asked), strict=True))
+async def answers_soon(
+    asked: Mapping[str, Coroutine[Any, Any, HttpAnswer | None]],
+) -> dict[str, HttpAnswer | None]:
+    """What each answers; None for those that take much longer than the first that is ready."""
+    tasks = {name: asyncio.create_task(asking) for name, asking in asked.items()}
+    for answered in asyncio.as_completed(tasks.values()):
+        said = await answered
+        if said is not None and said.status == HTTPStatus.OK:
+            await asyncio.wait(tasks.values(), timeout=LOOK_S)
+            break
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    return {name: None if task.cancelled() else task.result() for name, task in tasks.items()}
 
 
 def servers_of(given: Any) -> Servers:

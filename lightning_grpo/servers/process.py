@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -27,13 +29,54 @@ from lightning_grpo.servers.base import (
     Servers,
     child_environment,
     own_package_first,
-    start_error,
     wait_until_healthy,
 )
 from lightning_grpo.serving.server import ServerHandle, read_tail
 
 PROCESS_POLL_S = 0.05
 SIGNAL_BASE = 128
+
+
+CAUSES: tuple[tuple[str, str], ...] = (
+    (r"Address already in use", "the port is in use; end whatever listens there"),
+    (
+        r"No module named '?([\w.]+)",
+        "the Python package {0} is missing in the server's environment",
+    ),
+    (r"CUDA out of memory|OutOfMemoryError", "the GPU's memory is full: lower `memory_fraction`"),
+    (
+        r"leave no GPU memory for the KV cache",
+        "the GPU's memory is taken by others, or `memory_fraction` is too small: raise it",
+    ),
+    (r"MemoryError|Cannot allocate memory", "the machine's memory is full"),
+    (
+        r"Repository Not Found|not a valid model identifier|No such file or directory: '([^']*)'"
+        r"|[Nn]o file named|does not exist|[Nn]ot a (?:local )?folder"
+        r"|Repo id must|HFValidationError",
+        "the model path is wrong or incomplete",
+    ),
+    (r"[Pp]ermission denied", "a file may not be read or written"),
+)
+
+
+def likely_cause(log: str, returncode: int | None) -> str:
+    """One phrase on why a start failed; empty when the log tells nothing known."""
+    # SGLang kills itself after any failure of its scheduler, and says so.
+    itself = "kill_process_tree" in log
+    if (returncode == -signal.SIGKILL or "Killed" in log) and not itself:
+        return "it was killed, most often for want of memory"
+    for pattern, cause in CAUSES:
+        if match := re.search(pattern, log):
+            return cause.format(*match.groups())
+    errors = re.findall(r"^\w*(?:Error|Exception): .+", log, re.MULTILINE) if itself else []
+    return str(errors[-1]) if errors else ""
+
+
+def start_error(what: str, log: str, returncode: int | None = None) -> ServerStartError:
+    """The error of a failed start: what happened, the likely cause, the end of the log."""
+    cause = likely_cause(log, returncode)
+    message = f"{what}." + (f" Likely cause: {cause}." if cause else "")
+    return ServerStartError(message + (f"\nThe end of its log:\n{log}" if log else ""))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ one that is out depends on what is known:
 
 - its process has ended, or it is ours, on this machine, and silent: it is started again;
 - it answers, but its weights are unknown, or it sent what can't be: it is proved again;
-- it is elsewhere and can't be reached: it is asked again, at growing pauses, for `patience_s`; then
-  it is started again where the run may do that, and else it is missing, and asked all the same.
+- it is elsewhere and can't be reached: it is asked again for `patience_s`; then it is started again
+  where the run may do that, and else it is missing, and asked all the same.
 
 In each case it gets the current weights and proves them before it is routed to.
 """
@@ -229,7 +229,7 @@ class HealthPolicy:
         forgiven_after_s: Each is forgotten after so many seconds of service; not where it was asked
             and answered nothing.
         min_servers: The run ends when fewer are left.
-        longest_pause_s: Between two attempts to reach a server.
+        longest_pause_s: Between two attempts to bring back a server that answers.
         call_back_s: How long a server may take to give back a request that is late.
     """
 
@@ -474,7 +474,8 @@ class Monitor:
             elif over:
                 self._lose(member, f"it was away for {self._policy.patience_s:g} s", self._missing)
             replace = replace or (silent and await self._has_ended(member))
-            await self._pause(member, next(pauses))
+            # To ask is cheap, and whoever comes back is at work again at once.
+            await self._pause(member, self._policy.interval_s if silent else next(pauses))
 
     def _say_if_ended(self, member: Member) -> None:
         """A request may fail on a dead process before a look at the process finds it gone."""

@@ -46,6 +46,7 @@ from lightning_grpo.serving.health import (
     Restart,
     Restore,
     Router,
+    SilentError,
     stop_generation,
 )
 from lightning_grpo.serving.server import Decode, Member, MemberState, Partial, ServerHandle
@@ -469,14 +470,17 @@ class ServerPool:
             self._fail(ConfigError(f"{error}. No request could be sent for {patience_s:g} s."))
 
     async def _connect(self, handle: ServerHandle) -> tuple[ServerClient, ServerFacts]:
+        client = self._client(handle)
+        return client, await verify_server(client, self._requirements)
+
+    def _client(self, handle: ServerHandle) -> ServerClient:
         assert self._session is not None, "the pool was not started"
-        client = ServerClient(
+        return ServerClient(
             *(handle.url, self._session, self._requirements.routes),
             request_timeout_s=None,
             told=self._told,
             turns=self._turns,
         )
-        return client, await verify_server(client, self._requirements)
 
     async def _revive(self, member: Member, handle: ServerHandle) -> None:
         """Connects a server that answers (again), and brings it to the current weights."""
@@ -559,19 +563,22 @@ class ServerPool:
     async def _until_ready(self, handle: ServerHandle, listing: Listing) -> None:
         """Asks a new server until it holds proved weights."""
         pauses = growing(self._health.interval_s / 2, self._health.longest_pause_s)
-        told, proofs = set[str](), 0
+        told, proofs, client = set[str](), 0, self._client(handle)
         while proofs < PROOFS:
             try:
+                if not await client.listens(self._health.check_timeout_s):
+                    raise SilentError(client.trouble)
                 if await self._admit(handle):
                     return
                 await self._changed.wait()  # there are no weights yet that it could be brought to
                 continue
             except (GRPOError, TimeoutError, OSError) as error:
+                silent = isinstance(error, SilentError)
                 proofs += isinstance(error, WeightSyncError)
                 if str(error) not in told:
                     told.add(str(error))
                     logger.warning("a server of %s is not used yet: %s", listing.name, error)
-            await anyio.sleep(next(pauses))
+            await anyio.sleep(self._health.interval_s if silent else next(pauses))
         logger.error(
             "%s is not used: it could not be brought to the weights %d times. Take it off %s, and"
             " put it there again once it is mended.",

@@ -26,7 +26,7 @@ import torch
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from typing_extensions import override
 
-from lightning_grpo.errors import GRPOError, RolloutError
+from lightning_grpo.errors import GRPOError, RolloutsLostError
 from lightning_grpo.loader import Taken
 from lightning_grpo.rollout.scoring import told
 from lightning_grpo.session.assembly import Beginning
@@ -286,7 +286,7 @@ class ProcessRollouts(Rollouts):
             return None
         if self._closing:
             if self._last_states is None:  # a checkpoint without it would begin anew
-                raise RolloutError("the rollouts' process ended before it told its state.")
+                raise RolloutsLostError("the rollouts' process ended before it told its state.")
             return self._last_states[min(num_unpublished, len(self._last_states) - 1)]
         found: dict[str, Any] | None = self._peer.call("state_dict", num_unpublished).result()
         return found
@@ -356,14 +356,14 @@ class ProcessRollouts(Rollouts):
         if self._settings.on_event is not None:
             self._settings.on_event(name, **data)
 
-    def _why_lost(self) -> RolloutError:
+    def _why_lost(self) -> RolloutsLostError:
         assert self._process is not None
         try:
             status = self._process.wait(5.0)
         except subprocess.TimeoutExpired:
             status = 0
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return RolloutError(
+        return RolloutsLostError(
             f"the rollouts' process (pid {self._process.pid}) ended, by {how}. What it last said is"
             " above; by signal 9 the kernel ends what takes too much memory. The run goes on from"
             " its last checkpoint."

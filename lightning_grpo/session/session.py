@@ -28,7 +28,7 @@ from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import CheckpointError, ConfigError
-from lightning_grpo.loader import Taken
+from lightning_grpo.loader import WAITED, Taken
 from lightning_grpo.naming import CheckpointNames
 from lightning_grpo.rollout.records import (
     RecordedBatch,
@@ -233,6 +233,7 @@ class RolloutSession(Session):
         self.run_id = uuid.uuid4().hex[:8]
         self.report: PublishReport | None = None
         self._synced = False
+        self._waited_s = 0.0  # in the last publish, while no server was left
         self._heap = QuietHeap()
         self._restored: dict[str, Any] | None = None
         self._answers: dict[tuple[str, int], list[Future[list[Group]]]] = {}
@@ -301,6 +302,8 @@ class RolloutSession(Session):
         lead = self._lead
         future = lead.rollouts.take(self.version) if lead else None
         taken = self.channel.wait(future, what="rollouts")
+        if taken is not None:
+            taken.metrics[WAITED] = self._waited_s
         scalars: Taken = self.channel.broadcast(taken and replace(taken, groups=None))
         return taken or scalars
 
@@ -352,6 +355,8 @@ class RolloutSession(Session):
         self.report = self.channel.wait(
             future_report, what=f"the weight sync of version {version}", stop_after_s=SYNC_ENDS_S
         )
+        if self.report is not None:
+            self._waited_s = self.report.waited_s if trained else 0.0
         self._finish_publish(version)
         self._check_policy(policy, version, sent, scored or self._policy_scores(policy))
         return self.report

@@ -128,6 +128,7 @@ class PublishReport:
         version: Of the weights.
         num_bytes: Of weights, for one server.
         paused_s: From the interruption until the last server worked again.
+        waited_s: How long there was no server that could take the version, in the end.
         seconds: By phase; of the slowest server where each has its own.
         updated: The servers that hold the version now.
         readings: Their probes, where there is one.
@@ -138,6 +139,7 @@ class PublishReport:
     version: int
     num_bytes: int = 0
     paused_s: float = 0.0
+    waited_s: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     updated: list[str] = field(default_factory=list)
     readings: dict[str, Reading] = field(default_factory=dict)
@@ -391,7 +393,9 @@ class WeightPublisher:
         # Last of all: the trainer need not wait until what was held back is sent.
         await self._fleet.resume()
         if not report.updated:
+            began = time.monotonic()
             await recover(self._fleet, report, self._settings.recovery_timeout_s)
+            report.waited_s = time.monotonic() - began
         return report
 
     async def release_memory(self) -> None:

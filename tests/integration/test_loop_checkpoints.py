@@ -243,6 +243,28 @@ def test_the_step_behind_which_a_signal_stops_is_in_the_curve_and_on_disk(
     assert [recorded_version(file) for file in trajectory_files(tmp_path)] == [0, 1, 2]
 
 
+class BrokenOff(WeightSync):
+    """A weight sync that a signal breaks off."""
+
+    def _publish(self, trainer, pl_module, *, trained):
+        if trained and trainer.global_step == 3:
+            raise StopRun
+        return super()._publish(trainer, pl_module, trained=trained)
+
+
+def test_the_step_whose_weight_sync_is_broken_off_is_in_the_curve_without_its_time(
+    tiny_model, server, tmp_path
+):
+    logger = CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
+    trainer = make_trainer(tmp_path, max_steps=9, callbacks=[BrokenOff()], logger=logger)
+    with pytest.raises(StopRun, match="SIGTERM: stopped at step 3"):
+        trainer.fit(make_module(tiny_model), make_data(server))
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
+    assert [row["step"] for row in rows] == list("123")
+    assert [bool(row["time/weight_sync_s"]) for row in rows] == [True, True, False]
+
+
 class OwnSetup(GRPOModule):
     """Lightning's own hook, for which no `super()` is needed."""
 

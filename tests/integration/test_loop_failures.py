@@ -24,8 +24,25 @@ from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.weights.process_group import ProcessGroupTransport
-from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
+from tests.fakes.loops import (
+    Events,
+    Recorder,
+    make_data,
+    make_module,
+    make_prompts,
+    make_trainer,
+    odd_reward,
+)
 from tests.fakes.wire import wire_to
+
+
+def goes_on(tiny_model, data, folder, trainer, error) -> None:
+    """What the error saved is whole: a run goes on from there, behind the last step."""
+    steps, recorder = trainer.global_step, Recorder()
+    assert f"stopped at step {steps}, saved {error.saved_to}" in error.__notes__[-1]
+    again = make_trainer(folder, max_steps=steps + 2, callbacks=[recorder])
+    again.fit(make_module(tiny_model), data, ckpt_path=error.saved_to)
+    assert recorder.steps == [steps + 1, steps + 2]
 
 
 def rewards_of(recorder):
@@ -78,6 +95,7 @@ def test_a_reward_that_raises_for_all_answers_ends_the_run_with_its_line(
     assert "groups all failed; nothing has worked yet" in message
     assert 'raise ZeroDivisionError("the dataset is empty")' in message
     assert "ZeroDivisionError: the dataset is empty" in message
+    assert not list(tmp_path.rglob("*.ckpt"))  # nothing was trained yet
 
 
 def test_a_failed_run_can_be_fitted_again(tiny_model, server, tmp_path):
@@ -137,6 +155,7 @@ class Undefined(GRPOModule):
 def test_weights_that_a_step_has_broken_are_no_fault_of_the_servers(tiny_model, server, tmp_path):
     with pytest.raises(WeightSyncError, match=r"logprobs are not finite: .*`policy/grad_norm`"):
         make_trainer(tmp_path).fit(make_module(tiny_model, Undefined), make_data(server))
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 class Killer(Callback):
@@ -157,8 +176,9 @@ class Killer(Callback):
             self.killed_at = time.monotonic()
 
 
+@pytest.mark.timeout(400)
 def test_a_killed_engine_is_started_again_with_the_current_weights_until_it_dies_too_often(
-    tiny_model, tmp_path
+    tiny_model, server, tmp_path
 ):
     limits = RolloutLimits(reward_processes=0, max_server_restarts=2)
     data = make_data(EmbeddedServers(), prompts=make_prompts(40), max_staleness=1, limits=limits)
@@ -176,8 +196,29 @@ def test_a_killed_engine_is_started_again_with_the_current_weights_until_it_dies
     assert "`--ckpt_path last`" in message
     assert len(set(killer.pids)) == 3
     assert trainer.global_step >= 8
+    data = make_data(server, prompts=make_prompts(40))
+    goes_on(tiny_model, data, tmp_path, trainer, ended.value)
+    # The trainer stood in a weight sync, and waited for the server.
+    waits, syncs = (recorder.of(f"time/{name}_s") for name in ("wait_rollout", "weight_sync"))
+    assert max(waits) > max(syncs)
     # Between two deaths the servers held the trainer's weights.
-    assert max(m["mismatch/probe"] for m in recorder.metrics[3:]) < 1e-4
+    assert max(recorder.of("mismatch/probe")) < 1e-4
+
+
+def test_a_reward_that_fails_from_some_step_on_ends_the_run_behind_that_step(
+    tiny_model, server, tmp_path
+):
+    good = iter(range(12))
+
+    def reward(completion: str) -> float:
+        if completion and next(good, None) is None:
+            raise ZeroDivisionError("the judge is gone")
+        return odd_reward(completion)
+
+    trainer = make_trainer(tmp_path, max_steps=40)
+    with pytest.raises(FailureBudgetError) as ended:
+        trainer.fit(make_module(tiny_model), make_data(server, reward))
+    goes_on(tiny_model, make_data(server), tmp_path, trainer, ended.value)
 
 
 class Cutter(Callback):
@@ -229,7 +270,7 @@ def test_a_server_that_is_cut_off_for_seconds_costs_no_prompt(
     assert wire.num_cuts == 3
     assert data.session.state_dict()["producer"]["ledger"]["counts"] == {"trained": steps * batch}
     assert sum(m["rollout/retried"] for m in recorder.metrics) == 0
-    assert max(m["mismatch/probe"] for m in recorder.metrics[1:]) < 1e-4
+    assert max(recorder.of("mismatch/probe")) < 1e-4
     if not quietly:
         out = [r.message for r in caplog.records if "is out, and" in r.message]
         back = [r.message for r in caplog.records if "is back" in r.message]
@@ -255,5 +296,5 @@ def test_one_of_two_engines_that_is_killed_or_stopped_costs_no_prompt(tiny_model
     assert ledger == {"trained": steps * batch}
     rows = [g.prompt.row for b in recorder.batches for g in b.rollout.groups]
     assert sorted(rows) == list(range(steps * batch))
-    assert max(m["mismatch/probe"] for m in recorder.metrics[1:]) < 1e-4
+    assert max(recorder.of("mismatch/probe")) < 1e-4
     assert max(recorder.of("mismatch/abs_logprob_diff")) < 1e-4

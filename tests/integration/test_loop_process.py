@@ -172,6 +172,7 @@ def test_a_process_that_is_killed_ends_the_run_and_its_servers(tiny_model, tmp_p
     trainer = make_trainer(tmp_path, max_steps=50, callbacks=[Kill(rollouts_process)])
     with pytest.raises(RolloutError, match=r"the rollouts' process \(pid \d+\) ended, by signal 9"):
         trainer.fit(make_module(tiny_model), data)
+    assert not list(tmp_path.rglob("*.ckpt"))  # where the rollouts stood is gone with it
     with pytest.raises(RolloutError, match="ended before it told its state"):
         trainer.save_checkpoint(tmp_path / "after.ckpt")  # it would begin the prompts anew
 

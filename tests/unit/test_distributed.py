@@ -78,10 +78,17 @@ def test_one_process_waits_without_store_or_group():
 
 
 def test_the_error_of_the_work_is_raised_as_it_is():
-    error = ZeroDivisionError("by hand")
+    error, channel = ZeroDivisionError("by hand"), RankChannel.single()
     with pytest.raises(ZeroDivisionError) as caught:
-        RankChannel.single().wait(done(error=error), what="a batch")
-    assert caught.value is error
+        channel.wait(done(error=error), what="a batch")
+    assert caught.value is channel.failed_wait is error
+
+
+def test_what_rank_zero_fails_in_itself_is_no_failure_of_what_is_waited_for():
+    channel = RankChannel.single()
+    with pytest.raises(ZeroDivisionError):
+        channel.on_rank_zero(lambda: 1 // 0, what="a proof")
+    assert channel.failed_wait is None
 
 
 def test_a_signal_ends_the_wait_of_one_process_with_the_shell_status():

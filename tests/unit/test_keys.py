@@ -7,8 +7,8 @@ import pytest
 from lightning_grpo.cli.sources import ConfigProblem, collect
 from lightning_grpo.cli.trainer_cli import _without_secrets
 from lightning_grpo.errors import ConfigError
-from lightning_grpo.hparams import to_plain
-from lightning_grpo.keys import API_KEY_VARIABLE, is_secret, read_key
+from lightning_grpo.hparams import loggable, to_plain
+from lightning_grpo.keys import API_KEY_VARIABLE, is_secret, masked, read_key
 from lightning_grpo.rewards.judge import Judge
 from lightning_grpo.servers.base import RunningServers
 
@@ -62,6 +62,22 @@ def test_keys_and_tokens_are_left_out_of_hyper_parameters():
     plain = to_plain({"model_kwargs": {"token": "hf_secret", "revision": "main"}})
     assert plain["model_kwargs"] == {"token": None, "revision": "main"}
     assert "secret" not in str(to_plain({"loss": Keeper("a secret")}))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:s3cret@host:1/list?at=a@b", "https://me:***@host:1/list?at=a@b"),
+        ("can't reach http://:a:b@c@host, sorry", "can't reach http://:***@host, sorry"),
+        ("http://host:30000/a@b", "http://host:30000/a@b"),
+        ("https://me@host/", "https://me@host/"),
+        ("mail me: a@b", "mail me: a@b"),
+    ],
+)
+def test_passwords_of_urls_are_neither_shown_nor_recorded(text, shown):
+    assert masked(text) == shown
+    assert _without_secrets({"source": [text]}) == {"source": [shown]}
+    assert loggable({"source": text}) == {"source": shown}
 
 
 def test_keys_and_tokens_are_left_out_of_the_config_that_a_run_keeps():

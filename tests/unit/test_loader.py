@@ -24,6 +24,7 @@ from lightning_grpo.algorithm.losses import (
 )
 from lightning_grpo.errors import ConfigError
 from lightning_grpo.loader import (
+    WAITED,
     Minibatch,
     Prepared,
     Rollout,
@@ -256,14 +257,16 @@ def test_with_nothing_to_learn_each_rank_still_has_a_micro_batch():
 class Source:
     """Hands out the same groups, one version after the other; one rank."""
 
-    def __init__(self, groups):
+    def __init__(self, groups, **known):
         self.groups = groups
+        self.known = known
         self.version = 0
 
     def take(self):
         batch = RolloutBatch.from_groups(self.groups, self.version)
         self.version += 1
-        return Taken(self.version - 1, self.version - 1, batch, {"reward/mean": 0.5}, self.groups)
+        metrics = {"reward/mean": 0.5, **self.known}
+        return Taken(self.version - 1, self.version - 1, batch, metrics, self.groups)
 
     def share(self, parts):
         return parts[0]
@@ -285,6 +288,14 @@ def test_the_loader_has_a_length_and_no_end_and_marks_first_and_last_steps():
     assert steps[0].rollout.metrics.keys() == {"reward/mean", "time/wait_rollout_s"}
     assert steps[12].rollout.version == 2
     loader.load_state_dict(loader.state_dict())
+
+
+def test_what_was_waited_for_servers_before_counts_as_a_wait_for_the_batch():
+    source = Source(make_groups([[(1, 2), (1, 2)]] * 4, seed=3), **{WAITED: 1000.0})
+    trained = torch.ones(8, dtype=torch.bool)
+    shape = Shape(minibatches=2, passes=3, max_tokens=100)
+    loader = RolloutLoader(source, lambda batch: Prepared(batch.rewards, trained), shape, 5)
+    assert loader.next_rollout().metrics[WAITED] >= 1000.0
 
 
 def test_the_steps_of_a_rollout_are_known_without_the_loader():

@@ -10,6 +10,7 @@ from pathlib import Path
 import anyio
 import psutil
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
@@ -128,6 +129,7 @@ def test_an_exception_in_take_ends_both_ranks_with_rank_zero_s_traceback(tiny_mo
     assert "LookupError: the queue is corrupt" in zero.output
     assert "rank 0 failed" in one.output
     assert 'raise LookupError("the queue is corrupt")' in one.output
+    assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 2
 
 
 @pytest.mark.parametrize("what", ["loop", "exit"])

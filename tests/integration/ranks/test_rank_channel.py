@@ -68,16 +68,17 @@ def wait_for_a_failure() -> str:
     try:
         channel.wait(future, what="a rollout batch")
     except (ValueError, RankError) as error:
+        together = error is channel.failed_wait
         cause = channel.report_failure(error)
         channel.close()
-        return f"{type(error).__name__}: {error} ({cause})"
+        return f"{type(error).__name__}, together: {together}: {error} ({cause})"
     return "nothing"
 
 
 def test_all_ranks_raise_when_the_work_of_rank_zero_fails():
     zero, one = run_ranks(wait_for_a_failure)
-    assert zero == "ValueError: the server is on fire (None)"
-    assert one.startswith("RankError: rank 0 failed")
+    assert zero == "ValueError, together: True: the server is on fire (None)"
+    assert one.startswith("RankError, together: True: rank 0 failed")
     assert "ValueError: the server is on fire" in one
     assert "in work" in one  # the traceback came along
 

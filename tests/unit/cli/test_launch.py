@@ -105,3 +105,18 @@ def test_a_failed_installation_shows_the_end_of_pips_output_and_is_not_remembere
     arguments = ["--folder", str(tmp_path / "new"), "--version", "0.0.0", "--", "--no-index"]
     assert main(["install-server", *arguments]) == 1
     assert "sglang==0.0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "tests.fakes.loops.Recorder"], "must be a RolloutDataModule, and"),
+        (["--data", "tests.fakes.loops.Nobody"], "`tests.fakes.loops` has no `Nobody`"),
+        (["--model", "tests.fakes.loops.Recorder"], "must be a GRPOModule, and"),
+    ],
+)
+def test_a_job_of_a_class_that_fit_refuses_is_refused_before_it_is_sent(options, said, capsys):
+    assert main(["launch", "slurm", "--config", "quickstart.yaml", *options]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.out == ""

@@ -13,6 +13,7 @@ import torch
 
 from lightning_grpo.cli.main import (
     COMMANDS,
+    _ended,
     doctor_words,
     explain,
     import_from,
@@ -27,6 +28,7 @@ from lightning_grpo.errors import (
     ConfigError,
     PromptError,
     RewardError,
+    ServersLostError,
     ServerStartError,
     StopRun,
 )
@@ -108,6 +110,25 @@ def test_what_ended_a_command_decides_its_exit_code(error, code, words):
     exit_code, lines = explain(error)
     assert exit_code == code
     assert lines[0] == words
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (StopRun("stopped", signal.SIGTERM), 143, []),
+        (ServersLostError("all gone"), 1, ["ServersLostError: all gone"]),
+    ],
+)
+def test_whatever_has_saved_ends_with_the_command_that_goes_on(error, status, words):
+    error.saved_to = "runs/hpc_ckpt_1.ckpt"
+    ended = _ended(error, "fit", ["--config", "mine.yaml", "--ckpt_path", "last"])
+    assert ended is not None
+    code, lines = ended
+    assert code == status
+    assert lines[: len(words)] == words
+    assert lines[-1] == (
+        "go on with: lightning-grpo fit --config mine.yaml --ckpt_path runs/hpc_ckpt_1.ckpt"
+    )
 
 
 def test_servers_that_do_not_start_name_the_command_that_starts_them_alone(capsys, tmp_path):

@@ -14,6 +14,7 @@ from lightning_grpo.cli.sources import (
     nearest,
     read_options,
     read_yaml,
+    with_helped,
 )
 from lightning_grpo.datamodule import RolloutDataModule
 from lightning_grpo.module import GRPOModule
@@ -192,3 +193,16 @@ def test_settings_that_are_suggested_with_their_section_are_settings_of_it():
     classes = {"trainer": Trainer, "model": GRPOModule, "data": RolloutDataModule}
     for section, names in OFTEN_SET.items():
         assert set(names) <= signature(classes[section]).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (["--data", "mine.X", "--data.help"], "--data.help=mine.X"),
+        (["--data.class_path=mine.X", "--data.help"], "--data.help=mine.X"),
+        (["--data.batch_size", "2", "--data.help"], "--data.help"),
+        (["--data", "mine.X", "--data.servers.help"], "--data.servers.help"),
+    ],
+)
+def test_the_help_of_a_section_is_that_of_the_class_that_it_names(options, asked):
+    assert with_helped(options, collect([], options)) == [*options[:-1], asked]

@@ -90,6 +90,19 @@ def test_when_everything_fails_from_some_point_on_the_run_ends_whatever_may_fail
         ledger.record((0, 10), Outcome.FAILED, "boom")
 
 
+def test_a_run_that_goes_on_from_where_failures_ended_it_has_a_new_budget():
+    ledger, again = (Ledger([1000], batch_size=1, max_failed_fraction=0.1) for _ in range(2))
+    ledger.record((0, 0), Outcome.TRAINED)
+    ledger.record((0, 1), Outcome.FAILED, "boom")
+    with pytest.raises(FailureBudgetError):
+        ledger.record((0, 2), Outcome.FAILED, "boom")
+    again.load_state_dict(ledger.state_dict())
+    again.record((0, 3), Outcome.TRAINED)
+    again.record((0, 4), Outcome.FAILED, "another")
+    with pytest.raises(FailureBudgetError, match="2 of the last 3 groups"):
+        again.record((0, 5), Outcome.FAILED, "and one more")
+
+
 def test_a_prompt_that_was_expired_or_filtered_does_not_count_as_failed():
     ledger = Ledger([1000], batch_size=2, max_failed_fraction=0.0)
     for row in range(50):

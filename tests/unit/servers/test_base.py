@@ -11,8 +11,10 @@ import pytest
 from lightning_grpo.errors import ConfigError, ServerError, ServerStartError
 from lightning_grpo.servers.base import (
     ADDRESSES_VARIABLE,
+    HttpAnswer,
     RunningServers,
     ServerList,
+    answers_soon,
     may_be_one,
     normal_url,
     serving_devices,
@@ -277,6 +279,27 @@ def test_a_folder_lists_the_servers_of_its_files(tmp_path):
     assert looks(servers) == ["http://h:2"]
 
 
+@pytest.mark.parametrize("bad", [b"h:\n", b"\xff\xfe", None])
+def test_a_bad_file_of_a_folder_is_skipped_by_name_and_the_others_are_followed(
+    tmp_path, caplog, bad
+):
+    (tmp_path / "a").write_text("h:1")
+    (tmp_path / "typo").write_text("h:2")
+    servers = ServerList(str(tmp_path))
+    assert looks(servers) == ["http://h:1", "http://h:2"]
+    for name in ("typo", "worse"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).mkdir() if bad is None else (tmp_path / name).write_bytes(bad)
+    (tmp_path / "a").unlink()
+    (tmp_path / "new").write_text("h:3")
+    assert looks(servers, 4) == ["http://h:2", "http://h:3"]  # it may be being written
+    assert [r.message.split(" of ")[0] for r in caplog.records] == ["typo", "worse"]
+    if bad is not None:
+        (tmp_path / "typo").write_text("h:4")
+        assert looks(servers, 4) == ["http://h:3", "http://h:4"]
+    assert len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("text", ['["h:1", "http://h:2/"]', "h:1\nh:2\n"])
 def test_a_url_lists_servers_as_json_or_in_lines(served, text):
     served.text = text
@@ -354,6 +377,34 @@ def test_a_run_begins_with_the_listed_servers_that_answer(fake, tmp_path):
     assert servers.describe() == f"listed in {file}, http://127.0.0.1:9\n{fake.url}"
     assert not servers.can_restart
     servers.stop()
+
+
+@pytest.mark.anyio
+async def test_a_silent_server_holds_up_no_run_whose_others_answer():
+    async def silent():
+        await asyncio.Event().wait()
+
+    async def answering(status):
+        return HttpAnswer(status)
+
+    asked = {"a": silent(), "b": answering(503), "c": answering(200), "d": silent()}
+    found = await answers_soon(asked)
+    assert {name: said and said.status for name, said in found.items()} == {
+        **{"a": None, "b": 503, "c": 200, "d": None}
+    }
+
+
+def test_the_password_of_a_list_is_asked_with_and_shown_nowhere(served, tmp_path, caplog):
+    served.status = 502
+    url = served.url.replace("http://", "http://me:s3cret@")
+    servers = ServerList(url, connect_timeout_s=0.1)
+    with pytest.raises(ServerStartError, match=r"No server of http://me:\*\*\*@127") as error:
+        servers.start("model", tmp_path)
+    assert served.headers["Authorization"].startswith("Basic ")
+    with pytest.raises(ConfigError, match="`source` must be") as refusal:
+        ServerList("s3://me:s3cret@bucket")
+    said = f"{error.value}{refusal.value}{servers.describe()}{servers.listed_in}{caplog.text}"
+    assert "s3cret" not in said
 
 
 def test_a_run_waits_for_the_first_server_to_be_listed(fake, tmp_path, caplog):

@@ -20,9 +20,13 @@ from transformers.utils.logging import disable_progress_bar
 from lightning_grpo.errors import ServerError, ServerStartError
 from lightning_grpo.keys import API_KEY_VARIABLE
 from lightning_grpo.servers import serve_sglang
-from lightning_grpo.servers.base import likely_cause
 from lightning_grpo.servers.other_nodes import NodeMailbox, TrainerMailbox, build_servers
-from lightning_grpo.servers.process import EmbeddedServers, Launch, OwnedServers
+from lightning_grpo.servers.process import (
+    EmbeddedServers,
+    Launch,
+    OwnedServers,
+    likely_cause,
+)
 from lightning_grpo.serving.health import process_alive
 from tests.fakes.small_servers import SERVER, PythonServers
 from tests.fakes.tiny_model import make_tiny_model

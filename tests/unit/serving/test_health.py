@@ -106,6 +106,20 @@ async def test_several_servers_cut_off_at_once_all_come_back(caplog):
     assert len(lines(caplog, "is out")) == len(lines(caplog, "is back")) == 3
 
 
+async def test_a_server_that_is_away_is_asked_at_one_pace_however_long():
+    server = FakeServer()
+    patient = replace(FAST, longest_pause_s=1000.0)
+    async with pool_of(server, restore=Publisher([server]), health=patient) as pool:
+        server.faults += [
+            Fault("/health", "error", times=99),
+            Fault("/model_info", "error", times=99),
+        ]
+        await until(lambda: not pool.members[0].alive)
+        await until(lambda: server.calls.count("/model_info") > 20)
+        server.faults.clear()
+        await until(lambda: pool.members[0].routable)
+
+
 @pytest.mark.parametrize("noticed", [True, False])
 async def test_a_server_that_comes_back_with_other_weights_is_restored_before_it_counts(noticed):
     server, asked_before = FakeServer(token_delay_s=0.002), []

@@ -892,6 +892,17 @@ async def test_a_server_that_does_not_fit_is_named_and_not_used_until_it_does(
     assert caplog.text.count(message) == 1
 
 
+async def test_a_server_that_is_listed_long_before_it_answers_is_asked_at_one_pace(tmp_path):
+    first, later = FakeServer(), FakeServer(faults=[Fault("/model_info", "error", times=99)])
+    options = {"started": [later], "health": replace(FAST, longest_pause_s=1000.0)}
+    async with listed_fleet(tmp_path, DiskTransport(), first, **options) as (pool, publisher, urls):
+        await publish(publisher, 1)
+        urls.append(later.url)
+        await until(lambda: later.calls.count("/model_info") > 20)
+        later.faults.clear()
+        await until(lambda: len(pool.members) == 2)
+
+
 async def test_a_server_that_appears_before_there_are_weights_is_used_once_there_are(tmp_path):
     first, later = FakeServer(), FakeServer()
     fleet_of_one = listed_fleet(tmp_path, DiskTransport(), first, started=[later])
@@ -999,7 +1010,8 @@ async def test_a_run_without_servers_goes_on_when_one_appears(tmp_path, caplog):
         await asyncio.sleep(0.1)
         assert not publishing.done()
         urls.append(later.url)
-        await publishing
+        report = await publishing
+        assert report.waited_s > 0
         assert holds(later, 2)
         assert {c.versions[-1] for c in await asyncio.gather(*generating)} == {2}
         assert pool.failure is None
