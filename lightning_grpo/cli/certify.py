@@ -104,7 +104,9 @@ def lines_of(model: str) -> Iterator[CheckLine]:
     Raises:
         ConfigError: There is no such model.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+        CONFIG_MAPPING_NAMES,
+    )
 
     from lightning_grpo.certify.run import certify, certify_kind, template
 
