@@ -54,7 +54,7 @@ def test_a_reward_that_raises_or_returns_nan_now_and_then_is_tried_again_and_nev
 
 
 def test_a_reward_that_hangs_is_killed_and_the_group_tried_again(tiny_model, server, tmp_path):
-    from tests.fakes.rewards_that_fail import hangs_on_some
+    from tests.fakes.reward_processes import hangs_on_some
 
     limits = RolloutLimits(reward_processes=2, reward_timeout_s=0.5, max_failed_fraction=1.0)
     data = make_data(server, hangs_on_some, limits=limits, batch_size=4)
