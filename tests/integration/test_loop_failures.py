@@ -24,6 +24,7 @@ from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.weights.process_group import ProcessGroupTransport
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.wire import wire_to
 
@@ -161,7 +162,7 @@ def test_a_killed_engine_is_started_again_with_the_current_weights_until_it_dies
     tiny_model, tmp_path
 ):
     limits = RolloutLimits(reward_processes=0, max_server_restarts=2)
-    data = make_data(EmbeddedServers(), prompts=make_prompts(40), max_staleness=1, limits=limits)
+    data = make_data(ForkedServers(), prompts=make_prompts(40), max_staleness=1, limits=limits)
     killer, recorder = Killer(data, after=(2, 5, 8)), Recorder()
     trainer = make_trainer(tmp_path, max_steps=30, callbacks=[killer, recorder])
     with pytest.raises(ServersLostError) as ended:
