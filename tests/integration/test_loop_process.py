@@ -88,7 +88,9 @@ def test_a_run_goes_on_where_it_stopped_in_the_other_place(tiny_model, tmp_path,
         assert torch.equal(weight, left["state_dict"][name])
 
 
-@pytest.mark.parametrize("kind", [DiskTransport, ProcessGroupTransport])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(DiskTransport, marks=pytest.mark.slow), ProcessGroupTransport]
+)
 def test_the_transport_that_was_given_sends_the_weights_from_the_trainer_s_memory(
     tiny_model, server, tmp_path, kind
 ):
