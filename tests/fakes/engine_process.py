@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.fakes.rank_forkserver import python_with_imports
 
 START_TIMEOUT_S = 240.0  # beside other work an import of torch has taken a minute
@@ -59,6 +61,18 @@ class EngineProcess:
             self.close()
             raise RuntimeError(f"the engine did not start: {log.read_text()[-2000:]}")
         self.url = line.split()[1]
+
+    @property
+    def pid(self) -> int:
+        """The engine's own, behind a process that stands for a fork."""
+        port = int(self.url.rpartition(":")[2])
+        (found,) = {
+            process.pid
+            for process in psutil.Process().children(recursive=True)
+            for each in process.net_connections()
+            if each.status == psutil.CONN_LISTEN and each.laddr.port == port
+        }
+        return found
 
     def close(self) -> int:
         """End it and return its exit status."""
