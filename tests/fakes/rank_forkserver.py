@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +40,7 @@ IMPORTED = (
     "tests.fakes.tiny_model",
 )
 _MOST_BYTES = 2**18
+_starting = threading.Lock()
 
 
 class Fork:
@@ -103,9 +105,14 @@ def python_with_imports(*argv: str) -> list[str]:
     return [sys.executable, "-SE", fork_client.__file__, _origin(0), *argv]
 
 
-@functools.cache
 def _origin(number: int) -> str:
     """The name of the socket where a process that runs this file is asked for forks."""
+    with _starting:  # whichever thread comes first
+        return _started_origin(number)
+
+
+@functools.cache
+def _started_origin(number: int) -> str:
     name = f"lightning-grpo-tests-{os.getpid()}-{number}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{name}")
