@@ -19,9 +19,9 @@ from lightning_grpo.errors import CheckpointError, StopRun
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.admission import Curriculum, undecided
 from lightning_grpo.rollout.records import recorded_version, trajectory_files
-from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.checkpoints import AtomicCheckpointIO
 from lightning_grpo.types import Sampling
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.loops import Recorder, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.user_objects import MaxRL, ScaledLoss, make_adam
 
@@ -186,7 +186,7 @@ def test_in_deterministic_mode_a_resumed_run_is_the_run_bit_for_bit(
     def fit(until, ckpt_path=None):
         recorder, module = Recorder(), make_module(tiny_model, optimizer=make_adam)
         data = make_data(
-            EmbeddedServers(),
+            ForkedServers(),
             batch_size=4,
             group_size=3,
             minibatches_per_batch=minibatches,

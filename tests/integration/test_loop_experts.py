@@ -18,13 +18,13 @@ from lightning_grpo.errors import WeightSyncError
 from lightning_grpo.naming import CheckpointNames
 from lightning_grpo.policy.load import without_bars
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.session.proof import TrainerProof
 from lightning_grpo.weights.gather import gather_weights
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.proof import Probe, ServerProof
 from lightning_grpo.weights.transport import DiskTransport
 from tests.fakes.faulty_parts import swap
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.loops import Recorder, make_data, make_module, make_trainer
 from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
@@ -63,7 +63,7 @@ def test_every_sync_of_a_mixture_is_proved_and_what_is_written_is_a_checkpoint(
 ):
     recorder, module = Recorder(), make_module(mixture)
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder, WeightSync(transport())])
-    data = make_data(EmbeddedServers(), alternating)
+    data = make_data(ForkedServers(), alternating)
     trainer.fit(module, data)
     assert len(recorder.of("mismatch/probe")) == 3
     assert max(recorder.of("mismatch/probe")) < 1e-4
@@ -155,7 +155,7 @@ def test_every_sync_of_a_hybrid_is_proved_and_it_is_exported_and_resumed(
     options["router_replay"] = True
     module = make_module(hybrid, **options)
     trainer = make_trainer(tmp_path, max_steps=4, callbacks=[recorder, WeightSync(DiskTransport())])
-    data = make_data(EmbeddedServers(), alternating)
+    data = make_data(ForkedServers(), alternating)
     trainer.fit(module, data)
     assert len(recorder.of("mismatch/probe")) == 3
     assert max(recorder.of("mismatch/probe")) < 1e-4
@@ -172,5 +172,5 @@ def test_every_sync_of_a_hybrid_is_proved_and_it_is_exported_and_resumed(
     assert exported.keys() == load_file(hybrid / "model.safetensors").keys()
     again = make_module(hybrid, **options)
     trainer = make_trainer(tmp_path, max_steps=5)
-    trainer.fit(again, make_data(EmbeddedServers(), alternating), ckpt_path=tmp_path / "run.ckpt")
+    trainer.fit(again, make_data(ForkedServers(), alternating), ckpt_path=tmp_path / "run.ckpt")
     assert trainer.global_step == 5

@@ -24,6 +24,7 @@ from lightning_grpo.module import GRPOModule
 from lightning_grpo.rollout.ledger import RolloutLimits
 from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.weights.process_group import ProcessGroupTransport
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.loops import (
     Events,
     Recorder,
@@ -71,7 +72,7 @@ def test_a_reward_that_raises_or_returns_nan_now_and_then_is_tried_again_and_nev
 
 
 def test_a_reward_that_hangs_is_killed_and_the_group_tried_again(tiny_model, server, tmp_path):
-    from tests.fakes.rewards_that_fail import hangs_on_some
+    from tests.fakes.reward_processes import hangs_on_some
 
     limits = RolloutLimits(reward_processes=2, reward_timeout_s=0.5, max_failed_fraction=1.0)
     data = make_data(server, hangs_on_some, limits=limits, batch_size=4)
@@ -181,7 +182,7 @@ def test_a_killed_engine_is_started_again_with_the_current_weights_until_it_dies
     tiny_model, server, tmp_path
 ):
     limits = RolloutLimits(reward_processes=0, max_server_restarts=2)
-    data = make_data(EmbeddedServers(), prompts=make_prompts(40), max_staleness=1, limits=limits)
+    data = make_data(ForkedServers(), prompts=make_prompts(40), max_staleness=1, limits=limits)
     killer, recorder = Killer(data, after=(2, 5, 8)), Recorder()
     trainer = make_trainer(tmp_path, max_steps=30, callbacks=[killer, recorder])
     with pytest.raises(ServersLostError) as ended:

@@ -38,7 +38,7 @@ class Memory(Callback):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_memory_is_flat_over_two_hundred_steps(tiny_model, loop_engine, tmp_path):
-    memory = Memory(loop_engine.process.pid)
+    memory = Memory(loop_engine.pid)
     data = make_data(
         loop_engine.url,
         prompts=make_prompts(30),
@@ -67,7 +67,7 @@ class LateMetric(Callback):
 def test_memory_is_bounded_over_ten_thousand_steps_with_files_and_a_late_column(
     tiny_model, loop_engine, tmp_path
 ):
-    memory = Memory(loop_engine.process.pid, warm_up=1000, every=250)
+    memory = Memory(loop_engine.pid, warm_up=1000, every=250)
     data = make_data(
         loop_engine.url, prompts=make_prompts(30), max_staleness=1, sampling=Sampling(4)
     )

@@ -21,6 +21,7 @@ from lightning_grpo.session.assembly import from_checkpoint
 from lightning_grpo.types import Sampling
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.transport import DiskTransport
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.loops import (
     Events,
     Recorder,
@@ -48,7 +49,7 @@ def groups_of(recorder):
 def fit(tiny_model, folder, where, ckpt_path=None, max_steps=4, **settings):
     """A deterministic run with a server of its own, and what it left behind."""
     held_out = {"val_prompts": make_prompts(3), "max_staleness": 1, "group_size": 3}
-    data = make_data(EmbeddedServers(), rollouts_in=where, **{**held_out, **settings})
+    data = make_data(ForkedServers(), rollouts_in=where, **{**held_out, **settings})
     module, recorder = make_module(tiny_model, optimizer=make_adam), Recorder()
     trainer = make_trainer(folder, max_steps=max_steps, val_check_interval=2, callbacks=[recorder])
     trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -87,7 +88,9 @@ def test_a_run_goes_on_where_it_stopped_in_the_other_place(tiny_model, tmp_path,
         assert torch.equal(weight, left["state_dict"][name])
 
 
-@pytest.mark.parametrize("kind", [DiskTransport, ProcessGroupTransport])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(DiskTransport, marks=pytest.mark.slow), ProcessGroupTransport]
+)
 def test_the_transport_that_was_given_sends_the_weights_from_the_trainer_s_memory(
     tiny_model, server, tmp_path, kind
 ):
@@ -168,7 +171,7 @@ class Kill(Callback):
 
 
 def test_a_process_that_is_killed_ends_the_run_and_its_servers(tiny_model, tmp_path):
-    data = make_data(EmbeddedServers(), rollouts_in="process", max_staleness=1)
+    data = make_data(ForkedServers(), rollouts_in="process", max_staleness=1)
     trainer = make_trainer(tmp_path, max_steps=50, callbacks=[Kill(rollouts_process)])
     with pytest.raises(RolloutError, match=r"the rollouts' process \(pid \d+\) ended, by signal 9"):
         trainer.fit(make_module(tiny_model), data)

@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.types import Sampling
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.loops import NeverServers, make_data, make_module, make_prompts, make_trainer
+from tests.fakes.rank_forkserver import python_with_imports
 from tests.fakes.ranks import run_ranks
 from tests.fakes.tiny_model import make_tiny_model, make_tiny_tokenizer
 
@@ -215,10 +215,14 @@ def test_a_port_in_use_is_named_without_a_traceback(tiny_model):
         listener.listen()
         port = listener.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "lightning_grpo.engine", "--model", str(tiny_model),
-             "--port", str(port)],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            python_with_imports(
+                *("-m", "lightning_grpo.engine", "--model", str(tiny_model), "--port", str(port))
+            ),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert done.returncode != 0
     assert str(port) in done.stderr
     assert "in use" in done.stderr

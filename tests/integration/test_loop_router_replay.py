@@ -17,9 +17,9 @@ from lightning_grpo.errors import ConfigError
 from lightning_grpo.module import GRPOModule
 from lightning_grpo.policy.load import without_bars
 from lightning_grpo.rollout.records import read_batch, trajectory_files
-from lightning_grpo.servers.process import EmbeddedServers
 from lightning_grpo.strategies.fsdp2 import FSDP2Strategy
 from lightning_grpo.types import NO_VERSION, Sampling
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.loops import NeverServers, Recorder, make_data, make_module, make_trainer
 from tests.fakes.mixtures import own_routes
 from tests.fakes.ranks import run_ranks
@@ -80,7 +80,7 @@ def fit(folder, module, *callbacks, steps=2, max_new_tokens=24, **settings):
     recorder = Recorder()
     trainer = make_trainer(folder, callbacks=[recorder, *callbacks], max_steps=steps)
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    data = make_data(EmbeddedServers(), alternating(), sampling=sampling, **settings)
+    data = make_data(ForkedServers(), alternating(), sampling=sampling, **settings)
     trainer.fit(module, data)
     return recorder
 

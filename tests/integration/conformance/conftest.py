@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_grpo.servers.process import EmbeddedServers, OwnedServers
+from lightning_grpo.servers.process import OwnedServers
+from tests.fakes.forked_servers import ForkedServers
 from tests.sglang.engines import REAL, real_servers
 from tests.sglang.server import Server
 
@@ -29,7 +30,7 @@ def shared_server(
 ) -> Iterator[Server]:
     """One process of each kind for all tests."""
     kind: str = request.param
-    servers: OwnedServers = EmbeddedServers(max_running_requests=64)
+    servers: OwnedServers = ForkedServers(max_running_requests=64)
     if kind != "embedded":
         servers = real_servers(disable_radix_cache="without-prefixes" in kind)
     server = Server(kind, servers, model_folder, tmp_path_factory.mktemp("server"))

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.policy.load import without_bars
-from lightning_grpo.servers.process import EmbeddedServers, OwnedServers
+from lightning_grpo.servers.process import OwnedServers
 from lightning_grpo.serving.fitness import Requirements
 from lightning_grpo.serving.pool import ServerPool
 from lightning_grpo.serving.wire import checked_routes, sampling_params
 from lightning_grpo.types import RouterShape, Sampling
 from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.transport import DiskTransport, Transport
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.loops import Events, Recorder, make_data, make_module, make_prompts, make_trainer
 from tests.fakes.mixtures import own_routes
 from tests.fakes.proxy import FaultyProxy, in_a_thread
@@ -351,7 +352,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["embedded", REAL])
 def servers(request: pytest.FixtureRequest) -> Iterator[OwnedServers]:
     """One server, of its own: it loads another model than those of the other tests."""
-    servers = EmbeddedServers() if request.param == "embedded" else real_servers()
+    servers = ForkedServers() if request.param == "embedded" else real_servers()
     yield servers
     servers.stop()
 

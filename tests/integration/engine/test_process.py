@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes.engine_process import EngineProcess
+from tests.fakes.rank_forkserver import python_with_imports
 from tests.fakes.tiny_model import make_tiny_model
 
 PROMPTS = [[10 + i, 40, 99, 7] for i in range(12)]
@@ -46,7 +46,7 @@ def test_a_signal_answers_what_is_in_flight_and_ends_it(model_folder: Path, tmp_
 
 
 def test_it_ends_when_its_parent_closes_its_input(model_folder: Path, tmp_path: Path) -> None:
-    engine = EngineProcess(model_folder, tmp_path / "log", ["--exit-with-stdin"])
+    engine = EngineProcess(model_folder, tmp_path / "log", forked=False)
     assert engine.process.stdin is not None
     assert engine.process.poll() is None
     engine.process.stdin.close()
@@ -61,7 +61,7 @@ def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path, quantized: 
         quantization = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
         (tmp_path / "config.json").write_text(json.dumps({**config, **quantization}))
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_grpo.engine", "--model", str(tmp_path)],
+        python_with_imports("-m", "lightning_grpo.engine", "--model", str(tmp_path)),
         capture_output=True,
         text=True,
         timeout=50,

@@ -46,7 +46,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_take_all_memory_is_refused_in_a_short_message(engine, case):
     raw, words = REFUSED[case]
-    process = psutil.Process(engine.process.pid)
+    process = psutil.Process(engine.pid)
     before = process.memory_info().rss
     status, reply = engine.request("/generate", raw=raw)
     message = reply["error"]["message"]
@@ -136,7 +136,7 @@ def test_idle_connections_beyond_the_file_limit_are_survived(model_folder, tmp_p
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:
-        engine = EngineProcess(model_folder, tmp_path / "log")
+        engine = EngineProcess(model_folder, tmp_path / "log", forked=False)  # it has the limit
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     idle = []

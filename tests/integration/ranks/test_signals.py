@@ -194,7 +194,7 @@ def test_sigterm_to_lightnings_own_launcher_ends_its_children_too(tmp_path):
     assert (tmp_path / "hpc_ckpt_1.ckpt").exists()
 
 
-@pytest.mark.parametrize("place", ["wait", "collective"])
+@pytest.mark.parametrize("place", [pytest.param("wait", marks=pytest.mark.slow), "collective"])
 def test_the_end_of_a_launched_rank_is_named_before_lightning_kills_the_launcher(tmp_path, place):
     wait_at, blocked_at = (2, None) if place == "wait" else (None, 2)
     with start_launcher(train, "ddp", str(tmp_path), 100, wait_at, blocked_at) as ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import re
@@ -30,7 +29,16 @@ from lightning_grpo.rollout.workflow import RLVRWorkflow
 from lightning_grpo.serving.event_loop import EventLoop
 from lightning_grpo.types import Completion, Sampling
 from tests.fakes.generator import FakeGenerator
-from tests.fakes.rewards_that_fail import hangs_on_some_digits
+from tests.fakes.reward_processes import (
+    crash,
+    exact,
+    hangs_on_some_digits,
+    hold,
+    leave,
+    runaway_regex,
+    stuck,
+    vanish,
+)
 from tests.fakes.tiny_model import make_tiny_tokenizer
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(20)]
@@ -131,32 +139,6 @@ def run(function, *rewards, processes=1, timeout_s=10.0):
             return await function(scorer), scorer.counts
 
     return anyio.run(main)
-
-
-def exact(completion, answer):
-    return float(completion == answer)
-
-
-def stuck(completion):
-    while True:
-        time.sleep(60)
-
-
-def runaway_regex(completion):
-    # Holds the interpreter for ages: no handler of a signal ever runs.
-    return float(re.match(r"(a+)+$", "a" * 40 + "b") is None)
-
-
-def crash(completion):
-    os._exit(3)
-
-
-def vanish(completion):
-    os._exit(0)
-
-
-def leave(completion):
-    sys.exit("enough")
 
 
 async def value_or_error(scorer, reward, **arguments):
@@ -317,14 +299,6 @@ def test_no_names_are_left_that_a_killed_run_could_not_clean_up():
         return [name for name in os.listdir("/dev/shm") if f"-{os.getpid()}-" in name]
 
     assert run(main, exact)[0] == []
-
-
-def hold(lock, held, until):
-    """In a process of its own."""
-    with contextlib.closing(held), contextlib.closing(until):
-        held.send(lock.acquire())
-        until.recv()
-        lock.release()
 
 
 def test_a_lock_that_another_process_holds_is_waited_for_and_can_be_taken_twice():

@@ -22,6 +22,7 @@ from lightning_grpo.weights.process_group import ProcessGroupTransport
 from lightning_grpo.weights.proof import Probe, SentScores
 from lightning_grpo.weights.publisher import SyncSettings, WeightPublisher
 from lightning_grpo.weights.transport import DiskTransport, Place
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.anyio
@@ -61,8 +62,8 @@ class Trainer:
 
 
 @asynccontextmanager
-async def running(tmp_path, models, transport, num_servers=1, health=FAST):
-    servers = EmbeddedServers(num_servers)
+async def running(tmp_path, models, transport, num_servers=1, health=FAST, kind=ForkedServers):
+    servers = kind(num_servers)
     handles = await anyio.to_thread.run_sync(servers.start, str(models[0]), tmp_path)
 
     async def restart(url):
@@ -136,11 +137,9 @@ async def test_versions_and_logprobs_are_exact_through_publishes(tmp_path, model
 async def test_an_engine_killed_at_work_is_started_again_until_it_dies_too_often(tmp_path, models):
     trainer = Trainer(models)
     transport = ProcessGroupTransport("gloo", 10.0)
-    async with running(tmp_path, models, transport, health=replace(FAST, max_restarts=1)) as (
-        pool,
-        publisher,
-        servers,
-    ):
+    health = replace(FAST, max_restarts=1)
+    async with running(tmp_path, models, transport, health=health, kind=EmbeddedServers) as parts:
+        pool, publisher, servers = parts
         assert await publisher.adopt(0, trainer.probe(0))
         await trainer.publish(publisher, 1)
         sampling = Sampling(max_new_tokens=200, min_new_tokens=200)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from lightning_grpo.errors import CheckpointError, ConfigError, StopRun
 from lightning_grpo.rollout.records import read_rows
 from lightning_grpo.types import NO_VERSION, Group, Prompt, ServerActivity, Trajectory
 from lightning_grpo.validation import EvaluationRecord
+from tests.fakes.rank_forkserver import python_with_imports
 from tests.fakes.recordings import read_groups
 from tests.fakes.tiny_run import TinyData, TinyEvaluation, TinyModule, make_group
 
@@ -391,9 +391,9 @@ for own in (False, True):
 
 
 def test_a_warning_that_is_recorded_is_on_the_screen_too_and_only_once(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", WARNS], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    (tmp_path / "warns.py").write_text(WARNS)
+    command = python_with_imports(str(tmp_path / "warns.py"))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     said = [line for line in done.stderr.splitlines() if "server" in line or "not this" in line]
     assert said == ["server 0 is out", "own server 1 is out"]
 

@@ -143,7 +143,14 @@ def test_what_a_config_leaves_open_and_checkpoints_set_is_set(kind, said):
     assert re.search(said, line.found)
 
 
-@pytest.mark.parametrize("kind", ["cohere_compass_text", "dbrx", "lfm2_moe"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("cohere_compass_text", marks=pytest.mark.slow),
+        "dbrx",
+        pytest.param("lfm2_moe", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_set_as_checkpoints_do_can_be_certified(kind):
     assert {line.verdict for line in certify_kind(kind)} <= {"ok", "skipped"}
 

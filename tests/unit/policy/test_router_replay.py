@@ -146,7 +146,8 @@ def test_a_token_whose_experts_nobody_knows_takes_its_own():
     partly[4:] = -1
     logprobs, _, counted = run(model, ids, bounds, partly)
     assert counted[0] == 4 * 3
-    assert torch.equal(logprobs[7:], plain[0][7:])
+    # An expert is given more or fewer rows, and a product may sum in another order for those.
+    assert (logprobs[7:] - plain[0][7:]).abs().max() < 1e-6
     assert not torch.allclose(logprobs[:7], plain[0][:7])
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import signal
 import subprocess
 import sys
@@ -85,19 +86,21 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
 
 
 KILLED_IN_A_WRITE = """
-import resource, signal, sys
+import pickle, resource, signal, sys
 from pathlib import Path
 from lightning_grpo.rollout.records import write_groups
-from tests.fakes.tiny_run import make_group
+groups = pickle.load(sys.stdin.buffer)
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends a process at its limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-write_groups(Path(sys.argv[1]), [make_group(0)], step=1, version=1)
+write_groups(Path(sys.argv[1]), groups, step=1, version=1)
 """
 
 
 def test_what_a_run_that_was_killed_in_a_write_left_is_gone_once_it_is_written_again(tmp_path):
     path = tmp_path / "x.parquet"
-    killed = subprocess.run([sys.executable, "-c", KILLED_IN_A_WRITE, path], check=False, cwd=ROOT)
+    groups = pickle.dumps([make_group(0)])  # of plain data: to make it there would import torch
+    command = [sys.executable, "-c", KILLED_IN_A_WRITE, path]
+    killed = subprocess.run(command, input=groups, check=False, cwd=ROOT)
     assert killed.returncode == -signal.SIGXFSZ
     assert len(list(tmp_path.iterdir())) == 1
     write_groups(path, [make_group(0)], step=1, version=1)

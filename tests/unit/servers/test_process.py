@@ -28,6 +28,7 @@ from lightning_grpo.servers.process import (
     likely_cause,
 )
 from lightning_grpo.serving.health import process_alive
+from tests.fakes.forked_servers import ForkedServers
 from tests.fakes.small_servers import SERVER, PythonServers
 from tests.fakes.tiny_model import make_tiny_model
 
@@ -262,7 +263,7 @@ def command_lines() -> str:
 def test_a_stranger_can_do_nothing_to_a_run_s_engine_and_reads_no_key(tmp_path):
     disable_progress_bar()  # its monitor thread would outlive the test
     model = make_tiny_model(tmp_path / "model", num_layers=1)
-    servers = EmbeddedServers()
+    servers = ForkedServers()
     try:
         (handle,) = servers.start(str(model), tmp_path)
         key = servers.api_key
