@@ -521,13 +521,13 @@ def cpu_seconds(samples: Sequence[Sample]) -> Iterator[tuple[int, float]]:
         moments[each.moment][each.life] = each
     for number, now in moments.items():
         before = moments.get(number - 1, {})
-        steps = next(iter(now.values())).step - next(iter(before.values()), _NOWHERE).step
-        if set(before) == set(now) and steps > 0:
-            used = sum(now[life].cpu_s - before[life].cpu_s for life in now)
-            yield now[next(iter(now))].step, used / steps
-
-
-_NOWHERE = Sample(0, 0, "", (0, 0.0), {}, 0.0)
+        if not before or set(before) != set(now):
+            continue
+        life = next(iter(now))
+        steps = now[life].step - before[life].step
+        if steps > 0:
+            used = sum(now[each].cpu_s - before[each].cpu_s for each in now)
+            yield now[life].step, used / steps
 
 
 def make_report(run: Endurance, args: argparse.Namespace, minutes: float) -> dict[str, Any]:
@@ -631,6 +631,8 @@ def main() -> None:
             signal.signal(number, lambda *_: run.stop())
         began = time.monotonic()
         run.run()
+        if not run.furthest:
+            raise SystemExit("it ended before its first step")
         if args.folder:
             (folder / "samples.pickle").write_bytes(pickle.dumps(run.samples.all))
         report = make_report(run, args, (time.monotonic() - began) / 60)
