@@ -553,7 +553,7 @@ def make_report(run: Endurance, args: argparse.Namespace, minutes: float) -> dic
         "settings": {n: v for n, v in vars(args).items() if n not in ("out", "smoke", "folder")},
         **{"steps": last, "minutes": round(minutes, 1), "starts": run.starts},
         "faults": dict(run.faults),
-        "recovery_s": {kind: statistics.median(s) for kind, s in run.recovery_s.items()},
+        "recovery_s": {k: round(statistics.median(s), 1) for k, s in run.recovery_s.items()},
         "problems": run.problems,
         **measured(samples, last),
         "disk_mb": {"without records": trend(bounded, last), **disk},
