@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
 
@@ -49,6 +51,18 @@ def last_checkpoint(root: Path, folders: Iterable[Path] = ()) -> Path | None:
     }
     whole = [path for path in found if path.is_file() or is_sharded(path)]
     return max(whole, key=lambda path: path.stat().st_mtime, default=None)
+
+
+class GoesOn(Callback):
+    """Has the checkpoint that `last` stood for removed when its turn comes, as the others are.
+
+    Lightning keeps what a run went on from, which somebody may have named. Nobody named this one,
+    and each start of a run would leave one more.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Forget it, once the callbacks that ask for it at the start have."""
+        trainer.ckpt_path = None
 
 
 def version_of(checkpoint: Path, root: Path | None = None) -> int:

@@ -42,6 +42,7 @@ from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
     RUNS,
+    GoesOn,
     board_tells_itself,
     default_loggers,
     folder_beside,
@@ -128,6 +129,7 @@ class GRPOCLI(LightningCLI):
         self._settings, self._run_name = settings, run_name
         self._kind, self._held = kind, held
         self._version: int | None = None
+        self._found_last = False
         self._roots = {
             "trainer": Trainer,
             "model": kwargs["model_class"],
@@ -215,6 +217,7 @@ class GRPOCLI(LightningCLI):
             )
         if config.ckpt_path in (LAST, LAST_OR_NONE):
             config.ckpt_path = None if newest is None else str(newest)
+            self._found_last = newest is not None
         if newest is None or config.ckpt_path is None or self._command != "fit":
             return
         # From an earlier one begins another curve, in a folder of its own.
@@ -271,6 +274,8 @@ class GRPOCLI(LightningCLI):
         if isinstance(self.datamodule, RolloutDataModule):
             # Before a process is started for each of them.
             self.datamodule.check_ranks(self.trainer)
+        if self._found_last:
+            self.trainer.callbacks.insert(0, GoesOn())  # type: ignore[attr-defined]
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as leaving:

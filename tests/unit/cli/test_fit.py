@@ -201,6 +201,23 @@ def test_a_run_goes_on_from_its_last_checkpoint_in_its_own_folder(run, tmp_path)
     assert not list(folder.glob("metrics-*.csv"))
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as a new version's does
+def test_however_often_a_run_goes_on_it_keeps_as_many_checkpoints(run, tmp_path):
+    each = {"every_n_train_steps": 1, "save_top_k": 2, "monitor": "step", "mode": "max"}
+    each["filename"] = "at-{step}"
+    keeps = [f"--trainer.callbacks.{name}={value}" for name, value in each.items()]
+    options = ["--config=small.yaml", "--trainer.callbacks=ModelCheckpoint", *keeps]
+    kept = "runs/small/version_0/checkpoints/*.ckpt"
+    for steps in (3, 6, 9):  # more than are kept, so that the one it came from has its turn
+        run(*options, "--ckpt_path=last-or-none", f"--trainer.max_steps={steps}")
+        names = {path.name for path in tmp_path.glob(kept)}
+        assert names == {f"at-step={step}.ckpt" for step in (steps - 1, steps)}
+    # One that somebody named is theirs to remove.
+    (newest,) = tmp_path.glob(kept.replace("*", "*step=9"))
+    run(*options, f"--ckpt_path={newest}", "--trainer.max_steps=12")
+    assert newest.exists()
+
+
 def test_the_checkpoint_that_a_stopped_run_names_is_its_last_one_too(run, tmp_path):
     run()
     (checkpoint,) = (tmp_path / "runs/small/version_0/checkpoints").glob("*.ckpt")
