@@ -231,6 +231,11 @@ class SignalAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+def curve(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["reward/mean"]]
+
+
 def test_the_step_behind_which_a_signal_stops_is_in_the_curve_and_on_disk(
     tiny_model, server, tmp_path
 ):
@@ -238,8 +243,7 @@ def test_the_step_behind_which_a_signal_stops_is_in_the_curve_and_on_disk(
     trainer = make_trainer(tmp_path, max_steps=9, callbacks=[SignalAt()], logger=logger)
     with pytest.raises(StopRun, match="SIGTERM: stopped at step 3"):
         trainer.fit(make_module(tiny_model), make_data(server))
-    with (tmp_path / "metrics.csv").open() as rows:
-        assert [row["step"] for row in csv.DictReader(rows) if row["reward/mean"]] == list("123")
+    assert [row["step"] for row in curve(tmp_path)] == list("123")
     assert [recorded_version(file) for file in trajectory_files(tmp_path)] == [0, 1, 2]
 
 
@@ -259,8 +263,7 @@ def test_the_step_whose_weight_sync_is_broken_off_is_in_the_curve_without_its_ti
     trainer = make_trainer(tmp_path, max_steps=9, callbacks=[BrokenOff()], logger=logger)
     with pytest.raises(StopRun, match="SIGTERM: stopped at step 3"):
         trainer.fit(make_module(tiny_model), make_data(server))
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["reward/mean"]]
+    rows = curve(tmp_path)
     assert [row["step"] for row in rows] == list("123")
     assert [bool(row["time/weight_sync_s"]) for row in rows] == [True, True, False]
 
