@@ -142,9 +142,10 @@ async def test_an_engine_killed_at_work_is_started_again_until_it_dies_too_often
         pool, publisher, servers = parts
         assert await publisher.adopt(0, trainer.probe(0))
         await trainer.publish(publisher, 1)
-        sampling = Sampling(max_new_tokens=200, min_new_tokens=200)
+        sampling = Sampling(max_new_tokens=480, min_new_tokens=480)  # still at work when killed
         generating = asyncio.create_task(pool.generate(PROMPT, sampling))
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.05)
+        assert not generating.done()
         os.kill(servers.handles[0].pid, signal.SIGKILL)
         completion = await generating
         assert set(completion.versions) == {1}
@@ -164,9 +165,10 @@ async def test_one_of_two_engines_killed_in_a_publish_leaves_the_other_and_comes
     trainer = Trainer(models)
     async with running(tmp_path, models, transport, num_servers=2) as (pool, publisher, servers):
         await trainer.publish(publisher, 1)
-        sampling = Sampling(max_new_tokens=300, min_new_tokens=300)
+        sampling = Sampling(max_new_tokens=480, min_new_tokens=480)
         generating = [asyncio.create_task(pool.generate([*PROMPT, n], sampling)) for n in range(4)]
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.05)
+        assert not any(each.done() for each in generating)
         publishing = asyncio.create_task(trainer.publish(publisher, 2))
         await asyncio.sleep(0.01)
         os.kill(servers.handles[0].pid, signal.SIGKILL)
