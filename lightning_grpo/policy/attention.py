@@ -385,8 +385,8 @@ def _attend(
 ) -> Tensor:
     """All `[1, heads, unique, head_dim]`; gives `[1, unique, heads, head_dim]`."""
     takes_kernel = form is None and has_packed_kernel(query)
-    # To the compiler one sequence is no case of its own: it would compile for it again.
-    alone = packing.num_sequences == 1 and not torch.compiler.is_compiling()
+    # The compiler must not even look at the number: it would compile for each again.
+    alone = not torch.compiler.is_compiling() and packing.num_sequences == 1
     # Only the kernel knows a window without a mask of length squared.
     if alone and not (takes_kernel and window is not None):
         return causal_attention(query, key, value, scale, window, form).transpose(1, 2)
