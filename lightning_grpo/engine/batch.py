@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
@@ -183,6 +183,10 @@ class SamplingPlan:
         filtered = (self.top_p < 1) | (self.top_k < _KEEPS_ALL) | (self.min_p > 0)
         self.any_filtered = bool((filtered & ~self.greedy).any())
 
+    def of_rows(self, rows: Tensor) -> SamplingPlan:
+        """What some of the rows ask."""
+        return SamplingPlan(*(getattr(self, each.name)[rows] for each in fields(self)))
+
     @classmethod
     def of(cls, requests: Sequence[Request]) -> SamplingPlan:
         """What the next token of each request asks."""
@@ -346,14 +350,16 @@ class RunningBatch:
         """Sample one more token for every request, by the weights of that name."""
         if not self.requests:
             return
-        if self._plan is None:  # other requests than in the last step
+        if self._plan is None:  # requests came since the last step
             self._plan = SamplingPlan.of(self.requests)
             self._newest = torch.tensor([request.output_ids[-1] for request in self.requests])
         plan = self._plan
         logits = self.runner.decode(self.slots, self._newest, plan.positions - 1)
-        self._record(self.requests, [r.num_tokens - 1 for r in self.requests])
-        self._newest = self._sample(0, logits, plan, version)
+        if self.runner.records:
+            self._record(self.requests, [r.num_tokens - 1 for r in self.requests])
+        self._newest, reasons = self._sample(0, logits, plan, version)
         plan.positions += 1
+        self._finish(reasons)
 
     def add(self, placed: Sequence[tuple[Request, PromptState]], version: str) -> None:
         """Give requests slots behind their prompts, and sample the next token of each.
@@ -382,9 +388,10 @@ class RunningBatch:
             if state.routes is not None:
                 request.add_routes(state.routes, 0)
         again = requests[fresh:]
-        self._record(again, [len(request.generation.input_ids) for request in again])
+        if self.runner.records:
+            self._record(again, [len(request.generation.input_ids) for request in again])
         self._plan = None
-        self._sample(first, logits, SamplingPlan.of(requests), version)
+        self._finish(self._sample(first, logits, SamplingPlan.of(requests), version)[1])
 
     def end(self, requests: Sequence[Request], reason: Reason) -> None:
         """End requests that run, with what they have."""
@@ -402,12 +409,13 @@ class RunningBatch:
 
     def _record(self, requests: Sequence[Request], starts: Sequence[int]) -> None:
         """Keep the experts of what some requests had read, from a position of each on."""
-        if self.runner.records:
-            read = zip(requests, self.runner.take_routes(), starts, strict=True)
-            for request, rows, start in read:
-                request.add_routes(rows[: request.num_tokens - start], start)
+        for request, rows, start in zip(requests, self.runner.take_routes(), starts, strict=True):
+            request.add_routes(rows[: request.num_tokens - start], start)
 
-    def _sample(self, first: int, logits: Tensor, plan: SamplingPlan, version: str) -> Tensor:
+    def _sample(
+        self, first: int, logits: Tensor, plan: SamplingPlan, version: str
+    ) -> tuple[Tensor, dict[int, Reason]]:
+        """The next token of the requests from one on; and which slots end by it, and why."""
         requests = self.requests[first:]
         banned = end_tokens_banned(requests, self.runner.vocab_size)
         tokens, logprobs = sample(logits, plan, banned)
@@ -421,8 +429,7 @@ class RunningBatch:
                 reasons[row] = {"type": "stop", "matched": matched}
             elif request.stream and row not in reasons:
                 self.tell(request, None)
-        self._finish({first + row: reason for row, reason in reasons.items()})
-        return tokens
+        return tokens, {first + row: reason for row, reason in reasons.items()}
 
     def _finish(self, reasons: dict[int, Reason]) -> None:
         for row, reason in reasons.items():
@@ -439,6 +446,9 @@ class RunningBatch:
         longest = max(request.num_tokens for request in self.requests)
         movers, gaps = remove(self.requests, rows)
         self.slots.move(movers, gaps, longest)
-        self._plan = None
+        if self._plan is not None:
+            kept = torch.arange(len(self.requests))
+            kept[gaps] = torch.tensor(movers, dtype=torch.int64)
+            self._plan, self._newest = self._plan.of_rows(kept), self._newest[kept]
         if not self.requests and self.fresh_when_empty:
             self.slots.clear()

@@ -264,15 +264,11 @@ class _Block(NamedTuple):
     """A block's own parameters; products are weight and bias, norms weight and epsilon."""
 
     before: _Norm
-    query: _Product
-    key: _Product
-    value: _Product
-    query_norm: _Norm | None
-    key_norm: _Norm | None
+    heads: _Product  # of queries, keys and values
+    head_norms: _Norm | None  # of queries and of keys
     out: _Product
     after: _Norm
-    gate: _Product
-    up: _Product
+    gate_up: _Product
     down: _Product
     activation: Callable[[Tensor], Tensor]
     scale: float
@@ -286,7 +282,8 @@ class PlainDecoder:
     """The decode step of a plain transformer, written out.
 
     transformers' modules cost a small model more at each token than its matrix products. Parameters
-    are the model's own, so that weights written to it count from the next step on.
+    share the model's memory, so that weights written to it count from the next step on. Those whose
+    products have the same factor lie end to end in it, and are multiplied at once.
 
     Args:
         model: See `is_plain`.
@@ -302,6 +299,8 @@ class PlainDecoder:
         self._kv_heads: int = config.num_key_value_heads
         self._groups: int = config.num_attention_heads // self._kv_heads
         self._dim: int = decoder.layers[0].self_attn.head_dim
+        num_queries: int = config.num_attention_heads
+        self._is_key = torch.tensor([0] * num_queries + [1] * self._kv_heads)
         positions = torch.arange(config.max_position_embeddings)
         cos, sin = decoder.rotary_emb(self._embedding[:1], positions[None])
         half = self._dim // 2
@@ -324,10 +323,8 @@ class PlainDecoder:
             normal = _normalized(hidden, block.before)
             hidden = hidden + self._attention(normal, block, index, step, rotation, mask)
             normal = _normalized(hidden, block.after)
-            gated = block.activation(functional.linear(normal, *block.gate))
-            hidden = hidden + functional.linear(
-                gated * functional.linear(normal, *block.up), *block.down
-            )
+            gate, up = functional.linear(normal, *block.gate_up).chunk(2, -1)
+            hidden = hidden + functional.linear(block.activation(gate) * up, *block.down)
         return functional.linear(_normalized(hidden, self._norm), *self._head)
 
     def _attention(
@@ -340,16 +337,18 @@ class PlainDecoder:
         mask: Tensor,
     ) -> Tensor:
         rows, dim = len(hidden), self._dim
-        query = functional.linear(hidden, *block.query).view(rows, -1, dim)
-        key = functional.linear(hidden, *block.key).view(rows, -1, dim)
-        value = functional.linear(hidden, *block.value).view(rows, -1, 1, dim)
-        if block.query_norm is not None and block.key_norm is not None:
-            query, key = _normalized(query, block.query_norm), _normalized(key, block.key_norm)
-        query, key = _rotated(query, *rotation), _rotated(key, *rotation)
-        keys, values = step.update(key.unsqueeze(2), value, index)
+        num_queries = self._kv_heads * self._groups
+        heads = functional.linear(hidden, *block.heads).view(rows, -1, dim)
+        turned = heads[:, : num_queries + self._kv_heads]
+        if block.head_norms is not None:
+            weights, epsilon = block.head_norms
+            turned = functional.rms_norm(turned, (dim,), None, epsilon) * weights[self._is_key]
+        turned = _rotated(turned, *rotation)
+        key, value = turned[:, num_queries:], heads[:, num_queries + self._kv_heads :]
+        keys, values = step.update(key.unsqueeze(2), value.unsqueeze(2), index)
         # Heads that share keys and values are queries of them, as in `slot_attention`.
         mixed = functional.scaled_dot_product_attention(
-            query.view(rows, self._kv_heads, self._groups, dim),
+            turned[:, :num_queries].view(rows, self._kv_heads, self._groups, dim),
             keys,
             values,
             attn_mask=mask,
@@ -358,8 +357,21 @@ class PlainDecoder:
         return functional.linear(mixed.reshape(rows, -1), *block.out)
 
 
-def _product(module: Any) -> _Product:
-    return module.weight, module.bias
+def _product(*modules: Any) -> _Product:
+    weight = _joined([module.weight for module in modules])
+    has_bias = modules[0].bias is not None
+    return weight, _joined([module.bias for module in modules]) if has_bias else None
+
+
+def _joined(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """Lay parameters end to end in memory, whose parts they are from here on; all of it."""
+    if len(parameters) == 1:
+        return parameters[0]
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    parts = whole.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+    return whole
 
 
 def _norm(module: Any) -> _Norm:
@@ -368,21 +380,23 @@ def _norm(module: Any) -> _Norm:
 
 def _block(layer: Any) -> _Block:
     attention, mlp = layer.self_attn, layer.mlp
+    norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     return _Block(
         before=_norm(layer.input_layernorm),
-        query=_product(attention.q_proj),
-        key=_product(attention.k_proj),
-        value=_product(attention.v_proj),
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        heads=_product(attention.q_proj, attention.k_proj, attention.v_proj),
+        head_norms=_head_norms(norms) if norms else None,
         out=_product(attention.o_proj),
         after=_norm(layer.post_attention_layernorm),
-        gate=_product(mlp.gate_proj),
-        up=_product(mlp.up_proj),
+        gate_up=_product(mlp.gate_proj, mlp.up_proj),
         down=_product(mlp.down_proj),
         activation=mlp.act_fn,
         scale=attention.scaling,
     )
+
+
+def _head_norms(norms: Sequence[Any]) -> _Norm:
+    weights = _joined([norm.weight for norm in norms])
+    return weights.view(len(norms), -1), norms[0].variance_epsilon
 
 
 def _normalized(hidden: Tensor, norm: _Norm) -> Tensor:

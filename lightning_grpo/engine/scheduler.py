@@ -71,25 +71,30 @@ class PromptReader:
             key = _key(request)
             if request.generation.logprob_start is not None and request.input_logprobs is None:
                 states[key] = self._score(request, request.generation.logprob_start)
+                self._keep(key, states[key])
                 continue
-            if key not in states and key in self._kept:
-                states[key] = self._kept[key]
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                states.setdefault(key, self._kept[key])
             if key in states or key in unread:
                 # A retracted request keeps what was said at its first admission.
                 request.cached_tokens = request.cached_tokens or len(request.generation.input_ids)
             else:
                 unread.add(key)
         for batch in self._batches(unread):
-            states.update(zip(batch, self.runner.prefill([ids for _, ids in batch]), strict=True))
-        self._keep(states)
+            for key, state in zip(batch, self.runner.prefill([k[1] for k in batch]), strict=True):
+                states[key] = state
+                self._keep(key, state)
+        self._trim()
         return [states[_key(request)] for request in requests]
 
-    def _keep(self, states: Mapping[Key, PromptState]) -> None:
-        for key, state in states.items():
-            # Non-finite weights leave nothing to share.
-            if state.size <= self.max_kept_tokens and bool(state.logits.isfinite().all()):
-                self._kept[key] = state
-                self._kept.move_to_end(key)
+    def _keep(self, key: Key, state: PromptState) -> None:
+        # Non-finite weights leave nothing to share.
+        if state.size <= self.max_kept_tokens and bool(state.logits.isfinite().all()):
+            self._kept[key] = state
+            self._kept.move_to_end(key)
+
+    def _trim(self) -> None:
         excess = sum(state.size for state in self._kept.values()) - self.max_kept_tokens
         while excess > 0:
             excess -= self._kept.popitem(last=False)[1].size
