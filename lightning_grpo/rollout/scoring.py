@@ -24,8 +24,9 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -34,8 +35,10 @@ from loky.backend.context import LokyContext
 from pebble import ProcessExpired, ProcessPool
 
 from lightning_grpo.errors import ConfigError, RewardError
-from lightning_grpo.serving.event_loop import seen
+from lightning_grpo.serving.event_loop import SameTurn, seen
 from lightning_grpo.types import Prompt
+
+_T = TypeVar("_T")
 
 # -- what a reward is called with ------------------------------------------------------------------
 
@@ -188,6 +191,9 @@ def reward_name(reward: Reward) -> str:
 Answer = tuple[Literal["value", "error", "misuse"], Any]
 """A reward's value; or the text of why there is none; or of why there never will be one."""
 
+Called = tuple[list[Answer], float]
+"""The answers of several calls, and how long the slowest took."""
+
 _MISUSES: dict[tuple[type, ...], str] = {
     (list, tuple): (
         "it must return one number, got a list: a reward is called once per completion. "
@@ -217,6 +223,10 @@ _NOT_THEIRS = (
 )
 
 _CACHE_SIZE = 32
+_QUICK_S = 0.002
+"""To take such a call to a process and back costs more than the call."""
+_TOGETHER_S = 1.0
+"""For all calls that go together; each has its own time if that is not enough."""
 _LOADING_S = 120.0
 """To import what a reward's module needs (torch takes seconds), once in each process."""
 _loaded: dict[int | bytes, Any] = {}
@@ -245,13 +255,23 @@ def load_reward(reward: int) -> Answer | None:
     return None
 
 
-def call_reward(reward: int | bytes, arguments: bytes) -> Answer | None:
-    """Call a reward; its failure is an answer too, so that nothing but plain data travels.
+def call_reward(reward: int | bytes, calls: Sequence[bytes]) -> Called | None:
+    """Call a reward with each of some arguments, in turn.
 
     None: it is a shipped one that this process has not loaded yet.
     """
     if isinstance(reward, int) and reward not in _loaded:
         return None
+    answers, slowest_s = [], 0.0
+    for arguments in calls:
+        began = time.perf_counter()
+        answers.append(_answer(reward, arguments))
+        slowest_s = max(slowest_s, time.perf_counter() - began)
+    return answers, slowest_s
+
+
+def _answer(reward: int | bytes, arguments: bytes) -> Answer:
+    """A failure is an answer too, so that nothing but plain data travels."""
     try:
         function = _loaded[reward] if isinstance(reward, int) else _load_travelled(reward)
         return answer_of(function(**cloudpickle.loads(arguments)))
@@ -401,6 +421,8 @@ class RewardScorer:
         self._shipped = {id(reward): index for index, reward in enumerate(self._rewards)}
         self._pool: _OwnedPool | None = None
         self._starting = anyio.Lock()
+        self._quick: set[int | bytes] = set()  # rewards whose last call was
+        self._same_turn = SameTurn(self._call_several)
 
     def forget_counts(self) -> None:
         """Count from here on."""
@@ -468,10 +490,34 @@ class RewardScorer:
         shipped = self._shipped.get(id(reward))
         named = shipped if shipped is not None else cloudpickle.dumps(reward)
         pickled = _pickle(dict(arguments))
+        if named in self._quick:
+            answer = await self._same_turn.ask(named, pickled)
+            if answer is not None:
+                return answer
         try:
             return await self._call_pool(reward, named, pickled, timeout_s)
         except _LostProcessError:  # whoever ended it: what ends it again is the call itself
             return await self._call_pool(reward, named, pickled, timeout_s)
+
+    async def _call_several(
+        self, named: int | bytes, calls: Sequence[bytes]
+    ) -> Sequence[Answer] | None:
+        """Have one process make quick calls; None: each is to be made alone, or fails as one."""
+        pool, called = self._pool, None
+        if pool is not None and len(calls) > 1:
+            with suppress(TimeoutError, ProcessExpired, RuntimeError):
+                called = await pool.call(
+                    call_reward, (named, calls), min(self.timeout_s, _TOGETHER_S)
+                )
+            self._note(named, called)
+        return None if called is None else called[0]
+
+    def _note(self, named: int | bytes, called: Called | None) -> None:
+        """Remember whether a reward is quick."""
+        if called is not None and called[1] <= _QUICK_S:
+            self._quick.add(named)
+        else:
+            self._quick.discard(named)
 
     async def _call_pool(
         self, reward: Reward, named: int | bytes, arguments: bytes, timeout_s: float
@@ -481,12 +527,13 @@ class RewardScorer:
                 self._pool = await anyio.to_thread.run_sync(self._start_pool)
         pool = self._pool
         try:
-            given = (named, arguments)
-            while (answer := await pool.call(call_reward, given, timeout_s)) is None:
-                answer = await self._load(pool, reward)
-                if answer is not None:
-                    break
-            return answer
+            given = (named, [arguments])
+            while (called := await pool.call(call_reward, given, timeout_s)) is None:
+                failed = await self._load(pool, reward)
+                if failed is not None:
+                    return failed
+            self._note(named, called)
+            return called[0][0]
         except TimeoutError:
             raise self._timed_out(reward, timeout_s) from None
         except ProcessExpired as error:
@@ -636,10 +683,10 @@ class _OwnedPool:
         self._started.wait()
 
     async def call(
-        self, function: Callable[..., Answer | None], arguments: tuple[Any, ...], timeout_s: float
-    ) -> Answer | None:
+        self, function: Callable[..., _T], arguments: tuple[Any, ...], timeout_s: float
+    ) -> _T:
         future = self._pool.schedule(function, args=arguments, timeout=timeout_s)
-        waiting = asyncio.wrap_future(future)
+        waiting: asyncio.Future[_T] = asyncio.wrap_future(future)
         waiting.add_done_callback(seen)
         try:
             return await asyncio.shield(waiting)
@@ -661,40 +708,6 @@ class _OwnedPool:
         self._closing.wait()
         self._pool.stop()
         self._pool.join()
-
-
-Score = Callable[[Reward, Mapping[str, Any]], Awaitable[RewardValue]]
-"""`RewardScorer.score`."""
-
-_ANSWERS = ("The answer is 4.\n#### 4\n\\boxed{4}", "")
-
-
-async def try_reward(bound: BoundReward, prompt: Prompt, score: Score) -> None:
-    """Call a reward on a prompt of the data, with what a policy might answer.
-
-    Args:
-        bound: The reward.
-        prompt: Of the data.
-        score: Calls it.
-
-    Raises:
-        ConfigError: It failed with every answer.
-    """
-    told_by_data = [str(value) for name, value in prompt.columns.items() if name == "answer"]
-    failures = []
-    for text in (*told_by_data, *_ANSWERS):
-        try:
-            await score(bound.reward, bound.arguments(prompt, text, ()))
-        except RewardFailedError as error:
-            failures.append(error)
-        except RewardError:
-            return  # of its time, its process or what it calls: that may be another in the run
-        else:
-            return
-    raise ConfigError(
-        f"{str(failures[0]).rstrip('.')}. So it did with each of {len(failures)} answers to the "
-        "first prompt. Try it alone: lightning-grpo score --reward ... --data ..."
-    )
 
 
 def is_async(reward: Reward) -> bool:

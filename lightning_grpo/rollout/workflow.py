@@ -11,17 +11,50 @@ from typing import Any, Protocol
 from lightning_grpo.errors import MOST, ConfigError, RewardError, RolloutError, require_number
 from lightning_grpo.rollout.chat import Tokenizer
 from lightning_grpo.rollout.scoring import (
+    BoundReward,
     Reward,
+    RewardFailedError,
     Rewards,
     RewardValue,
-    Score,
     bind_rewards,
     free_name,
     is_trainable,
     legal_name,
-    try_reward,
 )
 from lightning_grpo.types import NO_VERSION, AnySampling, Completion, Prompt, Sampling, Trajectory
+
+Score = Callable[[Reward, Mapping[str, Any]], Awaitable[RewardValue]]
+"""`RewardScorer.score`."""
+
+_ANSWERS = ("The answer is 4.\n#### 4\n\\boxed{4}", "")
+
+
+async def try_reward(bound: BoundReward, prompt: Prompt, score: Score) -> None:
+    """Call a reward on a prompt of the data, with what a policy might answer.
+
+    Args:
+        bound: The reward.
+        prompt: Of the data.
+        score: Calls it.
+
+    Raises:
+        ConfigError: It failed with every answer.
+    """
+    told_by_data = [str(value) for name, value in prompt.columns.items() if name == "answer"]
+    failures = []
+    for text in (*told_by_data, *_ANSWERS):
+        try:
+            await score(bound.reward, bound.arguments(prompt, text, ()))
+        except RewardFailedError as error:
+            failures.append(error)
+        except RewardError:
+            return  # of its time, its process or what it calls: that may be another in the run
+        else:
+            return
+    raise ConfigError(
+        f"{str(failures[0]).rstrip('.')}. So it did with each of {len(failures)} answers to the "
+        "first prompt. Try it alone: lightning-grpo score --reward ... --data ..."
+    )
 
 
 class Generator(Protocol):

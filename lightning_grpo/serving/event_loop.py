@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
@@ -187,6 +187,42 @@ def in_turns(functions: Sequence[Callable[[], object]], at_once: int = 16) -> No
         function()
     if len(functions) > at_once:
         asyncio.get_running_loop().call_soon(in_turns, functions[at_once:], at_once)
+
+
+class SameTurn:
+    """Gathers what is asked in the same turn of the event loop, and asks it at once.
+
+    Args:
+        answer: Gives the answers to several questions of one kind, in their order; None: there are
+            none.
+    """
+
+    def __init__(self, answer: Callable[[Any, list[Any]], Awaitable[Sequence[Any] | None]]) -> None:
+        self._answer = answer
+        self._gathering: dict[Hashable, list[tuple[Any, asyncio.Future[Any]]]] = {}
+        self._tasks = set[asyncio.Task[None]]()
+
+    async def ask(self, kind: Hashable, question: object) -> Any:
+        """The answer to one question; None: there is none."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if kind not in self._gathering:
+            self._gathering[kind] = []
+            task = asyncio.create_task(self._ask_all(kind))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._gathering[kind].append((question, future))
+        return await future
+
+    async def _ask_all(self, kind: Hashable) -> None:
+        await asyncio.sleep(0)  # whoever was ready before this task has asked by now
+        asked = self._gathering.pop(kind)
+        answers: Sequence[Any] = [None] * len(asked)
+        try:
+            answers = await self._answer(kind, [question for question, _ in asked]) or answers
+        finally:
+            for (_, future), answer in zip(asked, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
 
 
 def seen(future: asyncio.Future[Any]) -> None:

@@ -293,6 +293,59 @@ def test_a_call_whose_process_is_killed_gets_its_score_from_another(tmp_path):
     assert (counts.scored, counts.crashed) == (1, 1)
 
 
+def test_quick_calls_of_the_same_turn_go_to_one_process_together_and_slow_ones_do_not():
+    def where(pause_s):
+        time.sleep(pause_s)
+        return float(os.getpid())
+
+    async def main(scorer):
+        async def places(pause_s):
+            found = []
+
+            async def call():
+                found.append(await scorer.score(where, {"pause_s": pause_s}))
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(8):
+                    tasks.start_soon(call)
+            return set(found)
+
+        while len(await places(0.05)) < 2:  # until both processes have loaded it
+            pass
+        while len(await places(0)) > 1:  # until one was seen to be quick
+            pass
+        await places(0.05)  # together once more, and seen to be slow
+        return await places(0.05)
+
+    slow, counts = run(main, where, processes=2)
+    assert len(slow) == 2
+    assert counts.failed == counts.timed_out == counts.crashed == 0
+
+
+def test_one_of_several_quick_calls_that_kills_its_process_costs_no_other_its_score():
+    def checked(completion):
+        if completion == "exit":
+            os._exit(3)
+        return float(len(completion))
+
+    async def main(scorer):
+        await scorer.score(checked, {"completion": "quick"})
+        results = {}
+
+        async def call(text):
+            results[text] = await value_or_error(scorer, checked, completion=text)
+
+        async with anyio.create_task_group() as tasks:
+            for text in ("a", "exit", "four"):
+                tasks.start_soon(call, text)
+        return results
+
+    results, counts = run(main, checked)
+    assert (results["a"], results["four"]) == (1.0, 4.0)
+    assert "ended by itself" in results["exit"]
+    assert counts.scored == 3
+
+
 def test_no_names_are_left_that_a_killed_run_could_not_clean_up():
     async def main(scorer):
         assert await scorer.score(exact, {"completion": "4", "answer": "4"}) == 1.0

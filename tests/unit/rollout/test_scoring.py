@@ -15,8 +15,8 @@ from lightning_grpo.rollout.scoring import (
     RewardScorer,
     answer_of,
     is_async,
-    try_reward,
 )
+from lightning_grpo.rollout.workflow import try_reward
 from lightning_grpo.types import Prompt
 
 

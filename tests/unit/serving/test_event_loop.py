@@ -23,6 +23,7 @@ from lightning_grpo.serving.event_loop import (
     ClosedError,
     EventLoop,
     FairTurns,
+    SameTurn,
     SteadySelector,
     in_turns,
 )
@@ -360,3 +361,24 @@ def test_many_sockets_that_are_ready_at_once_are_reported_in_parts_and_none_is_l
         for ours, theirs in pairs:
             ours.close()
             theirs.close()
+
+
+def test_what_is_asked_in_one_turn_is_asked_at_once_by_kind():
+    asked = []
+
+    async def answer(kind, questions):
+        asked.append((kind, questions))
+        return None if kind == "none" else [question * 2 for question in questions]
+
+    async def main():
+        gathered = SameTurn(answer)
+        first = await asyncio.gather(
+            gathered.ask("a", 1),
+            gathered.ask("b", 2),
+            gathered.ask("a", 3),
+            gathered.ask("none", 4),
+        )
+        return first, await gathered.ask("a", 5)
+
+    assert asyncio.run(main()) == ([2, 4, 6, None], 10)
+    assert asked == [("a", [1, 3]), ("b", [2]), ("none", [4]), ("a", [5])]
