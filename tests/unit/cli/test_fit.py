@@ -455,6 +455,14 @@ def test_the_help_lists_losses_of_this_package_alone(capsys):
     assert "torch.sparse" not in said
 
 
+@pytest.mark.parametrize("others", [[], ["--config", "quickstart.yaml", "--data.batch_size", "2"]])
+def test_the_help_of_data_needs_no_class_to_be_named(others, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *others, "--data.help"])
+    assert ended.value.code == 0
+    assert "--data.max_staleness" in capsys.readouterr().out
+
+
 def test_a_key_is_not_printed_with_the_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(
