@@ -19,6 +19,7 @@ import anyio
 import anyio.to_thread
 import torch
 
+from lightning_grpo._compat import freeze_heap
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.errors import ConfigError, RolloutError
@@ -98,8 +99,7 @@ class QuietHeap:
     def freeze(self) -> None:
         """Collect what is garbage by now, and leave the rest alone from here on; once."""
         if not self._frozen:
-            gc.collect()
-            gc.freeze()
+            freeze_heap()
             self._thresholds = gc.get_threshold()
             gc.callbacks.append(self.space_out)
             self._frozen = True
