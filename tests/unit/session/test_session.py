@@ -435,11 +435,19 @@ def test_a_look_at_everything_is_put_off_by_what_the_last_one_took():
         gc.set_threshold(*before)
 
 
-def test_everything_is_as_before_once_it_is_thawed():
+@pytest.fixture
+def nothing_frozen():
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_everything_is_as_before_once_it_is_thawed(nothing_frozen):
     callbacks, thresholds = list(gc.callbacks), gc.get_threshold()
     heap = QuietHeap()
     heap.freeze()
     heap.freeze()
+    assert gc.get_freeze_count() > 0
     assert len(gc.callbacks) == len(callbacks) + 1
     gc.collect()
     heap.thaw()
@@ -447,3 +455,13 @@ def test_everything_is_as_before_once_it_is_thawed():
     assert gc.callbacks == callbacks
     assert gc.get_threshold() == thresholds
     assert gc.get_freeze_count() == 0
+
+
+def test_a_heap_that_somebody_else_has_frozen_stays_as_it_is(nothing_frozen):
+    gc.freeze()
+    count = gc.get_freeze_count()
+    heap = QuietHeap()
+    heap.freeze()
+    assert gc.get_freeze_count() == count
+    heap.thaw()
+    assert gc.get_freeze_count() == count
