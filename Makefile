@@ -91,7 +91,7 @@ test-sglang: $(VENV)/.test
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu tests $(PYTEST_ARGS)
 
-# Imports what runs without torch, and reads the rest.
+# Imports what runs without torch, and reads the rest; ruff formats the signatures.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
@@ -132,6 +132,6 @@ $(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch
 $(VENV)/.docs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "pip fetches what \`make docs\` needs into $(VENV): a minute, for some 0.1 GB"
-	$(PIP) install -q -c constraints.txt $(NEEDED) mkdocs-material "mkdocstrings[python]"
+	$(PIP) install -q -c constraints.txt $(NEEDED) mkdocs-material "mkdocstrings[python]" ruff
 	$(PIP) install -q --no-deps -e .
 	@touch $@
