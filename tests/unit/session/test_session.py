@@ -443,7 +443,14 @@ def test_a_look_at_everything_is_put_off_by_what_the_last_one_took():
         gc.set_threshold(*before)
 
 
-def test_however_much_is_frozen_garbage_goes_when_there_is_little_of_it():
+@pytest.fixture
+def nothing_frozen():
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_however_much_is_frozen_garbage_goes_when_there_is_little_of_it(nothing_frozen):
     frozen = [[] for _ in range(100_000)]  # a quarter of them as garbage was too little for a look
     before, heap = gc.get_threshold(), QuietHeap()
     gc.set_threshold(100, 2, 2)
@@ -460,11 +467,12 @@ def test_however_much_is_frozen_garbage_goes_when_there_is_little_of_it():
         gc.set_threshold(*before)
 
 
-def test_everything_is_as_before_once_it_is_thawed():
+def test_everything_is_as_before_once_it_is_thawed(nothing_frozen):
     callbacks, thresholds = list(gc.callbacks), gc.get_threshold()
     heap = QuietHeap()
     heap.freeze()
     heap.freeze()
+    assert gc.get_freeze_count() > 0
     assert len(gc.callbacks) == len(callbacks) + 1
     gc.collect()
     heap.thaw()
@@ -472,3 +480,13 @@ def test_everything_is_as_before_once_it_is_thawed():
     assert gc.callbacks == callbacks
     assert gc.get_threshold() == thresholds
     assert gc.get_freeze_count() == 0
+
+
+def test_a_heap_that_somebody_else_has_frozen_stays_as_it_is(nothing_frozen):
+    gc.freeze()
+    count = gc.get_freeze_count()
+    heap = QuietHeap()
+    heap.freeze()
+    assert gc.get_freeze_count() == count
+    heap.thaw()
+    assert gc.get_freeze_count() == count
