@@ -16,6 +16,8 @@ ELSEWHERE = not gpu and not ray and not sglang and not slow and not slurm
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS = 1
+# Tests start some hundreds of processes, each of which would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install quickstart test lint format test-browser test-gpu test-python test-ray test-sglang test-slow test-slurm certify-all chaos docs base bench wheel clean
 
@@ -89,6 +91,7 @@ test-sglang: $(VENV)/.test
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu tests $(PYTEST_ARGS)
 
+# Imports what runs without torch, and reads the rest; ruff formats the signatures.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
@@ -109,15 +112,26 @@ clean:
 	rm -rf $(VENV) build dist
 
 # Stamps: a second run installs nothing unless what is to be installed changed.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.torch: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "1 of 2: pip fetches torch into $(VENV) and is silent meanwhile: minutes, for some 3 GB with CUDA, 0.2 GB without"
 	$(PIP) install -q $(PIP_TORCH_ARGS) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch
 	@echo "2 of 2: pip fetches this package and the others that it needs: a minute or two, for some 0.3 GB"
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.test $(VENV)/.dev $(VENV)/.docs $(VENV)/.bench: $(VENV)/.%: $(VENV)/.installed
-	@echo "pip fetches what \`make $*\` needs: a minute or two, for some 0.1 GB"
+# One call of pip, for each takes ten seconds to find out what there is; `dev` has all of `test`.
+$(VENV)/.test $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.torch
+	@echo "2 of 2: pip fetches this package and what \`make $*\` needs: minutes, for some 0.4 GB"
 	$(PIP) install -q -c constraints.txt -e ".[$*]"
+	@touch $@ $(VENV)/.installed $(if $(filter dev,$*),$(VENV)/.test)
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "pip fetches what \`make docs\` needs into $(VENV): a minute, for some 0.1 GB"
+	$(PIP) install -q -c constraints.txt $(NEEDED) mkdocs-material "mkdocstrings[python]" ruff
+	$(PIP) install -q --no-deps -e .
 	@touch $@

@@ -19,7 +19,8 @@ _SECRET = re.compile(
     r"(^|_)(api_?key|admin_?key|secret|password|passwd|(hf|auth|access|bearer)_token)$|^token$"
 )
 _REFERENCE = re.compile(r"(env|file):\S")
-_PASSWORD = re.compile(r"(\w+://[^\s/?#@:]*:)[^\s/?#]+(?=@)")
+_PASSWORD = re.compile(r"(\w+://)(?:([^\s/?#@:]*:)[^\s/?#]+|[^\s/?#@:]{16,})(?=@)")
+"""Who gives no password and has so long a name gives a token."""
 _READABLE_BY_OTHERS = stat.S_IRGRP | stat.S_IROTH
 
 
@@ -46,8 +47,8 @@ def is_reference(value: str) -> bool:
 
 
 def masked(text: str) -> str:
-    """A text as it may be shown and recorded: without the passwords of URLs in it."""
-    return _PASSWORD.sub(r"\1***", text)
+    """A text as it may be shown and recorded: without the passwords and tokens of URLs in it."""
+    return _PASSWORD.sub(r"\1\2***", text)
 
 
 def read_key(given: str | None, name: str = "api_key") -> str | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -34,6 +38,20 @@ SET_BY_LIBRARIES = {
     "TRITON_CACHE_DIR", "TRITON_PTXAS_PATH", "WORLD_SIZE",
 }  # fmt: skip
 """Restored after each test like the rest, but no fault of the test."""
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector a million objects of imports and tests, none of which becomes garbage.
+
+    Each of its looks at everything would take half a second; a run of a few steps has two.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Hypothesis, which may be imported now, asks the collector who refers to what."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -68,19 +86,31 @@ def no_leaked_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_leaked_processes() -> Iterator[None]:
     """A test that leaves a child process running fails; the child is killed."""
-    me = psutil.Process()
-    before = {child.pid for child in me.children(recursive=True)}
+    before = _descendants(os.getpid())
     yield
     leaked = _left_after_grace(
-        lambda: [c for c in me.children(recursive=True) if c.pid not in before and _is_ours(c)]
+        lambda: [pid for pid in _descendants(os.getpid()) - before if _is_ours(pid)]
     )
-    for child in leaked:
-        child.kill()
+    for pid in leaked:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     assert not leaked, f"child processes still running (now killed): {leaked}"
 
 
-def _is_ours(child: psutil.Process) -> bool:
+def _descendants(pid: int) -> set[int]:
+    """Children and theirs, as the kernel lists them; psutil reads every process that there is."""
+    children: set[int] = set()
+    with contextlib.suppress(OSError):  # the process has ended, below: the thread
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                told = Path(f"/proc/{pid}/task/{task}/children").read_text()
+                children.update(map(int, told.split()))
+    return children.union(*map(_descendants, children))
+
+
+def _is_ours(pid: int) -> bool:
     try:
+        child = psutil.Process(pid)
         command = " ".join(child.cmdline())
         is_rank = RANKS in command and child.ppid() != os.getpid()
         return child.status() != psutil.STATUS_ZOMBIE and (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import platform
@@ -32,7 +31,7 @@ from lightning_grpo.callbacks.curve import (
 )
 from lightning_grpo.callbacks.health import HealthMonitor
 from lightning_grpo.callbacks.screen import GRPOProgress, RunSummary
-from lightning_grpo.callbacks.signals import SignalHandling
+from lightning_grpo.callbacks.signals import FINAL, SignalHandling
 from lightning_grpo.callbacks.weight_sync import WeightSync
 from lightning_grpo.contract import (
     Described,
@@ -48,6 +47,7 @@ from lightning_grpo.errors import StopRun, require_count
 from lightning_grpo.loader import WAITED, Minibatch, policy_logprobs
 from lightning_grpo.policy.packed import PackedPolicy
 from lightning_grpo.rollout.records import write_groups
+from lightning_grpo.strategies.checkpoints import free_path, save_as_last
 from lightning_grpo.strategies.fsdp2 import row_ranks_of
 from lightning_grpo.types import Group
 
@@ -366,7 +366,8 @@ class FinalCheckpoint(Callback):
     """Saves at the end of training what no `ModelCheckpoint` has saved.
 
     With validation inside an epoch Lightning saves after validations alone, so that the steps
-    after the last one would be lost. It does nothing where the trainer has no checkpoints.
+    after the last one would be lost. It does nothing where the trainer has no checkpoints. What it
+    saved `SignalHandling` removes once a run has gone on from there as its `last`.
     """
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -377,18 +378,11 @@ class FinalCheckpoint(Callback):
         if any(last_saved_step(callback) == trainer.global_step for callback in kept):
             return
         folder = Path(kept[0].dirpath or trainer.default_root_dir)
-        path = trainer.strategy.broadcast(_free_path(folder, f"final-step={trainer.global_step}"))
-        trainer.save_checkpoint(path, weights_only=False)
+        path = trainer.strategy.broadcast(free_path(folder, f"{FINAL}{trainer.global_step}"))
+        save_as_last(trainer, path)
         if kept[0].monitor is None:
             # Without a metric the newest is the one to go on with.
             kept[0].best_model_path = path
-
-
-def _free_path(folder: Path, name: str) -> str:
-    """A checkpoint's path that is nobody's yet: runs without a logger share a folder."""
-    versions = (f"-v{number}" if number else "" for number in itertools.count())
-    paths = (folder / f"{name}{version}.ckpt" for version in versions)
-    return str(next(path for path in paths if not path.exists()))
 
 
 class StepZeroValidation(Callback):

@@ -10,10 +10,11 @@ Exit status, when nothing catches `StopRun`: 130 after Ctrl-C, 143 after SIGTERM
 (rank 0; the other ranks end with 0). A second SIGINT or SIGTERM exits at once, with the same
 numbers.
 
-What such a stop saves (`hpc_ckpt_N.ckpt`, beside the run's folder) is to be gone on from: once that
-was done and a newer checkpoint is there, it is removed. An error saves as well where it is none of
-the trainer's: what a wait was for has failed (servers, rewards, prompts), behind a step that is
-whole. One that the trainer raises itself does not: its weights may be what is wrong.
+What such a stop saves (`hpc_ckpt_N.ckpt`, beside the run's folder; the `last.ckpt` of a
+`ModelCheckpoint` leads there) is to be gone on from: once that was done and a newer checkpoint is
+there, it is removed. An error saves as well where it is none of the trainer's: what a wait was for
+has failed (servers, rewards, prompts), behind a step that is whole. One that the trainer raises
+itself does not: its weights may be what is wrong.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from lightning_grpo.contract import OnRollouts
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.distributed.channel import ENDING, most_urgent
 from lightning_grpo.errors import GRPOError, StopRun
+from lightning_grpo.strategies.checkpoints import save_as_last
 
 
 class StopFlag:
@@ -153,12 +155,14 @@ def _exit_now(signum: int, frame: FrameType | None) -> None:
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+FINAL = "final-step="
+"""How the name of what `FinalCheckpoint` saves begins."""
 
 
 def save_for_resume(trainer: L.Trainer) -> str:
     """Save where `ckpt_path="hpc"` finds it, as a requeued Slurm job does by itself; collective."""
     path = trainer.strategy.broadcast(hpc_checkpoint_path(trainer))
-    trainer.save_checkpoint(path, weights_only=False)
+    save_as_last(trainer, path)
     return path
 
 
@@ -175,6 +179,18 @@ def requeue_slurm_job(trainer: L.Trainer) -> None:
         _LOG.error("`scontrol requeue %s` failed: %s", job, result.stderr.strip())
     else:
         rank_zero_info(f"requeued Slurm job {job}")
+
+
+class GoesOn(Callback):
+    """Has the checkpoint that `last` stood for removed when its turn comes, as the others are.
+
+    Lightning keeps what a run went on from, which somebody may have named. Nobody named this one,
+    and each start of a run would leave one more.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Forget it, once the callbacks that ask for it at the start have."""
+        trainer.ckpt_path = None
 
 
 class SignalHandling(Callback):
@@ -243,13 +259,14 @@ class SignalHandling(Callback):
         """Take over from Lightning's handlers, which were registered just before."""
         assert trainer.world_size == self._channel.world_size, "connect() was not called"
         self._saved_to, self._first_step = "", trainer.global_step
-        came_from = Path(str(trainer.ckpt_path)).absolute()
+        came_from = Path(str(trainer.ckpt_path)).resolve()  # `last` may lead to what a stop saved
         # What they are called, a checkpoint says, which may be a stranger's.
-        folders = (came_from.parent, Path(trainer.default_root_dir).absolute())
-        self._used = {p for p in self._used if _is_stop(Path(p)) and Path(p).parent in folders}
+        folders = (came_from.parent, Path(trainer.default_root_dir).resolve())
+        self._used = {p for p in self._used if _is_ours(Path(p)) and Path(p).parent in folders}
         self._remove_used(trainer, [came_from])  # whose run may have been killed before it could
         # What is left was saved later, under a number that was free again.
-        self._used = {str(came_from)} if _is_stop(came_from) else set()
+        used = _is_stop(came_from) or (_is_ours(came_from) and not _is_named(trainer))
+        self._used = {str(came_from)} if used else set()
         self.flag.install((*_SIGNALS, *_requeue_signal(trainer)))
 
     def on_train_batch_end(
@@ -309,15 +326,17 @@ class SignalHandling(Callback):
         self._early.uninstall()
 
     def _remove_used(self, trainer: L.Trainer, newer: Iterable[Path]) -> None:
-        """Remove checkpoints of stops that others, newer ones, have taken the place of."""
+        """Remove checkpoints beside `ModelCheckpoint`'s that newer ones have taken the place of."""
         if not self._used or not trainer.is_global_zero:
             return
         if _slurm(trainer) is not None:
             # By itself, Lightning goes on from one of these alone, also after a node has failed.
             newer = [path for path in newer if _is_stop(path)]
         newest_s = max((_written_s(path) for path in newer), default=0.0)
+        # The `last` of a callback that seldom saves may still lead there.
+        needed = {str(path.resolve()) for path in resumable(trainer)}
         # One of another run may have been saved under the same number since.
-        for path in [path for path in self._used if _written_s(Path(path)) < newest_s]:
+        for path in [p for p in self._used - needed if _written_s(Path(p)) < newest_s]:
             self._used.remove(path)
             try:
                 if Path(path).is_dir():
@@ -373,6 +392,17 @@ def resumable(trainer: L.Trainer) -> list[Path]:
 
 def _is_stop(path: Path) -> bool:
     return re.fullmatch(r"hpc_ckpt_\d+\.ckpt", path.name) is not None
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether no `ModelCheckpoint` saved it, which would remove it in its turn."""
+    return _is_stop(path) or re.fullmatch(rf"{FINAL}\d+(-v\d+)?\.ckpt", path.name) is not None
+
+
+def _is_named(trainer: L.Trainer) -> bool:
+    """Whether somebody named the checkpoint that the run goes on from, and not `last`."""
+    found = any(isinstance(each, GoesOn) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    return not (found or Path(str(trainer.ckpt_path)).is_symlink())
 
 
 def _written_s(path: Path) -> float:

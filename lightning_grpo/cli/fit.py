@@ -78,11 +78,14 @@ def _run(command: str, argv: Sequence[str], kind: str) -> None:
     options = with_helped(options, settings)
     # Where a class is named, a replay's is among the options.
     replays = kind == "replay" and not names_class(settings.value.get("data"))
+    data_class = "ReplayDataModule" if replays else "RolloutDataModule"
+    if "--data.help" in options:  # the parser knows it of a named class only
+        _run(command, [f"--data=lightning_grpo.{data_class}", "--data.help"], kind)
+        return
     if not asks_for_help(options):
         # Only now: a file that can't be read needs no parser's import to be told.
         from lightning_grpo.cli.unimported import ROOTS, refuse_at_once, refuse_missing_prompts
 
-        data_class = "ReplayDataModule" if replays else "RolloutDataModule"
         refuse_at_once(settings, {**ROOTS, "data": f"lightning_grpo.{data_class}"})
         if command == "fit" and kind != "replay":
             refuse_missing_prompts(settings, configs)

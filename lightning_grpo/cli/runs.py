@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
 
@@ -50,19 +48,8 @@ def last_checkpoint(root: Path, folders: Iterable[Path] = ()) -> Path | None:
         *(path for each in own for path in each.rglob("*.ckpt")),
     }
     whole = [path for path in found if path.is_file() or is_sharded(path)]
-    return max(whole, key=lambda path: path.stat().st_mtime, default=None)
-
-
-class GoesOn(Callback):
-    """Has the checkpoint that `last` stood for removed when its turn comes, as the others are.
-
-    Lightning keeps what a run went on from, which somebody may have named. Nobody named this one,
-    and each start of a run would leave one more.
-    """
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Forget it, once the callbacks that ask for it at the start have."""
-        trainer.ckpt_path = None
+    # A link of `save_last` is as new as what it leads to.
+    return max(whole, key=lambda p: (p.stat().st_mtime, not p.is_symlink()), default=None)
 
 
 def version_of(checkpoint: Path, root: Path | None = None) -> int:

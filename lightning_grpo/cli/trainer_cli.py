@@ -24,6 +24,7 @@ from torch import distributed
 
 from lightning_grpo._compat_lightning import start_method
 from lightning_grpo.callbacks.curve import going_on_without
+from lightning_grpo.callbacks.signals import GoesOn
 from lightning_grpo.cli.main import (
     is_first_rank,
     set_one_thread_default,
@@ -42,7 +43,6 @@ from lightning_grpo.cli.runs import (
     LAST,
     LAST_OR_NONE,
     RUNS,
-    GoesOn,
     board_tells_itself,
     default_loggers,
     folder_beside,
@@ -221,7 +221,7 @@ class GRPOCLI(LightningCLI):
         if newest is None or config.ckpt_path is None or self._command != "fit":
             return
         # From an earlier one begins another curve, in a folder of its own.
-        if Path(config.ckpt_path).absolute() == newest.absolute():
+        if Path(config.ckpt_path).resolve() == newest.resolve():
             self._version = version_of(newest, root)
 
     def instantiate_classes(self) -> None:

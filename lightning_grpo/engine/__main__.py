@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import ipaddress
 import logging
 import os
@@ -22,6 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as transformers_logging
 
+from lightning_grpo._compat import freeze_heap
 from lightning_grpo.engine.http import EngineServer
 from lightning_grpo.engine.model import (
     ModelRunner,
@@ -159,8 +159,7 @@ async def serve(options: argparse.Namespace) -> None:
             f"{options.host}:{options.port}: {error.strerror or error}. Name another port, or 0."
         ) from error
     # What was loaded stays: to look through it for garbage stops both threads each time.
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
     host = f"[{options.host}]" if ":" in options.host else options.host  # of IPv6
     print(f"READY http://{host}:{listener.sockets[0].getsockname()[1]}", flush=True)
     await stop.wait()

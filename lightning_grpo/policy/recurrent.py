@@ -86,8 +86,6 @@ def _forward(
         raise NotPackedError("doesn't tell these layers where sequences begin", _RULE)
     if kwargs.get("attention_mask") is not None:
         raise NotPackedError("gives these layers a mask of its own", _RULE)
-    if packing.num_sequences == 1:
-        return _own(self, hidden_states, *args, **kwargs)
     if torch.compiler.is_compiling():
         return _unseen(self, hidden_states, packing, *args, **kwargs)
     return _by_sequence(self, hidden_states, packing, *args, **kwargs)
@@ -103,8 +101,15 @@ def _own(part: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _by_sequence(
     part: Any, hidden_states: Tensor, packing: PackedLayout, *args: Any, **kwargs: Any
 ) -> Tensor:
-    if hidden_states.is_cuda and part.keeps_apart is None:
+    # Tried at the first pass of all, a proof's: before anything is sampled.
+    if (
+        hidden_states.is_cuda
+        and part.keeps_apart is None
+        and not torch.cuda.is_current_stream_capturing()
+    ):
         part.keeps_apart = heeds_bounds(part, hidden_states)
+    if packing.num_sequences == 1:
+        return _own(part, hidden_states, *args, **kwargs)
     if part.keeps_apart:
         rows = spread(hidden_states[0], packing).unsqueeze(0)
         bounds = _bounds(packing.cu_seqlens, packing.num_tokens)
@@ -130,7 +135,6 @@ def _bounds(cu_seqlens: Tensor, num_tokens: int) -> dict[str, Tensor]:
     return {"cu_seq_lens_q": cu_seqlens, "seq_idx": index.unsqueeze(0)}
 
 
-@torch.no_grad()
 def heeds_bounds(part: nn.Module, like: Tensor) -> bool:
     """Whether a layer keeps sequences apart if it is told where they begin, found out by trying.
 
@@ -139,19 +143,41 @@ def heeds_bounds(part: nn.Module, like: Tensor) -> bool:
     Args:
         part: A recurrent layer.
         like: What it gets, `[1, tokens, hidden]`.
+
+    Raises:
+        ConfigError: It has no gradient: flash-linear-attention refuses it where the compiler of its
+            kernels is known to make wrong ones.
     """
     steps = torch.arange(sum(_TRIED) * like.shape[-1], device=like.device)
     rows = steps.sin().view(1, -1, like.shape[-1]).to(like.dtype)
     bounds = torch.tensor([0, *_TRIED], dtype=torch.int32, device=like.device).cumsum(0)
-    try:
-        packed = _own(part, rows, **_bounds(bounds.to(torch.int32), sum(_TRIED)))
+    told = _bounds(bounds.to(torch.int32), sum(_TRIED))
+    with torch.no_grad():
         alone = torch.cat([_own(part, row) for row in rows.split(_TRIED, 1)], 1)
-    except (ValueError, TypeError, RuntimeError) as error:
-        logger.info("recurrent layers are computed in padded form: %s", error)
-        return False
+        try:
+            packed = _own(part, rows, **told)
+        except (ValueError, TypeError, RuntimeError) as error:
+            logger.info("recurrent layers are computed in padded form: %s", error)
+            told, packed = {}, alone
     # Of the second row: what the first leaves behind would be there.
-    packed, alone = (each[:, _TRIED[0] :].float() for each in (packed, alone))
-    return bool((packed - alone).norm() <= _TRIED_ROUNDING * alone.norm())
+    rest, expected = (each[:, _TRIED[0] :].float() for each in (packed, alone))
+    heeds = bool((rest - expected).norm() <= _TRIED_ROUNDING * expected.norm())
+    _require_gradient(part, rows, told if heeds else {})
+    return bool(told) and heeds
+
+
+def _require_gradient(part: nn.Module, rows: Tensor, told: dict[str, Tensor]) -> None:
+    rows = rows.requires_grad_()
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(_own(part, rows, **told).sum(), rows)
+    except RuntimeError as error:
+        reason = str(error).strip()
+        raise ConfigError(
+            "`model` must have recurrent layers whose kernels can be trained through, those of "
+            f"{type(part).__name__} refuse it on this machine: {reason} Way out: do what that "
+            "says, or uninstall the kernels: transformers' own form needs none, and is slower."
+        ) from error
 
 
 def attention_layers(config: Any) -> int:

@@ -19,6 +19,7 @@ import anyio
 import anyio.to_thread
 import torch
 
+from lightning_grpo._compat import freeze_heap
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.errors import ConfigError, RolloutError
@@ -83,7 +84,7 @@ class QuietHeap:
     rollout client's time beside a server that answers at once (70 to 42 ms for 128 samples), and
     each look stops the trainer's thread as well. Ten thousand requests in flight are a million
     objects more, of which a look finds hardly any to be garbage: so looks at all of them are made
-    as seldom as they are slow.
+    as seldom as they are slow. A heap that a program has frozen itself stays as that left it.
 
     Args:
         clock: Seconds.
@@ -91,15 +92,16 @@ class QuietHeap:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._frozen = False
+        self._frozen = self._thaws = False
         self._thresholds = gc.get_threshold()
         self._began = self._next = 0.0
 
     def freeze(self) -> None:
         """Collect what is garbage by now, and leave the rest alone from here on; once."""
         if not self._frozen:
-            gc.collect()
-            gc.freeze()
+            if gc.get_freeze_count() == 0:  # to thaw is to thaw everything
+                freeze_heap()
+                self._thaws = True
             self._thresholds = gc.get_threshold()
             gc.callbacks.append(self.space_out)
             self._frozen = True
@@ -109,8 +111,9 @@ class QuietHeap:
         if self._frozen:
             gc.callbacks.remove(self.space_out)
             gc.set_threshold(*self._thresholds)
-            gc.unfreeze()
-            self._frozen = False
+            if self._thaws:
+                gc.unfreeze()
+            self._frozen = self._thaws = False
 
     def space_out(self, phase: str, info: Mapping[str, Any]) -> None:
         """For `gc.callbacks`: the slower the last look at all was, the later the next."""

@@ -374,7 +374,8 @@ def _rounded_inputs(model: nn.Module) -> Iterator[None]:
 # -- the trainer's side of a proof -----------------------------------------------------------------
 
 DRIFT = 0.25
-"""After so large a mean change of the scores their rounding is measured again."""
+"""After so large a mean change of the scores a proof measures their rounding again before anything
+else; after half of it once servers work again, so that the next proof needn't."""
 KEPT_FRACTION = 0.05
 """Weights of at most this part of a GPU keep a place there, which lets a CUDA graph score them."""
 
@@ -412,10 +413,9 @@ class TrainerProof:
         self._scorer.hold(snapshot)
         scores = self._scorer.scores(self.probe.sequences)
         require_finite(scores)
-        if self._measured is None or mean_difference(self._measured, scores) > DRIFT:
-            self._measured = scores
-            self._rounding = Rounding(weights=self._scorer.weight_rounding(self.probe.sequences))
         kind = _kind(snapshot)
+        if self._measured is None or mean_difference(self._measured, scores) > DRIFT:
+            self._measure_again(scores)
         self._measure({kind, *self._server_kinds})
         if first and self.probe.thorough:
             scores = scores + self._scorer.scores(self.probe.thorough, once=True)
@@ -425,9 +425,21 @@ class TrainerProof:
         self, version: int, sent: SentScores, scores: Scores, kind: str, merged: bool
     ) -> float:
         """Compare what was sent with the policy; see `weights.proof.check_policy`."""
+        assert self._measured is not None
         self._measure({kind})
+        scored = sent.scores[: len(self._measured)]
         sent = SentScores(sent.scores, sent.kind, self._rounding)
-        return check_policy(version, sent, scores, kind, merged=merged)
+        diff = check_policy(version, sent, scores, kind, merged=merged)
+        if mean_difference(self._measured, scored) > DRIFT / 2:
+            self._measure_again(scored)
+        return diff
+
+    def _measure_again(self, scores: Scores) -> None:
+        assert self._scorer is not None
+        known = set(self._rounding.compute)
+        self._measured = scores
+        self._rounding = Rounding(weights=self._scorer.weight_rounding(self.probe.sequences))
+        self._measure(known)
 
     def _measure(self, kinds: set[str]) -> None:
         assert self._scorer is not None

@@ -14,6 +14,7 @@ read by an unpickler that knows DCP's own classes only, and all else with `weigh
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -23,13 +24,14 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -410,6 +412,46 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(partial)
         raise
+
+
+def save_as_last(trainer: L.Trainer, path: str) -> None:
+    """Save beside what `ModelCheckpoint` saves, and have its `last` lead here; collective.
+
+    A Trainer's own `ckpt_path="last"` knows no other: it would take the one before, and this one
+    would stay on the disk for good.
+    """
+    keepers = [c for c in trainer.checkpoint_callbacks if _keeps_last(c)]
+    for keeper in keepers:  # before it is saved, for it is part of the state
+        folder, last = Path(str(keeper.dirpath)), keeper.last_model_path
+        if Path(last).parent != folder:  # none yet, or a stranger's
+            last = free_path(folder, keeper.CHECKPOINT_NAME_LAST)
+        keeper.last_model_path = trainer.strategy.broadcast(last)
+    trainer.save_checkpoint(path, weights_only=False)
+    if trainer.is_global_zero and Path(path).exists():
+        for keeper in keepers:
+            _link(Path(keeper.last_model_path), Path(path).absolute())
+
+
+def _link(last: Path, path: Path) -> None:
+    try:
+        last.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(last) as link:
+            link.symlink_to(os.path.relpath(path, last.parent))
+    except OSError as error:  # a file system may have no links
+        log.warning("%s can't lead to %s: %s", last, path, why_unwritten(error))
+
+
+def _keeps_last(callback: Any) -> TypeGuard[ModelCheckpoint]:
+    if not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
+        return False
+    return bool(callback.save_last and callback.dirpath) and "://" not in str(callback.dirpath)
+
+
+def free_path(folder: Path, name: str) -> str:
+    """A checkpoint's path that is nobody's yet: runs without a logger share a folder."""
+    versions = (f"-v{number}" if number else "" for number in itertools.count())
+    paths = (folder / f"{name}{version}.ckpt" for version in versions)
+    return str(next(path for path in paths if not path.exists()))
 
 
 def replace(partial: Path, path: Path) -> None:

@@ -226,8 +226,11 @@ def test_signals_are_wired_to_the_boundary_of_rollout_batches(tiny_model, server
 class SignalAt(Callback):
     """SIGTERM to this process in the middle of a step."""
 
+    def __init__(self, step: int = 2) -> None:
+        self.step = step
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == 2:
+        if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -266,6 +269,25 @@ def test_the_step_whose_weight_sync_is_broken_off_is_in_the_curve_without_its_ti
     rows = curve(tmp_path)
     assert [row["step"] for row in rows] == list("123")
     assert [bool(row["time/weight_sync_s"]) for row in rows] == [True, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*no last checkpoint")  # the first start has none yet
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_runs_that_are_stopped_and_go_on_from_last_keep_as_many_checkpoints(
+    tiny_model, server, tmp_path, strategy, ends_its_group
+):
+    keeps = {"monitor": "step", "mode": "max", "save_top_k": 1, "every_n_train_steps": 2}
+    for steps in (3, 6, 9):
+        saves = ModelCheckpoint(tmp_path / "kept", "{step}", save_last=True, **keeps)
+        trainer = make_trainer(
+            tmp_path, max_steps=99, strategy=strategy, enable_checkpointing=True,
+            callbacks=[saves, SignalAt(steps - 1)],
+        )  # fmt: skip
+        with pytest.raises(StopRun, match=f"stopped at step {steps}"):
+            trainer.fit(make_module(tiny_model), make_data(server), ckpt_path="last")
+        kept = {path.name for path in tmp_path.rglob("*.ckpt") if not path.is_symlink()}
+        assert kept == {"hpc_ckpt_1.ckpt", f"step={(steps - 1) // 2 * 2}.ckpt"}
 
 
 class OwnSetup(GRPOModule):

@@ -71,6 +71,7 @@ def test_keys_and_tokens_are_left_out_of_hyper_parameters():
         ("can't reach http://:a:b@c@host, sorry", "can't reach http://:***@host, sorry"),
         ("http://host:30000/a@b", "http://host:30000/a@b"),
         ("https://me@host/", "https://me@host/"),
+        ("https://hf_a1b2c3d4e5f6g7h8@host/", "https://***@host/"),
         ("mail me: a@b", "mail me: a@b"),
     ],
 )

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_grpo.callbacks.early_stop import EarlyStop, came_early
+from lightning_grpo.callbacks.recording import FinalCheckpoint
 from lightning_grpo.callbacks.signals import SignalHandling, StopFlag
 from lightning_grpo.distributed import RankChannel
 from lightning_grpo.errors import StopRun
@@ -100,15 +101,17 @@ class Interrupt(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def fit(make_trainer, folder, *, stop_at=None, ckpt_path=None, saves=True):
+def fit(make_trainer, folder, *others, stop_at=None, ckpt_path=None, saves=True, **keeps):
     """Eight steps, saved after every second one where it saves."""
     handling = SignalHandling()
     handling.connect(RankChannel.single())
-    callbacks = [handling, Interrupt(-1 if stop_at is None else stop_at)]
+    callbacks = [*others, handling, Interrupt(-1 if stop_at is None else stop_at)]
+    settings = {name: keeps.pop(name) for name in ("max_steps", "max_epochs") if name in keeps}
     if saves:
-        callbacks.append(ModelCheckpoint(folder / "kept", every_n_train_steps=2, save_top_k=-1))
+        keeps = {"every_n_train_steps": 2, "save_top_k": -1, **keeps}
+        callbacks.append(ModelCheckpoint(folder / "kept", **keeps))
     trainer = make_trainer(
-        callbacks=callbacks, enable_checkpointing=saves, enable_progress_bar=False
+        callbacks=callbacks, enable_checkpointing=saves, enable_progress_bar=False, **settings
     )
     data = TinyData(num_rollouts=4)
     if stop_at is None:
@@ -165,6 +168,78 @@ def test_what_a_stranger_s_checkpoint_calls_used_is_not_removed(make_trainer, tm
     torch.save(checkpoint, tmp_path / "strange.ckpt")
     fit(make_trainer, tmp_path, ckpt_path=tmp_path / "strange.ckpt")
     assert (tmp_path / named).is_dir()
+
+
+NEWEST = {"monitor": "step", "mode": "max", "save_top_k": 2, "filename": "{step}"}
+
+
+def kept(folder):
+    """What can be gone on from, and where `last` leads."""
+    names = {path.name for path in folder.rglob("*.ckpt") if path.name != "last.ckpt"}
+    return names, torch.load(folder / "kept/last.ckpt", weights_only=True)["global_step"]
+
+
+@QUIET
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_a_trainer_s_own_last_is_what_a_stop_saved_and_takes_its_place(
+    make_trainer, tmp_path, save_last
+):
+    keeps = NEWEST | {"save_last": save_last}
+    for stop_at in (2, 4, 6):
+        fit(make_trainer, tmp_path, stop_at=stop_at, ckpt_path="last", **keeps)
+        names, newest = kept(tmp_path)
+        assert len([name for name in names if name.startswith("hpc")]) == 1
+        assert newest == stop_at + 1
+    fit(make_trainer, tmp_path, ckpt_path="last", **keeps)
+    assert kept(tmp_path) == ({"step=6.ckpt", "step=8.ckpt"}, 8)
+
+
+@QUIET
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_a_trainer_s_own_last_is_what_the_end_of_training_saved_and_takes_its_place(
+    make_trainer, tmp_path, save_last
+):
+    keeps = NEWEST | {"save_last": save_last, "max_epochs": 9}
+    for steps in (3, 7, 11):
+        final = FinalCheckpoint()
+        fit(make_trainer, tmp_path, final, ckpt_path="last", max_steps=steps, **keeps)
+        wanted = {f"final-step={steps}.ckpt", f"step={steps - 1}.ckpt", f"step={steps - 3}.ckpt"}
+        assert kept(tmp_path) == (wanted - {"step=0.ckpt"}, steps)
+    # One that somebody named is theirs to remove.
+    named = tmp_path / "kept/final-step=11.ckpt"
+    fit(make_trainer, tmp_path, ckpt_path=named, max_steps=16, **keeps)
+    assert kept(tmp_path) == ({named.name, "step=14.ckpt", "step=16.ckpt"}, 16)
+
+
+@QUIET
+def test_what_last_leads_to_stays_while_it_does(make_trainer, tmp_path):
+    class Breaks(Callback):
+        def on_train_batch_end(self, trainer, *args) -> None:
+            if trainer.global_step == 6:
+                raise ValueError("broken")
+
+    def seldom():
+        return ModelCheckpoint(tmp_path / "seldom", every_n_train_steps=100, save_last=True)
+
+    stop = fit(make_trainer, tmp_path, seldom(), stop_at=2, ckpt_path="last")
+    with pytest.raises(ValueError, match="broken"):
+        fit(make_trainer, tmp_path, seldom(), Breaks(), ckpt_path="last")
+    assert (tmp_path / "kept/epoch=0-step=4.ckpt").exists()
+    assert (tmp_path / "seldom/last.ckpt").resolve() == tmp_path / stop[0]
+    assert (tmp_path / stop[0]).exists()
+
+
+@QUIET
+def test_last_replaces_nothing_that_a_stranger_s_checkpoint_calls_it(make_trainer, tmp_path):
+    fit(make_trainer, tmp_path)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    checkpoint = torch.load(tmp_path / "kept/epoch=0-step=4.ckpt", weights_only=True)
+    (state,) = (s for key, s in checkpoint["callbacks"].items() if "ModelCheckpoint" in key)
+    state["last_model_path"] = str(precious)
+    torch.save(checkpoint, tmp_path / "strange.ckpt")
+    fit(make_trainer, tmp_path, stop_at=6, ckpt_path=tmp_path / "strange.ckpt", save_last=True)
+    assert not precious.is_symlink()
 
 
 # -- SIGTERM before training: an exception once, the default action afterwards ---------------------

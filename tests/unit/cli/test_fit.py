@@ -218,6 +218,26 @@ def test_however_often_a_run_goes_on_it_keeps_as_many_checkpoints(run, tmp_path)
     assert newest.exists()
 
 
+ENDS = """\
+trainer:
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {every_n_train_steps: 2, save_top_k: 1, filename: "{step}", save_last: SAVE_LAST}
+    - lightning_grpo.callbacks.recording.FinalCheckpoint
+    - lightning_grpo.callbacks.signals.SignalHandling
+"""
+
+
+@pytest.mark.parametrize("save_last", ["null", "link"])
+def test_what_the_end_of_training_saved_goes_once_the_run_went_on_from_it(run, tmp_path, save_last):
+    (tmp_path / "saves.yaml").write_text(ENDS.replace("SAVE_LAST", save_last))
+    options = ["--config=small.yaml", "--config=saves.yaml"]
+    for steps in (3, 5, 7):
+        run(*options, "--ckpt_path=last-or-none", f"--trainer.max_steps={steps}")
+        found = {path.resolve().name for path in tmp_path.glob("runs/small/*/checkpoints/*.ckpt")}
+        assert found == {f"final-step={steps}.ckpt", f"step={steps - 1}.ckpt"}
+
+
 def test_the_checkpoint_that_a_stopped_run_names_is_its_last_one_too(run, tmp_path):
     run()
     (checkpoint,) = (tmp_path / "runs/small/version_0/checkpoints").glob("*.ckpt")
@@ -453,6 +473,14 @@ def test_the_help_lists_losses_of_this_package_alone(capsys):
     assert ended.value.code == 0
     assert "lightning_grpo.M2POLoss" in said
     assert "torch.sparse" not in said
+
+
+@pytest.mark.parametrize("others", [[], ["--config", "quickstart.yaml", "--data.batch_size", "2"]])
+def test_the_help_of_data_needs_no_class_to_be_named(others, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *others, "--data.help"])
+    assert ended.value.code == 0
+    assert "--data.max_staleness" in capsys.readouterr().out
 
 
 def test_a_key_is_not_printed_with_the_config(tmp_path, monkeypatch, capsys):

@@ -107,6 +107,28 @@ def test_kernels_are_told_the_bounds_only_if_they_heed_them():
     assert not heeds_bounds(WithoutKernels(), like)
 
 
+class Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, total):
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("Triton 3.6 makes wrong gradients here. Install tilelang.")
+
+
+class WithoutGradient(Sums):
+    def forward(self, *args, **kwargs):
+        return Refused.apply(super().forward(*args, **kwargs))
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_kernels_without_a_gradient_are_refused_when_they_are_tried(heeds):
+    refused = "can be trained through, those of WithoutGradient refuse .* Install tilelang. Way out"
+    with torch.no_grad(), pytest.raises(ConfigError, match=refused):
+        heeds_bounds(WithoutGradient(heeds), torch.zeros(1, 3, 8))
+
+
 def test_kernels_get_each_sequence_whole_also_where_prompts_are_shared():
     model = model_of("qwen3_5_text")
     policy = PackedPolicy(model)

@@ -7,9 +7,10 @@ import torch
 from lightning_grpo.errors import ConfigError, WeightSyncError
 from lightning_grpo.policy.lora import LoRA
 from lightning_grpo.policy.packed import PackedPolicy
-from lightning_grpo.session.proof import SnapshotScorer, packed
+from lightning_grpo.session.proof import DRIFT, SnapshotScorer, TrainerProof, packed
 from lightning_grpo.session.proof import policy_scores as scores_and_kind
 from lightning_grpo.weights.gather import gather_weights
+from lightning_grpo.weights.proof import Probe, mean_difference
 from tests.fakes.causal_models import make_model_of
 from tests.fakes.tiny_lm import VOCAB, make_lm
 
@@ -178,3 +179,22 @@ def test_the_proof_finds_the_policy_inside_of_what_fabric_made_of_it():
     assert kind == "float32"
     with pytest.raises(ConfigError, match="must be a PackedPolicy, or what Fabric made of one"):
         packed(torch.nn.Linear(2, 2))
+
+
+def test_rounding_that_drifts_is_measured_again_after_a_proof_and_not_before_the_next():
+    policy = PackedPolicy(make_lm())
+    sequences = tuple(tuple(ids) for ids in SEQUENCES)
+    proof = TrainerProof(Probe(sequences), ["float32"])
+
+    def publish(version):
+        sent = proof.score(policy, gather_weights(policy, None))
+        proof.check_policy(version, sent, *scores_and_kind(policy, sequences), merged=False)
+        return sent
+
+    first = publish(0)
+    with torch.no_grad():
+        while mean_difference(first.scores, policy_scores(policy)) <= DRIFT / 2:
+            policy.model.get_output_embeddings().weight.mul_(1.05)
+    assert mean_difference(first.scores, policy_scores(policy)) < DRIFT
+    assert publish(1).rounding == first.rounding
+    assert publish(2).rounding != first.rounding

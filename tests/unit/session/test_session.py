@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import threading
+import weakref
 from types import SimpleNamespace
 
 import anyio
@@ -412,6 +413,13 @@ class Clock:
         return self.now
 
 
+class Cycle:
+    """Garbage that only the collector frees."""
+
+    def __init__(self):
+        self.itself = self
+
+
 def look(heap, clock, generation, seconds):
     heap.space_out("start", {"generation": generation})
     clock.now += seconds
@@ -435,11 +443,36 @@ def test_a_look_at_everything_is_put_off_by_what_the_last_one_took():
         gc.set_threshold(*before)
 
 
-def test_everything_is_as_before_once_it_is_thawed():
+@pytest.fixture
+def nothing_frozen():
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_however_much_is_frozen_garbage_goes_when_there_is_little_of_it(nothing_frozen):
+    frozen = [[] for _ in range(100_000)]  # a quarter of them as garbage was too little for a look
+    before, heap = gc.get_threshold(), QuietHeap()
+    gc.set_threshold(100, 2, 2)
+    try:
+        heap.freeze()
+        cycle = Cycle()
+        gone = weakref.ref(cycle.itself)
+        gc.collect(1)  # grows old, as what a step holds until the next one
+        del cycle
+        new = [[] for _ in range(len(frozen) // 10)]
+        assert gone() is None, f"still there after {len(new)} new objects"
+    finally:
+        heap.thaw()
+        gc.set_threshold(*before)
+
+
+def test_everything_is_as_before_once_it_is_thawed(nothing_frozen):
     callbacks, thresholds = list(gc.callbacks), gc.get_threshold()
     heap = QuietHeap()
     heap.freeze()
     heap.freeze()
+    assert gc.get_freeze_count() > 0
     assert len(gc.callbacks) == len(callbacks) + 1
     gc.collect()
     heap.thaw()
@@ -447,3 +480,13 @@ def test_everything_is_as_before_once_it_is_thawed():
     assert gc.callbacks == callbacks
     assert gc.get_threshold() == thresholds
     assert gc.get_freeze_count() == 0
+
+
+def test_a_heap_that_somebody_else_has_frozen_stays_as_it_is(nothing_frozen):
+    gc.freeze()
+    count = gc.get_freeze_count()
+    heap = QuietHeap()
+    heap.freeze()
+    assert gc.get_freeze_count() == count
+    heap.thaw()
+    assert gc.get_freeze_count() == count
