@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -368,17 +367,9 @@ def _joined(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     """Lay parameters end to end in memory, whose parts they are from here on; all of it."""
     if len(parameters) == 1:
         return parameters[0]
-    given = [parameter.detach() for parameter in parameters]
-    whole = torch.cat(given)
-    *starts, end = itertools.accumulate((each.numel() for each in given), initial=0)
-    storage = given[0].untyped_storage()
-    if (
-        {each.untyped_storage().data_ptr() for each in given} == {storage.data_ptr()}
-        and [each.storage_offset() for each in given] == starts
-        and storage.nbytes() == end * whole.element_size()
-    ):  # another decoder of this model has done so already
-        return given[0].as_strided(whole.shape, whole.stride(), 0)
-    for parameter, part in zip(parameters, whole.split([len(p) for p in given]), strict=True):
+    whole = torch.cat([parameter.detach() for parameter in parameters])
+    parts = whole.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part
     return whole
 

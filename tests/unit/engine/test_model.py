@@ -112,10 +112,8 @@ def test_weights_that_are_written_to_a_plain_model_count_from_the_next_step_on(t
     runner, rows = ModelRunner(load_model(str(tmp_path))), make_sequences([9, 9])
     before = decoded(runner, rows, 5)
     weights = ModelWeights(runner.model)
-    second = ModelRunner(runner.model)
     weights.writer(dict(randomized(make_model_of("qwen3")).state_dict()), complete=True)()
     after = decoded(runner, rows, 5)
-    assert torch.equal(after, decoded(second, rows, 5))
     runner.plain = None
     assert torch.allclose(after, decoded(runner, rows, 5), atol=2e-5)
     assert not torch.allclose(after, before, atol=0.1)
