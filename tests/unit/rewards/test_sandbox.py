@@ -192,7 +192,8 @@ def test_what_a_program_needs_works():
         "fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_NONBLOCK)\n"
         "os.get_terminal_size() if os.isatty(0) else ctypes.CDLL(None).prctl(15, b'name')\n"
     )
-    result = run(source, stdin="in")
+    # Imports take a busy machine seconds.
+    result = run_python(source, "", "in", CodeLimits(timeout_s=60.0, memory_mb=128))
     assert (result.ending, result.stdout, result.stderr) == ("done", "in True 4\n", "")
 
 
