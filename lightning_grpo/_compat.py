@@ -37,6 +37,15 @@ RECURRENT_KINDS = _STATE_ALONE | {"hybrid", "hybrid_sliding"}
 """What configs call layers that carry a state from token to token, some beside attention."""
 
 
+_FROZEN_BY_PYTHON = gc.get_freeze_count()
+"""Objects that 3.12 freezes as it starts; other versions none."""
+
+
+def is_heap_frozen() -> bool:
+    """Whether the program has frozen its heap, which to thaw would be to thaw for it, too."""
+    return gc.get_freeze_count() > _FROZEN_BY_PYTHON
+
+
 def freeze_heap() -> None:
     """Collect what is garbage by now, and have the collector leave the rest alone from here on.
 

@@ -324,7 +324,7 @@ _COLUMNS = {
     "staleness/mean": "staleness {:.2g}",
     "completion/length_mean": "length {:.0f}",
     "throughput/tokens_per_s": "{:,.0f} tokens/s",
-    "throughput/mfu": "mfu {:.0%}",
+    "throughput/mfu": "mfu {:.1%}",
     "time/step_s": "{:.1f} s/step",
 }
 

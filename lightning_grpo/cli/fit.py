@@ -17,6 +17,7 @@ from lightning_grpo.cli.sources import (
     arguments_in,
     asks_for_help,
     collect,
+    helped_class,
     names_class,
     with_helped,
 )
@@ -79,8 +80,9 @@ def _run(command: str, argv: Sequence[str], kind: str) -> None:
     # Where a class is named, a replay's is among the options.
     replays = kind == "replay" and not names_class(settings.value.get("data"))
     data_class = "ReplayDataModule" if replays else "RolloutDataModule"
-    if "--data.help" in options:  # the parser knows it of a named class only
-        _run(command, [f"--data=lightning_grpo.{data_class}", "--data.help"], kind)
+    asked = helped_class(options, settings, f"lightning_grpo.{data_class}")
+    if asked:  # the parser knows `--data.help` only where `data` names a class
+        _run(command, [f"--data={asked}", "--data.help"], kind)
         return
     if not asks_for_help(options):
         # Only now: a file that can't be read needs no parser's import to be told.

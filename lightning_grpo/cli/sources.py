@@ -447,6 +447,15 @@ def with_helped(options: Sequence[str], settings: Setting) -> list[str]:
     return spelled
 
 
+def helped_class(options: Sequence[str], settings: Setting, default: str) -> str:
+    """Whose help `--data.help` or `--data.help CLASS` asks for where `data` names none; or ""."""
+    asked = next((o for o in options if o.partition("=")[0] == "--data.help"), None)
+    if asked is None or names_class(settings.value.get("data")):
+        return ""
+    given = asked.partition("=")[2] or next(iter(options[options.index(asked) + 1 :]), "")
+    return given if _is_class_path(given) else default
+
+
 def holds_datasets(setting: Setting | None) -> bool:
     """Whether it holds datasets by name, and no settings of one."""
     written = setting.value if setting is not None else None

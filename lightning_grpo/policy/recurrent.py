@@ -175,8 +175,8 @@ def _require_gradient(part: nn.Module, rows: Tensor, told: dict[str, Tensor]) ->
         reason = str(error).strip()
         raise ConfigError(
             "`model` must have recurrent layers whose kernels can be trained through, those of "
-            f"{type(part).__name__} refuse it on this machine: {reason} Way out: do what that "
-            "says, or uninstall the kernels: transformers' own form needs none, and is slower."
+            f"{type(part).__name__} fail at it on this machine: {reason} Way out: do what "
+            "that says, or uninstall the kernels: transformers' own form needs none, and is slower."
         ) from error
 
 

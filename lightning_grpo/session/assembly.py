@@ -19,7 +19,7 @@ import anyio
 import anyio.to_thread
 import torch
 
-from lightning_grpo._compat import freeze_heap
+from lightning_grpo._compat import freeze_heap, is_heap_frozen
 from lightning_grpo.algorithm.batch import RolloutBatch
 from lightning_grpo.algorithm.metrics import rollout_metrics
 from lightning_grpo.errors import ConfigError, RolloutError
@@ -99,7 +99,7 @@ class QuietHeap:
     def freeze(self) -> None:
         """Collect what is garbage by now, and leave the rest alone from here on; once."""
         if not self._frozen:
-            if gc.get_freeze_count() == 0:  # to thaw is to thaw everything
+            if not is_heap_frozen():
                 freeze_heap()
                 self._thaws = True
             self._thresholds = gc.get_threshold()

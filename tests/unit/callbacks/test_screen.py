@@ -44,10 +44,12 @@ def test_a_line_holds_what_a_run_is_judged_by():
     )
 
 
+def test_the_share_of_the_peak_is_shown_where_it_is_known():
+    line = progress_line(7, 30, {**METRICS, "throughput/mfu": 0.0412}, deque())
+    assert " | 1,234 tokens/s | mfu 4.1% | 2.0 s/step" in line
+
+
 def test_what_was_not_measured_is_left_out():
-    assert " | 1,234 tokens/s | mfu 41% | 2.0 s/step" in progress_line(
-        7, 30, {**METRICS, "throughput/mfu": 0.412}, deque()
-    )
     assert progress_line(7, None, {}, deque()) == "step 7"
 
 

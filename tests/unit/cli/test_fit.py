@@ -475,12 +475,23 @@ def test_the_help_lists_losses_of_this_package_alone(capsys):
     assert "torch.sparse" not in said
 
 
-@pytest.mark.parametrize("others", [[], ["--config", "quickstart.yaml", "--data.batch_size", "2"]])
-def test_the_help_of_data_needs_no_class_to_be_named(others, capsys):
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (["--data.help"], "--data.max_staleness"),
+        (
+            ["--config", "quickstart.yaml", "--data.batch_size", "2", "--data.help"],
+            "--data.prompts",
+        ),
+        (["--data.help", "lightning_grpo.ReplayDataModule"], "--data.trajectories"),
+        (["--data.help=lightning_grpo.ReplayDataModule"], "--data.trajectories"),
+    ],
+)
+def test_the_help_of_data_needs_no_class_to_be_named(options, shown, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["fit", *others, "--data.help"])
+        main(["fit", *options])
     assert ended.value.code == 0
-    assert "--data.max_staleness" in capsys.readouterr().out
+    assert shown in capsys.readouterr().out
 
 
 def test_a_key_is_not_printed_with_the_config(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import weakref
 from types import SimpleNamespace
@@ -480,6 +482,16 @@ def test_everything_is_as_before_once_it_is_thawed(nothing_frozen):
     assert gc.callbacks == callbacks
     assert gc.get_threshold() == thresholds
     assert gc.get_freeze_count() == 0
+
+
+def test_what_python_freezes_as_it_starts_is_no_heap_that_a_program_has_frozen():
+    program = (
+        "import gc; gc.freeze()  # as 3.12 does\n"
+        "from lightning_grpo._compat import is_heap_frozen\n"
+        "print(is_heap_frozen()); gc.freeze(); print(is_heap_frozen())"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert ended.stdout.split() == [b"False", b"True"]
 
 
 def test_a_heap_that_somebody_else_has_frozen_stays_as_it_is(nothing_frozen):
